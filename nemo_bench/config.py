@@ -1,0 +1,239 @@
+"""The schema of every configuration (Hydra structured configs) and the numbers derived from it.
+
+The YAML files under `conf/` hold the values; these dataclasses hold the names, the types and what they mean, so that a
+mistyped key or a value of the wrong type is refused while the configuration is composed. Names are Megatron's.
+This module imports nothing heavy: it runs on login nodes, and in every process of a job.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+class Launch(Enum):
+    """What `train.py` does with a composed configuration."""
+
+    run = "run"
+    dry = "dry"  # compose, check, print what would run; run nothing
+
+
+@dataclass
+class OptimConfig:
+    """Adam and its schedule; the defaults are the 24.09 recipe's."""
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    warmup_steps: int = 2000  # linear warm-up, then cosine annealing to min_lr at trainer.max_steps
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0  # global gradient norm
+    use_distributed_optimizer: bool = True  # shard optimizer state over the data-parallel ranks
+    overlap_grad_reduce: bool = True  # reduce gradients while the backward pass goes on
+    overlap_param_gather: bool = True  # gather parameters while the next forward pass goes on
+    grad_reduce_in_fp32: bool = False  # the recipe reduces gradients in bf16
+
+
+@dataclass
+class ModelConfig:
+    """Architecture, parallel layout and fusions of a Llama 3.1."""
+
+    name: str = MISSING
+    # architecture
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING  # key/value heads
+    seq_length: int = MISSING  # tokens
+    vocab_size: int = MISSING  # the tokenizer's; padded for Megatron, see padded_vocab_size()
+    make_vocab_size_divisible_by: int = 128
+    rotary_base: int = 500000
+    init_method_std: float = 0.02
+    layernorm_epsilon: float = 1e-5
+    # parallel layout
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False  # no effect at tensor_model_parallel_size=1
+    micro_batch_size: int = 1  # sequences
+    global_batch_size: int = MISSING  # sequences
+    attention_backend: str = "fused"  # cuDNN's; also flash, unfused, local, auto (Megatron's AttnBackend)
+    # fusions
+    apply_rope_fusion: bool = True
+    bias_activation_fusion: bool = True
+    bias_dropout_fusion: bool = True
+    masked_softmax_fusion: bool = True
+    cross_entropy_loss_fusion: bool = True
+    persist_layer_norm: bool = True
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats of the training step."""
+
+    name: str = MISSING  # fp32, bf16 or fp8: also the folder name under results/
+    trainer_precision: str = MISSING  # Lightning's word: 32 or bf16-mixed
+    fp8: str | None = None  # Transformer Engine's format: hybrid (e4m3 forward, e5m2 backward)
+    fp8_recipe: str = "delayed"
+    fp8_margin: int = 0
+    fp8_amax_history_len: int = 1024
+    fp8_amax_compute_algo: str = "max"
+    fp8_param_gather: bool = False  # keep and gather parameters in fp8
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's trainer: how many processes, how many steps."""
+
+    num_nodes: int = MISSING
+    devices: int = MISSING  # processes (one a GPU) on each node
+    max_steps: int = 50
+    seed: int = 1234
+    gc_interval: int = 25  # steps between manual, synchronised Python garbage collections
+    limit_val_batches: int = 1  # global batches in the one validation, after the last step; 0: none
+
+
+@dataclass
+class DataConfig:
+    """Where the tokens come from."""
+
+    name: str = MISSING
+    kind: str = MISSING  # mock: random tokens; local: this Python's standard library; megatron: .bin/.idx files
+    paths: list[str] = field(default_factory=list)  # kind=megatron: prefixes, without .bin/.idx
+    weights: list[float] = field(default_factory=list)  # one a path; empty: all equal
+    tokenizer: str | None = None  # kind=megatron: folder of a Hugging Face tokenizer
+    split: str = "99,1,0"  # train, validation, test
+    num_workers: int = 2  # data loading processes a rank
+    folder: str | None = None  # where prepared files and Megatron's index mappings are kept
+    corpus_bytes: int = 6_000_000  # kind=local: about this much text
+
+
+@dataclass
+class GpuConfig:
+    """What the device can do; peaks are DENSE TFLOP/s (no sparsity) per number format."""
+
+    name: str = MISSING
+    device: str = "cuda"  # cuda or cpu
+    memory_gib: float | None = None
+    peak_tflops: dict[str, float | None] = field(default_factory=dict)  # null: measured by a short matrix product
+    source: str = ""  # where the peaks come from
+
+
+@dataclass
+class ClusterConfig:
+    """The machine or cluster that runs the job."""
+
+    name: str = MISSING
+    scheduler: str = MISSING  # none: this machine starts the ranks itself; slurm
+
+
+@dataclass
+class EntrypointConfig:
+    """The program that trains."""
+
+    name: str = MISSING
+    version: str = MISSING  # default folder name under results/
+    env: dict[str, str] = field(default_factory=dict)  # environment of every rank
+
+
+@dataclass
+class CheckpointConfig:
+    """Off by default: a performance benchmark writes none."""
+
+    every_n_steps: int | None = None
+    # Each a run folder, whose last checkpoint is taken, or one checkpoint's folder.
+    resume_from: str | None = None  # continue: weights, optimizer, schedule and data position
+    weights_from: str | None = None  # start with these weights, and all else afresh
+
+
+@dataclass
+class TrainConfig:
+    """One benchmark point."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    entrypoint: EntrypointConfig = field(default_factory=EntrypointConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: Launch = Launch.run
+    stage_path: str = MISSING
+    results_version: str = MISSING
+    total_tokens: float = 1e12  # the budget behind "days to train"
+
+
+def weak_scaling_batch(sequences: int, per_gpus: int, num_nodes: int, devices: int) -> int:
+    """Global batch size (sequences) that keeps `sequences` a batch on every `per_gpus` GPUs, rounded up.
+
+    Rounding never hides a wrong batch: the checks refuse one that does not divide into micro-batches.
+    """
+    return math.ceil(sequences * num_nodes * devices / per_gpus)
+
+
+def register() -> None:
+    """Makes the schema and the resolvers known to Hydra. Calling it twice does no harm."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    OmegaConf.register_new_resolver("weak_scaling_batch", weak_scaling_batch, replace=True)
+
+
+register()
+
+
+def typed(cfg: DictConfig) -> TrainConfig:
+    """The composed configuration as a `TrainConfig` object, every interpolation resolved.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: an unknown key, a wrong type, or a value that is missing.
+    """
+    # As plain values: a node that knows its type would let a key in that `+key=value` forced upon it.
+    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.to_container(cfg, resolve=True))
+    result = OmegaConf.to_object(merged)
+    assert isinstance(result, TrainConfig)
+    return result
+
+
+def load(path: Any) -> TrainConfig:
+    """The configuration that a run folder holds (`config.yaml`)."""
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    return typed(loaded)
+
+
+def world_size(cfg: TrainConfig) -> int:
+    """Processes in the job, one a GPU."""
+    return cfg.trainer.num_nodes * cfg.trainer.devices
+
+
+def model_parallel_size(cfg: TrainConfig) -> int:
+    """GPUs that hold one copy of the model and share its sequences: TP * PP * CP."""
+    m = cfg.model
+    return m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size
+
+
+def data_parallel_size(cfg: TrainConfig) -> int:
+    """Copies of the model (DP). The checks hold that the division has no remainder."""
+    return world_size(cfg) // model_parallel_size(cfg)
+
+
+def num_micro_batches(cfg: TrainConfig) -> int:
+    """Micro-batches each copy of the model works through in a step (gradient accumulation, GA)."""
+    return cfg.model.global_batch_size // (cfg.model.micro_batch_size * data_parallel_size(cfg))
+
+
+def padded_vocab_size(cfg: TrainConfig) -> int:
+    """Vocabulary as Megatron lays it out: padded so that each tensor-parallel rank gets an equal, aligned share."""
+    multiple = cfg.model.make_vocab_size_divisible_by * cfg.model.tensor_model_parallel_size
+    return math.ceil(cfg.model.vocab_size / multiple) * multiple

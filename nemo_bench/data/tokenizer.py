@@ -1,0 +1,140 @@
+"""A byte-level BPE tokenizer of Llama 3's construction, trained on a small corpus.
+
+It differs from Llama 3's own only in its merges: the same split expression, byte-level alphabet, special
+tokens after the ordinary ones, and the same three files, so transformers and NeMo load it by the same code
+path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from nemo_bench.errors import BenchError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BOS_TOKEN = "<|begin_of_text|>"
+EOS_TOKEN = "<|end_of_text|>"
+SPECIAL_TOKENS = (BOS_TOKEN, EOS_TOKEN)
+
+#: Llama 3's split expression, as in its tokenizer.json.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+#: Bytes and special tokens: no byte-level tokenizer can be smaller.
+MINIMUM_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+# A pair seen once teaches nothing about the text.
+_MIN_FREQUENCY = 2
+
+
+def settings(vocab_size: int) -> dict[str, Any]:
+    """Everything besides the corpus that decides what `train` makes, as JSON-ready values."""
+    return {
+        "kind": "byte-level BPE",
+        "split": LLAMA3_SPLIT,
+        "special_tokens": list(SPECIAL_TOKENS),
+        "min_frequency": _MIN_FREQUENCY,
+        "vocab_size": vocab_size,
+    }
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise BenchError unless `vocab_size` has room for the 256 bytes and the special tokens."""
+    if vocab_size < MINIMUM_VOCAB_SIZE:
+        raise BenchError(
+            f"A vocabulary of {vocab_size} tokens is too small: the 256 bytes and {len(SPECIAL_TOKENS)} "
+            f"special tokens take {MINIMUM_VOCAB_SIZE}. Ask for at least that; 4096 suits a few MB of text."
+        )
+
+
+def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Train on `texts` and return the tokenizer; the same texts in the same order give the same tokenizer.
+
+    It has exactly `vocab_size` tokens, the special ones last, or fewer where the texts have no pair left to
+    merge (`get_vocab_size()` says).
+
+    Raises:
+        BenchError: `vocab_size` is below MINIMUM_VOCAB_SIZE.
+    """
+    check_vocab_size(vocab_size)
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        min_frequency=_MIN_FREQUENCY,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # Given to the trainer they would take the first ids; Llama 3 has them after the ordinary tokens.
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    bos_id = tokenizer.token_to_id(BOS_TOKEN)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(
+                single=f"{BOS_TOKEN} $A",
+                pair=f"{BOS_TOKEN} $A {BOS_TOKEN}:1 $B:1",
+                special_tokens=[(BOS_TOKEN, bos_id)],
+            ),
+        ]
+    )
+    return tokenizer
+
+
+def render(tokenizer: Tokenizer) -> dict[str, str]:
+    """The Hugging Face tokenizer folder of `tokenizer`: file name -> contents.
+
+    Contents rather than a save to disk, because the caller must see a full disk as OSError, which
+    `tokenizers` turns into a bare Exception.
+    """
+    added = {
+        str(tokenizer.token_to_id(token)): {
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
+        for token in SPECIAL_TOKENS
+    }
+    config = {
+        "added_tokens_decoder": added,
+        "bos_token": BOS_TOKEN,
+        # True would take spaces out of decoded text: no round trip.
+        "clean_up_tokenization_spaces": False,
+        "eos_token": EOS_TOKEN,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 131072,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    special = {"bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN}
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2, sort_keys=True) + "\n",
+    }

@@ -1,0 +1,161 @@
+"""The ranks of a run as processes of this machine.
+
+Not torchrun: it imports torch in the launching process, leaves its ranks behind when it is killed, and says which rank
+failed in its own words only. This is a loop over `subprocess.Popen`: all ranks end when one fails, on Ctrl-C, and
+when this process is killed (lifeline.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nemo_bench.config import TrainConfig
+from nemo_bench.launch import lifeline
+from nemo_bench.results.record import rank_log
+
+# A rank that waits in a collective ignores SIGTERM; it gets this long to write its logs all the same.
+GRACE_S = 3.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the process group ended: the first rank that failed, or None."""
+
+    failed_rank: int | None = None
+    exit_code: int = 0
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP reached the launching process."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@dataclass
+class ProcessGroup:
+    """Running ranks; `processes[i]` is local rank i."""
+
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    lifeline_fd: int = -1
+
+    def poll(self) -> Outcome | None:
+        """None while ranks run and none has failed."""
+        codes = [process.poll() for process in self.processes]
+        for rank, code in enumerate(codes):
+            if code:
+                return Outcome(rank, code)
+        return Outcome() if all(code == 0 for code in codes) else None
+
+    def stop(self) -> None:
+        """Ends every rank and every process a rank started, within a few seconds; returns when they are gone."""
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
+            time.sleep(0.05)
+        # Also after a rank has ended: its data loaders are in its group and may live on.
+        self._signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def _signal(self, signum: int) -> None:
+        for process in self.processes:
+            try:
+                os.killpg(process.pid, signum)
+            except ProcessLookupError:
+                continue
+
+
+@contextmanager
+def started(cfg: TrainConfig, run_dir: Path) -> Iterator[ProcessGroup]:
+    """Starts `trainer.devices` ranks of `run_dir` and ends them all when the block is left, however it is left."""
+    read_fd, write_fd = os.pipe()  # not inherited unless passed on: the writing end stays with this process
+    group = ProcessGroup(lifeline_fd=write_fd)
+    ranks = cfg.trainer.devices
+    port = _free_port()
+    try:
+        for rank in range(ranks):
+            environment = _rank_environment(cfg, rank, ranks, port)
+            environment[lifeline.VARIABLE] = str(read_fd)
+            with open(rank_log(run_dir, rank), "wb") as log:
+                group.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "nemo_bench.training.rank", str(run_dir)],
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        pass_fds=[read_fd],
+                        # A group of its own: Ctrl-C reaches this process alone, which then ends the ranks in order.
+                        start_new_session=True,
+                    )
+                )
+        os.close(read_fd)
+        yield group
+    finally:
+        group.stop()
+        os.close(write_fd)
+
+
+def wait(group: ProcessGroup, tick: Callable[[], None]) -> Outcome:
+    """Waits for the ranks, calling `tick` ten times a second."""
+    while True:
+        outcome = group.poll()
+        tick()
+        if outcome is not None:
+            return outcome
+        time.sleep(0.1)
+
+
+@contextmanager
+def termination_raises() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise `Terminated`, so that ranks are ended and the record is written."""
+
+    def handler(signum: int, frame: object) -> None:
+        raise Terminated(signum)
+
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
+
+
+def _rank_environment(cfg: TrainConfig, rank: int, ranks: int, port: int) -> dict[str, str]:
+    project = str(Path(__file__).resolve().parents[2])
+    inherited = os.environ.get("PYTHONPATH")
+    # Ranks on one CPU share its cores; more threads than cores would only take turns.
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    defaults = {"OMP_NUM_THREADS": str(threads)} if cfg.gpu.device == "cpu" else {}
+    return {
+        **defaults,
+        **cfg.entrypoint.env,
+        **os.environ,  # what the user exports wins over the recipe's environment
+        "PYTHONPATH": f"{project}{os.pathsep}{inherited}" if inherited else project,
+        "PYTHONUNBUFFERED": "1",  # a killed rank's log holds its last lines
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _free_port() -> int:
+    """A TCP port that nobody listens on now; rank 0 will, in a few seconds."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

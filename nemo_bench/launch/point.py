@@ -1,0 +1,196 @@
+"""One benchmark point from its composed configuration to its numbers: check, prepare, run, report."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_bench import flops
+from nemo_bench.config import (
+    Launch,
+    TrainConfig,
+    data_parallel_size,
+    num_micro_batches,
+    typed,
+    world_size,
+)
+from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.preflight import ConfigurationRefused, configuration_problems, machine_problems
+from nemo_bench.results import record
+
+LOG_TAIL_LINES = 15
+
+
+def run_point(raw: DictConfig) -> None:
+    """Runs the point (or, with launch=dry, prints what would run).
+
+    Raises:
+        ConfigurationRefused: with every problem that could be found; nothing was started or written.
+        RunFailed: the run was started and did not complete.
+    """
+    # Ranks, and whoever reads the record later, may stand in another folder.
+    raw.stage_path = str(Path(raw.stage_path).absolute())
+    cfg = typed(raw)
+    dry = cfg.launch is Launch.dry
+    problems = configuration_problems(cfg)
+    if not dry and cfg.cluster.scheduler == "none":
+        problems += machine_problems(cfg)
+    if problems:
+        raise ConfigurationRefused(problems)
+    if dry:
+        print(_plan(cfg))
+        return
+    if cfg.cluster.scheduler != "none":
+        raise BenchError(
+            f"cluster={cfg.cluster.name} needs a scheduler, and this version starts runs on this machine only.\n"
+            "launch=dry checks the point and prints it; scale=local runs here; cluster=local uses this machine's GPUs."
+        )
+    _run_here(cfg)
+
+
+def results_dir(cfg: TrainConfig) -> Path:
+    """`<stage>/results/<version>/<precision>/<model>/<gpus>`, the recipe's layout."""
+    gpus = str(world_size(cfg))
+    return Path(cfg.stage_path) / "results" / cfg.results_version / cfg.precision.name / cfg.model.name / gpus
+
+
+def _plan(cfg: TrainConfig) -> str:
+    m, gpus = cfg.model, world_size(cfg)
+    parameters = flops.num_parameters(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn_hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups,
+        vocab_size=m.vocab_size,
+    )
+    from nemo_bench.results.summary import model_flops
+
+    per_sequence = model_flops(cfg, flops.FlopsConvention.RECIPE)
+    tokens = m.seq_length * m.global_batch_size
+    lines = [
+        f"Llama 3.1 {m.name} ({parameters / 1e9:.3g}B parameters), {cfg.precision.name}, "
+        f"{gpus} x {cfg.gpu.name} ({cfg.trainer.num_nodes} nodes x {cfg.trainer.devices}): every check passed",
+        f"  layout     TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} "
+        f"VP{m.virtual_pipeline_model_parallel_size or 1} CP{m.context_parallel_size} DP{data_parallel_size(cfg)}"
+        f"{' SP' if m.sequence_parallel and m.tensor_model_parallel_size > 1 else ''}",
+        f"  batch      MBS {m.micro_batch_size}, GBS {m.global_batch_size}, GA {num_micro_batches(cfg)}, "
+        f"sequence {m.seq_length}: {tokens:,} tokens a step",
+        f"  work       {per_sequence:.4g} FLOPs a sequence, {per_sequence * m.global_batch_size:.4g} a step "
+        "(the recipe's convention)",
+        f"  steps      {cfg.trainer.max_steps}",
+        f"  data       {cfg.data.name}: {', '.join(cfg.data.paths) or cfg.data.folder or 'random tokens'}",
+        f"  results    {results_dir(cfg)}/<run>/",
+        f"  each rank  {shlex.join([sys.executable, '-m', 'nemo_bench.training.rank', '<run>'])}",
+        "             " + " ".join(f"{name}={shlex.quote(value)}" for name, value in cfg.entrypoint.env.items()),
+        "launch=dry: nothing was started.",
+    ]
+    return "\n".join(lines)
+
+
+def _run_here(cfg: TrainConfig) -> None:
+    from rich.console import Console
+
+    from nemo_bench.launch import local
+    from nemo_bench.results.summary import summarise
+    from nemo_bench.results.terminal import Follower, print_summary
+
+    console = Console()
+    _prepare_data(cfg, console)
+    run_dir = _new_run(cfg)
+    console.print(f"run folder: {run_dir}", soft_wrap=True, highlight=False)
+    try:
+        with (
+            local.termination_raises(),
+            local.started(cfg, run_dir) as group,
+            Follower(cfg, run_dir, console) as follower,
+        ):
+            outcome = local.wait(group, follower.tick)
+    except KeyboardInterrupt:
+        record.set_status(run_dir, record.Status("interrupted", exit_code=130, reason="Ctrl-C"))
+        raise RunFailed(f"interrupted: all ranks were ended. What was recorded is in {run_dir}", 130) from None
+    except local.Terminated as ended:
+        code = 128 + ended.signum
+        record.set_status(run_dir, record.Status("killed", exit_code=code, reason=f"{ended} from outside"))
+        raise RunFailed(f"ended by {ended}: all ranks were ended. What was recorded is in {run_dir}", code) from None
+    if outcome.failed_rank is not None:
+        raise RunFailed(_record_failure(cfg, run_dir, outcome.failed_rank, outcome.exit_code))
+    record.set_status(run_dir, record.Status("completed", exit_code=0))
+    print_summary(console, cfg, run_dir, summarise(run_dir))
+
+
+def _new_run(cfg: TrainConfig) -> Path:
+    from hydra.core.hydra_config import HydraConfig
+
+    results = results_dir(cfg)
+    try:
+        run_dir = record.new_run_dir(results)
+        record.create(
+            run_dir,
+            config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
+            command=["python", *sys.argv],
+            overrides=list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
+            ranks=world_size(cfg),
+        )
+    except OSError as error:
+        raise BenchError(
+            f"the run folder cannot be written: {error}\n"
+            f"STAGE_PATH (or stage_path=...) names the folder; it is {cfg.stage_path}"
+        ) from None
+    return run_dir
+
+
+def _prepare_data(cfg: TrainConfig, console: object) -> None:
+    """Builds (or finds) the local corpus, its tokenizer and dataset, and puts their paths into `cfg`."""
+    if cfg.data.kind != "local":
+        return
+    from nemo_bench.data.local import prepare_local
+
+    assert cfg.data.folder is not None
+    prepared = prepare_local(
+        Path(cfg.data.folder) / "dataset",
+        vocab_size=cfg.model.vocab_size,
+        corpus_bytes=cfg.data.corpus_bytes,
+        report=lambda line: print(line, flush=True),
+    )
+    cfg.data.paths = [str(prefix) for prefix in prepared.prefixes]
+    cfg.data.tokenizer = str(prepared.tokenizer_dir)
+    print(f"data: {prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary")
+
+
+def _record_failure(cfg: TrainConfig, run_dir: Path, rank: int, exit_code: int) -> str:
+    """Writes the failed state and returns the message: which rank, why, and its last lines."""
+    errors = record.read_rank_errors(run_dir)
+    state = "failed"
+    if errors:
+        first = errors[0]
+        rank = int(first["rank"])
+        lines = str(first["message"]).strip().splitlines() or [""]
+        reason = f"{first['type']}: {lines[0]}"
+    elif exit_code < 0:
+        state = "killed"
+        reason = f"killed by {signal.Signals(-exit_code).name}"
+        if -exit_code == signal.SIGKILL:
+            reason += " (from outside, or by the kernel for want of memory: `dmesg` says)"
+    else:
+        reason = f"exit status {exit_code}"
+    record.set_status(run_dir, record.Status(state, exit_code=exit_code, reason=reason, rank=rank))
+    log = record.rank_log(run_dir, rank)
+    return f"rank {rank} of {world_size(cfg)} failed: {reason}\nthe last lines of {log}:\n" + "\n".join(
+        f"  | {line}" for line in _tail(log)
+    )
+
+
+def _tail(path: Path) -> list[str]:
+    """The last lines of a log, however large it is."""
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 16384))
+        text = file.read().decode("utf-8", errors="replace")
+    # A progress bar overwrites its line with carriage returns: the last version counts.
+    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines()]
+    return [line for line in lines if line][-LOG_TAIL_LINES:]

@@ -1,0 +1,483 @@
+"""Everything that can be known wrong before a process is started or a GPU is held.
+
+`configuration_problems` needs nothing but the configuration; `machine_problems` looks at this machine (its GPUs and
+files). Both return all problems they find, each with the key, its value, the rule and the nearest values that work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_bench.config import (
+    TrainConfig,
+    data_parallel_size,
+    model_parallel_size,
+    num_micro_batches,
+    world_size,
+)
+from nemo_bench.errors import BenchError
+
+# Sizes of Transformer Engine's fp8 matrix products must be multiples of this.
+FP8_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One rule that a configuration breaks."""
+
+    key: str
+    value: object
+    rule: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value}\n    {self.rule}\n    {self.fix}"
+
+
+class ConfigurationRefused(BenchError):
+    """All problems of one configuration."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__(f"{head} in this configuration:\n\n" + "\n\n".join(f"  {p}" for p in self.problems))
+
+
+def _text(value: object) -> object:
+    """A value as it is typed on a Hydra command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _nearest(value: int, works: Callable[[int], bool], highest: int = 1 << 20) -> str:
+    """'nearest that work: A, B': the next smaller and larger integers for which `works` holds."""
+    below = next((v for v in range(min(value - 1, highest), 0, -1) if works(v)), None)
+    above = next((v for v in range(max(value, 0) + 1, highest + 1) if works(v)), None)
+    found = [str(v) for v in (below, above) if v is not None]
+    return "nearest that work: " + ", ".join(found) if found else "no value of this key alone works"
+
+
+def configuration_problems(cfg: TrainConfig) -> list[Problem]:
+    """Every rule about the numbers themselves. An empty list: the configuration can be laid out."""
+    problems = _positive(cfg)
+    # The rules below divide by these numbers.
+    if not problems:
+        problems = [*_layout(cfg), *_batch(cfg)]
+    return problems + _device(cfg) + _data(cfg) + _checkpoint(cfg)
+
+
+def _positive(cfg: TrainConfig) -> list[Problem]:
+    m, t = cfg.model, cfg.trainer
+    sizes: dict[str, int | None] = {
+        f"model.{name}": getattr(m, name)
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "seq_length",
+            "vocab_size",
+            "make_vocab_size_divisible_by",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
+            "micro_batch_size",
+            "global_batch_size",
+        )
+    }
+    sizes |= {f"trainer.{name}": getattr(t, name) for name in ("num_nodes", "devices", "max_steps", "gc_interval")}
+    found = [
+        Problem(key, value, "must be at least 1", "nearest that works: 1")
+        for key, value in sizes.items()
+        if value is not None and value < 1
+    ]
+    for key, count in (
+        ("trainer.limit_val_batches", t.limit_val_batches),
+        ("data.num_workers", cfg.data.num_workers),
+    ):
+        if count < 0:
+            found.append(Problem(key, count, "must be 0 or more", "nearest that works: 0"))
+    return found
+
+
+def _divides(key: str, divisor: int, total: int, rule: str) -> list[Problem]:
+    """`divisor`, the value of `key`, must divide `total`."""
+    if total % divisor == 0:
+        return []
+    return [Problem(key, divisor, rule, _nearest(divisor, lambda v: total % v == 0, highest=total))]
+
+
+def _layout(cfg: TrainConfig) -> list[Problem]:
+    m = cfg.model
+    tp, pp, cp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size
+    vp = m.virtual_pipeline_model_parallel_size
+    gpus, per_model = world_size(cfg), model_parallel_size(cfg)
+    found: list[Problem] = []
+
+    if gpus % per_model:
+        fits = sorted({t * p * c for t in (1, 2, 4, 8) for p in (1, 2, 4, 8) for c in (1, 2)} & _divisors(gpus))
+        found.append(
+            Problem(
+                "model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size",
+                f"{tp} * {pp} * {cp} = {per_model}",
+                f"must divide the number of GPUs, trainer.num_nodes * trainer.devices = {gpus}",
+                f"products that divide {gpus}: {', '.join(map(str, fits))}; or a scale with a multiple of "
+                f"{per_model} GPUs",
+            )
+        )
+    if vp is not None and pp == 1 and vp > 1:
+        found.append(
+            Problem(
+                "model.virtual_pipeline_model_parallel_size",
+                vp,
+                "interleaves pipeline stages, and model.pipeline_model_parallel_size=1 has none",
+                "set it to null, or use 2 or more pipeline stages",
+            )
+        )
+    elif m.num_layers % (pp * (vp or 1)):
+        stages = f"model.pipeline_model_parallel_size={pp}" + (
+            f" * model.virtual_pipeline_model_parallel_size={vp}" if vp else ""
+        )
+        found.append(
+            Problem(
+                "model.num_layers",
+                m.num_layers,
+                f"must divide equally into {pp * (vp or 1)} pipeline chunks ({stages})",
+                _nearest(m.num_layers, lambda v: v % (pp * (vp or 1)) == 0),
+            )
+        )
+    found += _divides(
+        "model.num_attention_heads",
+        m.num_attention_heads,
+        m.hidden_size,
+        f"must divide model.hidden_size={m.hidden_size}",
+    )
+    found += _divides(
+        "model.num_query_groups",
+        m.num_query_groups,
+        m.num_attention_heads,
+        f"must divide model.num_attention_heads={m.num_attention_heads}",
+    )
+    shards = {
+        "num_attention_heads": m.num_attention_heads,
+        "num_query_groups": m.num_query_groups,
+        "ffn_hidden_size": m.ffn_hidden_size,
+    }
+    uneven = [f"model.{name}={size}" for name, size in shards.items() if size % tp]
+    if uneven:
+        found.append(
+            Problem(
+                "model.tensor_model_parallel_size",
+                tp,
+                f"must divide {' and '.join(uneven)}: each rank holds an equal share",
+                _nearest(tp, lambda v: all(size % v == 0 for size in shards.values()), highest=m.num_query_groups),
+            )
+        )
+    if cp > 1 and m.seq_length % (2 * cp):
+        found.append(
+            Problem(
+                "model.seq_length",
+                m.seq_length,
+                f"must be a multiple of 2 * model.context_parallel_size = {2 * cp}: each rank takes two slices, "
+                "which balances the causal mask",
+                _nearest(m.seq_length, lambda v: v % (2 * cp) == 0),
+            )
+        )
+    elif m.sequence_parallel and not uneven and m.seq_length % (cp * tp):
+        found.append(
+            Problem(
+                "model.seq_length",
+                m.seq_length,
+                f"must be a multiple of {cp * tp} (model.context_parallel_size * model.tensor_model_parallel_size) "
+                "with model.sequence_parallel=true",
+                _nearest(m.seq_length, lambda v: v % (2 * cp * tp) == 0),
+            )
+        )
+    return found
+
+
+def _divisors(number: int) -> set[int]:
+    return {d for d in range(1, number + 1) if number % d == 0}
+
+
+def _batch(cfg: TrainConfig) -> list[Problem]:
+    m = cfg.model
+    if world_size(cfg) % model_parallel_size(cfg):
+        return []  # said already; there is no data-parallel size to reckon with
+    dp, mbs, gbs = data_parallel_size(cfg), m.micro_batch_size, m.global_batch_size
+    if gbs % (mbs * dp):
+        return [
+            Problem(
+                "model.global_batch_size",
+                gbs,
+                f"must be a multiple of {mbs * dp} (model.micro_batch_size={mbs} * data-parallel size {dp})",
+                _nearest(gbs, lambda v: v % (mbs * dp) == 0),
+            )
+        ]
+    pp, vp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
+    if (vp or 1) > 1 and pp > 1 and num_micro_batches(cfg) % pp:
+        return [
+            Problem(
+                "model.global_batch_size",
+                gbs,
+                f"gives {num_micro_batches(cfg)} micro-batches, which must be a multiple of "
+                f"model.pipeline_model_parallel_size={pp} when stages are interleaved",
+                _nearest(gbs, lambda v: v % (mbs * dp * pp) == 0),
+            )
+        ]
+    return []
+
+
+def _device(cfg: TrainConfig) -> list[Problem]:
+    m, gpu = cfg.model, cfg.gpu
+    found: list[Problem] = []
+    if cfg.precision.name not in gpu.peak_tflops:
+        found.append(
+            Problem(
+                "precision",
+                cfg.precision.name,
+                f"gpu={gpu.name} does not compute in {cfg.precision.name}",
+                f"this device has: {', '.join(gpu.peak_tflops)}",
+            )
+        )
+    elif cfg.precision.fp8:
+        tp = max(1, m.tensor_model_parallel_size)
+        for name, size in (("hidden_size", m.hidden_size), ("ffn_hidden_size", m.ffn_hidden_size)):
+            if size % (FP8_ALIGNMENT * tp):
+                found.append(
+                    Problem(
+                        f"model.{name}",
+                        size,
+                        f"must be a multiple of {FP8_ALIGNMENT * tp} in fp8 (matrix sides of a multiple of "
+                        f"{FP8_ALIGNMENT} on each of {tp} tensor-parallel ranks)",
+                        _nearest(size, lambda v: v % (FP8_ALIGNMENT * tp) == 0),
+                    )
+                )
+    backends = ("flash", "fused", "unfused", "local", "auto")
+    if m.attention_backend not in backends:
+        found.append(
+            Problem(
+                "model.attention_backend",
+                m.attention_backend,
+                "is no attention backend of Megatron",
+                f"valid: {', '.join(backends)}",
+            )
+        )
+    if gpu.device == "cpu":
+        if m.attention_backend in ("flash", "fused"):
+            found.append(
+                Problem(
+                    "model.attention_backend",
+                    m.attention_backend,
+                    "is a CUDA kernel (gpu=cpu is chosen)",
+                    "the value that works: local",
+                )
+            )
+        if m.context_parallel_size > 1:
+            found.append(
+                Problem(
+                    "model.context_parallel_size",
+                    m.context_parallel_size,
+                    "needs Transformer Engine's attention, which needs a GPU (gpu=cpu is chosen)",
+                    "the value that works: 1",
+                )
+            )
+        cuda_only = ("apply_rope_fusion", "persist_layer_norm", "masked_softmax_fusion")
+        found += [
+            Problem(f"model.{name}", "true", "is a CUDA kernel (gpu=cpu is chosen)", "the value that works: false")
+            for name in cuda_only
+            if getattr(m, name)
+        ]
+    elif gpu.device != "cuda":
+        found.append(Problem("gpu.device", gpu.device, "is no device type", "valid: cuda, cpu"))
+    if cfg.cluster.scheduler == "none" and cfg.trainer.num_nodes != 1:
+        found.append(
+            Problem(
+                "trainer.num_nodes",
+                cfg.trainer.num_nodes,
+                f"cluster={cfg.cluster.name} starts processes on this machine alone",
+                "the value that works: 1; or cluster=slurm",
+            )
+        )
+    if not m.optim.use_distributed_optimizer and m.optim.overlap_param_gather:
+        found.append(
+            Problem(
+                "model.optim.overlap_param_gather",
+                "true",
+                "gathers what the distributed optimizer sharded, and model.optim.use_distributed_optimizer=false",
+                "the value that works: false; or model.optim.use_distributed_optimizer=true",
+            )
+        )
+    if m.optim.overlap_param_gather and not m.optim.overlap_grad_reduce:
+        found.append(
+            Problem(
+                "model.optim.overlap_param_gather",
+                "true",
+                "works only together with model.optim.overlap_grad_reduce=true",
+                "the value that works: false; or model.optim.overlap_grad_reduce=true",
+            )
+        )
+    return found
+
+
+def _data(cfg: TrainConfig) -> list[Problem]:
+    data = cfg.data
+    kinds = ("mock", "local", "megatron")
+    found: list[Problem] = []
+    if data.kind not in kinds:
+        found.append(Problem("data.kind", data.kind, "is no kind of data", f"valid: {', '.join(kinds)}"))
+    if data.kind == "megatron":
+        if not data.paths:
+            found.append(
+                Problem("data.paths", "[]", "names no dataset", "give prefixes of .bin/.idx pairs, without suffix")
+            )
+        if data.weights and len(data.weights) != len(data.paths):
+            found.append(
+                Problem(
+                    "data.weights",
+                    data.weights,
+                    f"must hold one weight a path, and data.paths holds {len(data.paths)}",
+                    "[] weighs all paths equally",
+                )
+            )
+        if data.tokenizer is None:
+            found.append(
+                Problem("data.tokenizer", "null", "a tokenised dataset needs its tokenizer", "give its folder")
+            )
+    if data.kind == "local" and cfg.model.vocab_size < 300:
+        found.append(
+            Problem(
+                "model.vocab_size",
+                cfg.model.vocab_size,
+                "is too small for a byte-level tokenizer (256 bytes, special tokens, and merges)",
+                "nearest that works: 300",
+            )
+        )
+    parts = data.split.split(",")
+    try:
+        shares = [float(part) for part in parts]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0:
+        found.append(
+            Problem(
+                "data.split",
+                data.split,
+                "must be three numbers, the shares of train, validation and test, the first above 0",
+                "for example: 99,1,0",
+            )
+        )
+    elif cfg.trainer.limit_val_batches > 0 and shares[1] <= 0 and data.kind != "mock":
+        found.append(
+            Problem(
+                "data.split",
+                data.split,
+                f"leaves nothing to validate on, and trainer.limit_val_batches={cfg.trainer.limit_val_batches}",
+                "for example: 99,1,0; or trainer.limit_val_batches=0",
+            )
+        )
+    return found
+
+
+def _checkpoint(cfg: TrainConfig) -> list[Problem]:
+    c, steps = cfg.checkpoint, cfg.trainer.max_steps
+    found: list[Problem] = []
+    every = c.every_n_steps
+    if every is not None and not 1 <= every <= steps:
+        found.append(
+            Problem(
+                "checkpoint.every_n_steps",
+                every,
+                f"must be between 1 and trainer.max_steps={steps}, or no checkpoint is ever written",
+                f"nearest that works: {1 if every < 1 else steps}; null writes none",
+            )
+        )
+    if every is not None and cfg.gpu.device == "cpu" and cfg.model.optim.use_distributed_optimizer:
+        found.append(
+            Problem(
+                "model.optim.use_distributed_optimizer",
+                "true",
+                "cannot save checkpoints on CPU: Megatron's distributed optimizer expects the step counter of a "
+                "fused GPU Adam",
+                "the value that works: false; or checkpoint.every_n_steps=null",
+            )
+        )
+    if c.resume_from is not None and c.weights_from is not None:
+        found.append(
+            Problem(
+                "checkpoint.weights_from",
+                c.weights_from,
+                "takes initial weights only, and checkpoint.resume_from continues a run: one of the two",
+                "leave one of them null",
+            )
+        )
+    return found
+
+
+def machine_problems(cfg: TrainConfig) -> list[Problem]:
+    """What this machine lacks to run `cfg` here and now: GPUs, dataset and tokenizer files, checkpoints."""
+    found: list[Problem] = []
+    if cfg.gpu.device == "cuda":
+        present = _count_gpus()
+        if present < cfg.trainer.devices:
+            found.append(
+                Problem(
+                    "trainer.devices",
+                    cfg.trainer.devices,
+                    f"this machine has {present} NVIDIA GPU{'' if present == 1 else 's'}",
+                    "scale=local runs without a GPU; launch=dry checks a point and runs nothing",
+                )
+            )
+    if cfg.data.kind == "megatron":
+        found += _dataset_files(cfg)
+    for name in ("resume_from", "weights_from"):
+        folder = getattr(cfg.checkpoint, name)
+        if folder is not None:
+            found += _checkpoint_folder(f"checkpoint.{name}", folder)
+    return found
+
+
+def _count_gpus() -> int:
+    """NVIDIA GPUs this machine shows, without loading CUDA: the driver's own device files."""
+    return sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
+
+
+def _dataset_files(cfg: TrainConfig) -> list[Problem]:
+    from nemo_bench.data.indexed_dataset import inspect
+
+    fix = "data=local and data=mock need no files"
+    found: list[Problem] = []
+    for prefix in cfg.data.paths:
+        try:
+            inspect(Path(prefix), vocab_size=cfg.model.vocab_size)
+        except BenchError as error:
+            found.append(Problem("data.paths", prefix, str(error), fix))
+    if cfg.data.tokenizer is not None and not (Path(cfg.data.tokenizer) / "tokenizer.json").is_file():
+        found.append(
+            Problem("data.tokenizer", cfg.data.tokenizer, "holds no tokenizer.json (Hugging Face's format)", fix)
+        )
+    return found
+
+
+def _checkpoint_folder(key: str, folder: str) -> list[Problem]:
+    from nemo_bench.results.record import last_checkpoint
+
+    path = Path(folder)
+    if not path.is_dir():
+        return [
+            Problem(
+                key,
+                folder,
+                "is not a folder",
+                "give a run folder that wrote checkpoints, or one of its checkpoints",
+            )
+        ]
+    if last_checkpoint(path) is None:
+        return [Problem(key, folder, "holds no finished checkpoint", "give a run with checkpoint.every_n_steps set")]
+    return []

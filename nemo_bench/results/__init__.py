@@ -1,0 +1,1 @@
+"""Run records, and the numbers made from them."""

@@ -1,0 +1,342 @@
+"""The run folder: everything a report needs, written so that a run killed at any moment is still readable.
+
+========================  ============================================================================================
+config.yaml               the composed configuration, every interpolation resolved
+run.json                  command line, overrides, git revision, processes, state: written anew whole at each change
+node.json                 rank 0's machine: host, devices, driver, package versions, environment without secrets
+steps.jsonl               a line a step (`step`, `loss`, `train_step_timing_s`, ...), flushed at once
+events.jsonl              a line a phase, with its time: importing, building, training, validation, done
+rank<N>.out               everything rank N printed, NeMo's own `train_step_timing in s` lines on rank 0
+rank<N>.error.json        the exception that ended rank N
+peak_rank<N>.json         the measured matrix rate, on devices without a published peak
+checkpoints/              where checkpoint.every_n_steps is set
+========================  ============================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import shlex
+import socket
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+CONFIG = "config.yaml"
+RUN = "run.json"
+NODE = "node.json"
+STEPS = "steps.jsonl"
+EVENTS = "events.jsonl"
+CHECKPOINTS = "checkpoints"
+
+# What a benchmark's numbers can depend on. An allow list: a secret in an unexpected variable stays out of the record.
+_KEPT_ENVIRONMENT = re.compile(
+    r"^(SLURM|SBATCH|NCCL|NVTE|CUDA|CUBLAS|CUDNN|TORCH|PYTORCH|NVIDIA|NEMO|MEGATRON|OMP|MKL|GLOO|UCX|FI|PMI|PMIX|UB)_"
+    r"|^(PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|PYTHONUNBUFFERED|STAGE_PATH|GSW_VERSION|VIRTUAL_ENV|CONDA_PREFIX"
+    r"|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|NODE_RANK|LOCAL_WORLD_SIZE|TOKENIZERS_PARALLELISM"
+    r"|TRANSFORMERS_OFFLINE|HF_HUB_OFFLINE|HF_HOME|LANG|LC_ALL|TZ)$"
+)
+_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE|AUTH|COOKIE", re.IGNORECASE)
+
+_PACKAGES = (
+    "torch",
+    "nemo_toolkit",
+    "megatron-core",
+    "transformer-engine",
+    "lightning",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "triton",
+)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces `path` in one step: a reader, or a kill, sees the old text or the new."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_atomically` of readable JSON."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as the strings that float() reads."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+class _Lines:
+    """A file of JSON lines, opened for each (some 30 us): NeMo copies callbacks, and an open file cannot be copied."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, row: dict[str, Any]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({key: _strict(value) for key, value in row.items()}) + "\n")
+
+
+class StepLog(_Lines):
+    """`steps.jsonl`: adds `time`, seconds since 1970 at the end of the step."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir / STEPS)
+
+    def write(self, row: dict[str, Any]) -> None:
+        super().write({**row, "time": round(time.time(), 6)})
+
+
+class EventLog:
+    """`events.jsonl`; one rank writes it, the others hold one that is not enabled."""
+
+    def __init__(self, run_dir: Path, *, enabled: bool = True) -> None:
+        self._lines = _Lines(run_dir / EVENTS) if enabled else None
+
+    def write(self, event: str, **details: Any) -> None:
+        if self._lines is not None:
+            self._lines.write({"event": event, "time": round(time.time(), 3), **details})
+
+
+def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The complete JSON lines of `path` from byte `offset` on, and the offset to go on from.
+
+    A last line without its end, from a process that is writing it or was killed over it, is left for the next call.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return [], offset
+    complete = data.rfind(b"\n") + 1
+    rows = [json.loads(line) for line in data[:complete].splitlines() if line.strip()]
+    return rows, offset + complete
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands or ended. `state`: running, completed, failed, killed or interrupted."""
+
+    state: str
+    exit_code: int | None = None
+    reason: str | None = None
+    rank: int | None = None  # the rank that failed first
+    ended_at: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "completed"
+
+
+def timestamp() -> str:
+    """Now, in UTC, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def new_run_dir(results: Path) -> Path:
+    """Makes `results/<date>-<time>-<random>`, unique also for runs started in the same second."""
+    name = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    path = results / name
+    path.mkdir(parents=True)
+    return path
+
+
+def create(run_dir: Path, *, config_yaml: str, command: list[str], overrides: list[str], ranks: int) -> None:
+    """Writes `config.yaml` and `run.json` (state: running) of a run about to start."""
+    write_atomically(run_dir / CONFIG, config_yaml)
+    write_json(
+        run_dir / RUN,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "run": run_dir.name,
+            "created_at": timestamp(),
+            "command": shlex.join(command),
+            "overrides": overrides,
+            "git": _git_revision(),
+            "ranks": ranks,
+            "launcher": {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": process_start(os.getpid()),
+            },
+            "status": asdict(Status("running")),
+        },
+    )
+
+
+def set_status(run_dir: Path, status: Status) -> None:
+    """Records how the run ended, in `run.json`."""
+    content = json.loads((run_dir / RUN).read_text())
+    if status.ended_at is None:
+        status = Status(**{**asdict(status), "ended_at": timestamp()})
+    content["status"] = asdict(status)
+    write_json(run_dir / RUN, content)
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """`run.json`."""
+    content = json.loads((run_dir / RUN).read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def read_status(run_dir: Path) -> Status:
+    """The recorded status; a run recorded as running whose launching process is gone from this host was killed."""
+    content = read_run(run_dir)
+    status = Status(**content["status"])
+    launcher = content["launcher"]
+    if (
+        status.state == "running"
+        and launcher["host"] == socket.gethostname()
+        and process_start(launcher["pid"]) != launcher["started"]
+    ):
+        return Status("killed", reason="the launching process is gone and recorded no end: it was killed")
+    return status
+
+
+def process_start(pid: int) -> str | None:
+    """When process `pid` started (boot ticks), which tells it from a later one of that number; None: there is none."""
+    try:
+        # The second field, the program's name in parentheses, may hold spaces.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def rank_log(run_dir: Path, rank: int) -> Path:
+    """Where everything that `rank` prints goes."""
+    return run_dir / f"rank{rank}.out"
+
+
+def write_rank_error(run_dir: Path, rank: int, error: BaseException) -> None:
+    """The exception that ended `rank`, for the launching process to show."""
+    write_json(
+        run_dir / f"rank{rank}.error.json",
+        {
+            "rank": rank,
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "type": type(error).__name__,
+            "message": str(error),
+        },
+    )
+
+
+def read_rank_errors(run_dir: Path) -> list[dict[str, Any]]:
+    """All ranks' exceptions, the first to happen first: the others are often its consequences."""
+    errors = [json.loads(path.read_text()) for path in run_dir.glob("rank*.error.json")]
+    return sorted(errors, key=lambda error: float(error["time"]))
+
+
+def write_peak(run_dir: Path, rank: int, peak: dict[str, object]) -> None:
+    """The matrix rate that `rank` measured."""
+    write_json(run_dir / f"peak_rank{rank}.json", peak)
+
+
+def read_peaks(run_dir: Path) -> list[dict[str, Any]]:
+    """The matrix rates that the ranks measured; empty where the peak is a published one."""
+    return [json.loads(path.read_text()) for path in sorted(run_dir.glob("peak_rank*.json"))]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last finished checkpoint of a run folder, or `folder` itself where that is one; None: there is none.
+
+    NeMo marks a checkpoint that is being written by a file beside it, `<name>-unfinished`.
+    """
+    found = [
+        (int(match[1]), path)
+        for path in [folder, *(folder / CHECKPOINTS).glob("step=*")]
+        if (match := re.match(r"step=(\d+)", path.name))
+        and (path / "weights").is_dir()
+        and not path.with_name(path.name + "-unfinished").exists()
+    ]
+    return max(found)[1] if found else None
+
+
+def write_node(run_dir: Path) -> None:
+    """`node.json`, about the machine and software that this process runs on. Imports nothing heavy."""
+    write_json(
+        run_dir / NODE,
+        {
+            "host": socket.gethostname(),
+            "system": platform.platform(),
+            "cpu": _cpu_model(),
+            "cpu_cores": os.cpu_count(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "gpus": _gpus(),
+            "python": platform.python_version(),
+            "packages": _package_versions(),
+            "environment": kept_environment(dict(os.environ)),
+        },
+    )
+
+
+def kept_environment(environment: dict[str, str]) -> dict[str, str]:
+    """The variables that a benchmark can depend on, without anything that looks like a secret."""
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if _KEPT_ENVIRONMENT.match(name) and not _SECRET.search(name)
+    }
+
+
+def _package_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cpu_model() -> str:
+    try:
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        match = None
+    return match[1] if match else platform.machine()
+
+
+def _output(command: list[str], cwd: Path | None = None) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=cwd, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _gpus() -> list[dict[str, str]]:
+    fields = ("name", "driver_version", "memory.total", "power.limit")
+    out = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"])
+    return [dict(zip(fields, line.split(", "))) for line in (out or "").splitlines()]
+
+
+def _git_revision() -> dict[str, Any] | None:
+    """Revision of this project, and whether its files differ from it; None where it is no checkout."""
+    here = Path(__file__).resolve().parent
+    revision = _output(["git", "rev-parse", "HEAD"], cwd=here)
+    if revision is None:
+        return None
+    changes = _output(["git", "status", "--porcelain"], cwd=here)
+    return {"revision": revision.strip(), "modified": bool(changes and changes.strip())}

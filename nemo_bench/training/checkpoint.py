@@ -1,0 +1,52 @@
+"""Checkpoints of a run: written every N steps, or read to continue a run or to start from its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo import lightning as nl
+
+from nemo_bench.config import TrainConfig
+from nemo_bench.results.record import CHECKPOINTS, last_checkpoint
+
+
+def build_checkpoint_callback(cfg: TrainConfig, run_dir: Path) -> Any | None:
+    """NeMo's ModelCheckpoint for `checkpoint.every_n_steps`, or None where none is asked for."""
+    every = cfg.checkpoint.every_n_steps
+    if every is None:
+        return None
+    return nl.ModelCheckpoint(
+        dirpath=str(run_dir / CHECKPOINTS),
+        filename="{step}",  # step=9: the last step that is in it, counted as in steps.jsonl
+        monitor=None,
+        every_n_train_steps=every,
+        save_top_k=-1,  # all
+        save_last=False,
+        save_optim_on_train_end=True,
+        always_save_context=False,
+        save_context_on_train_end=False,
+    )
+
+
+def build_resume(cfg: TrainConfig) -> nl.AutoResume | None:
+    """How to start from another run's checkpoint, or None to start afresh."""
+    if cfg.checkpoint.resume_from is not None:
+        return _Resume(resume_from_path=str(last_checkpoint(Path(cfg.checkpoint.resume_from))))
+    if cfg.checkpoint.weights_from is not None:
+        return nl.AutoResume(
+            restore_config=nl.RestoreConfig(
+                path=str(last_checkpoint(Path(cfg.checkpoint.weights_from))),
+                load_model_state=True,
+                load_optim_state=False,
+                load_artifacts=False,
+            )
+        )
+    return None
+
+
+class _Resume(nl.AutoResume):
+    """AutoResume that needs no checkpoint callback: a resumed run may well write no checkpoints itself."""
+
+    def setup(self, trainer: Any, model: Any = None) -> None:
+        trainer.ckpt_path = self.get_trainer_ckpt_path(model)

@@ -1,0 +1,135 @@
+"""Answers "which CUDA device?" with "the CPU", so that Megatron and NeMo run unchanged where there is no GPU.
+
+Megatron-core and NeMo name the device in many places (`device=torch.cuda.current_device()`, `.cuda()`,
+`.to("cuda")`, `pin_memory=True`, streams and events around communication). On one CPU there is one device, one
+stream, and everything is finished when the call returns: that is all this module says. It changes no model, optimizer,
+data, loss or training loop, and does nothing where CUDA is available.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class _Stream:
+    """The one stream of a CPU: in order, and idle whenever somebody looks."""
+
+    device = CPU
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def query(self) -> bool:
+        return True
+
+
+class _Event:
+    """An event on that stream: over as soon as it is recorded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: object = None) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _Generators:
+    """`torch.cuda.default_generators`: one device, one generator."""
+
+    def __getitem__(self, device: object) -> torch.Generator:
+        return torch.default_generator
+
+
+_STREAM = _Stream()
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    if isinstance(device, torch.device):
+        return bool(device.type == "cuda")
+    # A bare number is a CUDA device's. (A bool in the place of a device is some other argument.)
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Reads `cuda` as `cpu` in the arguments of torch functions."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if func is torch.Tensor.to:
+            args = tuple(CPU if _is_cuda(a) else a for a in args)
+            # non_blocking speaks of a copy between devices
+            kwargs.pop("non_blocking", None)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron tells precisions apart by names such as 'torch.cuda.FloatTensor'.
+            name = func(*args)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.") else name
+        return func(*args, **kwargs)
+
+
+def install() -> bool:
+    """Makes this process see the CPU as its CUDA device; call it before megatron or nemo are imported.
+
+    Returns:
+        False, with nothing changed, where CUDA is available.
+    """
+    if torch.cuda.is_available():
+        return False
+    answers: dict[str, Any] = {
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda stream: contextlib.nullcontext(stream),
+        "current_stream": lambda device=None: _STREAM,
+        "default_stream": lambda device=None: _STREAM,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        # Resuming asserts it, right after the process group has been set up.
+        "is_initialized": lambda: True,
+        # NeMo seeds Megatron's random state trackers only where there is a device.
+        "device_count": lambda: 1,
+        # The random state that those trackers fork and restore: the CPU generator's.
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "default_generators": _Generators(),
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.cuda.random.get_rng_state = answers["get_rng_state"]
+    # Entered for the life of the process: Megatron's modules allocate their buffers at any time.
+    _CudaMeansCpu().__enter__()
+    return True

@@ -1,0 +1,67 @@
+"""The data module of a configuration: Megatron's indexed datasets, or random tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from nemo.collections import llm
+
+from nemo_bench.config import TrainConfig
+
+
+def build_tokenizer(cfg: TrainConfig) -> Any:
+    """NeMo's tokenizer: a Hugging Face folder's, or for random tokens one that only has a size."""
+    if cfg.data.kind == "mock":
+        from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
+
+        return NullTokenizer(cfg.model.vocab_size - 1)  # it adds an end-of-document token
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    return AutoTokenizer(pretrained_model_name=str(cfg.data.tokenizer), use_fast=True)
+
+
+def _content_key(prefixes: list[str]) -> str:
+    """Names the folder of Megatron's sample order after the files it was made for.
+
+    Megatron finds a saved order by path, seed and length alone: after a dataset was prepared anew at the same path it
+    would go on with the old one's.
+    """
+    stats = [Path(f"{prefix}{suffix}").stat() for prefix in prefixes for suffix in (".bin", ".idx")]
+    content = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    return hashlib.sha256(repr((prefixes, content)).encode()).hexdigest()[:16]
+
+
+def build_data(cfg: TrainConfig, tokenizer: Any) -> Any:
+    """`PreTrainingDataModule` on the .bin/.idx pairs of `cfg.data`, or `MockDataModule`."""
+    m, data = cfg.model, cfg.data
+    # Pinned memory speeds up copies to a GPU.
+    shared: dict[str, Any] = {
+        "seq_length": m.seq_length,
+        "micro_batch_size": m.micro_batch_size,
+        "global_batch_size": m.global_batch_size,
+        "tokenizer": tokenizer,
+        "num_workers": data.num_workers,
+        "pin_memory": cfg.gpu.device == "cuda",
+        "persistent_workers": False,
+    }
+    if data.kind == "mock":
+        validation = cfg.trainer.limit_val_batches * m.global_batch_size
+        return llm.MockDataModule(
+            num_train_samples=cfg.trainer.max_steps * m.global_batch_size,
+            num_val_samples=validation,
+            num_test_samples=0,
+            **shared,
+        )
+    paths: list[str] = list(data.paths)
+    if data.weights:
+        paths = [item for weight, path in zip(data.weights, data.paths) for item in (str(weight), path)]
+    assert data.folder is not None
+    return llm.PreTrainingDataModule(
+        paths=paths,
+        split=data.split,
+        seed=cfg.trainer.seed,
+        index_mapping_dir=str(Path(data.folder) / "index_mapping" / _content_key(data.paths)),
+        **shared,
+    )

@@ -1,0 +1,32 @@
+"""Megatron's transformer layer without Transformer Engine: what a CPU can compute.
+
+Megatron's own local specification refuses sequence parallelism ("not supported by torch LayerNorm"), because the
+gradients of a norm's weights are then partial sums that must be added up over the tensor-parallel ranks, and
+torch.nn.RMSNorm does not mark its weight so. This one does, with the mark Megatron's gradient finalisation looks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with Megatron's constructor and its sequence-parallel mark on the weight."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def local_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of one pipeline chunk (`vp_stage` of this rank), norms by `RMSNorm`, for `transformer_layer_spec`."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization=config.normalization)
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -1,0 +1,35 @@
+"""Megatron's Adam, distributed or not, with the recipe's cosine schedule."""
+
+from __future__ import annotations
+
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+
+from nemo_bench.config import TrainConfig
+
+
+def build_optimizer(cfg: TrainConfig) -> nl.MegatronOptimizerModule:
+    """Adam over fp32 main weights; NeMo copies the number formats from the precision plugin."""
+    o = cfg.model.optim
+    return nl.MegatronOptimizerModule(
+        config=OptimizerConfig(
+            optimizer="adam",
+            lr=o.lr,
+            min_lr=o.min_lr,
+            weight_decay=o.weight_decay,
+            adam_beta1=o.adam_beta1,
+            adam_beta2=o.adam_beta2,
+            adam_eps=o.adam_eps,
+            clip_grad=o.clip_grad,
+            bf16=cfg.precision.trainer_precision == "bf16-mixed",
+            use_distributed_optimizer=o.use_distributed_optimizer,
+            overlap_param_gather=o.overlap_param_gather,  # must agree with the data-parallel wrapper's
+        ),
+        lr_scheduler=CosineAnnealingScheduler(
+            max_steps=cfg.trainer.max_steps,
+            warmup_steps=o.warmup_steps,
+            constant_steps=0,
+            min_lr=o.min_lr,
+        ),
+    )

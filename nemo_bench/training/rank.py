@@ -1,0 +1,96 @@
+"""One rank of a run: `python -m nemo_bench.training.rank RUN_FOLDER`, with its place in RANK, LOCAL_RANK, …
+
+Everything it needs is in the run folder (config.yaml); everything it has to say goes there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from nemo_bench.config import TrainConfig, load
+from nemo_bench.launch import lifeline
+from nemo_bench.results import record
+
+
+def main(run_dir: Path) -> None:
+    """Trains as `run_dir/config.yaml` says; an exception ends in this rank's error file and exit status 1."""
+    rank = int(os.environ["RANK"])
+    lifeline.watch(run_dir)
+    events = record.EventLog(run_dir, enabled=rank == 0)
+    try:
+        cfg = load(run_dir / record.CONFIG)
+        if rank == 0:
+            record.write_node(run_dir)
+        events.write("importing")
+        train(cfg, run_dir, rank, events)
+    except BaseException as error:
+        traceback.print_exc()
+        record.write_rank_error(run_dir, rank, error)
+        # Another rank may wait in a collective for this one: leave at once, past every destructor that would wait too.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -> None:
+    """Builds model, data, optimizer and trainer, and runs NeMo's `llm.pretrain`."""
+    if cfg.gpu.device == "cpu":
+        from nemo_bench.training import cpu_device
+
+        cpu_device.install()
+
+    # About 20 s on a CPU: torch, Transformer Engine, megatron-core, Lightning and NeMo.
+    from nemo import lightning as nl
+    from nemo.collections import llm
+    from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectionCallback
+
+    from nemo_bench.training.callbacks import StepRecorder, build_timing
+    from nemo_bench.training.checkpoint import build_checkpoint_callback, build_resume
+    from nemo_bench.training.data import build_data, build_tokenizer
+    from nemo_bench.training.model import build_model
+    from nemo_bench.training.optimizer import build_optimizer
+    from nemo_bench.training.trainer import build_strategy, build_trainer
+
+    events.write("building")
+    if cfg.gpu.peak_tflops.get(cfg.precision.name) is None:
+        from nemo_bench.training.peak import measure_peak
+
+        record.write_peak(run_dir, rank, measure_peak(cfg.precision.name).as_dict())
+
+    tokenizer = build_tokenizer(cfg)
+    timing = build_timing(cfg)
+    callbacks: list[Any] = [
+        timing,
+        GarbageCollectionCallback(cfg.trainer.gc_interval, cfg.trainer.gc_interval),
+    ]
+    if rank == 0:
+        callbacks.append(StepRecorder(cfg, timing, record.StepLog(run_dir), events))
+    strategy = build_strategy(cfg)
+    if cfg.gpu.device == "cpu":
+        # NeMo's ProgressPrinter reads Megatron's timers on rank 0 alone, which all-gathers: with gloo the next
+        # collective then never ends.
+        strategy.timers = None
+    trainer = build_trainer(cfg, callbacks, strategy)
+    llm.pretrain(
+        model=build_model(cfg, tokenizer),
+        data=build_data(cfg, tokenizer),
+        trainer=trainer,
+        log=nl.NeMoLogger(
+            explicit_log_dir=str(run_dir / "nemo"),
+            log_global_rank_0_only=True,
+            ckpt=build_checkpoint_callback(cfg, run_dir),
+            update_logger_directory=False,
+        ),
+        resume=build_resume(cfg),
+        optim=build_optimizer(cfg),
+    )
+    events.write("done")
+
+
+if __name__ == "__main__":
+    # The guard matters: saving a checkpoint spawns a process that imports this file again.
+    main(Path(sys.argv[1]))

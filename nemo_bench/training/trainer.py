@@ -1,0 +1,89 @@
+"""NeMo's Trainer with MegatronStrategy: parallel layout, precision, gradient reduction, callbacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo import lightning as nl
+
+from nemo_bench.config import TrainConfig
+
+
+def build_strategy(cfg: TrainConfig) -> nl.MegatronStrategy:
+    """The parallel layout of `cfg` and Megatron's data-parallel wrapper."""
+    m, o = cfg.model, cfg.model.optim
+    on_gpu = cfg.gpu.device == "cuda"
+    return nl.MegatronStrategy(
+        tensor_model_parallel_size=m.tensor_model_parallel_size,
+        pipeline_model_parallel_size=m.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=m.virtual_pipeline_model_parallel_size,
+        context_parallel_size=m.context_parallel_size,
+        sequence_parallel=m.sequence_parallel and m.tensor_model_parallel_size > 1,
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=o.use_distributed_optimizer,
+            overlap_grad_reduce=o.overlap_grad_reduce,
+            overlap_param_gather=o.overlap_param_gather,
+            # With interleaved stages all stages gather at the same time, as NeMo's comm overlap callback has it.
+            align_param_gather=o.overlap_param_gather and (m.virtual_pipeline_model_parallel_size or 1) > 1,
+            grad_reduce_in_fp32=o.grad_reduce_in_fp32,
+            average_in_collective=on_gpu,  # gloo has no averaging reduction
+            check_for_nan_in_grad=False,  # it would synchronise the device at every step
+        ),
+        gradient_as_bucket_view=True,
+        ckpt_async_save=False,
+        process_group_backend="nccl" if on_gpu else "gloo",
+    )
+
+
+def build_precision(cfg: TrainConfig) -> nl.MegatronMixedPrecision:
+    """Number formats of parameters, activations, gradients and fp8 matrix products."""
+    import torch
+
+    p = cfg.precision
+    half = p.trainer_precision == "bf16-mixed"
+    fp8: dict[str, Any] = {}
+    if p.fp8:
+        fp8 = {
+            "fp8": p.fp8,
+            "fp8_recipe": p.fp8_recipe,
+            "fp8_margin": p.fp8_margin,
+            "fp8_amax_history_len": p.fp8_amax_history_len,
+            "fp8_amax_compute_algo": p.fp8_amax_compute_algo,
+            "fp8_param_gather": p.fp8_param_gather,
+        }
+    return nl.MegatronMixedPrecision(
+        precision=p.trainer_precision,  # type: ignore[arg-type]  # a Literal in NeMo
+        params_dtype=torch.bfloat16 if half else torch.float32,
+        pipeline_dtype=torch.bfloat16 if half else torch.float32,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=cfg.model.optim.grad_reduce_in_fp32,
+        **fp8,
+    )
+
+
+def build_trainer(cfg: TrainConfig, callbacks: list[Any], strategy: nl.MegatronStrategy) -> nl.Trainer:
+    """The trainer: `max_steps` steps, one validation after the last, no logger but the run record."""
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+
+    t = cfg.trainer
+    return nl.Trainer(
+        accelerator="gpu" if cfg.gpu.device == "cuda" else "cpu",
+        devices=t.devices,
+        num_nodes=t.num_nodes,
+        max_steps=t.max_steps,
+        max_epochs=1,
+        val_check_interval=t.max_steps,
+        limit_val_batches=t.limit_val_batches,
+        limit_test_batches=0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=cfg.checkpoint.every_n_steps is not None or cfg.checkpoint.resume_from is not None,
+        accumulate_grad_batches=1,
+        use_distributed_sampler=False,
+        # Named outright: the ranks are started by nemo_bench, whatever else the environment looks like.
+        plugins=[build_precision(cfg), LightningEnvironment()],
+        strategy=strategy,
+        callbacks=callbacks,
+    )

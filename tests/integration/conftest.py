@@ -1,0 +1,167 @@
+"""Real runs of `train.py` on this machine's CPU, each with all its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+# A Llama that takes milliseconds a step; four layers, so that PP2 VP2 fits, and heads for TP2.
+SMALL = (
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=224",
+    "model.seq_length=64",
+    "model.vocab_size=512",
+    "model.micro_batch_size=1",
+    "model.global_batch_size=8",
+    "data.corpus_bytes=1000000",
+    "trainer.max_steps=20",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished `train.py` left."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    run_dir: Path
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run_dir / "steps.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.steps]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        status = json.loads((self.run_dir / "run.json").read_text())["status"]
+        assert isinstance(status, dict)
+        return status
+
+
+def environment(stage: Path) -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HYDRA_"))}
+    return {**env, "STAGE_PATH": str(stage)}
+
+
+def run_dirs(stage: Path) -> set[Path]:
+    return {path.parent for path in stage.glob("results/**/run.json")}
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One stage folder for all runs: its dataset is built once."""
+    return tmp_path_factory.mktemp("stage")
+
+
+@pytest.fixture(scope="session")
+def train(stage: Path) -> Callable[..., Run]:
+    """Runs `train.py` with these overrides on the small model to its end."""
+
+    def run(*overrides: str, small: bool = True, check: bool = True) -> Run:
+        before = run_dirs(stage)
+        done = subprocess.run(
+            [sys.executable, str(PROJECT / "train.py"), *(SMALL if small else ()), *overrides],
+            cwd=stage,
+            env=environment(stage),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        (run_dir,) = run_dirs(stage) - before
+        return Run(done.returncode, done.stdout, done.stderr, run_dir)
+
+    return run
+
+
+class Started:
+    """A running `train.py`, to be disturbed."""
+
+    def __init__(self, stage: Path, *overrides: str) -> None:
+        before = run_dirs(stage)
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROJECT / "train.py"), *SMALL, "trainer.max_steps=100000", *overrides],
+            cwd=stage,
+            env=environment(stage),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.run_dir = wait_for(lambda: next(iter(run_dirs(stage) - before), None), "a run folder")
+
+    def wait_for_steps(self, count: int) -> None:
+        steps = self.run_dir / "steps.jsonl"
+        wait_for(lambda: steps.exists() and steps.read_text().count("\n") >= count, f"step {count}", 200)
+
+    def rank_pids(self) -> list[int]:
+        """Processes of this run (ranks and their data loaders), by the run folder on their command line."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    arguments = (entry / "cmdline").read_bytes().split(b"\0")
+                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                except OSError:
+                    continue
+                if str(self.run_dir).encode() in arguments and state != "Z":
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def wait_until_ranks_are_gone(self) -> None:
+        wait_for(lambda: not self.rank_pids(), "the end of all ranks", 30)
+
+    def status(self) -> dict[str, Any]:
+        status = json.loads((self.run_dir / "run.json").read_text())["status"]
+        assert isinstance(status, dict)
+        return status
+
+    def finish(self) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, output
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = 60) -> Any:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    pytest.fail(f"waited {timeout:.0f} s for {what}")
+
+
+@pytest.fixture
+def start(stage: Path) -> Iterator[Callable[..., Started]]:
+    """Starts `train.py` for the test to disturb; whatever still runs afterwards is killed."""
+    runs: list[Started] = []
+
+    def begin(*overrides: str) -> Started:
+        runs.append(Started(stage, *overrides))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        for pid in [run.process.pid, *run.rank_pids()]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        run.process.wait()

@@ -1,0 +1,64 @@
+"""The bare command, as a newcomer runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_bench.results.record import read_status
+from nemo_bench.results.summary import summarise
+
+from .conftest import Run
+
+pytestmark = pytest.mark.train
+
+
+@pytest.fixture(scope="module")
+def bare(train: Callable[..., Run]) -> Run:
+    return train(small=False)
+
+
+def test_fifty_steps_on_real_text_and_the_loss_falls(bare: Run) -> None:
+    assert [row["step"] for row in bare.steps] == list(range(50))
+    assert all(math.isfinite(loss) for loss in bare.losses)
+    assert sum(bare.losses[-5:]) / 5 < 0.6 * bare.losses[0]
+
+
+def test_each_step_is_shown_and_the_summary_at_the_end(bare: Run) -> None:
+    assert bare.stdout.count("train_step_timing") == 50
+    for name in ("loss", "step time (s)", "tokens/s", "TFLOP/s", "MFU", "days to 1T tokens"):
+        assert name in bare.stdout, name
+    assert f"evidence: {bare.run_dir}" in bare.stdout
+    # NeMo's noise is in the log, not on the terminal.
+    assert "NeMo W" not in bare.stdout + bare.stderr
+    assert bare.stderr == ""
+
+
+def test_the_recipes_grep_finds_nemos_own_lines(bare: Run, stage: Path) -> None:
+    assert bare.run_dir.parent == stage / "results" / "nemo-2.7.3" / "fp32" / "tiny" / "1"
+    log = (bare.run_dir / "rank0.out").read_text()
+    assert log.count("train_step_timing in s: ") == 50
+
+
+def test_the_record_is_whole(bare: Run) -> None:
+    assert read_status(bare.run_dir).finished
+    run = json.loads((bare.run_dir / "run.json").read_text())
+    assert run["command"].endswith("train.py")
+    node = json.loads((bare.run_dir / "node.json").read_text())
+    assert node["packages"]["megatron-core"] == "0.15.3"
+    assert node["cpu_cores"] >= 1
+    events = [json.loads(line)["event"] for line in (bare.run_dir / "events.jsonl").read_text().splitlines()]
+    assert events == ["importing", "building", "training", "validation", "validated", "done"]
+
+
+def test_the_numbers_follow_from_the_record(bare: Run) -> None:
+    summary = summarise(bare.run_dir)
+    times = sorted(row["train_step_timing_s"] for row in bare.steps)
+    assert times[0] <= summary.times.median_s <= times[-1]
+    assert summary.tokens_per_s * summary.days_to_train * 86400 == pytest.approx(1e12)
+    assert 0 < summary.mfu_causal < summary.mfu < 1
+    assert summary.peak_source.startswith("measured")

@@ -1,0 +1,141 @@
+"""Runs that are killed, interrupted or starved: what the user sees, and what the record says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_bench.results.record import read_lines, read_status
+
+from .conftest import PROJECT, SMALL, Run, Started, environment, wait_for
+
+pytestmark = pytest.mark.train
+
+
+def test_a_killed_rank_ends_the_run_and_is_named(start: Callable[..., Started]) -> None:
+    run = start("trainer.devices=2")
+    run.wait_for_steps(3)
+    # A rank leads its process group; its data loaders do not.
+    ranks = [pid for pid in run.rank_pids() if os.getpgid(pid) == pid]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    exit_code, output = run.finish()
+    assert exit_code == 1
+    assert "rank 1 of 2 failed: killed by SIGKILL" in output
+    assert "Traceback" not in output.partition("failed:")[0]
+    assert run.status()["state"] == "killed"
+    assert run.status()["rank"] == 1
+    run.wait_until_ranks_are_gone()
+
+
+def test_a_killed_launcher_takes_its_ranks_along_and_the_record_says_so(
+    start: Callable[..., Started],
+) -> None:
+    run = start("trainer.devices=2")
+    run.wait_for_steps(3)
+    run.process.kill()
+    run.wait_until_ranks_are_gone()
+    wait_for(lambda: run.status()["state"] == "killed", "the record to say killed")
+    assert read_status(run.run_dir).reason == "the process that launched the run was killed"
+    # Still readable: every line that was recorded is whole.
+    steps, _ = read_lines(run.run_dir / "steps.jsonl")
+    assert [row["step"] for row in steps] == list(range(len(steps)))
+
+
+def test_a_whole_run_killed_at_once_reads_as_killed(start: Callable[..., Started]) -> None:
+    run = start()
+    wait_for(run.rank_pids, "the rank")
+    for pid in [*run.rank_pids(), run.process.pid]:
+        os.kill(pid, signal.SIGSTOP)  # so that none can write a last word
+    for pid in [*run.rank_pids(), run.process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    run.process.wait()
+    run.wait_until_ranks_are_gone()
+    assert run.status()["state"] == "running"
+    assert read_status(run.run_dir).state == "killed"
+
+
+def test_ctrl_c_ends_all_ranks(start: Callable[..., Started]) -> None:
+    run = start("trainer.devices=2")
+    run.wait_for_steps(2)
+    os.kill(run.process.pid, signal.SIGINT)
+    exit_code, output = run.finish()
+    assert exit_code == 130
+    assert "interrupted: all ranks were ended" in output
+    assert "Traceback" not in output
+    assert run.status()["state"] == "interrupted"
+    assert run.rank_pids() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named(small_disk: Path, stage: Path) -> None:
+    # The dataset fits; the checkpoint does not.
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(PROJECT / "train.py"),
+            *SMALL,
+            "model.hidden_size=512",
+            "checkpoint.every_n_steps=1",
+        ],
+        cwd=small_disk,
+        env=environment(small_disk),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "No space left on device" in result.stderr
+    assert read_status(next(small_disk.glob("results/**/run.json")).parent).state == "failed"
+
+
+def test_a_truncated_dataset_is_refused_before_anything_starts(
+    train: Callable[..., Run], stage: Path, tmp_path: Path
+) -> None:
+    train("trainer.max_steps=1")
+    copy = tmp_path / "data"
+    shutil.copytree(stage / "data" / "local-vocab512" / "dataset", copy)
+    binary = copy / "my-llama_00_text_document.bin"
+    os.truncate(binary, binary.stat().st_size // 2)
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(PROJECT / "train.py"),
+            *SMALL,
+            "data=pile",
+            f"data.folder={copy}",
+            "data.tokenizer=/nowhere",
+            f"data.paths=[{copy}/my-llama_00_text_document]",
+            "data.weights=[]",
+        ],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert "2 problems" in result.stderr
+    assert "my-llama_00_text_document.bin" in result.stderr
+    assert "tokenizer.json" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("results"))

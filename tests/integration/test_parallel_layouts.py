@@ -1,0 +1,62 @@
+"""Parallel runs compute what one process computes, from the same weights (a checkpoint) and the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Run
+
+pytestmark = pytest.mark.train
+
+TWO = "trainer.devices=2"
+LAYOUTS = {
+    "DP2": [TWO],
+    "DP2 with the distributed optimizer": [TWO, "model.optim.use_distributed_optimizer=true"],
+    "TP2": [TWO, "model.tensor_model_parallel_size=2"],
+    "TP2 SP": [TWO, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+    "PP2": [TWO, "model.pipeline_model_parallel_size=2"],
+    "PP2 VP2": [TWO, "model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def saved(train: Callable[..., Run]) -> Run:
+    """Twenty steps, with checkpoints after 10 and 20 (the record counts steps from 0: step=9, step=19)."""
+    return train("checkpoint.every_n_steps=10")
+
+
+@pytest.fixture(scope="module")
+def weights(saved: Run) -> Path:
+    """Where the comparisons start."""
+    return saved.run_dir / "checkpoints" / "step=9"
+
+
+@pytest.fixture(scope="module")
+def single(train: Callable[..., Run], weights: Path) -> Run:
+    return train(f"checkpoint.weights_from='{weights}'")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_of_a_parallel_run_are_the_single_process_ones(
+    layout: str, train: Callable[..., Run], weights: Path, single: Run
+) -> None:
+    parallel = train(f"checkpoint.weights_from='{weights}'", *LAYOUTS[layout])
+    assert len(parallel.losses) == 20
+    assert parallel.losses == pytest.approx(single.losses, rel=1e-3)
+
+
+def test_weights_from_starts_with_the_checkpoints_weights(saved: Run, single: Run) -> None:
+    assert single.losses[0] < saved.losses[0] - 0.3
+
+
+def test_the_same_seed_gives_the_same_losses_to_the_last_digit(saved: Run, train: Callable[..., Run]) -> None:
+    assert train().losses == saved.losses
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(saved: Run, weights: Path, train: Callable[..., Run]) -> None:
+    resumed = train(f"checkpoint.resume_from='{weights}'")
+    assert [row["step"] for row in resumed.steps] == list(range(10, 20))
+    assert resumed.losses == saved.losses[10:]

@@ -1,0 +1,127 @@
+"""What a user sees of `train.py` before anything is started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model=7b", "405b"),  # the valid choices
+        ("scale=3gpu", "64gpu"),
+        ("scael=128gpu", "scale"),
+        ("model.tensor_parallel=2", "did you mean: model.tensor_model_parallel_size"),
+        ("model.optim.learning_rate=1", "model.optim.lr"),
+        ("foo.bar=1", "valid here: model, precision"),
+        ("+model.foo=1", "unknown key: model.foo"),
+        ("trainer.devices=two", "trainer.devices"),
+        ("launch=fast", "run, dry"),
+        ("model=[", "model=["),
+        ("experiment=llama31_70b_bf16_65gpu", "llama31_70b_bf16_64gpu"),
+    ],
+)
+def test_bad_input_gets_one_message_and_exit_code_2(train_cli: Cli, override: str, expected: str) -> None:
+    result = train_cli(override)
+    assert result.returncode == 2, result.stderr
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_hydra_full_error_still_shows_the_traceback(train_cli: Cli) -> None:
+    for override in ("trainer.devices=two", "model.num_layers=0"):
+        result = train_cli(override, HYDRA_FULL_ERROR="1")
+        assert result.returncode != 0
+        assert "Traceback" in result.stderr
+
+
+def test_a_refused_configuration_leaves_nothing_behind(train_cli: Cli, tmp_path: Path) -> None:
+    result = train_cli("model.global_batch_size=7", "model.num_query_groups=3")
+    assert result.returncode == 2
+    assert result.stderr.startswith("2 problems in this configuration:")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cfg_job_shows_numbers(train_cli: Cli) -> None:
+    shown = train_cli("--cfg", "job", "precision=fp8", "scale=128gpu")
+    assert shown.returncode == 0
+    for line in ("num_nodes: 16", "devices: 8", "global_batch_size: 256", "name: fp8"):
+        assert line in shown.stdout
+
+
+def test_help_names_the_groups_and_examples(train_cli: Cli) -> None:
+    shown = train_cli("--help")
+    assert shown.returncode == 0
+    for text in ("launch=dry", "scale: 1024gpu", "model: 405b", "STAGE_PATH"):
+        assert text in shown.stdout
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_dry_checks_prints_and_runs_nothing(train_cli: Cli, tmp_path: Path, precision: str) -> None:
+    result = train_cli(f"precision={precision}", "scale=2048gpu", "launch=dry")
+    assert result.returncode == 0, result.stderr
+    assert "TP4 PP4 VP5 CP2 DP64 SP" in result.stdout
+    assert "GBS 4096, GA 64" in result.stdout
+    assert f"results/nemo-2.7.3/{precision}/70b/2048/" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_goes_on_after_a_refused_point_and_ends_with_its_code(train_cli: Cli) -> None:
+    result = train_cli("-m", "launch=dry", "scale=64gpu,8gpu,128gpu")
+    assert result.returncode == 2
+    assert result.stdout.count("every check passed") == 2
+    assert "must divide the number of GPUs" in result.stderr
+
+
+def test_a_cluster_point_is_not_silently_run_here(train_cli: Cli) -> None:
+    result = train_cli("scale=64gpu")
+    assert result.returncode == 2
+    assert "cluster=slurm" in result.stderr
+
+
+def test_an_unwritable_stage_folder_is_named(train_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = train_cli("data=mock", f"stage_path={tmp_path}/file/stage")
+    assert result.returncode == 2
+    assert "STAGE_PATH" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+HEAVY = {"torch", "lightning", "megatron", "nemo", "transformers"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--cfg", "job", "scale=128gpu"), ("launch=dry", "scale=128gpu"), ("data=local", "trainer.devices=0")],
+)
+def test_the_submitting_side_imports_nothing_heavy(project: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", str(project / "train.py"), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in shown.stderr.splitlines()}
+    assert "hydra" in imported  # the listing was understood
+    assert imported & HEAVY == set()
+
+
+def test_launching_code_imports_nothing_heavy(project: Path) -> None:
+    """What runs only once a job starts: preparing data, starting ranks, following them, reporting."""
+    modules = "nemo_bench.data.local, nemo_bench.launch.local, nemo_bench.launch.point, nemo_bench.results.terminal"
+    code = (
+        f"import sys, {modules}; from pathlib import Path; import tempfile;"
+        "nemo_bench.data.local.prepare_local(Path(tempfile.mkdtemp()) / 'd', vocab_size=300, corpus_bytes=9999);"
+        f"print(sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

@@ -1,0 +1,123 @@
+"""Every shipped configuration composes and passes its checks; the groups say what DESIGN and the recipe say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_bench import config
+from nemo_bench.config import TrainConfig, typed
+from nemo_bench.preflight import configuration_problems
+
+PROJECT = Path(__file__).resolve().parents[2]
+PUBLISHED = {64: 128, 128: 256, 256: 512, 512: 1024, 1024: 2048, 2048: 4096}
+EXPERIMENTS = sorted(path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def hydra_composes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("STAGE_PATH", raising=False)
+    monkeypatch.delenv("GSW_VERSION", raising=False)
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> TrainConfig:
+    return typed(compose("train", list(overrides)))
+
+
+@pytest.mark.parametrize(("precision", "gpus"), list(product(("bf16", "fp8"), PUBLISHED)))
+def test_the_recipes_twelve_points(precision: str, gpus: int) -> None:
+    cfg = composed(f"precision={precision}", f"scale={gpus}gpu")
+    m = cfg.model
+    assert configuration_problems(cfg) == []
+    assert (cfg.trainer.num_nodes, cfg.trainer.devices) == (gpus // 8, 8)
+    assert m.name == "70b"
+    assert m.global_batch_size == PUBLISHED[gpus] == cfg.trainer.num_nodes * 16
+    assert (m.tensor_model_parallel_size, m.pipeline_model_parallel_size) == (4, 4)
+    assert (m.virtual_pipeline_model_parallel_size, m.context_parallel_size, m.micro_batch_size) == (5, 2, 1)
+    assert config.num_micro_batches(cfg) == 64  # the tables' GA
+    assert cfg.trainer.max_steps == 50
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_the_point_its_name_says(name: str) -> None:
+    cfg = composed(f"experiment={name}")
+    assert configuration_problems(cfg) == []
+    assert name == f"llama31_{cfg.model.name}_{cfg.precision.name}_{config.world_size(cfg)}gpu"
+
+
+def test_the_published_points_have_an_experiment_each() -> None:
+    points = {f"llama31_70b_{precision}_{gpus}gpu" for precision, gpus in product(("bf16", "fp8"), PUBLISHED)}
+    assert points <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "batch"),
+    [
+        (("model=8b", "scale=8gpu"), 128),
+        (("model=8b", "scale=128gpu"), 2048),
+        (("model=405b", "scale=576gpu", "data=mock"), 252),
+    ],
+)
+def test_other_models_follow_their_own_batch_rule(overrides: tuple[str, ...], batch: int) -> None:
+    cfg = composed(*overrides)
+    assert cfg.model.global_batch_size == batch
+    assert configuration_problems(cfg) == []
+
+
+def test_bare_defaults_are_local_and_tiny() -> None:
+    cfg = composed()
+    assert configuration_problems(cfg) == []
+    assert (cfg.model.name, cfg.data.name, cfg.gpu.name, cfg.cluster.name) == (
+        "tiny",
+        "local",
+        "cpu",
+        "local",
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("model=8b", "model.name", "8b"),
+        ("data=mock", "data.name", "mock"),
+        ("precision=bf16", "precision.name", "bf16"),
+        ("gpu=h200", "gpu.name", "h200"),
+        ("model.num_layers=8", "model.num_layers", 8),
+        ("model.optim.lr=1e-4", "model.optim.lr", 1e-4),
+        ("model.apply_rope_fusion=true", "model.apply_rope_fusion", True),
+    ],
+)
+def test_the_command_line_wins_over_scale_local(override: str, path: str, value: object) -> None:
+    assert OmegaConf.select(OmegaConf.structured(composed("scale=local", override)), path) == value
+
+
+@pytest.mark.parametrize("group", ["model", "precision", "scale", "data", "gpu", "cluster", "entrypoint"])
+def test_every_option_of_every_group_composes(group: str) -> None:
+    for option in (PROJECT / "conf" / group).glob("*.yaml"):
+        composed(f"{group}={option.stem}")
+
+
+def test_stage_path_and_results_version_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGE_PATH", "/lustre/nemo")
+    monkeypatch.setenv("GSW_VERSION", "24.11")
+    cfg = composed("scale=64gpu")
+    assert cfg.data.tokenizer == "/lustre/nemo/llama3.1-dataset/llama"
+    assert cfg.results_version == "24.11"
+
+
+def test_a_stored_configuration_loads_as_it_was(tmp_path: Path) -> None:
+    cfg = composed("precision=fp8", "scale=256gpu")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    assert config.load(tmp_path / "config.yaml") == cfg
+
+
+def test_vocabulary_is_padded_for_tensor_parallelism() -> None:
+    assert config.padded_vocab_size(composed("scale=64gpu")) == 128512
+    assert config.padded_vocab_size(composed("model=8b", "scale=8gpu")) == 128256

@@ -1,0 +1,250 @@
+"""The indexed dataset against Megatron's own builder and reader, and against damaged files."""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_bench.data.indexed_dataset import (
+    DatasetInfo,
+    IndexedDatasetWriter,
+    bin_path,
+    idx_path,
+    inspect,
+    optimal_dtype,
+)
+from nemo_bench.errors import BenchError
+
+DOCUMENTS = [[1, 2, 3], [4], [], [999, 0, 5, 6]]
+
+
+def write(prefix: Path, documents: list[list[int]], vocab_size: int | None = 1000) -> None:
+    """Write `documents` at `prefix`."""
+    with IndexedDatasetWriter(prefix, vocab_size=vocab_size) as writer:
+        for document in documents:
+            writer.append(document)
+
+
+def write_with_megatron(prefix: Path, documents: list[list[int]], vocab_size: int | None) -> None:
+    """The same with Megatron's builder, in the manner of its preprocess_data.py."""
+    torch = pytest.importorskip("torch")
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    builder = megatron.IndexedDatasetBuilder(str(bin_path(prefix)), dtype=megatron.DType.optimal_dtype(vocab_size))
+    for document in documents:
+        builder.add_document(torch.tensor(document, dtype=torch.int64), [len(document)])
+    builder.finalize(str(idx_path(prefix)))
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    """A good dataset of four documents and eight tokens, with a dot in its name."""
+    path = tmp_path / "my.data_text_document"
+    write(path, DOCUMENTS)
+    return path
+
+
+@pytest.mark.parametrize("size", [1, 257, 65_499, 65_500, 128_256, None])
+def test_dtype_is_megatrons(size: int | None) -> None:
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    assert optimal_dtype(size) == megatron.DType.optimal_dtype(size).__name__
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1000, "uint16"), (128_256, "int32"), (None, "int32")])
+@pytest.mark.parametrize("documents", [DOCUMENTS, [[7]], []])
+def test_bytes_are_megatrons(tmp_path: Path, documents: list[list[int]], vocab_size: int | None, dtype: str) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    if vocab_size != 1000:
+        documents = [[*document, 128_000] for document in documents]
+    write(ours, documents, vocab_size)
+    write_with_megatron(theirs, documents, vocab_size)
+    assert bin_path(ours).read_bytes() == bin_path(theirs).read_bytes()
+    assert idx_path(ours).read_bytes() == idx_path(theirs).read_bytes()
+    if documents:
+        tokens = sum(map(len, documents))
+        assert inspect(ours) == DatasetInfo(ours, len(documents), tokens, dtype, None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.integers(0, 99), max_size=20), min_size=1, max_size=20),
+    offset=st.sampled_from([0, 65_399, 65_400, 2**31 - 100]),
+)
+def test_any_documents_come_back(documents: list[list[int]], offset: int) -> None:
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    documents = [[token + offset for token in document] for document in documents]
+    vocab_size = offset + 100
+    tokens = sum(map(len, documents))
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = Path(folder, "ours"), Path(folder, "theirs")
+        write(ours, documents, vocab_size)
+        write_with_megatron(theirs, documents, vocab_size)
+        assert bin_path(ours).read_bytes() == bin_path(theirs).read_bytes()
+        assert idx_path(ours).read_bytes() == idx_path(theirs).read_bytes()
+        if tokens == 0:
+            with pytest.raises(BenchError, match="no tokens"):
+                inspect(ours)
+            return
+        info = inspect(ours, vocab_size=vocab_size, read_tokens=True)
+        assert (info.documents, info.tokens) == (len(documents), tokens)
+        assert info.max_token_id == max(max(document) for document in documents if document)
+        read = megatron.IndexedDataset(str(ours))
+        assert [read[i].tolist() for i in range(len(read))] == documents
+        assert read.document_indices.tolist() == list(range(len(documents) + 1))
+
+
+def test_documents_of_several_sequences(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    prefix = tmp_path / "split"
+    builder = megatron.IndexedDatasetBuilder(str(bin_path(prefix)), dtype=np.uint16)
+    builder.add_document(torch.tensor([1, 2, 3, 4, 5]), [2, 3])
+    builder.add_document(torch.tensor([6]), [1])
+    builder.finalize(str(idx_path(prefix)))
+    assert inspect(prefix, read_tokens=True) == DatasetInfo(prefix, 2, 6, "uint16", 6)
+
+
+def test_append_takes_arrays_of_any_integer_type(tmp_path: Path) -> None:
+    prefix = tmp_path / "a"
+    with IndexedDatasetWriter(prefix, vocab_size=300) as writer:
+        for dtype in (np.uint8, np.int32, np.int64, np.uint64):
+            writer.append(np.array([1, 255], dtype=dtype))
+        assert (writer.documents, writer.tokens) == (4, 8)
+    assert np.fromfile(bin_path(prefix), np.uint16).tolist() == [1, 255] * 4
+
+
+@pytest.mark.parametrize("bad", [[1000], [-1], [65_537], [1.5], [[1, 2]]])
+def test_append_refuses_what_is_not_a_token(tmp_path: Path, bad: list[int]) -> None:
+    with pytest.raises(ValueError), IndexedDatasetWriter(tmp_path / "a", vocab_size=1000) as writer:
+        writer.append(bad)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_has_its_name_before_finalize(tmp_path: Path) -> None:
+    prefix = tmp_path / "a"
+    writer = IndexedDatasetWriter(prefix, vocab_size=1000)
+    writer.append([1])
+    assert not bin_path(prefix).exists() and not idx_path(prefix).exists()
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replacing_takes_the_old_index_away_first(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: Path, target: Path) -> None:
+        raise OSError("killed here")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="killed here"):
+        write(prefix, [[1, 2, 3, 4, 5, 6, 7, 8]])
+    monkeypatch.undo()
+    assert [path.name for path in prefix.parent.iterdir()] == [bin_path(prefix).name]
+    with pytest.raises(BenchError, match="does not exist"):
+        inspect(prefix)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_missing_file(prefix: Path, suffix: str) -> None:
+    Path(f"{prefix}{suffix}").unlink()
+    with pytest.raises(BenchError, match=f"{suffix} does not exist"):
+        inspect(prefix)
+
+
+def test_prefix_given_with_suffix(prefix: Path) -> None:
+    with pytest.raises(BenchError, match=f"without its suffix: {prefix}"):
+        inspect(bin_path(prefix))
+
+
+@pytest.mark.parametrize("size", range(0, 16))
+def test_bin_of_wrong_size(prefix: Path, size: int) -> None:
+    data = bin_path(prefix).read_bytes()
+    bin_path(prefix).write_bytes(data[:size])
+    with pytest.raises(BenchError, match=rf"\.bin is damaged.* 16 bytes and has {size} .*[Pp]repare"):
+        inspect(prefix)
+
+
+def test_bin_too_long(prefix: Path) -> None:
+    with open(bin_path(prefix), "ab") as file:
+        file.write(b"\0\0")
+    with pytest.raises(BenchError, match="16 bytes and has 18"):
+        inspect(prefix)
+
+
+def test_idx_of_any_wrong_size(prefix: Path) -> None:
+    good = idx_path(prefix).read_bytes()
+    for size in range(len(good)):
+        idx_path(prefix).write_bytes(good[:size])
+        with pytest.raises(BenchError, match=rf"\.idx is damaged.* bytes and has {size} "):
+            inspect(prefix)
+    idx_path(prefix).write_bytes(good + b"\0")
+    with pytest.raises(BenchError, match=f"should have {len(good)} bytes and has {len(good) + 1} "):
+        inspect(prefix)
+
+
+# Offsets in the index of DOCUMENTS: 34 bytes of header, lengths at 34, pointers at 50, boundaries at 82.
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (0, b"X", "not a Megatron dataset index"),
+        (9, struct.pack("<Q", 2), "version 2"),
+        (17, b"\x07", "type code 7"),
+        (17, b"\x00", "type code 0"),
+        (17, b"\xff", "type code 255"),
+        (18, struct.pack("<Q", 5), "bytes and has"),
+        (18, struct.pack("<Q", 2**63), "bytes and has"),
+        (26, struct.pack("<Q", 0), "no document boundary"),
+        (26, struct.pack("<Q", 4), "bytes and has"),
+        (34, struct.pack("<i", -3), "negative length"),
+        (34, struct.pack("<i", 2), "offsets do not agree"),
+        (46, struct.pack("<i", 5), r"\.bin is damaged: it should have 18 bytes and has 16 "),
+        (58, struct.pack("<q", 4), "offsets do not agree"),
+        (82, struct.pack("<q", 1), "do not run from 0"),
+        (90, struct.pack("<q", 3), "out of order"),
+        (114, struct.pack("<q", 3), "do not run from 0"),
+    ],
+)
+def test_corrupt_index(prefix: Path, offset: int, value: bytes, message: str) -> None:
+    index = bytearray(idx_path(prefix).read_bytes())
+    index[offset : offset + len(value)] = value
+    idx_path(prefix).write_bytes(index)
+    with pytest.raises(BenchError, match=message):
+        inspect(prefix)
+
+
+def test_boundaries_between_chunks(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for chunk in (1, 2, 3):
+        monkeypatch.setattr("nemo_bench.data.indexed_dataset._CHUNK", chunk)
+        assert inspect(prefix, read_tokens=True) == DatasetInfo(prefix, 4, 8, "uint16", 999)
+    index = bytearray(idx_path(prefix).read_bytes())
+    index[98:106] = struct.pack("<q", 0)
+    idx_path(prefix).write_bytes(index)
+    for chunk in (1, 2, 3):
+        monkeypatch.setattr("nemo_bench.data.indexed_dataset._CHUNK", chunk)
+        with pytest.raises(BenchError, match="out of order"):
+            inspect(prefix)
+
+
+def test_ids_of_another_vocabulary(prefix: Path) -> None:
+    assert inspect(prefix, vocab_size=1000, read_tokens=True).max_token_id == 999
+    assert inspect(prefix, vocab_size=999).max_token_id is None
+    with pytest.raises(BenchError, match=r"token id 999.* only 999 tokens"):
+        inspect(prefix, vocab_size=999, read_tokens=True)
+
+
+def test_negative_ids(tmp_path: Path) -> None:
+    prefix = tmp_path / "a"
+    write(prefix, [[1, 2]], None)
+    bin_path(prefix).write_bytes(struct.pack("<ii", 1, -1))
+    with pytest.raises(BenchError, match="negative token ids"):
+        inspect(prefix, read_tokens=True)
+
+
+def test_unreadable_folder_in_place_of_a_file(prefix: Path) -> None:
+    bin_path(prefix).unlink()
+    bin_path(prefix).mkdir()
+    with pytest.raises(BenchError, match="does not exist"):
+        inspect(prefix)
