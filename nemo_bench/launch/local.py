@@ -31,7 +31,8 @@ class Outcome:
     """How the process group ended: the first rank that failed, or None."""
 
     failed_rank: int | None = None
-    exit_code: int = 0
+    exit_code: int = 0  # negative: the signal that killed it
+    seen_at: float = 0.0  # seconds since 1970; what ranks say later, they say because they are being ended
 
 
 class Terminated(BaseException):
@@ -52,9 +53,11 @@ class ProcessGroup:
     def poll(self) -> Outcome | None:
         """None while ranks run and none has failed."""
         codes = [process.poll() for process in self.processes]
-        for rank, code in enumerate(codes):
-            if code:
-                return Outcome(rank, code)
+        failed = [(code, rank) for rank, code in enumerate(codes) if code]
+        if failed:
+            # A rank killed by a signal comes first (its code is negative): the others fail for its sake.
+            code, rank = min(failed)
+            return Outcome(rank, code, time.time())
         return Outcome() if all(code == 0 for code in codes) else None
 
     def stop(self) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,7 +24,12 @@ from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.preflight import ConfigurationRefused, configuration_problems, machine_problems
 from nemo_bench.results import record
 
+if TYPE_CHECKING:
+    from nemo_bench.launch.local import Outcome
+
 LOG_TAIL_LINES = 15
+# Less than this is free where a run ended for want of disk space.
+FULL_DISK_BYTES = 1 << 20
 
 
 def run_point(raw: DictConfig) -> None:
@@ -118,7 +125,7 @@ def _run_here(cfg: TrainConfig) -> None:
         record.set_status(run_dir, record.Status("killed", exit_code=code, reason=f"{ended} from outside"))
         raise RunFailed(f"ended by {ended}: all ranks were ended. What was recorded is in {run_dir}", code) from None
     if outcome.failed_rank is not None:
-        raise RunFailed(_record_failure(cfg, run_dir, outcome.failed_rank, outcome.exit_code))
+        raise RunFailed(_record_failure(cfg, run_dir, outcome))
     record.set_status(run_dir, record.Status("completed", exit_code=0))
     print_summary(console, cfg, run_dir, summarise(run_dir))
 
@@ -162,22 +169,25 @@ def _prepare_data(cfg: TrainConfig, console: object) -> None:
     print(f"data: {prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary")
 
 
-def _record_failure(cfg: TrainConfig, run_dir: Path, rank: int, exit_code: int) -> str:
+def _record_failure(cfg: TrainConfig, run_dir: Path, outcome: Outcome) -> str:
     """Writes the failed state and returns the message: which rank, why, and its last lines."""
-    errors = record.read_rank_errors(run_dir)
-    state = "failed"
-    if errors:
-        first = errors[0]
-        rank = int(first["rank"])
-        lines = str(first["message"]).strip().splitlines() or [""]
-        reason = f"{first['type']}: {lines[0]}"
-    elif exit_code < 0:
+    rank, exit_code, state = outcome.failed_rank or 0, outcome.exit_code, "failed"
+    errors = [error for error in record.read_rank_errors(run_dir) if error["time"] <= outcome.seen_at]
+    if exit_code < 0:
         state = "killed"
         reason = f"killed by {signal.Signals(-exit_code).name}"
         if -exit_code == signal.SIGKILL:
             reason += " (from outside, or by the kernel for want of memory: `dmesg` says)"
+    elif errors:
+        first = errors[0]
+        rank = int(first["rank"])
+        lines = str(first["message"]).strip().splitlines() or [""]
+        reason = f"{first['type']}: {lines[0]}"
     else:
         reason = f"exit status {exit_code}"
+    if shutil.disk_usage(run_dir).free < FULL_DISK_BYTES:
+        # Said by whoever looks, since a rank may have had no room left to say it.
+        reason = f"no space left on the disk of {cfg.stage_path}: free some, or set STAGE_PATH ({reason})"
     record.set_status(run_dir, record.Status(state, exit_code=exit_code, reason=reason, rank=rank))
     log = record.rank_log(run_dir, rank)
     return f"rank {rank} of {world_size(cfg)} failed: {reason}\nthe last lines of {log}:\n" + "\n".join(

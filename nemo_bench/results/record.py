@@ -64,11 +64,15 @@ _PACKAGES = (
 def write_atomically(path: Path, text: str) -> None:
     """Replaces `path` in one step: a reader, or a kill, sees the old text or the new."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -188,7 +192,13 @@ def set_status(run_dir: Path, status: Status) -> None:
     if status.ended_at is None:
         status = Status(**{**asdict(status), "ended_at": timestamp()})
     content["status"] = asdict(status)
-    write_json(run_dir / RUN, content)
+    try:
+        write_json(run_dir / RUN, content)
+    except OSError:
+        # A full disk has no room for a second file, but the blocks of the first are ours.
+        with open(run_dir / RUN, "r+", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.truncate()
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Everything it needs is in the run folder (config.yaml); everything it has to say
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -28,11 +29,13 @@ def main(run_dir: Path) -> None:
         events.write("importing")
         train(cfg, run_dir, rank, events)
     except BaseException as error:
-        traceback.print_exc()
-        record.write_rank_error(run_dir, rank, error)
+        with contextlib.suppress(OSError):  # a full disk: the launching process looks for that itself
+            traceback.print_exc()
+            record.write_rank_error(run_dir, rank, error)
         # Another rank may wait in a collective for this one: leave at once, past every destructor that would wait too.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(1)
 
 

@@ -105,6 +105,8 @@ class Started:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # A test suite run in the background of a shell ignores Ctrl-C, and would pass that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         self.run_dir = wait_for(lambda: next(iter(run_dirs(stage) - before), None), "a run folder")
 

@@ -104,7 +104,7 @@ def test_a_full_disk_is_named(small_disk: Path, stage: Path) -> None:
         timeout=300,
     )
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "No space left on device" in result.stderr
+    assert "no space left on the disk of" in result.stderr.splitlines()[0]
     assert read_status(next(small_disk.glob("results/**/run.json")).parent).state == "failed"
 
 
