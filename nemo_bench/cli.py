@@ -7,10 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+T = TypeVar("T")
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _WANTS_TRACEBACK = os.environ.get(FULL_ERROR) == "1"
@@ -29,6 +28,8 @@ def run(main: Callable[[], object]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from nemo_bench.errors import BenchError
+
     _resolve_shown_configuration(sys.argv)
     if _WANTS_TRACEBACK:
         main()
@@ -36,6 +37,8 @@ def run(main: Callable[[], object]) -> None:
         os.environ[FULL_ERROR] = "1"
         try:
             main()
+        except BenchError as error:  # of a launcher; the points' own are caught in guard()
+            _fail(str(error), error.exit_code)
         except (HydraException, OmegaConfBaseException) as error:
             _fail(_configuration_error(error), 2)
         except KeyboardInterrupt:
@@ -44,12 +47,17 @@ def run(main: Callable[[], object]) -> None:
             # The reader of our output (head, less) went away: nothing to say, and nobody to say it to.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+    end()
+
+
+def end() -> None:
+    """Exits with the code of the first failure, if there was one."""
     if _failures:
         sys.exit(_failures[0])
 
 
-def guard(task: Callable[[DictConfig], object], cfg: DictConfig) -> None:
-    """Runs the body of a `@hydra.main` function; an error meant for the user is printed here, in its own words.
+def guard(task: Callable[[T], object], argument: T) -> None:
+    """Runs the body of a script's main function; an error meant for the user is printed here, in its own words.
 
     Not left to Hydra, which would put "Error executing job with overrides" before it and end a sweep at once.
     """
@@ -58,7 +66,7 @@ def guard(task: Callable[[DictConfig], object], cfg: DictConfig) -> None:
     from nemo_bench.errors import BenchError
 
     try:
-        task(cfg)
+        task(argument)
     except (BenchError, OmegaConfBaseException) as error:
         if _WANTS_TRACEBACK:
             raise

@@ -130,11 +130,44 @@ class GpuConfig:
 
 
 @dataclass
+class ContainerConfig:
+    """How srun starts a container (NVIDIA's PyXis plugin with enroot)."""
+
+    image: str = MISSING  # a squash file, or an image name that enroot can import
+    mounts: list[str] = field(default_factory=list)  # besides the stage folder and the project, which always are
+    writable: bool = True
+    mount_home: bool = False
+    python: str = "python3"  # the container's interpreter, which has NeMo
+
+
+@dataclass
 class ClusterConfig:
-    """The machine or cluster that runs the job."""
+    """The machine or cluster that runs the job; null leaves an option out of the request."""
 
     name: str = MISSING
     scheduler: str = MISSING  # none: this machine starts the ranks itself; slurm
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    constraint: str | None = None
+    nodelist: str | None = None
+    exclude: str | None = None
+    time: str = "01:00:00"  # limit, in one of sbatch's forms
+    exclusive: bool = True
+    mem: str | None = "0"  # 0: all of a node's memory
+    # Some clusters refuse requests for GPUs, others refuse jobs without one: null, or the number on a node.
+    gpus_per_node: int | None = None
+    gres: str | None = None  # in place of gpus_per_node where the cluster wants --gres=gpu:8
+    cpus_per_task: int | None = None
+    dependency: str | None = None
+    comment: str | None = None
+    signal_s: int = 120  # SIGUSR1 this long before the time limit, for a last checkpoint
+    additional_parameters: dict[str, Any] = field(default_factory=dict)  # any other sbatch option: value
+    srun_args: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)  # shell lines before srun
+    env: dict[str, str] = field(default_factory=dict)  # environment of the ranks, over entrypoint.env
+    container: ContainerConfig | None = None  # null: bare on the nodes, with this interpreter
 
 
 @dataclass
@@ -143,6 +176,7 @@ class EntrypointConfig:
 
     name: str = MISSING
     version: str = MISSING  # default folder name under results/
+    image: str = MISSING  # file name of its container image in the stage folder
     env: dict[str, str] = field(default_factory=dict)  # environment of every rank
 
 

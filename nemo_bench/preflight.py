@@ -6,6 +6,7 @@ files). Both return all problems they find, each with the key, its value, the ru
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -434,6 +435,39 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
                     "scale=local runs without a GPU; launch=dry checks a point and runs nothing",
                 )
             )
+    return found + _needed_files(cfg)
+
+
+def stage_problems(cfg: TrainConfig) -> list[Problem]:
+    """What the stage folder lacks for a job on a cluster: image, dataset, tokenizer; whether it can be written."""
+    found: list[Problem] = []
+    container = cfg.cluster.container
+    if container is not None and container.image.endswith(".sqsh") and not Path(container.image).is_file():
+        found.append(
+            Problem(
+                "cluster.container.image",
+                container.image,
+                "is not there: the container image as a squash file",
+                "`enroot import --output FILE docker://nvcr.io#nvidia/nemo:TAG` makes it; cluster.container=null "
+                "runs bare on the nodes",
+            )
+        )
+    stage = Path(cfg.stage_path)
+    above = next(folder for folder in (stage, *stage.parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        found.append(
+            Problem(
+                "stage_path",
+                cfg.stage_path,
+                f"{above} cannot be written, and results go there",
+                "set STAGE_PATH to a folder of the shared file system that you can write",
+            )
+        )
+    return found + _needed_files(cfg)
+
+
+def _needed_files(cfg: TrainConfig) -> list[Problem]:
+    found: list[Problem] = []
     if cfg.data.kind == "megatron":
         found += _dataset_files(cfg)
     for name in ("resume_from", "weights_from"):

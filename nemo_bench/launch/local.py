@@ -138,11 +138,7 @@ def termination_raises() -> Iterator[None]:
 def _rank_environment(cfg: TrainConfig, rank: int, ranks: int, port: int) -> dict[str, str]:
     project = str(Path(__file__).resolve().parents[2])
     inherited = os.environ.get("PYTHONPATH")
-    # Ranks on one CPU share its cores; more threads than cores would only take turns.
-    threads = max(1, (os.cpu_count() or 1) // ranks)
-    defaults = {"OMP_NUM_THREADS": str(threads)} if cfg.gpu.device == "cpu" else {}
     return {
-        **defaults,
         **cfg.entrypoint.env,
         **os.environ,  # what the user exports wins over the recipe's environment
         "PYTHONPATH": f"{project}{os.pathsep}{inherited}" if inherited else project,

@@ -49,14 +49,22 @@ def run_point(raw: DictConfig) -> None:
     if problems:
         raise ConfigurationRefused(problems)
     if dry:
-        print(_plan(cfg))
+        print(plan(cfg))
+        print(f"  each rank  {shlex.join([sys.executable, '-m', 'nemo_bench.training.rank', '<run>'])}")
+        print("             " + " ".join(f"{key}={shlex.quote(value)}" for key, value in cfg.entrypoint.env.items()))
+        print("launch=dry: nothing was started.")
         return
     if cfg.cluster.scheduler != "none":
         raise BenchError(
-            f"cluster={cfg.cluster.name} needs a scheduler, and this version starts runs on this machine only.\n"
-            "launch=dry checks the point and prints it; scale=local runs here; cluster=local uses this machine's GPUs."
+            f"cluster={cfg.cluster.name}: add hydra/launcher=submitit_slurm to submit this point.\n"
+            "launch=dry checks it and prints it; scale=local runs here; cluster=local uses this machine's GPUs"
         )
     _run_here(cfg)
+
+
+def point_name(cfg: TrainConfig) -> str:
+    """A point in a table's words: `70b fp8 128gpu`."""
+    return f"{cfg.model.name} {cfg.precision.name} {world_size(cfg)}gpu"
 
 
 def results_dir(cfg: TrainConfig) -> Path:
@@ -65,7 +73,8 @@ def results_dir(cfg: TrainConfig) -> Path:
     return Path(cfg.stage_path) / "results" / cfg.results_version / cfg.precision.name / cfg.model.name / gpus
 
 
-def _plan(cfg: TrainConfig) -> str:
+def plan(cfg: TrainConfig) -> str:
+    """What a point is, in words: layout, batch, work, where its results go."""
     m, gpus = cfg.model, world_size(cfg)
     parameters = flops.num_parameters(
         num_layers=m.num_layers,
@@ -92,22 +101,17 @@ def _plan(cfg: TrainConfig) -> str:
         f"  steps      {cfg.trainer.max_steps}",
         f"  data       {cfg.data.name}: {', '.join(cfg.data.paths) or cfg.data.folder or 'random tokens'}",
         f"  results    {results_dir(cfg)}/<run>/",
-        f"  each rank  {shlex.join([sys.executable, '-m', 'nemo_bench.training.rank', '<run>'])}",
-        "             " + " ".join(f"{name}={shlex.quote(value)}" for name, value in cfg.entrypoint.env.items()),
-        "launch=dry: nothing was started.",
     ]
     return "\n".join(lines)
 
 
 def _run_here(cfg: TrainConfig) -> None:
-    from rich.console import Console
-
     from nemo_bench.launch import local
     from nemo_bench.results.summary import summarise
-    from nemo_bench.results.terminal import Follower, print_summary
+    from nemo_bench.results.terminal import Follower, make_console, print_summary
 
-    console = Console()
-    _prepare_data(cfg, console)
+    console = make_console()
+    prepare_data(cfg)
     run_dir = _new_run(cfg)
     console.print(f"run folder: {run_dir}", soft_wrap=True, highlight=False)
     try:
@@ -151,7 +155,7 @@ def _new_run(cfg: TrainConfig) -> Path:
     return run_dir
 
 
-def _prepare_data(cfg: TrainConfig, console: object) -> None:
+def prepare_data(cfg: TrainConfig) -> None:
     """Builds (or finds) the local corpus, its tokenizer and dataset, and puts their paths into `cfg`."""
     if cfg.data.kind != "local":
         return
@@ -191,16 +195,5 @@ def _record_failure(cfg: TrainConfig, run_dir: Path, outcome: Outcome) -> str:
     record.set_status(run_dir, record.Status(state, exit_code=exit_code, reason=reason, rank=rank))
     log = record.rank_log(run_dir, rank)
     return f"rank {rank} of {world_size(cfg)} failed: {reason}\nthe last lines of {log}:\n" + "\n".join(
-        f"  | {line}" for line in _tail(log)
+        f"  | {line}" for line in record.tail(log, LOG_TAIL_LINES)
     )
-
-
-def _tail(path: Path) -> list[str]:
-    """The last lines of a log, however large it is."""
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 16384))
-        text = file.read().decode("utf-8", errors="replace")
-    # A progress bar overwrites its line with carriage returns: the last version counts.
-    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines()]
-    return [line for line in lines if line][-LOG_TAIL_LINES:]

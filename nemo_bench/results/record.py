@@ -36,6 +36,8 @@ NODE = "node.json"
 STEPS = "steps.jsonl"
 EVENTS = "events.jsonl"
 CHECKPOINTS = "checkpoints"
+REQUEUE = "requeue"  # by rank 0 once a last checkpoint is safe; its batch script then asks for the requeue
+EXIT = "exit.json"  # of a Slurm job, by its batch script
 
 # What a benchmark's numbers can depend on. An allow list: a secret in an unexpected variable stays out of the record.
 _KEPT_ENVIRONMENT = re.compile(
@@ -163,8 +165,16 @@ def new_run_dir(results: Path) -> Path:
     return path
 
 
-def create(run_dir: Path, *, config_yaml: str, command: list[str], overrides: list[str], ranks: int) -> None:
-    """Writes `config.yaml` and `run.json` (state: running) of a run about to start."""
+def create(
+    run_dir: Path,
+    *,
+    config_yaml: str,
+    command: list[str],
+    overrides: list[str],
+    ranks: int,
+    state: str = "running",
+) -> None:
+    """Writes `config.yaml` and `run.json` of a run that this process is about to start, or to submit."""
     write_atomically(run_dir / CONFIG, config_yaml)
     write_json(
         run_dir / RUN,
@@ -181,7 +191,7 @@ def create(run_dir: Path, *, config_yaml: str, command: list[str], overrides: li
                 "pid": os.getpid(),
                 "started": process_start(os.getpid()),
             },
-            "status": asdict(Status("running")),
+            "status": asdict(Status(state)),
         },
     )
 
@@ -201,6 +211,14 @@ def set_status(run_dir: Path, status: Status) -> None:
             file.truncate()
 
 
+def set_job(run_dir: Path, job_id: str) -> None:
+    """Records the Slurm job that runs (or will run) this folder; resubmitting adds one."""
+    content = json.loads((run_dir / RUN).read_text())
+    content["jobs"] = [*content.get("jobs", []), {"id": job_id, "submitted_at": timestamp()}]
+    content["status"] = asdict(Status("submitted"))
+    write_json(run_dir / RUN, content)
+
+
 def read_run(run_dir: Path) -> dict[str, Any]:
     """`run.json`."""
     content = json.loads((run_dir / RUN).read_text())
@@ -209,9 +227,14 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def read_status(run_dir: Path) -> Status:
-    """The recorded status; a run recorded as running whose launching process is gone from this host was killed."""
+    """The recorded status; a run recorded as running whose launching process is gone from this host was killed.
+
+    A Slurm job's end is in `exit.json`, which its batch script writes; where there is none, Slurm alone knows.
+    """
     content = read_run(run_dir)
     status = Status(**content["status"])
+    if status.state == "submitted":
+        return _job_status(run_dir) or status
     launcher = content["launcher"]
     if (
         status.state == "running"
@@ -220,6 +243,22 @@ def read_status(run_dir: Path) -> Status:
     ):
         return Status("killed", reason="the launching process is gone and recorded no end: it was killed")
     return status
+
+
+def _job_status(run_dir: Path) -> Status | None:
+    try:
+        end = json.loads((run_dir / EXIT).read_text())
+    except FileNotFoundError:
+        return None
+    if end["exit_code"] == 0:
+        return Status("completed", exit_code=0, ended_at=end["ended_at"])
+    rank, reason = None, f"exit status {end['exit_code']}"
+    errors = read_rank_errors(run_dir)
+    if errors:
+        rank = int(errors[0]["rank"])
+        message = (str(errors[0]["message"]).strip().splitlines() or [""])[0]
+        reason = f"rank {rank} on {errors[0]['host']}: {errors[0]['type']}: {message}"
+    return Status("failed", exit_code=end["exit_code"], reason=reason, rank=rank, ended_at=end["ended_at"])
 
 
 def process_start(pid: int) -> str | None:
@@ -234,6 +273,17 @@ def process_start(pid: int) -> str | None:
 def rank_log(run_dir: Path, rank: int) -> Path:
     """Where everything that `rank` prints goes."""
     return run_dir / f"rank{rank}.out"
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a log, however large it is."""
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 65536))
+        text = file.read().decode("utf-8", errors="replace")
+    # A progress bar overwrites its line with carriage returns: the last version counts.
+    found = [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines()]
+    return [line for line in found if line][-lines:]
 
 
 def write_rank_error(run_dir: Path, rank: int, error: BaseException) -> None:

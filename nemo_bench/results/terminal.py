@@ -24,6 +24,12 @@ _PHASES = {
 }
 
 
+def make_console() -> Console:
+    """A console as wide as the terminal; wide enough for a path on a line where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
 class Follower:
     """Shows a run by reading its record, so that it works the same for a local run and for one on a cluster.
 

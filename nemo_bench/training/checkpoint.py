@@ -29,8 +29,11 @@ def build_checkpoint_callback(cfg: TrainConfig, run_dir: Path) -> Any | None:
     )
 
 
-def build_resume(cfg: TrainConfig) -> nl.AutoResume | None:
-    """How to start from another run's checkpoint, or None to start afresh."""
+def build_resume(cfg: TrainConfig, run_dir: Path) -> nl.AutoResume | None:
+    """How to start from a checkpoint, or None to start afresh. A requeued job goes on from its own last one."""
+    own = last_checkpoint(run_dir)
+    if own is not None:
+        return _Resume(resume_from_path=str(own))
     if cfg.checkpoint.resume_from is not None:
         return _Resume(resume_from_path=str(last_checkpoint(Path(cfg.checkpoint.resume_from))))
     if cfg.checkpoint.weights_from is not None:

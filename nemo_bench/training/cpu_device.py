@@ -9,6 +9,7 @@ data, loss or training loop, and does nothing where CUDA is available.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -130,6 +131,11 @@ def install() -> bool:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.cuda.random.get_rng_state = answers["get_rng_state"]
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one node share its cores, unless Slurm has bound each to its own; more threads than cores take turns.
+        cores = len(os.sched_getaffinity(0))
+        bound = cores < (os.cpu_count() or 1)
+        torch.set_num_threads(cores if bound else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     # Entered for the life of the process: Megatron's modules allocate their buffers at any time.
     _CudaMeansCpu().__enter__()
     return True

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.config import TrainConfig, load
-from nemo_bench.launch import lifeline
+from nemo_bench.launch import lifeline, preemption_signal
 from nemo_bench.results import record
 
 
 def main(run_dir: Path) -> None:
     """Trains as `run_dir/config.yaml` says; an exception ends in this rank's error file and exit status 1."""
+    preemption_signal.listen()
+    _take_place_from_slurm()
     rank = int(os.environ["RANK"])
     lifeline.watch(run_dir)
     events = record.EventLog(run_dir, enabled=rank == 0)
@@ -39,6 +41,20 @@ def main(run_dir: Path) -> None:
         os._exit(1)
 
 
+def _take_place_from_slurm() -> None:
+    """srun tells a task its place in Slurm's own variables; the rest of the stack reads torch's."""
+    if "RANK" in os.environ:
+        return
+    names = {
+        "RANK": "SLURM_PROCID",
+        "LOCAL_RANK": "SLURM_LOCALID",
+        "NODE_RANK": "SLURM_NODEID",
+        "WORLD_SIZE": "SLURM_NTASKS",
+        "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+    }
+    os.environ.update({ours: os.environ[slurms] for ours, slurms in names.items()})
+
+
 def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -> None:
     """Builds model, data, optimizer and trainer, and runs NeMo's `llm.pretrain`."""
     if cfg.gpu.device == "cpu":
@@ -56,6 +72,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
     from nemo_bench.training.data import build_data, build_tokenizer
     from nemo_bench.training.model import build_model
     from nemo_bench.training.optimizer import build_optimizer
+    from nemo_bench.training.preemption import CheckpointOnSignal
     from nemo_bench.training.trainer import build_strategy, build_trainer
 
     events.write("building")
@@ -72,6 +89,8 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
     ]
     if rank == 0:
         callbacks.append(StepRecorder(cfg, timing, record.StepLog(run_dir), events))
+    if cfg.checkpoint.every_n_steps is not None:
+        callbacks.append(CheckpointOnSignal(run_dir))
     strategy = build_strategy(cfg)
     if cfg.gpu.device == "cpu":
         # NeMo's ProgressPrinter reads Megatron's timers on rank 0 alone, which all-gathers: with gloo the next
@@ -88,7 +107,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
             ckpt=build_checkpoint_callback(cfg, run_dir),
             update_logger_directory=False,
         ),
-        resume=build_resume(cfg),
+        resume=build_resume(cfg, run_dir),
         optim=build_optimizer(cfg),
     )
     events.write("done")

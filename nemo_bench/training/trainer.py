@@ -64,7 +64,7 @@ def build_precision(cfg: TrainConfig) -> nl.MegatronMixedPrecision:
 
 def build_trainer(cfg: TrainConfig, callbacks: list[Any], strategy: nl.MegatronStrategy) -> nl.Trainer:
     """The trainer: `max_steps` steps, one validation after the last, no logger but the run record."""
-    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
     t = cfg.trainer
     return nl.Trainer(
@@ -82,8 +82,12 @@ def build_trainer(cfg: TrainConfig, callbacks: list[Any], strategy: nl.MegatronS
         enable_checkpointing=cfg.checkpoint.every_n_steps is not None or cfg.checkpoint.resume_from is not None,
         accumulate_grad_batches=1,
         use_distributed_sampler=False,
-        # Named outright: the ranks are started by nemo_bench, whatever else the environment looks like.
-        plugins=[build_precision(cfg), LightningEnvironment()],
+        # Named outright: the ranks are started by nemo_bench, whatever else the environment looks like. Lightning's
+        # own requeue would call scontrol, which a container does not have.
+        plugins=[
+            build_precision(cfg),
+            SLURMEnvironment(auto_requeue=False) if cfg.cluster.scheduler == "slurm" else LightningEnvironment(),
+        ],
         strategy=strategy,
         callbacks=callbacks,
     )

@@ -1,0 +1,49 @@
+"""Hydra launcher: every point of a sweep becomes a Slurm job of its own size.
+
+Thin on purpose: Hydra executes the modules under hydra_plugins at every start, also for `--help`, so everything else is
+imported when a sweep is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+
+class SlurmLauncher(Launcher):
+    """`hydra/launcher=submitit_slurm`."""
+
+    def __init__(self, wait: bool = False, **_: Any) -> None:
+        self.wait = wait
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        self.loader = hydra_context.config_loader
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from pathlib import Path
+
+        from nemo_bench.launch.submission import Point, submit_points
+
+        points = []
+        for overrides in job_overrides:
+            # Each point is composed anew: its nodes follow from its own scale, not from the first point's.
+            config = self.loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(config):
+                task_overrides = list(config.hydra.overrides.task)
+                del config["hydra"]
+            points.append(Point(config, task_overrides))
+        sweep_dir = Path(OmegaConf.select(self.config, "hydra.sweep.dir"))
+        submit_points(points, sweep_dir=sweep_dir, wait=self.wait)
+        return [_done(point.overrides) for point in points]
+
+
+def _done(overrides: Sequence[str]) -> JobReturn:
+    """What Hydra's sweeper expects of a job: ours are submitted, or have raised already."""
+    result = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
+    result.return_value = None
+    return result

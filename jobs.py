@@ -1,0 +1,56 @@
+"""Lists the runs that were submitted to Slurm, shows a log, cancels, resubmits (`--help`)."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from nemo_bench import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--stage", type=Path, default=os.environ.get("STAGE_PATH", "outputs"), help="stage folder (STAGE_PATH)"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("list", help="all submitted runs: state, step reached, step time (the default)")
+    commands.add_parser("follow", help="the active ones, until they end").add_argument("job", nargs="*")
+    commands.add_parser("log", help="why a job failed, and the end of its logs").add_argument("job")
+    commands.add_parser("cancel", help="these jobs").add_argument("job", nargs="+")
+    commands.add_parser(
+        "resubmit", help="these jobs, or all failed ones, with the configuration they had"
+    ).add_argument("job", nargs="*")
+    arguments = parser.parse_args()
+    cli.guard(run, arguments)
+    cli.end()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nemo_bench.launch import jobs
+    from nemo_bench.results.terminal import make_console
+
+    console, stage = make_console(), Path(arguments.stage).absolute()
+    chosen: Any = getattr(arguments, "job", None)  # one id, or a list of them
+    if arguments.command == "log":
+        print(jobs.log_text(jobs.find(stage, chosen)))
+    elif arguments.command == "cancel":
+        ids = jobs.cancel([jobs.find(stage, job_id) for job_id in chosen])
+        console.print(f"cancelled: {' '.join(ids) or 'none: they had ended'}")
+    elif arguments.command == "follow":
+        runs = [jobs.find(stage, job_id) for job_id in chosen]
+        jobs.follow(console, runs or [job.run_dir for job in jobs.look(jobs.submitted_runs(stage)) if job.active])
+    elif arguments.command == "resubmit":
+        runs = [jobs.find(stage, job_id) for job_id in chosen]
+        runs = runs or [job.run_dir for job in jobs.look(jobs.submitted_runs(stage)) if job.failed]
+        for run_dir in runs:
+            console.print(f"job {jobs.resubmit(run_dir).job_id}: {run_dir.name} again")
+        if not runs:
+            console.print("no job has failed")
+    else:
+        found = jobs.look(jobs.submitted_runs(stage))
+        console.print(jobs.table(found) if found else f"no run was submitted under {stage}")
+
+
+if __name__ == "__main__":
+    main()

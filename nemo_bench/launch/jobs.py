@@ -1,0 +1,249 @@
+"""Submitted jobs afterwards: listed, followed, shown, cancelled, resubmitted.
+
+What is known of a job comes from three places, the best first: sacct (where the cluster keeps accounts), squeue and
+scontrol (which forget a job minutes after its end), and the run folder, where the batch script leaves the exit status.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_bench.config import load
+from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.launch.point import point_name
+from nemo_bench.results import record
+
+# Slurm's words for a job that will run (again) without anybody's help, or runs.
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT")
+UNKNOWN = "UNKNOWN"
+FOLLOW_INTERVAL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submitted run as it stands now."""
+
+    job_id: str
+    state: str  # Slurm's word
+    run_dir: Path
+    point: str
+    max_steps: int
+    steps: int  # recorded so far
+    step_time_s: float | None  # of the last one
+    reason: str | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+    @property
+    def failed(self) -> bool:
+        return not self.active and self.state != "COMPLETED"
+
+
+def submitted_runs(stage: Path) -> list[Path]:
+    """Run folders under a stage folder that were submitted to Slurm, the oldest first."""
+    found = [path.parent for path in stage.glob("results/*/*/*/*/*/run.json")]
+    return sorted((run_dir for run_dir in found if record.read_run(run_dir).get("jobs")), key=lambda path: path.name)
+
+
+def _ask(command: list[str]) -> list[list[str]]:
+    """Rows of a Slurm command's `|`-separated output; none where it is missing or knows nothing."""
+    if shutil.which(command[0]) is None:
+        return []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return []
+    return [line.split("|") for line in done.stdout.splitlines() if line.strip()]
+
+
+def slurm_states(job_ids: Iterable[str]) -> dict[str, str]:
+    """Slurm's state of each job that Slurm still knows, such as RUNNING or TIMEOUT."""
+    ids = list(job_ids)
+    states: dict[str, str] = {}
+    if ids:
+        # "CANCELLED by 0" is CANCELLED
+        for job_id, state in _ask(["sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", ",".join(ids)]):
+            states[job_id] = state.split()[0]
+        # All of the user's, rather than these: squeue fails as a whole over one job that it has forgotten.
+        for job_id, state in _ask(["squeue", "-h", "-t", "all", "--me", "-o", "%i|%T"]):
+            if job_id in ids:
+                states[job_id] = state
+    return states
+
+
+def look(run_dirs: list[Path]) -> list[Job]:
+    """How these runs stand now."""
+    records = {run_dir: record.read_run(run_dir) for run_dir in run_dirs}
+    states = slurm_states(content["jobs"][-1]["id"] for content in records.values())
+    return [_job(run_dir, content, states) for run_dir, content in records.items()]
+
+
+def _job(run_dir: Path, content: dict[str, Any], states: dict[str, str]) -> Job:
+    job_id = content["jobs"][-1]["id"]
+    cfg = load(run_dir / record.CONFIG)
+    steps, _ = record.read_lines(run_dir / record.STEPS)
+    status = record.read_status(run_dir)
+    state = states.get(job_id)
+    if state is None:
+        # Slurm has forgotten it: what the batch script left counts.
+        state = {"completed": "COMPLETED", "failed": "FAILED", "killed": "FAILED"}.get(status.state, UNKNOWN)
+    return Job(
+        job_id=job_id,
+        state=state,
+        run_dir=run_dir,
+        point=point_name(cfg),
+        max_steps=cfg.trainer.max_steps,
+        steps=int(steps[-1]["step"]) + 1 if steps else 0,
+        step_time_s=float(steps[-1]["train_step_timing_s"]) if steps else None,
+        reason=status.reason,
+    )
+
+
+def table(jobs: list[Job]) -> Any:
+    """The listing, for rich."""
+    from rich.table import Table
+
+    result = Table()
+    for name in ("job", "state", "point", "step", "step time (s)", "ETA", "run folder"):
+        right = name in ("step", "step time (s)", "ETA")
+        result.add_column(name, justify="right" if right else "left", overflow="fold")
+    for job in jobs:
+        left = (job.max_steps - job.steps) * (job.step_time_s or 0)
+        result.add_row(
+            job.job_id,
+            job.state + (f": {job.reason}" if job.failed and job.reason else ""),
+            job.point,
+            f"{job.steps}/{job.max_steps}",
+            "" if job.step_time_s is None else f"{job.step_time_s:.4g}",
+            f"{int(left) // 60}:{int(left) % 60:02d}" if job.active and job.step_time_s else "",
+            str(job.run_dir),
+        )
+    return result
+
+
+def follow(console: Any, run_dirs: list[Path]) -> None:
+    """Shows these jobs until all have ended; Ctrl-C leaves them running.
+
+    Raises:
+        RunFailed: a job did not complete.
+    """
+    from rich.live import Live
+
+    try:
+        if console.is_terminal:
+            with Live(console=console, refresh_per_second=2) as live:
+                while True:
+                    jobs = look(run_dirs)
+                    live.update(table(jobs))
+                    if not any(job.active for job in jobs):
+                        break
+                    time.sleep(FOLLOW_INTERVAL_S)
+        else:
+            jobs = _follow_in_lines(console, run_dirs)
+    except KeyboardInterrupt:
+        raise RunFailed("stopped watching; the jobs go on: python jobs.py lists them", 130) from None
+    failed = [job for job in jobs if job.failed]
+    if failed:
+        told = "\n".join(f"  job {j.job_id} ({j.point}): {j.state}: {j.reason or 'see its log'}" for j in failed)
+        raise RunFailed(
+            f"{len(failed)} of {len(jobs)} jobs did not complete:\n{told}\npython jobs.py log JOB shows more"
+        )
+    console.print(f"all {len(jobs)} jobs completed")
+
+
+def _follow_in_lines(console: Any, run_dirs: list[Path]) -> list[Job]:
+    """A line for each change of state and each step."""
+    shown: dict[str, tuple[str, int]] = {}
+    while True:
+        jobs = look(run_dirs)
+        for job in jobs:
+            now = (job.state, job.steps)
+            if shown.get(job.job_id) != now:
+                shown[job.job_id] = now
+                timing = "" if job.step_time_s is None else f", {job.step_time_s:.4g} s a step"
+                console.print(
+                    f"{time.strftime('%H:%M:%S')} job {job.job_id} ({job.point}): {job.state}, "
+                    f"step {job.steps}/{job.max_steps}{timing}",
+                    highlight=False,
+                )
+        if not any(job.active for job in jobs):
+            return jobs
+        time.sleep(FOLLOW_INTERVAL_S)
+
+
+def find(stage: Path, job_id: str) -> Path:
+    """The run folder of a job.
+
+    Raises:
+        BenchError: no run under this stage folder has it.
+    """
+    runs = submitted_runs(stage)
+    for run_dir in runs:
+        if job_id in [job["id"] for job in record.read_run(run_dir)["jobs"]]:
+            return run_dir
+    known = [record.read_run(run_dir)["jobs"][-1]["id"] for run_dir in runs]
+    raise BenchError(
+        f"no run under {stage} has the job {job_id}; known: {', '.join(known) or 'none'}\n"
+        "--stage (or STAGE_PATH) names another stage folder"
+    )
+
+
+def log_text(run_dir: Path) -> str:
+    """What a reader of a failed job looks for: its first error, then the end of the logs."""
+    parts = []
+    for error in record.read_rank_errors(run_dir)[:1]:
+        parts.append(f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}")
+    logs = sorted(run_dir.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
+    failed = [int(error["rank"]) for error in record.read_rank_errors(run_dir)[:1]]
+    logs += [record.rank_log(run_dir, rank) for rank in (failed or [0])]
+    for log in logs:
+        if log.exists():
+            parts.append(f"==> {log} <==\n" + "\n".join(record.tail(log, 40)))
+    return "\n\n".join(parts) or f"{run_dir} has no log yet: the job has not started"
+
+
+def cancel(run_dirs: list[Path]) -> list[str]:
+    """Cancels the jobs that are still active and returns their ids.
+
+    Raises:
+        BenchError: scancel refused.
+    """
+    ids = [job.job_id for job in look(run_dirs) if job.active]
+    if ids:
+        done = subprocess.run(["scancel", *ids], capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            raise BenchError(f"scancel {' '.join(ids)}: {done.stderr.strip()}")
+    return ids
+
+
+def resubmit(run_dir: Path) -> Any:
+    """Submits a run again, with the very configuration it had, into a run folder of its own.
+
+    Raises:
+        BenchError: it is still active, or the scheduler refused.
+    """
+    from nemo_bench.launch.submission import submit_run
+
+    (job,) = look([run_dir])
+    if job.active:
+        raise BenchError(f"job {job.job_id} is {job.state}: cancel it first (python jobs.py cancel {job.job_id})")
+    old = record.read_run(run_dir)
+    again = record.new_run_dir(run_dir.parent)
+    cfg = load(run_dir / record.CONFIG)
+    record.create(
+        again,
+        config_yaml=(run_dir / record.CONFIG).read_text(),
+        command=["python", "jobs.py", "resubmit", job.job_id],
+        overrides=old["overrides"],
+        ranks=old["ranks"],
+        state="submitted",
+    )
+    return submit_run(cfg, again, old["overrides"])

@@ -1,0 +1,217 @@
+"""One benchmark point as one Slurm job: the request, the batch script, the submission.
+
+The request comes from the point's own configuration. The script is written out whole, so that what runs can be read in
+the run folder and run again by hand. It starts the ranks with srun; they find everything else in the run folder.
+Nothing is pickled: the interpreter on the nodes (a container's) may be another one than this.
+
+submitit submits it, and reads the job's id and state; its own script would start Python from a pickle, and leave no
+place for what has to be done outside a container after srun has ended (exit status, requeue).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_bench.config import TrainConfig, world_size
+from nemo_bench.errors import BenchError
+from nemo_bench.results.record import EXIT, REQUEUE
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def job_name(cfg: TrainConfig) -> str:
+    """Never `bash` or `interactive`, which Lightning takes for a shell."""
+    return f"nemo-bench-{cfg.model.name}-{cfg.precision.name}-{world_size(cfg)}gpu"
+
+
+def sbatch_options(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """sbatch's long options and their values (True: no value) for this point, in a fixed order."""
+    c = cfg.cluster
+    options: dict[str, Any] = {
+        "job-name": job_name(cfg),
+        "account": c.account,
+        "partition": c.partition,
+        "qos": c.qos,
+        "reservation": c.reservation,
+        "constraint": c.constraint,
+        "nodelist": c.nodelist,
+        "exclude": c.exclude,
+        "nodes": cfg.trainer.num_nodes,
+        "ntasks-per-node": cfg.trainer.devices,
+        "cpus-per-task": c.cpus_per_task,
+        "gpus-per-node": c.gpus_per_node if c.gres is None else None,
+        "gres": c.gres,
+        "exclusive": c.exclusive or None,
+        "mem": c.mem,
+        "time": c.time,
+        "dependency": c.dependency,
+        "comment": c.comment,
+        "output": f"{run_dir}/slurm-%j.out",
+        "open-mode": "append",
+        # Without checkpoints there is nothing to go on from: a requeued run would only start over.
+        "signal": f"USR1@{c.signal_s}" if _checkpoints(cfg) else None,
+        "requeue": True if _checkpoints(cfg) else None,
+        "no-requeue": None if _checkpoints(cfg) else True,
+        **c.additional_parameters,
+    }
+    return {name: value for name, value in options.items() if value is not None and value is not False}
+
+
+def _checkpoints(cfg: TrainConfig) -> bool:
+    return cfg.checkpoint.every_n_steps is not None
+
+
+def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
+    """The srun line: one task a rank, all ended when one fails."""
+    c = cfg.cluster
+    command = [
+        "srun",
+        "--kill-on-bad-exit=1",
+        # Named here too: sbatch's environment carries them, but a user's srun settings may not override them.
+        f"--nodes={cfg.trainer.num_nodes}",
+        f"--ntasks={world_size(cfg)}",
+        f"--ntasks-per-node={cfg.trainer.devices}",
+        f"--output={run_dir}/rank%t.out",
+        "--open-mode=append",
+        "--unbuffered",
+    ]
+    python = sys.executable
+    if c.container is not None:
+        python = c.container.python
+        mounts = [f"{cfg.stage_path}:{cfg.stage_path}", f"{PROJECT}:{PROJECT}", *c.container.mounts]
+        command += [f"--container-image={c.container.image}", f"--container-mounts={','.join(mounts)}"]
+        if c.container.writable:
+            command.append("--container-writable")
+        if not c.container.mount_home:
+            command.append("--no-container-mount-home")
+        # By default the image's own values win over those of the job.
+        command.append(f"--container-env={','.join(rank_environment(cfg))}")
+    return [*command, *c.srun_args, python, "-u", "-m", "nemo_bench.training.rank", str(run_dir)]
+
+
+def rank_environment(cfg: TrainConfig) -> dict[str, str]:
+    """Environment of every rank, besides what Slurm sets."""
+    return {**cfg.entrypoint.env, **cfg.cluster.env, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"}
+
+
+def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
+    """The whole sbatch script of one point."""
+    flags = [
+        f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
+        for name, value in sbatch_options(cfg, run_dir).items()
+    ]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in rank_environment(cfg).items()]
+    run = shlex.quote(str(run_dir))
+    lines = [
+        "#!/bin/bash",
+        *flags,
+        "",
+        "set -u",
+        f"RUN={run}",
+        f'rm -f "$RUN/{REQUEUE}" "$RUN/{EXIT}"',
+        "",
+        "# The ranks meet at the first node. A port of the job's own: nodes may be shared.",
+        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        "export MASTER_ADDR MASTER_PORT",
+        *exports,
+        *cfg.cluster.setup,
+        "",
+        shlex.join(srun_command(cfg, run_dir)),
+        "status=$?",
+        "",
+        "# Asked for by rank 0 after its last checkpoint; done here, since a container has no scontrol.",
+        f'if [ -e "$RUN/{REQUEUE}" ] && scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi',
+        f'printf \'{{"exit_code": %d, "job_id": "%s", "ended_at": "%s"}}\\n\' "$status" "$SLURM_JOB_ID" '
+        f'"$(date -u +%Y-%m-%dT%H:%M:%SZ)" > "$RUN/.{EXIT}.tmp"',
+        f'mv "$RUN/.{EXIT}.tmp" "$RUN/{EXIT}"',
+        'exit "$status"',
+        "",
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _outside_of_any_job() -> Iterator[None]:
+    """Hides the environment's SLURM_* and SBATCH_*: sbatch would put them before the script's own options.
+
+    What of them counts is in the configuration by now; SLURM_CONF says which cluster is meant.
+    """
+    hidden = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.startswith(("SLURM_", "SBATCH_", "SRUN_")) and name != "SLURM_CONF"
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@dataclass(frozen=True)
+class TestOnly:
+    """What `sbatch --test-only` said."""
+
+    accepted: bool
+    message: str
+
+
+def have_sbatch() -> bool:
+    """Whether this machine can submit."""
+    return shutil.which("sbatch") is not None
+
+
+def test_only(cfg: TrainConfig, run_dir: Path) -> TestOnly:
+    """Asks the scheduler whether it would take the job, and submits nothing."""
+    with _outside_of_any_job():
+        done = subprocess.run(
+            ["sbatch", "--test-only"],
+            input=batch_script(cfg, run_dir),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    return TestOnly(done.returncode == 0, _scheduler_words(done.stderr))
+
+
+def _scheduler_words(stderr: str) -> str:
+    lines = [re.sub(r"^(sbatch|allocation failure): (error: )?", "", line) for line in stderr.strip().splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"
+
+
+def submit(cfg: TrainConfig, run_dir: Path) -> str:
+    """Submits the point and returns its job id.
+
+    Raises:
+        BenchError: the scheduler refused, in its own words.
+    """
+    import submitit
+    from submitit.core.utils import FailedJobError
+
+    class Executor(submitit.SlurmExecutor):
+        """submitit's, with our script in place of its own."""
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            return batch_script(cfg, run_dir)
+
+    executor = Executor(folder=run_dir)
+    try:
+        with _outside_of_any_job():
+            return str(executor._submit_command("").job_id)
+    except (FailedJobError, subprocess.SubprocessError) as error:
+        words = [line for line in str(error).splitlines() if "error" in line.lower()]
+        raise BenchError(
+            f"Slurm refused {job_name(cfg)}: {_scheduler_words(chr(10).join(words) or str(error))}\n"
+            "cluster.account, cluster.partition, cluster.qos, cluster.time and the number of nodes are what it checks"
+        ) from None

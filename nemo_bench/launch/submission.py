@@ -1,0 +1,200 @@
+"""A sweep's points to Slurm: all checked before any is submitted, then each as a job of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_bench.config import Launch, TrainConfig, typed, world_size
+from nemo_bench.errors import BenchError
+from nemo_bench.launch import slurm
+from nemo_bench.launch.point import plan, point_name, prepare_data, results_dir
+from nemo_bench.preflight import Problem, configuration_problems, stage_problems
+from nemo_bench.results import record
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point as Hydra composed it, and the overrides that made it."""
+
+    config: DictConfig
+    overrides: list[str]
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.overrides) or "the defaults"
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A row of the table and of `jobs.json`."""
+
+    point: str
+    overrides: list[str]
+    job_id: str
+    nodes: int
+    gpus: int
+    run_dir: str
+    log: str
+
+
+def submit_points(points: list[Point], *, sweep_dir: Path, wait: bool) -> None:
+    """Checks all points, then submits them (launch=run) or prints what would be submitted (launch=dry).
+
+    Raises:
+        BenchError: a point is refused, by our checks (then none was submitted) or by the scheduler.
+        RunFailed: with `wait`, a job did not complete.
+    """
+    configs = []
+    for point in points:
+        point.config.stage_path = str(Path(point.config.stage_path).absolute())
+        configs.append(typed(point.config))
+    dry = all(cfg.launch is Launch.dry for cfg in configs)
+    problems = {point.name: found for point, cfg in zip(points, configs) if (found := _problems(cfg, dry=dry))}
+    if problems:
+        _forget_sweep(sweep_dir)
+        raise BenchError(_all_problems(problems, len(points)))
+    if dry:
+        _forget_sweep(sweep_dir)
+        for point, cfg in zip(points, configs):
+            _print_dry(point, cfg)
+        return
+    if not slurm.have_sbatch():
+        _forget_sweep(sweep_dir)
+        raise BenchError(
+            "sbatch is not on this machine: submit from a login node of the cluster.\n"
+            "launch=dry prints the scripts; scale=local runs here"
+        )
+    jobs = _submit_all(points, configs, sweep_dir)
+    from nemo_bench.results.terminal import make_console
+
+    console = make_console()
+    _print_table(console, jobs)
+    console.print(f"submitted: {sweep_dir}/jobs.json", soft_wrap=True, highlight=False)
+    if wait:
+        from nemo_bench.launch.jobs import follow
+
+        follow(console, [Path(job.run_dir) for job in jobs])
+    else:
+        console.print("python jobs.py lists them, shows a log, cancels and resubmits", highlight=False)
+
+
+def _problems(cfg: TrainConfig, *, dry: bool) -> list[Problem]:
+    found = configuration_problems(cfg)
+    if cfg.cluster.scheduler != "slurm":
+        found.append(
+            Problem(
+                "cluster",
+                cfg.cluster.name,
+                "hydra/launcher=submitit_slurm submits to Slurm",
+                "the value that works: slurm (scale=local brings cluster=local: name cluster=slurm too)",
+            )
+        )
+    # launch=dry also serves to plan on a laptop, where no stage folder is.
+    return found if dry else found + stage_problems(cfg)
+
+
+def _all_problems(problems: dict[str, list[Problem]], points: int) -> str:
+    """Every problem of every point; what several points share is said once."""
+    shared: dict[str, list[str]] = {}
+    for point, found in problems.items():
+        for problem in found:
+            shared.setdefault(str(problem), []).append(point)
+    head = f"{len(shared)} problem{'s' if len(shared) > 1 else ''} in {len(problems)} of {points} points; "
+    lines = [head + "nothing was submitted:"]
+    for text, names in shared.items():
+        lines += ["", f"  {text}"]
+        if points > 1:
+            lines.append(f"    in: {'; '.join(names)}")
+    return "\n".join(lines)
+
+
+def _forget_sweep(sweep_dir: Path) -> None:
+    """Takes back what Hydra's sweeper wrote before it asked us: nothing was launched."""
+    with contextlib.suppress(OSError):
+        (sweep_dir / "multirun.yaml").unlink()
+        for folder in (sweep_dir, sweep_dir.parent, sweep_dir.parent.parent):
+            folder.rmdir()  # only where it is empty
+
+
+def _print_dry(point: Point, cfg: TrainConfig) -> None:
+    run_dir = results_dir(cfg) / "<run>"
+    print(f"# {point.name}")
+    print(plan(cfg))
+    print(slurm.batch_script(cfg, run_dir))
+    if slurm.have_sbatch():
+        answer = slurm.test_only(cfg, run_dir)
+        print(f"sbatch --test-only: {'accepted' if answer.accepted else 'REFUSED'}: {answer.message}")
+    print("launch=dry: nothing was submitted.\n")
+
+
+def _submit_all(points: list[Point], configs: list[TrainConfig], sweep_dir: Path) -> list[SubmittedJob]:
+    jobs: list[SubmittedJob] = []
+    try:
+        for point, cfg in zip(points, configs):
+            prepare_data(cfg)
+            run_dir = record.new_run_dir(results_dir(cfg))
+            record.create(
+                run_dir,
+                config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
+                command=["python", *sys.argv],
+                overrides=point.overrides,
+                ranks=world_size(cfg),
+                state="submitted",
+            )
+            jobs.append(submit_run(cfg, run_dir, point.overrides))
+    except (BenchError, OSError) as error:
+        if not jobs:
+            raise BenchError(str(error)) from None
+        ids = " ".join(job.job_id for job in jobs)
+        raise BenchError(
+            f"{error}\n{len(jobs)} of {len(points)} points were submitted before that: `scancel {ids}` takes them back"
+        ) from None
+    finally:
+        if jobs:
+            sweep_dir.mkdir(parents=True, exist_ok=True)
+            record.write_json(sweep_dir / "jobs.json", [vars(job) for job in jobs])
+    return jobs
+
+
+def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> SubmittedJob:
+    """Submits the run that `run_dir` holds, as it is recorded there; a refused one is not left behind as if it waited.
+
+    Raises:
+        BenchError: the scheduler refused.
+    """
+    try:
+        job_id = slurm.submit(cfg, run_dir)
+    except BenchError as error:
+        record.set_status(run_dir, record.Status("failed", reason=str(error).splitlines()[0]))
+        raise
+    record.set_job(run_dir, job_id)
+    return SubmittedJob(
+        point=point_name(cfg),
+        overrides=overrides,
+        job_id=job_id,
+        nodes=cfg.trainer.num_nodes,
+        gpus=world_size(cfg),
+        run_dir=str(run_dir),
+        log=str(record.rank_log(run_dir, 0)),
+    )
+
+
+def _print_table(console: Any, jobs: list[SubmittedJob]) -> None:
+    from rich.table import Table
+
+    from nemo_bench.launch.jobs import UNKNOWN, slurm_states
+
+    states = slurm_states(job.job_id for job in jobs)
+    table = Table(title=f"{len(jobs)} job{'s' if len(jobs) != 1 else ''} submitted", title_justify="left")
+    for name in ("point", "job", "nodes", "GPUs", "state", "log"):
+        table.add_column(name, justify="right" if name in ("nodes", "GPUs") else "left", overflow="fold")
+    for job in jobs:
+        state = states.get(job.job_id, UNKNOWN)
+        table.add_row(job.point, job.job_id, str(job.nodes), str(job.gpus), state, job.log)
+    console.print(table)

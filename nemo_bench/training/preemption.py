@@ -1,0 +1,37 @@
+"""A last checkpoint when Slurm warns that the job will be preempted or has reached its time limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from nemo_bench.launch import preemption_signal
+from nemo_bench.results.record import CHECKPOINTS, REQUEUE
+
+
+class CheckpointOnSignal(pl.Callback):
+    """Saves a checkpoint after the step in which any rank was warned (SIGUSR1), asks for a requeue, and stops.
+
+    Not NeMo's PreemptionCallback: it saves only where `save_last` is on, and cannot ask for the requeue.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # All ranks must agree on the step: a checkpoint is a collective.
+        warned = torch.tensor(int(preemption_signal.received()), device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(warned, op=torch.distributed.ReduceOp.MAX)
+        if not warned.item() or trainer.global_step >= trainer.max_steps:
+            return
+        checkpoint = self.run_dir / CHECKPOINTS / f"step={trainer.global_step - 1}"
+        if not checkpoint.exists():
+            trainer.checkpoint_callback._save_checkpoint(trainer, str(checkpoint))
+        if trainer.is_global_zero:
+            (self.run_dir / REQUEUE).touch()
+        trainer.should_stop = True
