@@ -1,4 +1,4 @@
-"""Hydra launcher: every point of a sweep becomes a Slurm job of its own size.
+"""Hydra launchers: every point of a sweep a Slurm job of its own size, or one after the other on this machine.
 
 Thin on purpose: Hydra executes the modules under hydra_plugins at every start, also for `--help`, so everything else is
 imported when a sweep is launched.
@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 class SlurmLauncher(Launcher):
     """`hydra/launcher=submitit_slurm`."""
+
+    to_slurm = True
 
     def __init__(self, wait: bool = False, **_: Any) -> None:
         self.wait = wait
@@ -38,8 +40,14 @@ class SlurmLauncher(Launcher):
                 del config["hydra"]
             points.append(Point(config, task_overrides))
         sweep_dir = Path(OmegaConf.select(self.config, "hydra.sweep.dir"))
-        submit_points(points, sweep_dir=sweep_dir, wait=self.wait)
+        submit_points(points, sweep_dir=sweep_dir, wait=self.wait, to_slurm=self.to_slurm)
         return [_done(point.overrides) for point in points]
+
+
+class LocalLauncher(SlurmLauncher):
+    """`hydra/launcher=submitit_local`."""
+
+    to_slurm = False
 
 
 def _done(overrides: Sequence[str]) -> JobReturn:

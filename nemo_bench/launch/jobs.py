@@ -1,7 +1,7 @@
 """Submitted jobs afterwards: listed, followed, shown, cancelled, resubmitted.
 
-What is known of a job comes from three places, the best first: sacct (where the cluster keeps accounts), squeue and
-scontrol (which forget a job minutes after its end), and the run folder, where the batch script leaves the exit status.
+What is known of a Slurm job comes from three places: sacct, where the cluster keeps accounts; squeue, which forgets a
+job minutes after its end; and the run folder, where the batch script leaves the exit status.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from nemo_bench.config import load
 from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.launch import background
 from nemo_bench.launch.point import point_name
 from nemo_bench.results import record
 
@@ -48,9 +49,15 @@ class Job:
 
 
 def submitted_runs(stage: Path) -> list[Path]:
-    """Run folders under a stage folder that were submitted to Slurm, the oldest first."""
-    found = [path.parent for path in stage.glob("results/*/*/*/*/*/run.json")]
-    return sorted((run_dir for run_dir in found if record.read_run(run_dir).get("jobs")), key=lambda path: path.name)
+    """Run folders under a stage folder that were submitted, the oldest first."""
+    found = [path.parent for path in stage.glob(f"results/*/*/*/*/*/{record.JOB}")]
+    jobs = {run_dir: record.read_job(run_dir) for run_dir in found}
+
+    def order(run_dir: Path) -> tuple[str, float]:
+        job = jobs[run_dir]
+        return job["submitted_at"], float(job["id"].removeprefix(background.JOB_PREFIX))
+
+    return sorted(jobs, key=order)
 
 
 def _ask(command: list[str]) -> list[list[str]]:
@@ -66,7 +73,7 @@ def _ask(command: list[str]) -> list[list[str]]:
 
 def slurm_states(job_ids: Iterable[str]) -> dict[str, str]:
     """Slurm's state of each job that Slurm still knows, such as RUNNING or TIMEOUT."""
-    ids = list(job_ids)
+    ids = [job_id for job_id in job_ids if not job_id.startswith(background.JOB_PREFIX)]
     states: dict[str, str] = {}
     if ids:
         # "CANCELLED by 0" is CANCELLED
@@ -81,18 +88,20 @@ def slurm_states(job_ids: Iterable[str]) -> dict[str, str]:
 
 def look(run_dirs: list[Path]) -> list[Job]:
     """How these runs stand now."""
-    records = {run_dir: record.read_run(run_dir) for run_dir in run_dirs}
-    states = slurm_states(content["jobs"][-1]["id"] for content in records.values())
-    return [_job(run_dir, content, states) for run_dir, content in records.items()]
+    jobs = {run_dir: record.read_job(run_dir) for run_dir in run_dirs}
+    states = slurm_states(job["id"] for job in jobs.values())
+    return [_job(run_dir, job, states) for run_dir, job in jobs.items()]
 
 
-def _job(run_dir: Path, content: dict[str, Any], states: dict[str, str]) -> Job:
-    job_id = content["jobs"][-1]["id"]
+def _job(run_dir: Path, job: dict[str, Any], states: dict[str, str]) -> Job:
+    job_id = job["id"]
     cfg = load(run_dir / record.CONFIG)
     steps, _ = record.read_lines(run_dir / record.STEPS)
     status = record.read_status(run_dir)
     state = states.get(job_id)
-    if state is None:
+    if job_id.startswith(background.JOB_PREFIX):
+        state = background.state(job, status)
+    elif state is None:
         # Slurm has forgotten it: what the batch script left counts.
         state = {"completed": "COMPLETED", "failed": "FAILED", "killed": "FAILED"}.get(status.state, UNKNOWN)
     return Job(
@@ -187,9 +196,9 @@ def find(stage: Path, job_id: str) -> Path:
     """
     runs = submitted_runs(stage)
     for run_dir in runs:
-        if job_id in [job["id"] for job in record.read_run(run_dir)["jobs"]]:
+        if job_id == record.read_job(run_dir)["id"]:
             return run_dir
-    known = [record.read_run(run_dir)["jobs"][-1]["id"] for run_dir in runs]
+    known = [record.read_job(run_dir)["id"] for run_dir in runs]
     raise BenchError(
         f"no run under {stage} has the job {job_id}; known: {', '.join(known) or 'none'}\n"
         "--stage (or STAGE_PATH) names another stage folder"
@@ -211,17 +220,21 @@ def log_text(run_dir: Path) -> str:
 
 
 def cancel(run_dirs: list[Path]) -> list[str]:
-    """Cancels the jobs that are still active and returns their ids.
+    """Cancels the jobs that are still active and returns their ids; on this machine, with what waits behind them.
 
     Raises:
         BenchError: scancel refused.
     """
-    ids = [job.job_id for job in look(run_dirs) if job.active]
-    if ids:
-        done = subprocess.run(["scancel", *ids], capture_output=True, text=True, timeout=60, check=False)
+    active = [job for job in look(run_dirs) if job.active]
+    slurms = [job.job_id for job in active if not job.job_id.startswith(background.JOB_PREFIX)]
+    if slurms:
+        done = subprocess.run(["scancel", *slurms], capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
-            raise BenchError(f"scancel {' '.join(ids)}: {done.stderr.strip()}")
-    return ids
+            raise BenchError(f"scancel {' '.join(slurms)}: {done.stderr.strip()}")
+    for job in active:
+        if job.job_id not in slurms:
+            background.cancel(record.read_job(job.run_dir))
+    return [job.job_id for job in active]
 
 
 def resubmit(run_dir: Path) -> Any:
@@ -233,6 +246,8 @@ def resubmit(run_dir: Path) -> Any:
     from nemo_bench.launch.submission import submit_run
 
     (job,) = look([run_dir])
+    if job.job_id.startswith(background.JOB_PREFIX):
+        raise BenchError(f"{job.job_id} ran on this machine: `{record.read_run(run_dir)['command']}` runs it again")
     if job.active:
         raise BenchError(f"job {job.job_id} is {job.state}: cancel it first (python jobs.py cancel {job.job_id})")
     old = record.read_run(run_dir)

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,21 +107,30 @@ def plan(cfg: TrainConfig) -> str:
 
 
 def _run_here(cfg: TrainConfig) -> None:
-    from nemo_bench.launch import local
     from nemo_bench.results.summary import summarise
     from nemo_bench.results.terminal import Follower, make_console, print_summary
 
     console = make_console()
-    prepare_data(cfg)
+    if line := prepare_data(cfg):
+        print(line)
     run_dir = _new_run(cfg)
     console.print(f"run folder: {run_dir}", soft_wrap=True, highlight=False)
+    with Follower(cfg, run_dir, console) as follower:
+        execute(cfg, run_dir, follower.tick)
+    print_summary(console, cfg, run_dir, summarise(run_dir))
+
+
+def execute(cfg: TrainConfig, run_dir: Path, tick: Callable[[], None]) -> None:
+    """Runs the ranks of a recorded run on this machine, calling `tick` while they run, and records how it ended.
+
+    Raises:
+        RunFailed: it did not complete; all ranks are gone.
+    """
+    from nemo_bench.launch import local
+
     try:
-        with (
-            local.termination_raises(),
-            local.started(cfg, run_dir) as group,
-            Follower(cfg, run_dir, console) as follower,
-        ):
-            outcome = local.wait(group, follower.tick)
+        with local.termination_raises(), local.started(cfg, run_dir) as group:
+            outcome = local.wait(group, tick)
     except KeyboardInterrupt:
         record.set_status(run_dir, record.Status("interrupted", exit_code=130, reason="Ctrl-C"))
         raise RunFailed(f"interrupted: all ranks were ended. What was recorded is in {run_dir}", 130) from None
@@ -131,7 +141,6 @@ def _run_here(cfg: TrainConfig) -> None:
     if outcome.failed_rank is not None:
         raise RunFailed(_record_failure(cfg, run_dir, outcome))
     record.set_status(run_dir, record.Status("completed", exit_code=0))
-    print_summary(console, cfg, run_dir, summarise(run_dir))
 
 
 def _new_run(cfg: TrainConfig) -> Path:
@@ -155,10 +164,10 @@ def _new_run(cfg: TrainConfig) -> Path:
     return run_dir
 
 
-def prepare_data(cfg: TrainConfig) -> None:
-    """Builds (or finds) the local corpus, its tokenizer and dataset, and puts their paths into `cfg`."""
+def prepare_data(cfg: TrainConfig) -> str:
+    """Builds (or finds) the local dataset and tokenizer, puts their paths into `cfg`, and says what it is."""
     if cfg.data.kind != "local":
-        return
+        return ""
     from nemo_bench.data.local import prepare_local
 
     assert cfg.data.folder is not None
@@ -170,7 +179,7 @@ def prepare_data(cfg: TrainConfig) -> None:
     )
     cfg.data.paths = [str(prefix) for prefix in prepared.prefixes]
     cfg.data.tokenizer = str(prepared.tokenizer_dir)
-    print(f"data: {prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary")
+    return f"data: {prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary"
 
 
 def _record_failure(cfg: TrainConfig, run_dir: Path, outcome: Outcome) -> str:

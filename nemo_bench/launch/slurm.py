@@ -10,6 +10,8 @@ place for what has to be done outside a container after srun has ended (exit sta
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -17,7 +19,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
         "",
         "set -u",
         f"RUN={run}",
-        f'rm -f "$RUN/{REQUEUE}" "$RUN/{EXIT}"',
+        "# Left by an earlier start, where this one is a requeue.",
+        f'rm -f "$RUN/{REQUEUE}" "$RUN/{EXIT}" "$RUN"/rank*.error.json',
         "",
         "# The ranks meet at the first node. A port of the job's own: nodes may be shared.",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -141,7 +143,7 @@ def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _outside_of_any_job() -> Iterator[None]:
     """Hides the environment's SLURM_* and SBATCH_*: sbatch would put them before the script's own options.
 
@@ -207,7 +209,8 @@ def submit(cfg: TrainConfig, run_dir: Path) -> str:
 
     executor = Executor(folder=run_dir)
     try:
-        with _outside_of_any_job():
+        # submitit repeats sbatch's words on stderr; ours below say them once
+        with _outside_of_any_job(), contextlib.redirect_stderr(io.StringIO()):
             return str(executor._submit_command("").job_id)
     except (FailedJobError, subprocess.SubprocessError) as error:
         words = [line for line in str(error).splitlines() if "error" in line.lower()]

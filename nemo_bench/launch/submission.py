@@ -1,4 +1,4 @@
-"""A sweep's points to Slurm: all checked before any is submitted, then each as a job of its own."""
+"""A sweep's points to Slurm, or to the background of this machine: all checked before any is submitted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_bench.config import Launch, TrainConfig, typed, world_size
 from nemo_bench.errors import BenchError
 from nemo_bench.launch import slurm
 from nemo_bench.launch.point import plan, point_name, prepare_data, results_dir
-from nemo_bench.preflight import Problem, configuration_problems, stage_problems
+from nemo_bench.preflight import Problem, configuration_problems, machine_problems, stage_problems
 from nemo_bench.results import record
 
 
@@ -43,8 +43,10 @@ class SubmittedJob:
     log: str
 
 
-def submit_points(points: list[Point], *, sweep_dir: Path, wait: bool) -> None:
+def submit_points(points: list[Point], *, sweep_dir: Path, wait: bool, to_slurm: bool) -> None:
     """Checks all points, then submits them (launch=run) or prints what would be submitted (launch=dry).
+
+    To Slurm each point goes as a job of its own; on this machine one background process runs them in turn.
 
     Raises:
         BenchError: a point is refused, by our checks (then none was submitted) or by the scheduler.
@@ -55,7 +57,11 @@ def submit_points(points: list[Point], *, sweep_dir: Path, wait: bool) -> None:
         point.config.stage_path = str(Path(point.config.stage_path).absolute())
         configs.append(typed(point.config))
     dry = all(cfg.launch is Launch.dry for cfg in configs)
-    problems = {point.name: found for point, cfg in zip(points, configs) if (found := _problems(cfg, dry=dry))}
+    problems = {
+        point.name: found
+        for point, cfg in zip(points, configs)
+        if (found := _problems(cfg, dry=dry, to_slurm=to_slurm))
+    }
     if problems:
         _forget_sweep(sweep_dir)
         raise BenchError(_all_problems(problems, len(points)))
@@ -64,13 +70,15 @@ def submit_points(points: list[Point], *, sweep_dir: Path, wait: bool) -> None:
         for point, cfg in zip(points, configs):
             _print_dry(point, cfg)
         return
-    if not slurm.have_sbatch():
+    if to_slurm and not slurm.have_sbatch():
         _forget_sweep(sweep_dir)
         raise BenchError(
             "sbatch is not on this machine: submit from a login node of the cluster.\n"
             "launch=dry prints the scripts; scale=local runs here"
         )
-    jobs = _submit_all(points, configs, sweep_dir)
+    for line in dict.fromkeys(line for cfg in configs if (line := prepare_data(cfg))):
+        print(line)
+    jobs = _submit_all(points, configs, sweep_dir) if to_slurm else _start_all(points, configs, sweep_dir)
     from nemo_bench.results.terminal import make_console
 
     console = make_console()
@@ -84,19 +92,25 @@ def submit_points(points: list[Point], *, sweep_dir: Path, wait: bool) -> None:
         console.print("python jobs.py lists them, shows a log, cancels and resubmits", highlight=False)
 
 
-def _problems(cfg: TrainConfig, *, dry: bool) -> list[Problem]:
+def _problems(cfg: TrainConfig, *, dry: bool, to_slurm: bool) -> list[Problem]:
     found = configuration_problems(cfg)
-    if cfg.cluster.scheduler != "slurm":
+    if (cfg.cluster.scheduler == "slurm") != to_slurm:
         found.append(
             Problem(
                 "cluster",
                 cfg.cluster.name,
-                "hydra/launcher=submitit_slurm submits to Slurm",
-                "the value that works: slurm (scale=local brings cluster=local: name cluster=slurm too)",
+                "hydra/launcher=submitit_slurm submits to Slurm"
+                if to_slurm
+                else "hydra/launcher=submitit_local runs on this machine",
+                "the value that works: slurm (scale=local brings cluster=local: name cluster=slurm too)"
+                if to_slurm
+                else "the value that works: local",
             )
         )
-    # launch=dry also serves to plan on a laptop, where no stage folder is.
-    return found if dry else found + stage_problems(cfg)
+    # launch=dry also serves to plan on a laptop, where no stage folder and no GPU is.
+    if dry:
+        return found
+    return found + (stage_problems(cfg) if to_slurm else machine_problems(cfg))
 
 
 def _all_problems(problems: dict[str, list[Problem]], points: int) -> str:
@@ -118,7 +132,7 @@ def _forget_sweep(sweep_dir: Path) -> None:
     """Takes back what Hydra's sweeper wrote before it asked us: nothing was launched."""
     with contextlib.suppress(OSError):
         (sweep_dir / "multirun.yaml").unlink()
-        for folder in (sweep_dir, sweep_dir.parent, sweep_dir.parent.parent):
+        for folder in (sweep_dir, sweep_dir.parent):  # not the stage folder, which may be the user's own
             folder.rmdir()  # only where it is empty
 
 
@@ -126,10 +140,11 @@ def _print_dry(point: Point, cfg: TrainConfig) -> None:
     run_dir = results_dir(cfg) / "<run>"
     print(f"# {point.name}")
     print(plan(cfg))
-    print(slurm.batch_script(cfg, run_dir))
-    if slurm.have_sbatch():
-        answer = slurm.test_only(cfg, run_dir)
-        print(f"sbatch --test-only: {'accepted' if answer.accepted else 'REFUSED'}: {answer.message}")
+    if cfg.cluster.scheduler == "slurm":
+        print(slurm.batch_script(cfg, run_dir))
+        if slurm.have_sbatch():
+            answer = slurm.test_only(cfg, run_dir)
+            print(f"sbatch --test-only: {'accepted' if answer.accepted else 'REFUSED'}: {answer.message}")
     print("launch=dry: nothing was submitted.\n")
 
 
@@ -137,17 +152,7 @@ def _submit_all(points: list[Point], configs: list[TrainConfig], sweep_dir: Path
     jobs: list[SubmittedJob] = []
     try:
         for point, cfg in zip(points, configs):
-            prepare_data(cfg)
-            run_dir = record.new_run_dir(results_dir(cfg))
-            record.create(
-                run_dir,
-                config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
-                command=["python", *sys.argv],
-                overrides=point.overrides,
-                ranks=world_size(cfg),
-                state="submitted",
-            )
-            jobs.append(submit_run(cfg, run_dir, point.overrides))
+            jobs.append(submit_run(cfg, _new_run(point, cfg), point.overrides))
     except (BenchError, OSError) as error:
         if not jobs:
             raise BenchError(str(error)) from None
@@ -157,9 +162,41 @@ def _submit_all(points: list[Point], configs: list[TrainConfig], sweep_dir: Path
         ) from None
     finally:
         if jobs:
-            sweep_dir.mkdir(parents=True, exist_ok=True)
-            record.write_json(sweep_dir / "jobs.json", [vars(job) for job in jobs])
+            _write_jobs(sweep_dir, jobs)
     return jobs
+
+
+def _start_all(points: list[Point], configs: list[TrainConfig], sweep_dir: Path) -> list[SubmittedJob]:
+    from nemo_bench.launch import background
+
+    run_dirs = [_new_run(point, cfg) for point, cfg in zip(points, configs)]
+    ids = background.start(run_dirs, sweep_dir)
+    started = record.process_start(background.pid(ids[0]))
+    jobs = []
+    for point, cfg, run_dir, job_id in zip(points, configs, run_dirs, ids):
+        record.set_job(run_dir, job_id, started=started)
+        jobs.append(_submitted(cfg, run_dir, point.overrides, job_id))
+    _write_jobs(sweep_dir, jobs)
+    return jobs
+
+
+def _new_run(point: Point, cfg: TrainConfig) -> Path:
+    """A run folder with the point's configuration as it is now: what happens to conf/ later changes nothing in it."""
+    run_dir = record.new_run_dir(results_dir(cfg))
+    record.create(
+        run_dir,
+        config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
+        command=["python", *sys.argv],
+        overrides=point.overrides,
+        ranks=world_size(cfg),
+        state="submitted",
+    )
+    return run_dir
+
+
+def _write_jobs(sweep_dir: Path, jobs: list[SubmittedJob]) -> None:
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    record.write_json(sweep_dir / "jobs.json", [vars(job) for job in jobs])
 
 
 def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> SubmittedJob:
@@ -174,6 +211,10 @@ def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> Submitt
         record.set_status(run_dir, record.Status("failed", reason=str(error).splitlines()[0]))
         raise
     record.set_job(run_dir, job_id)
+    return _submitted(cfg, run_dir, overrides, job_id)
+
+
+def _submitted(cfg: TrainConfig, run_dir: Path, overrides: list[str], job_id: str) -> SubmittedJob:
     return SubmittedJob(
         point=point_name(cfg),
         overrides=overrides,
@@ -188,13 +229,13 @@ def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> Submitt
 def _print_table(console: Any, jobs: list[SubmittedJob]) -> None:
     from rich.table import Table
 
-    from nemo_bench.launch.jobs import UNKNOWN, slurm_states
+    from nemo_bench.launch.jobs import look
 
-    states = slurm_states(job.job_id for job in jobs)
+    states = {job.run_dir: job.state for job in look([Path(job.run_dir) for job in jobs])}
     table = Table(title=f"{len(jobs)} job{'s' if len(jobs) != 1 else ''} submitted", title_justify="left")
     for name in ("point", "job", "nodes", "GPUs", "state", "log"):
         table.add_column(name, justify="right" if name in ("nodes", "GPUs") else "left", overflow="fold")
     for job in jobs:
-        state = states.get(job.job_id, UNKNOWN)
+        state = states[Path(job.run_dir)]
         table.add_row(job.point, job.job_id, str(job.nodes), str(job.gpus), state, job.log)
     console.print(table)

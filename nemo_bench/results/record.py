@@ -3,9 +3,11 @@
 ========================  ============================================================================================
 config.yaml               the composed configuration, every interpolation resolved
 run.json                  command line, overrides, git revision, processes, state: written anew whole at each change
+job.json                  of a submitted run: the job's id and when it was submitted
+exit.json                 of a Slurm job: its exit status, by its batch script
 node.json                 rank 0's machine: host, devices, driver, package versions, environment without secrets
 steps.jsonl               a line a step (`step`, `loss`, `train_step_timing_s`, ...), flushed at once
-events.jsonl              a line a phase, with its time: importing, building, training, validation, done
+events.jsonl              a line a phase, with its time: importing, building, training, validation, done (or requeue)
 rank<N>.out               everything rank N printed, NeMo's own `train_step_timing in s` lines on rank 0
 rank<N>.error.json        the exception that ended rank N
 peak_rank<N>.json         the measured matrix rate, on devices without a published peak
@@ -32,6 +34,7 @@ from typing import Any
 SCHEMA_VERSION = 1
 CONFIG = "config.yaml"
 RUN = "run.json"
+JOB = "job.json"
 NODE = "node.json"
 STEPS = "steps.jsonl"
 EVENTS = "events.jsonl"
@@ -186,11 +189,7 @@ def create(
             "overrides": overrides,
             "git": _git_revision(),
             "ranks": ranks,
-            "launcher": {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "started": process_start(os.getpid()),
-            },
+            "launcher": _this_process(),
             "status": asdict(Status(state)),
         },
     )
@@ -198,7 +197,7 @@ def create(
 
 def set_status(run_dir: Path, status: Status) -> None:
     """Records how the run ended, in `run.json`."""
-    content = json.loads((run_dir / RUN).read_text())
+    content = read_run(run_dir)
     if status.ended_at is None:
         status = Status(**{**asdict(status), "ended_at": timestamp()})
     content["status"] = asdict(status)
@@ -211,12 +210,32 @@ def set_status(run_dir: Path, status: Status) -> None:
             file.truncate()
 
 
-def set_job(run_dir: Path, job_id: str) -> None:
-    """Records the Slurm job that runs (or will run) this folder; resubmitting adds one."""
-    content = json.loads((run_dir / RUN).read_text())
-    content["jobs"] = [*content.get("jobs", []), {"id": job_id, "submitted_at": timestamp()}]
-    content["status"] = asdict(Status("submitted"))
+def set_job(run_dir: Path, job_id: str, **details: Any) -> None:
+    """Records the job that runs this folder: Slurm's, or a background process's.
+
+    In a file of its own: the job may have begun, and writes to `run.json`.
+    """
+    write_json(run_dir / JOB, {"id": job_id, "submitted_at": timestamp(), **details})
+
+
+def read_job(run_dir: Path) -> dict[str, Any]:
+    """`job.json` of a submitted run."""
+    content = json.loads((run_dir / JOB).read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def set_running(run_dir: Path) -> None:
+    """Records that this process runs a submitted run."""
+    content = read_run(run_dir)
+    content["launcher"] = _this_process()
+    content["status"] = asdict(Status("running"))
     write_json(run_dir / RUN, content)
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "started": process_start(pid)}
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:

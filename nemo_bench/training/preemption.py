@@ -34,4 +34,5 @@ class CheckpointOnSignal(pl.Callback):
             trainer.checkpoint_callback._save_checkpoint(trainer, str(checkpoint))
         if trainer.is_global_zero:
             (self.run_dir / REQUEUE).touch()
+        trainer.limit_val_batches = 0  # Lightning would validate before it stops, and time is short
         trainer.should_stop = True

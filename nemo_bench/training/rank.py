@@ -110,7 +110,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
         resume=build_resume(cfg, run_dir),
         optim=build_optimizer(cfg),
     )
-    events.write("done")
+    events.write("requeue" if (run_dir / record.REQUEUE).exists() else "done")
 
 
 if __name__ == "__main__":
