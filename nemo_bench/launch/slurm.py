@@ -132,8 +132,10 @@ def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
         shlex.join(srun_command(cfg, run_dir)),
         "status=$?",
         "",
-        "# Asked for by rank 0 after its last checkpoint; done here, since a container has no scontrol.",
-        f'if [ -e "$RUN/{REQUEUE}" ] && scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi',
+        "# Asked for by rank 0 after its last checkpoint; done here, since a container has no scontrol. A job that is",
+        "# being cancelled is no longer RUNNING, and stays cancelled.",
+        f'if [ -e "$RUN/{REQUEUE}" ] && scontrol show job "$SLURM_JOB_ID" | grep -q "JobState=RUNNING" &&',
+        '  scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi',
         f'printf \'{{"exit_code": %d, "job_id": "%s", "ended_at": "%s"}}\\n\' "$status" "$SLURM_JOB_ID" '
         f'"$(date -u +%Y-%m-%dT%H:%M:%SZ)" > "$RUN/.{EXIT}.tmp"',
         f'mv "$RUN/.{EXIT}.tmp" "$RUN/{EXIT}"',

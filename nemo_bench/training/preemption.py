@@ -1,4 +1,4 @@
-"""A last checkpoint when Slurm warns that the job will be preempted or has reached its time limit."""
+"""A last checkpoint when Slurm says that the job is preempted or will reach its time limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_bench.results.record import CHECKPOINTS, REQUEUE
 
 
 class CheckpointOnSignal(pl.Callback):
-    """Saves a checkpoint after the step in which any rank was warned (SIGUSR1), asks for a requeue, and stops.
+    """Saves a checkpoint after the step in which any rank was told, asks for a requeue, and stops.
 
     Not NeMo's PreemptionCallback: it saves only where `save_last` is on, and cannot ask for the requeue.
     """
@@ -25,9 +25,9 @@ class CheckpointOnSignal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # All ranks must agree on the step: a checkpoint is a collective.
-        warned = torch.tensor(int(preemption_signal.received()), device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(warned, op=torch.distributed.ReduceOp.MAX)
-        if not warned.item() or trainer.global_step >= trainer.max_steps:
+        told = torch.tensor(int(preemption_signal.received()), device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+        if not told.item() or trainer.global_step >= trainer.max_steps:
             return
         checkpoint = self.run_dir / CHECKPOINTS / f"step={trainer.global_step - 1}"
         if not checkpoint.exists():

@@ -19,26 +19,36 @@ from nemo_bench.results import record
 
 def main(run_dir: Path) -> None:
     """Trains as `run_dir/config.yaml` says; an exception ends in this rank's error file and exit status 1."""
-    preemption_signal.listen()
     _take_place_from_slurm()
     rank = int(os.environ["RANK"])
     lifeline.watch(run_dir)
     events = record.EventLog(run_dir, enabled=rank == 0)
     try:
         cfg = load(run_dir / record.CONFIG)
+        # Without checkpoints there is nothing to save, and a signal ends the rank as it does everywhere.
+        saves = cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None
+        if saves:
+            preemption_signal.listen()
         if rank == 0:
             record.write_node(run_dir)
         events.write("importing")
         train(cfg, run_dir, rank, events)
+        if saves:
+            # Python would ask data loaders to end by SIGTERM and wait; they do not hear it. They end with this process.
+            _leave(0)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk: the launching process looks for that itself
             traceback.print_exc()
             record.write_rank_error(run_dir, rank, error)
-        # Another rank may wait in a collective for this one: leave at once, past every destructor that would wait too.
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(1)
+        # Another rank may wait in a collective for this one: no destructor that would wait too.
+        _leave(1)
+
+
+def _leave(status: int) -> None:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def _take_place_from_slurm() -> None:
@@ -89,7 +99,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
     ]
     if rank == 0:
         callbacks.append(StepRecorder(cfg, timing, record.StepLog(run_dir), events))
-    if cfg.checkpoint.every_n_steps is not None:
+    if cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None:
         callbacks.append(CheckpointOnSignal(run_dir))
     strategy = build_strategy(cfg)
     if cfg.gpu.device == "cpu":
