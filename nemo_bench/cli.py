@@ -44,9 +44,7 @@ def run(main: Callable[[], object]) -> None:
         except KeyboardInterrupt:
             _fail("interrupted", 130)
         except BrokenPipeError:
-            # The reader of our output (head, less) went away: nothing to say, and nobody to say it to.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
+            _leave_unread()
     end()
 
 
@@ -75,6 +73,14 @@ def guard(task: Callable[[T], object], argument: T) -> None:
         if code > 128:  # a signal: it was meant for the whole sweep
             sys.exit(code)
         _failures.append(code)
+    except BrokenPipeError:
+        _leave_unread()
+
+
+def _leave_unread() -> None:
+    """The reader of our output (head, less) went away: nothing to say, and nobody to say it to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypedDict
 
 SECONDS_PER_DAY = 86400
 
@@ -21,6 +22,17 @@ class FlopsConvention(Enum):
 
     RECIPE = "recipe"
     CAUSAL = "causal"
+
+
+class Architecture(TypedDict):
+    """A Llama's sizes, Megatron's names; `vocab_size` is the tokenizer's, without padding."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)

@@ -77,16 +77,9 @@ def results_dir(cfg: TrainConfig) -> Path:
 def plan(cfg: TrainConfig) -> str:
     """What a point is, in words: layout, batch, work, where its results go."""
     m, gpus = cfg.model, world_size(cfg)
-    parameters = flops.num_parameters(
-        num_layers=m.num_layers,
-        hidden_size=m.hidden_size,
-        ffn_hidden_size=m.ffn_hidden_size,
-        num_attention_heads=m.num_attention_heads,
-        num_query_groups=m.num_query_groups,
-        vocab_size=m.vocab_size,
-    )
-    from nemo_bench.results.summary import model_flops
+    from nemo_bench.results.summary import architecture, model_flops
 
+    parameters = flops.num_parameters(**architecture(cfg))
     per_sequence = model_flops(cfg, flops.FlopsConvention.RECIPE)
     tokens = m.seq_length * m.global_batch_size
     lines = [

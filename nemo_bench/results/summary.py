@@ -35,19 +35,22 @@ class Summary:
     days_to_train: float
 
 
+def architecture(cfg: TrainConfig) -> flops.Architecture:
+    """The sizes that the FLOPs and the number of parameters follow from."""
+    m = cfg.model
+    return {
+        "num_layers": m.num_layers,
+        "hidden_size": m.hidden_size,
+        "ffn_hidden_size": m.ffn_hidden_size,
+        "num_attention_heads": m.num_attention_heads,
+        "num_query_groups": m.num_query_groups,
+        "vocab_size": m.vocab_size,
+    }
+
+
 def model_flops(cfg: TrainConfig, convention: flops.FlopsConvention) -> float:
     """FLOPs a sequence of the configured model."""
-    m = cfg.model
-    return flops.model_flops(
-        seq_length=m.seq_length,
-        num_layers=m.num_layers,
-        hidden_size=m.hidden_size,
-        ffn_hidden_size=m.ffn_hidden_size,
-        num_attention_heads=m.num_attention_heads,
-        num_query_groups=m.num_query_groups,
-        vocab_size=m.vocab_size,
-        convention=convention,
-    ).total
+    return flops.model_flops(seq_length=cfg.model.seq_length, convention=convention, **architecture(cfg)).total
 
 
 def _peak(cfg: TrainConfig, run_dir: Path) -> tuple[float, str]:

@@ -95,6 +95,12 @@ def test_an_unwritable_stage_folder_is_named(train_cli: Cli, tmp_path: Path) -> 
     assert "Traceback" not in result.stderr
 
 
+def test_a_reader_that_goes_away_is_no_error(train_cli: Cli, project: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} {project}/train.py -m launch=dry scale=64gpu,128gpu,256gpu,512gpu | head -n 1"
+    shown = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert shown.stdout.startswith("Llama 3.1 70b") and shown.stderr == ""
+
+
 HEAVY = {"torch", "lightning", "megatron", "nemo", "transformers"}
 
 

@@ -1,0 +1,345 @@
+"""`train.py hydra/launcher=submitit_slurm` and `jobs.py` against a real Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_bench.results import record
+
+from ..integration.conftest import SMALL
+from .cluster import SlurmCluster, wait_for
+
+PROJECT = Path(__file__).resolve().parents[2]
+SUBMIT = ("hydra/launcher=submitit_slurm", "cluster=slurm", "cluster.container=null")
+# The nodes of the test cluster are this one machine: jobs share it.
+SHARED = ("cluster.exclusive=false", "cluster.mem=null")
+TABLE = ("precision=bf16,fp8", "scale=64gpu,128gpu,256gpu,512gpu,1024gpu,2048gpu", "data=mock")
+CLOSED = ("cluster.partition=closed",)
+
+
+@dataclass(frozen=True)
+class Scripts:
+    """The project's scripts as a user of the cluster runs them, in a stage folder of their own."""
+
+    slurm: SlurmCluster
+    stage: Path
+
+    def run(self, script: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.slurm.run(
+            sys.executable,
+            str(PROJECT / script),
+            *args,
+            cwd=self.stage,
+            timeout=300,
+            env={"STAGE_PATH": str(self.stage), **environment},
+        )
+
+    def submit(self, *overrides: str, code: int = 0, **environment: str) -> str:
+        done = self.run("train.py", *SUBMIT, *overrides, **environment)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    def jobs(self, *args: str, code: int = 0) -> str:
+        done = self.run("jobs.py", *args)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def submitted(self) -> list[dict[str, Any]]:
+        """`jobs.json` of the last submission."""
+        latest = max(self.stage.glob("submissions/*/jobs.json"), key=lambda path: path.stat().st_mtime_ns)
+        rows = json.loads(latest.read_text())
+        assert isinstance(rows, list)
+        return rows
+
+    def last(self) -> tuple[str, Path]:
+        """Job id and run folder of the last submission's only job."""
+        (job,) = self.submitted()
+        return job["job_id"], Path(job["run_dir"])
+
+
+@pytest.fixture
+def scripts(slurm: SlurmCluster, tmp_path: Path) -> Scripts:
+    return Scripts(slurm, tmp_path)
+
+
+def test_the_whole_table_each_point_with_its_own_nodes(scripts: Scripts, slurm: SlurmCluster) -> None:
+    shown = scripts.submit(*TABLE, *CLOSED, SLURM_GPUS_PER_NODE="8")
+    jobs = scripts.submitted()
+    assert "12 jobs submitted" in shown and "PENDING" in shown
+    for job in jobs:
+        asked = slurm.job_record(job["job_id"])
+        assert asked["JobState"] == "PENDING"
+        assert int(asked["NumNodes"].split("-")[0]) == job["nodes"] == job["gpus"] // 8
+        assert asked["TresPerNode"].endswith("gpu:8")
+    assert sorted(job["gpus"] for job in jobs) == sorted([64, 128, 256, 512, 1024, 2048] * 2)
+    # Listed, then cancelled, by the id alone.
+    assert scripts.jobs("list").count("PENDING") == 12
+    ids = [job["job_id"] for job in jobs]
+    assert scripts.jobs("cancel", *ids).split()[1:] == ids
+    assert scripts.jobs().count("CANCELLED") == 12
+
+
+def test_2048_gpus_are_accepted_and_257_nodes_refused_in_the_schedulers_words(scripts: Scripts) -> None:
+    shown = scripts.submit("scale=2048gpu", "data=mock", "launch=dry", *CLOSED)
+    assert "sbatch --test-only: accepted" in shown or "partition is down" in shown.lower()
+    too_many = ("model=8b", "scale=2048gpu", "trainer.num_nodes=257", "data=mock", *CLOSED)
+    assert "Slurm refused nemo-bench-8b-bf16-2056gpu: " in (refused := scripts.submit(*too_many, code=2))
+    assert "node" in refused.lower()
+    assert scripts.jobs().startswith("no run was submitted")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("cluster.partition=nosuch",), "invalid partition specified: nosuch"),
+        (("cluster.time=400-00:00:00",), "time limit"),
+        (("cluster.gpus_per_node=9",), "Requested node configuration is not available"),
+        (("+cluster.additional_parameters.nosuch=1",), "unrecognized option '--nosuch=1'"),
+    ],
+)
+def test_what_the_scheduler_refuses_is_said_in_its_words(
+    scripts: Scripts, overrides: tuple[str, ...], words: str
+) -> None:
+    said = scripts.submit("scale=64gpu", "data=mock", *CLOSED, *overrides, code=2)
+    assert words.lower() in said.lower()
+
+
+def test_no_point_is_submitted_when_one_is_wrong(scripts: Scripts, slurm: SlurmCluster) -> None:
+    before = slurm.run("squeue", "-h", "-t", "all").stdout
+    said = scripts.submit("scale=64gpu,8gpu,128gpu", "data=mock", *CLOSED, code=2)
+    assert "1 problem in 1 of 3 points; nothing was submitted" in said and "scale=8gpu data=mock" in said
+    assert slurm.run("squeue", "-h", "-t", "all").stdout == before
+    assert list(scripts.stage.iterdir()) == []
+
+
+def test_missing_image_dataset_and_tokenizer_are_known_beforehand(scripts: Scripts) -> None:
+    done = scripts.run("train.py", "scale=64gpu", "hydra/launcher=submitit_slurm")
+    assert done.returncode == 2
+    for missing in ("nvidia+nemo+25.11.sqsh", "my-llama_00_text_document", "tokenizer.json"):
+        assert missing in done.stderr
+
+
+def test_without_sbatch_the_message_says_where_to_go(scripts: Scripts) -> None:
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "train.py"), *SUBMIT, "scale=64gpu", "data=mock"],
+        cwd=scripts.stage,
+        env={**scripts.slurm.environment, "STAGE_PATH": str(scripts.stage), "PATH": "/usr/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "login node" in done.stderr
+
+
+def test_a_resubmitted_job_has_the_configuration_it_had(scripts: Scripts, slurm: SlurmCluster) -> None:
+    scripts.submit("scale=64gpu", "data=mock", "model.optim.lr=1.5e-4", *CLOSED)
+    job_id, run_dir = scripts.last()
+    assert "cancel it first" in scripts.jobs("resubmit", job_id, code=2)
+    scripts.jobs("cancel", job_id)
+    again = scripts.jobs("resubmit").split()[1].rstrip(":")  # all failed ones
+    assert again != job_id
+    assert slurm.job_record(again)["NumNodes"].startswith("8")
+    (new,) = {path.parent for path in scripts.stage.glob("results/**/run.json")} - {run_dir}
+    assert (new / "config.yaml").read_text() == (run_dir / "config.yaml").read_text()
+    assert "no job 99999" in scripts.jobs("log", "99999", code=2).replace("has the job", "no job")
+    scripts.jobs("cancel", again)
+
+
+def test_two_nodes_of_two_tasks_train_to_the_last_step(scripts: Scripts, slurm: SlurmCluster) -> None:
+    """DP2 x TP2 over gloo, followed to the end."""
+    shown = scripts.submit(
+        "scale=local",
+        *SUBMIT,  # scale=local brings cluster=local along; the command line wins
+        *SHARED,
+        *SMALL,
+        "trainer.num_nodes=2",
+        "trainer.devices=2",
+        "model.tensor_model_parallel_size=2",
+        "trainer.max_steps=6",
+        "hydra.launcher.wait=true",
+    )
+    assert "all 1 jobs completed" in shown and "step 6/6" in shown
+    job_id, run_dir = scripts.last()
+    assert slurm.job_state(job_id) == "COMPLETED"
+    assert record.read_status(run_dir).finished
+    steps, _ = record.read_lines(run_dir / record.STEPS)
+    assert [row["step"] for row in steps] == list(range(6))
+    assert sorted(path.name for path in run_dir.glob("rank*.out")) == [f"rank{rank}.out" for rank in range(4)]
+    assert (run_dir / "rank0.out").read_text().count("train_step_timing in s: ") == 6
+    environment = json.loads((run_dir / "node.json").read_text())["environment"]
+    assert (environment["SLURM_NTASKS"], environment["WORLD_SIZE"]) == ("4", "4")
+
+
+def test_a_killed_rank_fails_the_job_at_once(scripts: Scripts, slurm: SlurmCluster) -> None:
+    scripts.submit("scale=local", *SHARED, *SMALL, "trainer.num_nodes=2", "trainer.max_steps=100000")
+    job_id, run_dir = scripts.last()
+    slurm.wait_for_state(job_id, "RUNNING")
+    wait_for(lambda: (run_dir / "rank1.out").exists(), "rank 1 to start", 60)
+    ranks = wait_for(lambda: _ranks(run_dir) if len(_ranks(run_dir)) == 2 else [], "both ranks", 60)
+    os.kill(ranks[-1], signal.SIGKILL)
+    assert slurm.wait_for_end(job_id) == "FAILED"
+    wait_for(lambda: not _ranks(run_dir), "all ranks to be gone", 30)
+    assert record.read_status(run_dir).state == "failed"
+    assert "Killed" in scripts.jobs("log", job_id)
+    assert "FAILED" in scripts.jobs()
+
+
+def _ranks(run_dir: Path) -> list[int]:
+    """This machine's processes that run a rank of that folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"nemo_bench.training.rank" in words and str(run_dir).encode() in words and b"srun" not in words[0]:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def test_an_error_in_a_rank_is_named_with_rank_and_host(scripts: Scripts, slurm: SlurmCluster) -> None:
+    # A GPU that the nodes do not have: Lightning says so on every rank.
+    scripts.submit("scale=local", *SHARED, *SMALL, "data=mock", "gpu=h100", "precision=bf16")
+    job_id, run_dir = scripts.last()
+    assert slurm.wait_for_end(job_id, 120) == "FAILED"
+    shown = scripts.jobs("log", job_id)
+    assert "rank 0 on n1: " in shown and "rank0.out" in shown
+    assert "n1" in (record.read_status(run_dir).reason or "")
+
+
+def test_a_preempted_job_is_requeued_resumes_and_finishes(scripts: Scripts, slurm: SlurmCluster) -> None:
+    scripts.submit(
+        "scale=local",
+        *SHARED,
+        *SMALL,
+        "trainer.max_steps=30",
+        "checkpoint.every_n_steps=5",
+        "cluster.partition=low",
+        f"+cluster.additional_parameters.nodelist=n{slurm.live_nodes}",
+    )
+    job_id, run_dir = scripts.last()
+    wait_for(lambda: record.last_checkpoint(run_dir), "a checkpoint", 120)
+    taker = slurm.submit("-p", "high", "-w", f"n{slurm.live_nodes}", "--exclusive", script="sleep 1")
+    slurm.wait_for_state(job_id, "PENDING", 60)
+    slurm.wait_for_end(taker)
+    assert slurm.wait_for_end(job_id, 180) == "COMPLETED"
+    assert slurm.job_record(job_id)["Restarts"] == "1"
+    # It went on from its last checkpoint, not from the beginning.
+    steps = [row["step"] for row in record.read_lines(run_dir / record.STEPS)[0]]
+    assert (steps[0], steps[-1]) == (0, 29)
+    assert min([after for before, after in pairwise(steps) if after <= before], default=5) >= 5
+    assert record.read_status(run_dir).finished
+
+
+def test_a_time_limit_is_seen(scripts: Scripts, slurm: SlurmCluster) -> None:
+    scripts.submit("scale=local", *SHARED, *SMALL, "data=mock", "cluster.setup=['sleep 300']")
+    job_id, _ = scripts.last()
+    slurm.wait_for_state(job_id, "RUNNING")
+    slurm.run("scontrol", "update", f"JobId={job_id}", "EndTime=now+1seconds", check=True)
+    assert "1 of 1 jobs did not complete" in scripts.jobs("follow", job_id, code=1)  # Slurm looks every 30 s
+    assert slurm.job_state(job_id) == "TIMEOUT"
+    assert "TIMEOUT" in scripts.jobs()
+
+
+def test_a_cancelled_job_stays_cancelled(scripts: Scripts, slurm: SlurmCluster) -> None:
+    """Also where ranks take SIGTERM for a preemption, and save: the requeue that they ask for is not made."""
+    scripts.submit("scale=local", *SHARED, *SMALL, "trainer.max_steps=100000", "checkpoint.every_n_steps=3")
+    job_id, run_dir = scripts.last()
+    wait_for(lambda: record.last_checkpoint(run_dir), "a checkpoint", 120)
+    scripts.jobs("cancel", job_id)
+    assert slurm.wait_for_end(job_id) == "CANCELLED"
+    wait_for(lambda: not _ranks(run_dir), "all ranks to be gone", 30)
+    assert slurm.job_state(job_id) == "CANCELLED"
+    assert slurm.job_record(job_id)["Restarts"] == "0"
+
+
+def test_ctrl_c_while_waiting_leaves_the_jobs(scripts: Scripts, slurm: SlurmCluster) -> None:
+    wait = "hydra.launcher.wait=true"
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / "train.py"), *SUBMIT, "scale=64gpu", "data=mock", *CLOSED, wait],
+        cwd=scripts.stage,
+        env={**slurm.environment, "STAGE_PATH": str(scripts.stage)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "PENDING, step 0/50" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the jobs go on" in rest
+    job_id, _ = scripts.last()
+    assert slurm.job_state(job_id) == "PENDING"
+    scripts.jobs("cancel", job_id)
+
+
+def test_accounts_are_checked_and_sacct_is_asked(slurm_with_accounting: SlurmCluster, tmp_path: Path) -> None:
+    scripts = Scripts(slurm_with_accounting, tmp_path)
+    point = ("model=8b", "scale=1gpu", "model.context_parallel_size=1", "data=mock", *SHARED)
+    assert "Invalid account" in scripts.submit(*point, code=2, SLURM_ACCOUNT="nosuch")
+    # A batch script that ends before srun leaves no exit.json: Slurm's own books say how.
+    scripts.submit(*point, "cluster.setup=['exit 3']", SLURM_ACCOUNT="nemo")
+    job_id, run_dir = scripts.last()
+    assert slurm_with_accounting.wait_for_end(job_id) == "FAILED"
+    wait_for(lambda: "FAILED" in slurm_with_accounting.run("sacct", "-X", "-n", "-o", "State").stdout, "sacct", 20)
+    assert not (run_dir / record.EXIT).exists()
+    assert "FAILED" in scripts.jobs()
+
+
+@pytest.fixture
+def recording_srun(tmp_path: Path) -> Callable[[], list[str]]:
+    """An srun that writes down its arguments in place of PyXis's plugin, which real srun here does not have."""
+    folder = tmp_path / "recorder"
+    folder.mkdir()
+    seen = folder / "arguments"
+    program = folder / "srun"
+    program.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "{seen}"\n')
+    program.chmod(0o755)
+
+    def arguments() -> list[str]:
+        return seen.read_text().splitlines()
+
+    return arguments
+
+
+def test_the_container_boundary(
+    scripts: Scripts, slurm: SlurmCluster, recording_srun: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    image = scripts.stage / "nvidia+nemo+25.11.sqsh"
+    image.write_bytes(b"hsqs")
+    done = scripts.run(
+        "train.py",
+        "hydra/launcher=submitit_slurm",
+        "model=8b",
+        "scale=1gpu",
+        "model.context_parallel_size=1",
+        "data=mock",
+        *SHARED,
+        "cluster.container.mounts=['/data:/data:ro']",
+        f"cluster.setup=['export PATH={tmp_path}/recorder:$PATH']",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    job_id, run_dir = scripts.last()
+    assert slurm.wait_for_end(job_id) == "COMPLETED"
+    said = recording_srun()
+    assert f"--container-image={image}" in said
+    assert f"--container-mounts={scripts.stage}:{scripts.stage},{PROJECT}:{PROJECT},/data:/data:ro" in said
+    assert {"--container-writable", "--no-container-mount-home", "--kill-on-bad-exit=1"} <= set(said)
+    assert said[-5:] == ["python3", "-u", "-m", "nemo_bench.training.rank", str(run_dir)]
