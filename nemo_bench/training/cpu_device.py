@@ -69,10 +69,7 @@ _STREAM = _Stream()
 def _is_cuda(device: object) -> bool:
     if isinstance(device, str):
         return device.startswith("cuda")
-    if isinstance(device, torch.device):
-        return bool(device.type == "cuda")
-    # A bare number is a CUDA device's. (A bool in the place of a device is some other argument.)
-    return isinstance(device, int) and not isinstance(device, bool)
+    return isinstance(device, torch.device) and bool(device.type == "cuda")
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -114,7 +111,9 @@ def install() -> bool:
         "stream": lambda stream: contextlib.nullcontext(stream),
         "current_stream": lambda device=None: _STREAM,
         "default_stream": lambda device=None: _STREAM,
-        "current_device": lambda: 0,
+        # Not a number: torch would look for an accelerator of that number wherever the function mode below is not in
+        # force, and it is not in a backward pass.
+        "current_device": lambda: CPU,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
@@ -139,3 +138,14 @@ def install() -> bool:
     # Entered for the life of the process: Megatron's modules allocate their buffers at any time.
     _CudaMeansCpu().__enter__()
     return True
+
+
+def install_for_checkpoints() -> None:
+    """Lets NeMo load a checkpoint on the device that `install` gave; call it once NeMo is imported.
+
+    NeMo moves what it loaded to `torch.device("cuda", index=torch.cuda.current_device())`, which must be a number. Here
+    every tensor is where it belongs.
+    """
+    from nemo.lightning.io import pl
+
+    pl._fix_tensors_device = lambda checkpoint: checkpoint

@@ -85,6 +85,9 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
     from nemo_bench.training.preemption import CheckpointOnSignal
     from nemo_bench.training.trainer import build_strategy, build_trainer
 
+    if cfg.gpu.device == "cpu":
+        cpu_device.install_for_checkpoints()
+
     events.write("building")
     if cfg.gpu.peak_tflops.get(cfg.precision.name) is None:
         from nemo_bench.training.peak import measure_peak
