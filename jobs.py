@@ -1,4 +1,4 @@
-"""Lists the runs that were submitted to Slurm, shows a log, cancels, resubmits (`--help`)."""
+"""Lists submitted runs (Slurm's, and the background's of this machine), shows a log, cancels, resubmits (`--help`)."""
 
 import argparse
 import os
@@ -42,11 +42,11 @@ def run(arguments: argparse.Namespace) -> None:
         jobs.follow(console, runs or [job.run_dir for job in jobs.look(jobs.submitted_runs(stage)) if job.active])
     elif arguments.command == "resubmit":
         runs = [jobs.find(stage, job_id) for job_id in chosen]
-        runs = runs or [job.run_dir for job in jobs.look(jobs.submitted_runs(stage)) if job.failed]
+        runs = runs or jobs.to_resubmit(stage)
         for run_dir in runs:
             console.print(f"job {jobs.resubmit(run_dir).job_id}: {run_dir.name} again")
         if not runs:
-            console.print("no job has failed")
+            console.print("no job has failed that was not submitted again")
     else:
         found = jobs.look(jobs.submitted_runs(stage))
         console.print(jobs.table(found) if found else f"no run was submitted under {stage}")

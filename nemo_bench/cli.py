@@ -45,6 +45,8 @@ def run(main: Callable[[], object]) -> None:
             _fail("interrupted", 130)
         except BrokenPipeError:
             _leave_unread()
+        except OSError as error:  # of Hydra's own files, such as a sweep's folder
+            _fail(f"{error}\nSTAGE_PATH (or stage_path=...) must name a folder that can be written", 2)
     end()
 
 

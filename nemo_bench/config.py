@@ -8,6 +8,7 @@ This module imports nothing heavy: it runs on login nodes, and in every process 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -98,7 +99,7 @@ class TrainerConfig:
     num_nodes: int = MISSING
     devices: int = MISSING  # processes (one a GPU) on each node
     max_steps: int = 50
-    seed: int = 1234
+    seed: int = 1234  # of the data's order; NeMo gives the weights a fixed seed of its own
     gc_interval: int = 25  # steps between manual, synchronised Python garbage collections
     limit_val_batches: int = 1  # global batches in the one validation, after the last step; 0: none
 
@@ -153,7 +154,7 @@ class ClusterConfig:
     constraint: str | None = None
     nodelist: str | None = None
     exclude: str | None = None
-    time: str = "01:00:00"  # limit, in one of sbatch's forms
+    time: str | None = "01:00:00"  # limit, in one of sbatch's forms
     exclusive: bool = True
     mem: str | None = "0"  # 0: all of a node's memory
     # Some clusters refuse requests for GPUs, others refuse jobs without one: null, or the number on a node.
@@ -216,11 +217,17 @@ def weak_scaling_batch(sequences: int, per_gpus: int, num_nodes: int, devices: i
     return math.ceil(sequences * num_nodes * devices / per_gpus)
 
 
+def default_stage_path() -> str:
+    """`STAGE_PATH`, or `outputs` where it is not set or empty; absolute."""
+    return os.path.abspath(os.environ.get("STAGE_PATH") or "outputs")
+
+
 def register() -> None:
     """Makes the schema and the resolvers known to Hydra. Calling it twice does no harm."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     OmegaConf.register_new_resolver("weak_scaling_batch", weak_scaling_batch, replace=True)
+    OmegaConf.register_new_resolver("default_stage_path", default_stage_path, replace=True)
 
 
 register()

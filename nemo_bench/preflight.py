@@ -306,6 +306,33 @@ def _device(cfg: TrainConfig) -> list[Problem]:
                 "the value that works: 1; or cluster=slurm",
             )
         )
+    c = cfg.cluster
+    if (
+        gpu.device == "cuda"
+        and c.gres is None
+        and c.gpus_per_node is not None
+        and c.gpus_per_node < cfg.trainer.devices
+    ):
+        nodes = -(-world_size(cfg) // max(1, c.gpus_per_node))
+        found.append(
+            Problem(
+                "trainer.devices",
+                cfg.trainer.devices,
+                f"ranks a node, and a node has cluster.gpus_per_node={c.gpus_per_node} GPUs",
+                f"as many GPUs: trainer.devices={c.gpus_per_node} trainer.num_nodes={nodes}",
+            )
+        )
+    if gpu.device == "cuda" and gpu.peak_tflops.get(cfg.precision.name, 0) is None:
+        found.append(
+            Problem(
+                f"gpu.peak_tflops.{cfg.precision.name}",
+                "null",
+                "is measured on CPUs only",
+                "give the dense TFLOP/s of one GPU",
+            )
+        )
+    if c.signal_s < 1:
+        found.append(Problem("cluster.signal_s", c.signal_s, "must be at least 1", "nearest that works: 1"))
     if not m.optim.use_distributed_optimizer and m.optim.overlap_param_gather:
         found.append(
             Problem(
@@ -351,6 +378,8 @@ def _data(cfg: TrainConfig) -> list[Problem]:
             found.append(
                 Problem("data.tokenizer", "null", "a tokenised dataset needs its tokenizer", "give its folder")
             )
+    if data.kind != "mock" and data.folder is None:
+        found.append(Problem("data.folder", "null", "is needed for prepared files", "give a folder"))
     if data.kind == "local" and cfg.model.vocab_size < 300:
         found.append(
             Problem(
@@ -473,7 +502,7 @@ def _needed_files(cfg: TrainConfig) -> list[Problem]:
     for name in ("resume_from", "weights_from"):
         folder = getattr(cfg.checkpoint, name)
         if folder is not None:
-            found += _checkpoint_folder(f"checkpoint.{name}", folder)
+            found += _checkpoint_folder(f"checkpoint.{name}", folder, cfg.trainer.max_steps)
     return found
 
 
@@ -499,7 +528,7 @@ def _dataset_files(cfg: TrainConfig) -> list[Problem]:
     return found
 
 
-def _checkpoint_folder(key: str, folder: str) -> list[Problem]:
+def _checkpoint_folder(key: str, folder: str, max_steps: int) -> list[Problem]:
     from nemo_bench.results.record import last_checkpoint
 
     path = Path(folder)
@@ -512,6 +541,12 @@ def _checkpoint_folder(key: str, folder: str) -> list[Problem]:
                 "give a run folder that wrote checkpoints, or one of its checkpoints",
             )
         ]
-    if last_checkpoint(path) is None:
+    checkpoint = last_checkpoint(path)
+    if checkpoint is not None:
+        done = int(checkpoint.name.partition("=")[2]) + 1
+        if key == "checkpoint.resume_from" and done >= max_steps:
+            rule = f"its last checkpoint has {done} steps done, and trainer.max_steps={max_steps} are wanted"
+            return [Problem(key, folder, rule, "more trainer.max_steps, or one of its earlier checkpoints")]
+    else:
         return [Problem(key, folder, "holds no finished checkpoint", "give a run with checkpoint.every_n_steps set")]
     return []

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_bench.config import load
 from nemo_bench.errors import BenchError, RunFailed
@@ -21,8 +24,12 @@ from nemo_bench.launch.point import point_name
 from nemo_bench.results import record
 
 # Slurm's words for a job that will run (again) without anybody's help, or runs.
-ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT")
-UNKNOWN = "UNKNOWN"
+ACTIVE = (
+    *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"),
+    *("SIGNALING", "STOPPED", "STOPPING", "RESIZING", "RESV_DEL_HOLD", "SPECIAL_EXIT", "STAGE_OUT"),
+)
+UNKNOWN = "UNKNOWN"  # Slurm did not answer, or has forgotten it: neither active nor failed
+FAILURES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED")
 FOLLOW_INTERVAL_S = 2.0
 
 
@@ -45,17 +52,25 @@ class Job:
 
     @property
     def failed(self) -> bool:
-        return not self.active and self.state != "COMPLETED"
+        return self.state in (*FAILURES, "CANCELLED")
+
+    @property
+    def ended(self) -> bool:
+        return self.failed or self.state == "COMPLETED"
 
 
 def submitted_runs(stage: Path) -> list[Path]:
     """Run folders under a stage folder that were submitted, the oldest first."""
-    found = [path.parent for path in stage.glob(f"results/*/*/*/*/*/{record.JOB}")]
-    jobs = {run_dir: record.read_job(run_dir) for run_dir in found}
+    jobs = {}
+    for path in stage.glob(f"results/*/*/*/*/*/{record.JOB}"):
+        try:
+            jobs[path.parent] = record.read_job(path.parent)
+        except (OSError, ValueError) as error:
+            print(f"left out: {path}: {error}", file=sys.stderr)
 
-    def order(run_dir: Path) -> tuple[str, float]:
+    def order(run_dir: Path) -> tuple[str, list[int]]:
         job = jobs[run_dir]
-        return job["submitted_at"], float(job["id"].removeprefix(background.JOB_PREFIX))
+        return job["submitted_at"], [int(part) for part in job["id"].removeprefix(background.JOB_PREFIX).split(".")]
 
     return sorted(jobs, key=order)
 
@@ -90,7 +105,13 @@ def look(run_dirs: list[Path]) -> list[Job]:
     """How these runs stand now."""
     jobs = {run_dir: record.read_job(run_dir) for run_dir in run_dirs}
     states = slurm_states(job["id"] for job in jobs.values())
-    return [_job(run_dir, job, states) for run_dir, job in jobs.items()]
+    found = []
+    for run_dir, job in jobs.items():
+        try:
+            found.append(_job(run_dir, job, states))
+        except (OSError, ValueError, OmegaConfBaseException) as error:  # one bad folder does not hide the others
+            print(f"left out: {run_dir}: {str(error).splitlines()[0]}", file=sys.stderr)
+    return found
 
 
 def _job(run_dir: Path, job: dict[str, Any], states: dict[str, str]) -> Job:
@@ -146,19 +167,28 @@ def follow(console: Any, run_dirs: list[Path]) -> None:
     """
     from rich.live import Live
 
+    from nemo_bench.results.summary import summarise
+    from nemo_bench.results.terminal import print_summary
+
+    if not run_dirs:
+        console.print("no job is active")
+        return
     try:
         if console.is_terminal:
             with Live(console=console, refresh_per_second=2) as live:
                 while True:
                     jobs = look(run_dirs)
                     live.update(table(jobs))
-                    if not any(job.active for job in jobs):
+                    if all(job.ended for job in jobs):
                         break
                     time.sleep(FOLLOW_INTERVAL_S)
         else:
             jobs = _follow_in_lines(console, run_dirs)
     except KeyboardInterrupt:
         raise RunFailed("stopped watching; the jobs go on: python jobs.py lists them", 130) from None
+    for job in jobs:
+        if not job.failed:
+            print_summary(console, load(job.run_dir / record.CONFIG), job.run_dir, summarise(job.run_dir))
     failed = [job for job in jobs if job.failed]
     if failed:
         told = "\n".join(f"  job {j.job_id} ({j.point}): {j.state}: {j.reason or 'see its log'}" for j in failed)
@@ -183,7 +213,7 @@ def _follow_in_lines(console: Any, run_dirs: list[Path]) -> list[Job]:
                     f"step {job.steps}/{job.max_steps}{timing}",
                     highlight=False,
                 )
-        if not any(job.active for job in jobs):
+        if all(job.ended for job in jobs):
             return jobs
         time.sleep(FOLLOW_INTERVAL_S)
 
@@ -216,7 +246,12 @@ def log_text(run_dir: Path) -> str:
     for log in logs:
         if log.exists():
             parts.append(f"==> {log} <==\n" + "\n".join(record.tail(log, 40)))
-    return "\n\n".join(parts) or f"{run_dir} has no log yet: the job has not started"
+    if parts:
+        return "\n\n".join(parts)
+    (job,) = look([run_dir])
+    if job.failed:
+        return f"{job.state}, and no log: are the nodes able to write {run_dir}? (STAGE_PATH must be a shared folder)"
+    return f"{run_dir} has no log yet: the job is {job.state}"
 
 
 def cancel(run_dirs: list[Path]) -> list[str]:
@@ -225,7 +260,7 @@ def cancel(run_dirs: list[Path]) -> list[str]:
     Raises:
         BenchError: scancel refused.
     """
-    active = [job for job in look(run_dirs) if job.active]
+    active = [job for job in look(run_dirs) if not job.ended]
     slurms = [job.job_id for job in active if not job.job_id.startswith(background.JOB_PREFIX)]
     if slurms:
         done = subprocess.run(["scancel", *slurms], capture_output=True, text=True, timeout=60, check=False)
@@ -248,7 +283,7 @@ def resubmit(run_dir: Path) -> Any:
     (job,) = look([run_dir])
     if job.job_id.startswith(background.JOB_PREFIX):
         raise BenchError(f"{job.job_id} ran on this machine: `{record.read_run(run_dir)['command']}` runs it again")
-    if job.active:
+    if not job.ended:
         raise BenchError(f"job {job.job_id} is {job.state}: cancel it first (python jobs.py cancel {job.job_id})")
     old = record.read_run(run_dir)
     again = record.new_run_dir(run_dir.parent)
@@ -261,4 +296,18 @@ def resubmit(run_dir: Path) -> Any:
         ranks=old["ranks"],
         state="submitted",
     )
-    return submit_run(cfg, again, old["overrides"])
+    submitted = submit_run(cfg, again, old["overrides"])
+    details = record.read_job(run_dir)
+    record.write_json(run_dir / record.JOB, {**details, "resubmitted_as": submitted.job_id})
+    return submitted
+
+
+def to_resubmit(stage: Path) -> list[Path]:
+    """Slurm's failed runs that were not submitted again yet; what was cancelled was meant to end."""
+    return [
+        job.run_dir
+        for job in look(submitted_runs(stage))
+        if job.state in FAILURES
+        and not job.job_id.startswith(background.JOB_PREFIX)
+        and "resubmitted_as" not in record.read_job(job.run_dir)
+    ]

@@ -141,6 +141,7 @@ def _rank_environment(cfg: TrainConfig, rank: int, ranks: int, port: int) -> dic
     return {
         **cfg.entrypoint.env,
         **os.environ,  # what the user exports wins over the recipe's environment
+        **cfg.cluster.env,
         "PYTHONPATH": f"{project}{os.pathsep}{inherited}" if inherited else project,
         "PYTHONUNBUFFERED": "1",  # a killed rank's log holds its last lines
         "RANK": str(rank),

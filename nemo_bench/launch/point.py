@@ -40,9 +40,7 @@ def run_point(raw: DictConfig) -> None:
         ConfigurationRefused: with every problem that could be found; nothing was started or written.
         RunFailed: the run was started and did not complete.
     """
-    # Ranks, and whoever reads the record later, may stand in another folder.
-    raw.stage_path = str(Path(raw.stage_path).absolute())
-    cfg = typed(raw)
+    cfg = absolute_paths(typed(raw))
     dry = cfg.launch is Launch.dry
     problems = configuration_problems(cfg)
     if not dry and cfg.cluster.scheduler == "none":
@@ -61,6 +59,20 @@ def run_point(raw: DictConfig) -> None:
             "launch=dry checks it and prints it; scale=local runs here; cluster=local uses this machine's GPUs"
         )
     _run_here(cfg)
+
+
+def absolute_paths(cfg: TrainConfig) -> TrainConfig:
+    """The configuration with absolute paths: ranks, and whoever reads the record later, may stand in another folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).absolute())
+
+    cfg.stage_path = str(Path(cfg.stage_path).absolute())
+    cfg.data.folder, cfg.data.tokenizer = absolute(cfg.data.folder), absolute(cfg.data.tokenizer)
+    cfg.data.paths = [str(Path(path).absolute()) for path in cfg.data.paths]
+    cfg.checkpoint.resume_from = absolute(cfg.checkpoint.resume_from)
+    cfg.checkpoint.weights_from = absolute(cfg.checkpoint.weights_from)
+    return cfg
 
 
 def point_name(cfg: TrainConfig) -> str:

@@ -63,7 +63,7 @@ def sbatch_options(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
         "signal": f"USR1@{c.signal_s}" if _checkpoints(cfg) else None,
         "requeue": True if _checkpoints(cfg) else None,
         "no-requeue": None if _checkpoints(cfg) else True,
-        **c.additional_parameters,
+        **{name.replace("_", "-"): value for name, value in c.additional_parameters.items()},
     }
     return {name: value for name, value in options.items() if value is not None and value is not False}
 
@@ -86,10 +86,12 @@ def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
         "--open-mode=append",
         "--unbuffered",
     ]
+    if c.cpus_per_task is not None:
+        command.append(f"--cpus-per-task={c.cpus_per_task}")  # srun does not inherit it
     python = sys.executable
     if c.container is not None:
         python = c.container.python
-        mounts = [f"{cfg.stage_path}:{cfg.stage_path}", f"{PROJECT}:{PROJECT}", *c.container.mounts]
+        mounts = [f"{path}:{path}" for path in _mounted_paths(cfg)] + list(c.container.mounts)
         command += [f"--container-image={c.container.image}", f"--container-mounts={','.join(mounts)}"]
         if c.container.writable:
             command.append("--container-writable")
@@ -98,6 +100,17 @@ def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
         # By default the image's own values win over those of the job.
         command.append(f"--container-env={','.join(rank_environment(cfg))}")
     return [*command, *c.srun_args, python, "-u", "-m", "nemo_bench.training.rank", str(run_dir)]
+
+
+def _mounted_paths(cfg: TrainConfig) -> list[str]:
+    """The stage folder, the project, and what the configuration names outside of both."""
+    paths = [cfg.stage_path, str(PROJECT)]
+    data, checkpoint = cfg.data, cfg.checkpoint
+    named = [data.folder, data.tokenizer, *(str(Path(prefix).parent) for prefix in data.paths)]
+    for path in [*named, checkpoint.resume_from, checkpoint.weights_from]:
+        if path is not None and not any(Path(path).is_relative_to(mounted) for mounted in paths):
+            paths.append(path)
+    return paths
 
 
 def rank_environment(cfg: TrainConfig) -> dict[str, str]:
@@ -117,14 +130,15 @@ def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
         "#!/bin/bash",
         *flags,
         "",
-        "set -u",
         f"RUN={run}",
         "# Left by an earlier start, where this one is a requeue.",
         f'rm -f "$RUN/{REQUEUE}" "$RUN/{EXIT}" "$RUN"/rank*.error.json',
         "",
         "# The ranks meet at the first node. A port of the job's own: nodes may be shared.",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        "MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))",
+        "# The ranks take their places from srun, whatever the submitting shell had.",
+        "unset RANK LOCAL_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE",
         "export MASTER_ADDR MASTER_PORT",
         *exports,
         *cfg.cluster.setup,
@@ -149,7 +163,7 @@ def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
 def _outside_of_any_job() -> Iterator[None]:
     """Hides the environment's SLURM_* and SBATCH_*: sbatch would put them before the script's own options.
 
-    What of them counts is in the configuration by now; SLURM_CONF says which cluster is meant.
+    What conf/cluster/slurm.yaml reads of them is in the configuration by now; SLURM_CONF says which cluster is meant.
     """
     hidden = {
         name: os.environ.pop(name)

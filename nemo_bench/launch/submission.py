@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_bench.config import Launch, TrainConfig, typed, world_size
 from nemo_bench.errors import BenchError
 from nemo_bench.launch import slurm
-from nemo_bench.launch.point import plan, point_name, prepare_data, results_dir
+from nemo_bench.launch.point import absolute_paths, plan, point_name, prepare_data, results_dir
 from nemo_bench.preflight import Problem, configuration_problems, machine_problems, stage_problems
 from nemo_bench.results import record
 
@@ -54,9 +54,8 @@ def submit_points(points: list[Point], *, sweep_dir: Path, wait: bool, to_slurm:
     """
     configs = []
     for point in points:
-        point.config.stage_path = str(Path(point.config.stage_path).absolute())
-        configs.append(typed(point.config))
-    dry = all(cfg.launch is Launch.dry for cfg in configs)
+        configs.append(absolute_paths(typed(point.config)))
+    dry = any(cfg.launch is Launch.dry for cfg in configs)
     problems = {
         point.name: found
         for point, cfg in zip(points, configs)

@@ -136,13 +136,18 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     except FileNotFoundError:
         return [], offset
     complete = data.rfind(b"\n") + 1
-    rows = [json.loads(line) for line in data[:complete].splitlines() if line.strip()]
+    rows = []
+    for line in data[:complete].splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # cut off by a kill, and the next start's first line behind it
+            continue
     return rows, offset + complete
 
 
 @dataclass(frozen=True)
 class Status:
-    """How a run stands or ended. `state`: running, completed, failed, killed or interrupted."""
+    """How a run stands or ended. `state`: submitted, running, completed, failed, killed or interrupted."""
 
     state: str
     exit_code: int | None = None

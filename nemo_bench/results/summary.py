@@ -74,7 +74,9 @@ def summarise(run_dir: Path) -> Summary:
         BenchError: no step was recorded.
     """
     cfg = load(run_dir / record.CONFIG)
-    steps, _ = record.read_lines(run_dir / record.STEPS)
+    rows_written, _ = record.read_lines(run_dir / record.STEPS)
+    # A run that was requeued did some steps twice: the later one counts.
+    steps = list({row["step"]: row for row in rows_written}.values())
     if not steps:
         raise BenchError(f"{run_dir} holds no training step: see {record.rank_log(run_dir, 0)}")
     times = step_times([float(row["train_step_timing_s"]) for row in steps])

@@ -133,7 +133,7 @@ def install() -> bool:
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one node share its cores, unless Slurm has bound each to its own; more threads than cores take turns.
         cores = len(os.sched_getaffinity(0))
-        bound = cores < (os.cpu_count() or 1)
+        bound = "SLURM_PROCID" in os.environ and cores < (os.cpu_count() or 1)
         torch.set_num_threads(cores if bound else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     # Entered for the life of the process: Megatron's modules allocate their buffers at any time.
     _CudaMeansCpu().__enter__()

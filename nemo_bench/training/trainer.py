@@ -79,7 +79,7 @@ def build_trainer(cfg: TrainConfig, callbacks: list[Any], strategy: nl.MegatronS
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         logger=False,
-        enable_checkpointing=cfg.checkpoint.every_n_steps is not None or cfg.checkpoint.resume_from is not None,
+        enable_checkpointing=cfg.checkpoint.every_n_steps is not None,
         accumulate_grad_batches=1,
         use_distributed_sampler=False,
         # Named outright: the ranks are started by nemo_bench, whatever else the environment looks like. Lightning's

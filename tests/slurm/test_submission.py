@@ -148,7 +148,8 @@ def test_a_resubmitted_job_has_the_configuration_it_had(scripts: Scripts, slurm:
     job_id, run_dir = scripts.last()
     assert "cancel it first" in scripts.jobs("resubmit", job_id, code=2)
     scripts.jobs("cancel", job_id)
-    again = scripts.jobs("resubmit").split()[1].rstrip(":")  # all failed ones
+    assert scripts.jobs("resubmit").startswith("no job has failed")  # a cancelled one was meant to end
+    again = scripts.jobs("resubmit", job_id).split()[1].rstrip(":")
     assert again != job_id
     assert slurm.job_record(again)["NumNodes"].startswith("8")
     (new,) = {path.parent for path in scripts.stage.glob("results/**/run.json")} - {run_dir}
@@ -170,7 +171,7 @@ def test_two_nodes_of_two_tasks_train_to_the_last_step(scripts: Scripts, slurm: 
         "trainer.max_steps=6",
         "hydra.launcher.wait=true",
     )
-    assert "all 1 jobs completed" in shown and "step 6/6" in shown
+    assert "all 1 jobs completed" in shown and "step 6/6" in shown and "days to 1T tokens" in shown
     job_id, run_dir = scripts.last()
     assert slurm.job_state(job_id) == "COMPLETED"
     assert record.read_status(run_dir).finished

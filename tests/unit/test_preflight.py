@@ -114,6 +114,10 @@ BAD = [
     (["model.vocab_size=299"], "model.vocab_size", "too small", "300"),
     (["data.split='99,1'"], "data.split", "three numbers", "99,1,0"),
     (["data.split='100,0,0'"], "data.split", "nothing to validate", "limit_val_batches=0"),
+    (["scale=64gpu", "cluster.gpus_per_node=4"], "trainer.devices", "cluster.gpus_per_node=4", "num_nodes=16"),
+    (["scale=64gpu", "gpu.peak_tflops.bf16=null"], "gpu.peak_tflops.bf16", "measured on CPUs only", "dense TFLOP/s"),
+    (["cluster.signal_s=0"], "cluster.signal_s", "at least 1", "1"),
+    (["data.folder=null"], "data.folder", "needed", "folder"),
     (["checkpoint.every_n_steps=51"], "checkpoint.every_n_steps", "between 1 and trainer.max_steps=50", "50"),
     (
         ["checkpoint.every_n_steps=10", "model.optim.use_distributed_optimizer=true"],
