@@ -31,6 +31,7 @@ def run(main: Callable[[], object]) -> None:
     from nemo_bench.errors import BenchError
 
     _resolve_shown_configuration(sys.argv)
+    _use_our_launchers()
     if _WANTS_TRACEBACK:
         main()
     else:
@@ -83,6 +84,20 @@ def _leave_unread() -> None:
     """The reader of our output (head, less) went away: nothing to say, and nobody to say it to."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(141)
+
+
+def _use_our_launchers() -> None:
+    """Takes hydra-submitit-launcher's schemas out, where it is installed.
+
+    It registers launchers of the same names, and Hydra would hold conf/hydra/launcher/ against their schemas.
+    """
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # finds and registers all plugins, once
+    registered = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+    for name in ("submitit_slurm.yaml", "submitit_local.yaml"):
+        registered.pop(name, None)
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -101,6 +101,21 @@ def test_a_reader_that_goes_away_is_no_error(train_cli: Cli, project: Path, tmp_
     assert shown.stdout.startswith("Llama 3.1 70b") and shown.stderr == ""
 
 
+def test_another_launcher_of_the_same_name_does_not_get_in_the_way(train_cli: Cli, tmp_path: Path) -> None:
+    """hydra-submitit-launcher registers a schema under the name of ours, which knows none of our settings."""
+    plugin = tmp_path / "site" / "hydra_plugins" / "other_submitit_launcher"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from hydra.core.config_store import ConfigStore\n"
+        "@dataclass\nclass Conf:\n    _target_: str = 'other.Launcher'\n    timeout_min: int = 60\n"
+        "ConfigStore.instance().store(group='hydra/launcher', name='submitit_slurm', node=Conf, provider='other')\n"
+    )
+    point = ("scale=64gpu,128gpu", "data=mock", "hydra/launcher=submitit_slurm", "launch=dry")
+    shown = train_cli(*point, PYTHONPATH=str(tmp_path / "site"))
+    assert shown.stderr == "" and shown.stdout.count("nothing was submitted") == 2
+
+
 HEAVY = {"torch", "lightning", "megatron", "nemo", "transformers"}
 
 
