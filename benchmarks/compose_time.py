@@ -33,10 +33,10 @@ def bare_app(folder: Path) -> list[str]:
     defaults = []
     for group in sorted(path for path in (PROJECT / "conf").iterdir() if path.is_dir()):
         (folder / "conf" / group.name).mkdir(parents=True)
-        options = sorted(path.name for path in group.glob("*.yaml"))
+        options = sorted(path.name for path in group.rglob("*.yaml"))
         for option in options:
             (folder / "conf" / group.name / option).write_text("key: value\nother: 1\n")
-        if group.name != "experiment":
+        if group.name not in ("experiment", "hydra"):
             defaults.append(f"  - {group.name}: {options[0].removesuffix('.yaml')}\n")
     (folder / "conf" / "train.yaml").write_text("defaults:\n" + "".join(defaults) + "  - _self_\n")
     return [sys.executable, str(folder / "app.py"), "--cfg", "job"]
