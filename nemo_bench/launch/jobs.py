@@ -61,18 +61,15 @@ class Job:
 
 def submitted_runs(stage: Path) -> list[Path]:
     """Run folders under a stage folder that were submitted, the oldest first."""
-    jobs = {}
+    order = {}
     for path in stage.glob(f"results/*/*/*/*/*/{record.JOB}"):
         try:
-            jobs[path.parent] = record.read_job(path.parent)
-        except (OSError, ValueError) as error:
-            print(f"left out: {path}: {error}", file=sys.stderr)
-
-    def order(run_dir: Path) -> tuple[str, list[int]]:
-        job = jobs[run_dir]
-        return job["submitted_at"], [int(part) for part in job["id"].removeprefix(background.JOB_PREFIX).split(".")]
-
-    return sorted(jobs, key=order)
+            job = record.read_job(path.parent)
+            number = [int(part) for part in job["id"].removeprefix(background.JOB_PREFIX).split(".")]
+            order[path.parent] = (job["submitted_at"], number)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"left out: {path}: {type(error).__name__}: {error}", file=sys.stderr)
+    return sorted(order, key=lambda run_dir: order[run_dir])
 
 
 def _ask(command: list[str]) -> list[list[str]]:
@@ -125,6 +122,8 @@ def _job(run_dir: Path, job: dict[str, Any], states: dict[str, str]) -> Job:
     elif state is None:
         # Slurm has forgotten it: what the batch script left counts.
         state = {"completed": "COMPLETED", "failed": "FAILED", "killed": "FAILED"}.get(status.state, UNKNOWN)
+    elif state == "PREEMPTED" and cfg.checkpoint.every_n_steps is not None:
+        state = "REQUEUED"  # on its way back: it was submitted with --requeue
     return Job(
         job_id=job_id,
         state=state,
@@ -186,6 +185,8 @@ def follow(console: Any, run_dirs: list[Path]) -> None:
             jobs = _follow_in_lines(console, run_dirs)
     except KeyboardInterrupt:
         raise RunFailed("stopped watching; the jobs go on: python jobs.py lists them", 130) from None
+    if len(jobs) < len(run_dirs):
+        raise RunFailed(f"{len(run_dirs) - len(jobs)} of {len(run_dirs)} run folders could not be read: see above")
     for job in jobs:
         if not job.failed:
             print_summary(console, load(job.run_dir / record.CONFIG), job.run_dir, summarise(job.run_dir))
