@@ -11,10 +11,12 @@ import math
 import os
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+
+T = TypeVar("T")
 
 
 class Launch(Enum):
@@ -177,6 +179,7 @@ class EntrypointConfig:
 
     name: str = MISSING
     version: str = MISSING  # default folder name under results/
+    container: str = MISSING  # registry reference of its container image
     image: str = MISSING  # file name of its container image in the stage folder
     env: dict[str, str] = field(default_factory=dict)  # environment of every rank
 
@@ -233,17 +236,22 @@ def register() -> None:
 register()
 
 
-def typed(cfg: DictConfig) -> TrainConfig:
-    """The composed configuration as a `TrainConfig` object, every interpolation resolved.
+def typed_as(schema: type[T], cfg: DictConfig) -> T:
+    """The composed configuration as an object of its schema, every interpolation resolved.
 
     Raises:
         omegaconf.errors.OmegaConfBaseException: an unknown key, a wrong type, or a value that is missing.
     """
     # As plain values: a node that knows its type would let a key in that `+key=value` forced upon it.
-    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.to_container(cfg, resolve=True))
+    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
     result = OmegaConf.to_object(merged)
-    assert isinstance(result, TrainConfig)
+    assert isinstance(result, schema)
     return result
+
+
+def typed(cfg: DictConfig) -> TrainConfig:
+    """`typed_as` of a benchmark point."""
+    return typed_as(TrainConfig, cfg)
 
 
 def load(path: Any) -> TrainConfig:

@@ -35,3 +35,15 @@ def train_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of Llama 3's construction, with 1,000 tokens."""
+    from nemo_bench.data import corpus, tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    trained = tokenizer.train((file.text for file in corpus.collect(300_000)), vocab_size=1000)
+    for name, text in tokenizer.render(trained).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder

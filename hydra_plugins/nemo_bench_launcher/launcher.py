@@ -13,6 +13,13 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+# Whose points these are, by the script's name.
+SUBMITTERS = {
+    "train": ("nemo_bench.launch.submission", "submit_points"),
+    "prepare_data": ("nemo_bench.data.submission", "submit_preparations"),
+    "setup_stage": ("nemo_bench.stage.submission", "submit_stage"),
+}
+
 
 class SlurmLauncher(Launcher):
     """`hydra/launcher=submitit_slurm`."""
@@ -27,9 +34,10 @@ class SlurmLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from importlib import import_module
         from pathlib import Path
 
-        from nemo_bench.launch.submission import Point, submit_points
+        from nemo_bench.launch.submission import Point
 
         points = []
         for overrides in job_overrides:
@@ -40,7 +48,8 @@ class SlurmLauncher(Launcher):
                 del config["hydra"]
             points.append(Point(config, task_overrides))
         sweep_dir = Path(OmegaConf.select(self.config, "hydra.sweep.dir"))
-        submit_points(points, sweep_dir=sweep_dir, wait=self.wait, to_slurm=self.to_slurm)
+        module, submit = SUBMITTERS[self.config.hydra.job.name]
+        getattr(import_module(module), submit)(points, sweep_dir=sweep_dir, wait=self.wait, to_slurm=self.to_slurm)
         return [_done(point.overrides) for point in points]
 
 

@@ -8,24 +8,24 @@ and checked on a login node which has no torch. All numbers are little-endian:
           document boundaries D (uint64), lengths in tokens (int32[S]), offsets in .bin in bytes (int64[S]),
           and the sequence at which each document begins, with S at the end (int64[D])
 
-Here a document is one sequence when written; `inspect` reads documents of any number of sequences.
+Here a document is one sequence when written, and one without tokens has none, as with Megatron's preprocess_data.py;
+`inspect` reads documents of any number of sequences.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import struct
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nemo_bench.errors import BenchError
+from nemo_bench.files import fsync_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,18 +63,6 @@ def optimal_dtype(vocab_size: int | None) -> str:
     return "uint16" if vocab_size is not None and vocab_size < 65500 else "int32"
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, where the file system can (some have no fsync on a folder)."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
 class IndexedDatasetWriter:
     """Streams documents of token ids into `prefix`.bin and `prefix`.idx, which appear only when complete.
 
@@ -92,11 +80,14 @@ class IndexedDatasetWriter:
     """
 
     def __init__(self, prefix: Path, *, vocab_size: int | None) -> None:
+        import numpy as np
+
         self.prefix = Path(prefix)
         self.dtype = optimal_dtype(vocab_size)
+        self._stored = np.dtype(self.dtype).newbyteorder("<")
         self.tokens = 0
-        self._limit = vocab_size if vocab_size is not None else _MAX_LENGTH + 1
         self._lengths = array("i")
+        self._empty = array("q")  # for each document without tokens the number of sequences before it
         unique = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._temporary_bin = self.prefix.parent / f".{self.prefix.name}.bin.tmp-{unique}"
         self._temporary_idx = self.prefix.parent / f".{self.prefix.name}.idx.tmp-{unique}"
@@ -105,30 +96,33 @@ class IndexedDatasetWriter:
     @property
     def documents(self) -> int:
         """Documents appended so far."""
-        return len(self._lengths)
+        return len(self._lengths) + len(self._empty)
 
-    def append(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
-        """Append one document, token ids of shape [length]; it may be empty.
+    def extend(self, tokens: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]]) -> None:
+        """Append many documents: all their ids one after another, and the length in tokens of each.
+
+        The ids must be below the vocabulary's size, and of the stored type already (`dtype`): whoever converts them
+        has to look at all of them before that, and can do it on another thread.
 
         Raises:
-            ValueError: ids that are not one-dimensional integers in [0, vocab_size), or more than 2**31 - 1
-                of them.
+            ValueError: another type, or lengths that are not those of `tokens` or too large for the format.
         """
         import numpy as np
 
-        ids = np.asarray(tokens)
-        if ids.size == 0:
-            ids = ids.astype(np.int64)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ValueError(f"a document is a 1-D array of integer token ids, not {ids.dtype} of shape {ids.shape}")
-        if ids.size > _MAX_LENGTH:
-            raise ValueError(f"a document of {ids.size} tokens is longer than the format's {_MAX_LENGTH}")
-        # Checked before the conversion below, which would wrap a large id around to a wrong small one.
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._limit):
-            raise ValueError(f"token ids {ids.min()}..{ids.max()} are not all in [0, {self._limit})")
-        self._file.write(ids.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes())
-        self._lengths.append(ids.size)
-        self.tokens += ids.size
+        if tokens.dtype != self.dtype or tokens.ndim != 1:
+            raise ValueError(f"ids must be a 1-D array of {self.dtype}, not {tokens.dtype} of shape {tokens.shape}")
+        if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > _MAX_LENGTH):
+            raise ValueError(f"a document has from 0 to {_MAX_LENGTH} tokens")
+        if int(lengths.sum()) != tokens.size:
+            raise ValueError(f"the lengths sum to {lengths.sum()}, and there are {tokens.size} tokens")
+        self._file.write(tokens.astype(self._stored, copy=False).data)
+        holding = lengths > 0
+        if not holding.all():
+            sequences = len(self._lengths) + np.cumsum(holding)
+            self._empty.frombytes(sequences[~holding].astype(np.int64).tobytes())
+            lengths = lengths[holding]
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self.tokens += tokens.size
 
     def finalize(self) -> None:
         """Write the index, make both files durable and give them their names, .bin first."""
@@ -142,10 +136,13 @@ class IndexedDatasetWriter:
 
         _flush_and_close(self._file)
         with open(self._temporary_idx, "xb") as index:
-            index.write(_HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[self.dtype], count, count + 1))
+            index.write(_HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[self.dtype], count, self.documents + 1))
             index.write(lengths.astype("<i4").tobytes())
             index.write(pointers.tobytes())
-            index.write(np.arange(count + 1, dtype="<i8").tobytes())
+            boundaries = np.arange(count + 1, dtype="<i8")
+            if self._empty:
+                boundaries = np.sort(np.concatenate([boundaries, np.asarray(self._empty, dtype="<i8")]))
+            index.write(boundaries.tobytes())
             _flush_and_close(index)
         idx_path(self.prefix).unlink(missing_ok=True)
         os.replace(self._temporary_bin, bin_path(self.prefix))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -22,15 +21,20 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_bench.data import corpus, tokenizer
 from nemo_bench.data.corpus import CorpusFile
-from nemo_bench.data.indexed_dataset import IndexedDatasetWriter, fsync_folder, optimal_dtype
+from nemo_bench.data.documents import Reader
+from nemo_bench.data.encoder import Encoder
+from nemo_bench.data.indexed_dataset import optimal_dtype
+from nemo_bench.data.tokenization import tokenize, usable_cores
 from nemo_bench.errors import BenchError
+from nemo_bench.files import fsync_folder, locked
 
 _log = logging.getLogger(__name__)
 
@@ -54,8 +58,6 @@ _PRODUCTS = (
 # the prefix's name. They are keyed by path and not by contents, so they have to go with the data that they
 # index.
 _OWN_NAMES = frozenset({MANIFEST_NAME, TOKENIZER_NAME, DATASET_NAME, f"{DATASET_NAME}.bin", f"{DATASET_NAME}.idx"})
-
-_ENCODE_BATCH = 32  # documents encoded at once: enough for all cores, and a bound on memory
 
 
 @dataclass(frozen=True)
@@ -288,38 +290,9 @@ def _remove_stale_if_idle(target: Path) -> None:
                 _remove_stale(target)
 
 
-@contextlib.contextmanager
-def _lock(target: Path, report: Callable[[str], None] | None) -> Iterator[None]:
-    """Hold the lock of `target`, waiting for it with a line to `report`, or not at all without `report`.
-
-    The kernel frees it when the process ends, however it ends. The file stays: were it removed, a process
-    waiting on the old file and one that makes a new file would both hold "the" lock.
-
-    Raises:
-        BlockingIOError: it is held, and `report` is None.
-        BenchError: the file system has no locks.
-    """
-    path = target.parent / f".{target.name}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if report is None:
-                    raise
-                report(f"Waiting for another process that is preparing the local dataset (lock file {path}).")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            raise BenchError(
-                f"The file system of {target.parent} does not support file locks ({error.strerror}): choose "
-                "a folder for the local dataset on another one, or mount it with locks (Lustre: -o flock)."
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
+def _lock(target: Path, report: Callable[[str], None] | None) -> AbstractContextManager[None]:
+    """Holds the lock of `target`; see `locked`."""
+    return locked(target.parent / f".{target.name}.lock", "the local dataset", report)
 
 
 def _build(
@@ -367,19 +340,17 @@ def _make_products(
         _write_text(folder / TOKENIZER_NAME / name, text)
 
     report(f"Tokenizing {len(files):,} files.")
-    end_of_document = trained.token_to_id(tokenizer.EOS_TOKEN)
-    with IndexedDatasetWriter(folder / DATASET_NAME, vocab_size=actual_size) as writer:
-        for begin in range(0, len(files), _ENCODE_BATCH):
-            texts = [file.text for file in files[begin : begin + _ENCODE_BATCH]]
-            # No begin-of-text token: Megatron's own preprocessing with --append-eod adds only the end.
-            for encoding in trained.encode_batch(texts, add_special_tokens=False):
-                writer.append([*encoding.ids, end_of_document])
+    # By the way that any shard of documents takes.
+    lines = folder / "corpus.jsonl"
+    _write_text(lines, "".join(json.dumps({"text": file.text}) + "\n" for file in files))
+    counts = tokenize(Reader(lines), Encoder(folder / TOKENIZER_NAME), folder / DATASET_NAME, threads=usable_cores())
+    lines.unlink()
     return {
         "format": _FORMAT,
         "version": _FORMAT_VERSION,
         "vocab_size": actual_size,
-        "documents": writer.documents,
-        "tokens": writer.tokens,
+        "documents": counts.documents,
+        "tokens": counts.tokens,
     }
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.config import TrainConfig, world_size
+from nemo_bench.config import ClusterConfig, TrainConfig, world_size
 from nemo_bench.errors import BenchError
 from nemo_bench.results.record import EXIT, REQUEUE
 
@@ -37,9 +37,24 @@ def job_name(cfg: TrainConfig) -> str:
 
 def sbatch_options(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     """sbatch's long options and their values (True: no value) for this point, in a fixed order."""
-    c = cfg.cluster
+    # Without checkpoints there is nothing to go on from: a requeued run would only start over.
+    signal = f"USR1@{cfg.cluster.signal_s}" if _checkpoints(cfg) else None
+    return _options(
+        cfg.cluster,
+        name=job_name(cfg),
+        nodes=cfg.trainer.num_nodes,
+        ntasks_per_node=cfg.trainer.devices,
+        folder=run_dir,
+        requeue=_checkpoints(cfg),
+        signal=signal,
+    )
+
+
+def _options(
+    c: ClusterConfig, *, name: str, nodes: int, ntasks_per_node: int, folder: Path, requeue: bool, signal: str | None
+) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "job-name": job_name(cfg),
+        "job-name": name,
         "account": c.account,
         "partition": c.partition,
         "qos": c.qos,
@@ -47,8 +62,8 @@ def sbatch_options(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
         "constraint": c.constraint,
         "nodelist": c.nodelist,
         "exclude": c.exclude,
-        "nodes": cfg.trainer.num_nodes,
-        "ntasks-per-node": cfg.trainer.devices,
+        "nodes": nodes,
+        "ntasks-per-node": ntasks_per_node,
         "cpus-per-task": c.cpus_per_task,
         "gpus-per-node": c.gpus_per_node if c.gres is None else None,
         "gres": c.gres,
@@ -57,15 +72,58 @@ def sbatch_options(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
         "time": c.time,
         "dependency": c.dependency,
         "comment": c.comment,
-        "output": f"{run_dir}/slurm-%j.out",
+        "output": f"{folder}/slurm-%j.out",
         "open-mode": "append",
-        # Without checkpoints there is nothing to go on from: a requeued run would only start over.
-        "signal": f"USR1@{c.signal_s}" if _checkpoints(cfg) else None,
-        "requeue": True if _checkpoints(cfg) else None,
-        "no-requeue": None if _checkpoints(cfg) else True,
-        **{name.replace("_", "-"): value for name, value in c.additional_parameters.items()},
+        "signal": signal,
+        "requeue": requeue or None,
+        "no-requeue": not requeue or None,
+        **{option.replace("_", "-"): value for option, value in c.additional_parameters.items()},
     }
-    return {name: value for name, value in options.items() if value is not None and value is not False}
+    return {option: value for option, value in options.items() if value is not None and value is not False}
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    return [
+        f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
+        for name, value in options.items()
+    ]
+
+
+def command_script(cluster: ClusterConfig, name: str, command: list[str], folder: Path) -> str:
+    """The sbatch script of one command on one node, with this interpreter's environment and all the node's cores.
+
+    Its exit status goes to `folder`/exit.json. The command must be one that can be killed and run again: the job is
+    requeued when it is preempted or its node fails.
+    """
+    # No srun: a step of one task would be bound to one core.
+    options = _options(cluster, name=name, nodes=1, ntasks_per_node=1, folder=folder, requeue=True, signal=None)
+    exports = {**cluster.env, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"}
+    lines = [
+        "#!/bin/bash",
+        *_flags(options),
+        "",
+        f"FOLDER={shlex.quote(str(folder))}",
+        f'rm -f "$FOLDER/{EXIT}"',
+        *(f"export {variable}={shlex.quote(value)}" for variable, value in exports.items()),
+        *cluster.setup,
+        "",
+        shlex.join(command),
+        "status=$?",
+        *_record_status("FOLDER"),
+    ]
+    return "\n".join(lines)
+
+
+def _record_status(folder_variable: str) -> list[str]:
+    """Shell lines that leave `$status` in the folder, in one step, and end the script with it."""
+    folder = f"${folder_variable}"
+    return [
+        f'printf \'{{"exit_code": %d, "job_id": "%s", "ended_at": "%s"}}\\n\' "$status" "$SLURM_JOB_ID" '
+        f'"$(date -u +%Y-%m-%dT%H:%M:%SZ)" > "{folder}/.{EXIT}.tmp"',
+        f'mv "{folder}/.{EXIT}.tmp" "{folder}/{EXIT}"',
+        'exit "$status"',
+        "",
+    ]
 
 
 def _checkpoints(cfg: TrainConfig) -> bool:
@@ -120,15 +178,11 @@ def rank_environment(cfg: TrainConfig) -> dict[str, str]:
 
 def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
     """The whole sbatch script of one point."""
-    flags = [
-        f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
-        for name, value in sbatch_options(cfg, run_dir).items()
-    ]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in rank_environment(cfg).items()]
     run = shlex.quote(str(run_dir))
     lines = [
         "#!/bin/bash",
-        *flags,
+        *_flags(sbatch_options(cfg, run_dir)),
         "",
         f"RUN={run}",
         "# Left by an earlier start, where this one is a requeue.",
@@ -150,11 +204,7 @@ def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
         "# being cancelled is no longer RUNNING, and stays cancelled.",
         f'if [ -e "$RUN/{REQUEUE}" ] && scontrol show job "$SLURM_JOB_ID" | grep -q "JobState=RUNNING" &&',
         '  scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi',
-        f'printf \'{{"exit_code": %d, "job_id": "%s", "ended_at": "%s"}}\\n\' "$status" "$SLURM_JOB_ID" '
-        f'"$(date -u +%Y-%m-%dT%H:%M:%SZ)" > "$RUN/.{EXIT}.tmp"',
-        f'mv "$RUN/.{EXIT}.tmp" "$RUN/{EXIT}"',
-        'exit "$status"',
-        "",
+        *_record_status("RUN"),
     ]
     return "\n".join(lines)
 
@@ -189,16 +239,11 @@ def have_sbatch() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def test_only(cfg: TrainConfig, run_dir: Path) -> TestOnly:
+def test_only(script: str) -> TestOnly:
     """Asks the scheduler whether it would take the job, and submits nothing."""
     with _outside_of_any_job():
         done = subprocess.run(
-            ["sbatch", "--test-only"],
-            input=batch_script(cfg, run_dir),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
+            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=60, check=False
         )
     return TestOnly(done.returncode == 0, _scheduler_words(done.stderr))
 
@@ -208,11 +253,11 @@ def _scheduler_words(stderr: str) -> str:
     return "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"
 
 
-def submit(cfg: TrainConfig, run_dir: Path) -> str:
-    """Submits the point and returns its job id.
+def submit(script: str, name: str, folder: Path) -> str:
+    """Submits a batch script and returns the job's id; submitit keeps the script in `folder`.
 
     Raises:
-        BenchError: the scheduler refused, in its own words.
+        BenchError: the scheduler refused `name`, in its own words.
     """
     import submitit
     from submitit.core.utils import FailedJobError
@@ -221,9 +266,9 @@ def submit(cfg: TrainConfig, run_dir: Path) -> str:
         """submitit's, with our script in place of its own."""
 
         def _make_submission_file_text(self, command: str, uid: str) -> str:
-            return batch_script(cfg, run_dir)
+            return script
 
-    executor = Executor(folder=run_dir)
+    executor = Executor(folder=folder)
     try:
         # submitit repeats sbatch's words on stderr; ours below say them once
         with _outside_of_any_job(), contextlib.redirect_stderr(io.StringIO()):
@@ -231,6 +276,6 @@ def submit(cfg: TrainConfig, run_dir: Path) -> str:
     except (FailedJobError, subprocess.SubprocessError) as error:
         words = [line for line in str(error).splitlines() if "error" in line.lower()]
         raise BenchError(
-            f"Slurm refused {job_name(cfg)}: {_scheduler_words(chr(10).join(words) or str(error))}\n"
+            f"Slurm refused {name}: {_scheduler_words(chr(10).join(words) or str(error))}\n"
             "cluster.account, cluster.partition, cluster.qos, cluster.time and the number of nodes are what it checks"
         ) from None

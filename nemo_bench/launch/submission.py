@@ -62,15 +62,15 @@ def submit_points(points: list[Point], *, sweep_dir: Path, wait: bool, to_slurm:
         if (found := _problems(cfg, dry=dry, to_slurm=to_slurm))
     }
     if problems:
-        _forget_sweep(sweep_dir)
+        forget_sweep(sweep_dir)
         raise BenchError(_all_problems(problems, len(points)))
     if dry:
-        _forget_sweep(sweep_dir)
+        forget_sweep(sweep_dir)
         for point, cfg in zip(points, configs):
             _print_dry(point, cfg)
         return
     if to_slurm and not slurm.have_sbatch():
-        _forget_sweep(sweep_dir)
+        forget_sweep(sweep_dir)
         raise BenchError(
             "sbatch is not on this machine: submit from a login node of the cluster.\n"
             "launch=dry prints the scripts; scale=local runs here"
@@ -127,7 +127,7 @@ def _all_problems(problems: dict[str, list[Problem]], points: int) -> str:
     return "\n".join(lines)
 
 
-def _forget_sweep(sweep_dir: Path) -> None:
+def forget_sweep(sweep_dir: Path) -> None:
     """Takes back what Hydra's sweeper wrote before it asked us: nothing was launched."""
     with contextlib.suppress(OSError):
         (sweep_dir / "multirun.yaml").unlink()
@@ -140,9 +140,10 @@ def _print_dry(point: Point, cfg: TrainConfig) -> None:
     print(f"# {point.name}")
     print(plan(cfg))
     if cfg.cluster.scheduler == "slurm":
-        print(slurm.batch_script(cfg, run_dir))
+        script = slurm.batch_script(cfg, run_dir)
+        print(script)
         if slurm.have_sbatch():
-            answer = slurm.test_only(cfg, run_dir)
+            answer = slurm.test_only(script)
             print(f"sbatch --test-only: {'accepted' if answer.accepted else 'REFUSED'}: {answer.message}")
     print("launch=dry: nothing was submitted.\n")
 
@@ -205,7 +206,7 @@ def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> Submitt
         BenchError: the scheduler refused.
     """
     try:
-        job_id = slurm.submit(cfg, run_dir)
+        job_id = slurm.submit(slurm.batch_script(cfg, run_dir), slurm.job_name(cfg), run_dir)
     except BenchError as error:
         record.set_status(run_dir, record.Status("failed", reason=str(error).splitlines()[0]))
         raise

@@ -1,0 +1,220 @@
+"""How fast a shard is tokenised, against Megatron-LM's way, side by side on equal cores, with identical outputs.
+
+    python benchmarks/tokenize_speed.py [--megabytes 200] [--cores 2] [--tokenizer FOLDER] [--output FILE.json]
+
+Text: source code and documentation of the packages installed here, a file a document. Tokenizer: Llama 3's vocabulary
+of 128,000 merges, which the package `llama-models` ships (fetched with pip), or any folder given. Megatron-LM's way is
+tests/megatron_preprocess.py: its algorithm on megatron-core's own tokenizer and builder. Start-up (importing, loading
+the tokenizer) is in `process s` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import zipfile
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from nemo_bench.data.shard import RESULT, TASK, ShardTask  # noqa: E402
+from nemo_bench.data.tokenizer import LLAMA3_SPLIT  # noqa: E402
+
+SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h")
+
+
+def write_corpus(target: Path, megabytes: float) -> int:
+    """JSON Lines of text files installed here, in an order that mixes packages; returns the bytes of text."""
+    import hashlib
+
+    roots = [Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib")]
+    files = sorted(
+        {path for root in roots for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()},
+        key=lambda path: hashlib.sha256(str(path.relative_to(path.anchor)).encode()).digest(),
+    )
+    written = 0
+    with open(target, "w", encoding="utf-8") as lines:
+        for path in files:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            if not text.strip() or len(text) > 1_000_000:
+                continue
+            lines.write(json.dumps({"text": text, "meta": {"name": path.name}}, ensure_ascii=False) + "\n")
+            written += len(text.encode())
+            if written > megabytes * 1e6:
+                return written
+    sys.exit(f"only {written / 1e6:.0f} MB of text are installed here: ask for less with --megabytes")
+
+
+def llama3_tokenizer(folder: Path) -> None:
+    """Llama 3's tokenizer in Hugging Face's files, made from the tiktoken file that `llama-models` ships."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "llama-models==0.3.0", "-d", str(folder)],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    (wheel,) = folder.glob("llama_models-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (folder / "tokenizer.model").write_bytes(archive.read("llama_models/llama3/tokenizer.model"))
+    special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
+    converter = TikTokenConverter(
+        str(folder / "tokenizer.model"), pattern=LLAMA3_SPLIT, additional_special_tokens=special
+    )
+    content = json.loads(converter.converted().to_str())
+    content["model"]["ignore_merges"] = True  # as in Llama 3's own tokenizer.json
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0], "eos_token": special[1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    wheel.unlink()
+
+
+def run_ours(source: Path, tokenizer: Path, folder: Path, cores: set[int]) -> dict[str, Any]:
+    """One shard through `python -m nemo_bench.data.shard` on these cores."""
+    folder.mkdir()
+    task = ShardTask(
+        source=str(source),
+        prefix=str(folder / "shard_text_document"),
+        tokenizer_folder=str(tokenizer),
+        text_key="text",
+        append_eod=True,
+        encoder="auto",
+        max_bad_share=0.0,
+        download_folder=str(folder),
+        keep_download=True,
+        threads=len(cores),
+        overwrite=False,
+    )
+    (folder / TASK).write_text(json.dumps(asdict(task)))
+    measured = run([sys.executable, "-m", "nemo_bench.data.shard", str(folder)], cores)
+    result = json.loads((folder / RESULT).read_bytes())
+    return {
+        **measured,
+        "seconds": result["seconds"]["tokenise"],
+        "verify_s": result["seconds"]["verify"],
+        **tokens(result),
+    }
+
+
+def run_megatron(source: Path, tokenizer: Path, prefix: Path, cores: set[int]) -> dict[str, Any]:
+    """The same by Megatron-LM's way, with a worker a core."""
+    script = PROJECT / "tests" / "megatron_preprocess.py"
+    measured = run([sys.executable, str(script), str(source), str(tokenizer), str(prefix), str(len(cores))], cores)
+    return {**measured, **json.loads(measured.pop("stdout").splitlines()[-1])}
+
+
+def tokens(result: dict[str, Any]) -> dict[str, Any]:
+    return {"documents": result["documents"], "tokens": result["tokens"]}
+
+
+def run(command: list[str], cores: set[int]) -> dict[str, Any]:
+    """Runs it on these cores; whole-process seconds, and the peak memory of the process itself."""
+    with tempfile.TemporaryFile() as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            env={**os.environ, "PYTHONPATH": str(PROJECT), "TOKENIZERS_PARALLELISM": "false"},
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process_s = time.perf_counter() - started
+        if status:
+            sys.exit(f"{command} failed")
+        output.seek(0)
+        stdout = output.read().decode()
+    return {"process_s": process_s, "stdout": stdout, "peak_memory_mb": usage.ru_maxrss / 1e3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=200)
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--repeats", type=int, default=3, help="of ours; the median is compared")
+    arguments = parser.parse_args()
+    import zstandard
+
+    cores = set(sorted(os.sched_getaffinity(0))[: arguments.cores])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = arguments.tokenizer or folder
+        if arguments.tokenizer is None:
+            llama3_tokenizer(folder)
+        plain = folder / "corpus.jsonl"
+        text_bytes = write_corpus(plain, arguments.megabytes)
+        packed = folder / "corpus.jsonl.zst"
+        with open(plain, "rb") as source, open(packed, "wb") as target:
+            zstandard.ZstdCompressor(level=3).copy_stream(source, target)
+
+        ours: dict[str, list[dict[str, Any]]] = {}
+        for label, source_file, on in (
+            ("jsonl", plain, cores),
+            ("jsonl.zst", packed, cores),
+            ("jsonl.zst, 1 core", packed, {min(cores)}),
+        ):
+            ours[label] = []
+            for repeat in range(arguments.repeats):
+                target_folder = folder / f"ours-{label.replace(' ', '')}-{repeat}"
+                ours[label].append(run_ours(source_file, tokenizer, target_folder, on))
+        reference = run_megatron(plain, tokenizer, folder / "megatron", cores)
+        for suffix in (".bin", ".idx"):
+            expected = (folder / f"megatron_text_document{suffix}").read_bytes()
+            for label in ours:
+                path = folder / f"ours-{label.replace(' ', '')}-0" / f"shard_text_document{suffix}"
+                if path.read_bytes() != expected:
+                    sys.exit(f"{label}: {suffix} differs from Megatron's")
+
+    rows: dict[str, Any] = {"Megatron-LM's way, jsonl": reference}
+    for label, repeats in ours.items():
+        median = sorted(repeats, key=lambda row: row["seconds"])[len(repeats) // 2]
+        rows[f"nemo_bench, {label}"] = {**median, "all_seconds": [row["seconds"] for row in repeats]}
+    base = reference["tokens"] / reference["seconds"]
+    print(f"{text_bytes / 1e6:.0f} MB of text, {reference['documents']:,} documents, {reference['tokens']:,} tokens")
+    print(f"{platform.processor() or platform.machine()}, {len(cores)} cores; all outputs identical, byte for byte")
+    print(f"{'':32}{'seconds':>9}{'MB/s':>8}{'tokens/s':>13}{'ratio':>7}{'process s':>11}{'peak MB':>9}")
+    for label, row in rows.items():
+        row.pop("stdout", None)
+        rate = row["tokens"] / row["seconds"]
+        row["tokens_per_s"], row["ratio"] = rate, rate / base
+        print(
+            f"{label:32}{row['seconds']:9.2f}{text_bytes / 1e6 / row['seconds']:8.1f}{rate:13,.0f}{rate / base:7.1f}"
+            f"{row['process_s']:11.2f}{row['peak_memory_mb']:9,.0f}"
+        )
+    if arguments.output is not None:
+        names = ("gigatoken", "tokenizers", "megatron-core", "orjson", "zstandard")
+        content = {
+            "command": ["python", *sys.argv],
+            "text_bytes": text_bytes,
+            "cores": len(cores),
+            "cpu": cpu_model(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+            "rows": rows,
+        }
+        arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    main()

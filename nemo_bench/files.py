@@ -1,0 +1,71 @@
+"""Files that several processes, on several machines, make and read: durable names and locks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemo_bench.errors import BenchError
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable, where the file system can (some have no fsync on a folder)."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, what: str, report: Callable[[str], None] | None) -> Iterator[None]:
+    """Holds the lock file `path`, waiting for it with a line to `report`, or not at all without `report`.
+
+    The kernel frees it when the process ends, however it ends. The file stays: were it removed, a process
+    waiting on the old file and one that makes a new file would both hold "the" lock.
+
+    Args:
+        path: in the folder where the files are made; its folder must exist.
+        what: names in messages what the lock is for.
+
+    Raises:
+        BlockingIOError: it is held, and `report` is None.
+        BenchError: the file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if report is None:
+                    raise
+                report(f"Waiting for another process that is preparing {what} (lock file {path}).")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            raise BenchError(
+                f"The file system of {path.parent} does not support file locks ({error.strerror}): choose "
+                f"a folder for {what} on another one, or mount it with locks (Lustre: -o flock)."
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's contents, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(4 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,117 @@
+"""A command of this project as a Slurm job on one node: data preparation, filling the stage folder.
+
+Its folder holds the batch script, `job.json` with the id, the log `slurm-<id>.out`, and at its end `exit.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_bench.config import ClusterConfig
+from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.launch import slurm
+from nemo_bench.results import record
+
+FOLLOW_INTERVAL_S = 1.0
+# Slurm may know a job's end before the shared file system shows what it left.
+_SETTLE_S = 10.0
+
+
+@dataclass
+class CommandJob:
+    """A submitted command as it stands."""
+
+    name: str
+    job_id: str
+    folder: Path
+    state: str = "PENDING"  # Slurm's word
+    exit_code: int | None = None  # of the command, once it has ended
+
+    @property
+    def ended(self) -> bool:
+        return self.exit_code is not None
+
+
+def require_slurm(cluster: ClusterConfig, *, to_slurm: bool) -> None:
+    """Raises BenchError where these jobs cannot be submitted as configured."""
+    if not to_slurm:
+        raise BenchError(
+            "without a launcher it runs on this machine; hydra/launcher=submitit_slurm submits it to Slurm"
+        )
+    if cluster.scheduler != "slurm":
+        raise BenchError(f"cluster={cluster.name}: hydra/launcher=submitit_slurm needs cluster=slurm")
+
+
+def require_sbatch() -> None:
+    """Raises BenchError where there is no Slurm."""
+    if not slurm.have_sbatch():
+        raise BenchError(
+            "sbatch is not on this machine: submit from a login node of the cluster, or leave hydra/launcher=... out "
+            "to do it here; launch=dry prints the scripts"
+        )
+
+
+def show(cluster: ClusterConfig, name: str, command: list[str], folder: Path) -> None:
+    """Prints what would be submitted, and whether Slurm would take it."""
+    script = slurm.command_script(cluster, name, command, folder)
+    print(script)
+    if slurm.have_sbatch():
+        answer = slurm.test_only(script)
+        print(f"sbatch --test-only: {'accepted' if answer.accepted else 'REFUSED'}: {answer.message}")
+
+
+def submit(cluster: ClusterConfig, name: str, command: list[str], folder: Path) -> CommandJob:
+    """Submits one command.
+
+    Raises:
+        BenchError: the scheduler refused.
+    """
+    job_id = slurm.submit(slurm.command_script(cluster, name, command, folder), name, folder)
+    record.set_job(folder, job_id, name=name)
+    return CommandJob(name, job_id, folder)
+
+
+def follow(jobs: list[CommandJob], tick: Callable[[], None]) -> None:
+    """Waits until all have ended, calling `tick` at each look; Ctrl-C leaves them running.
+
+    Raises:
+        RunFailed: the watching was interrupted.
+    """
+    from nemo_bench.launch.jobs import FAILURES, slurm_states
+
+    over: dict[str, float] = {}  # when Slurm was first seen to say so
+    try:
+        while True:
+            states = slurm_states(job.job_id for job in jobs if not job.ended)
+            for job in jobs:
+                if job.ended:
+                    continue
+                job.state = states.get(job.job_id, job.state)
+                job.exit_code = _exit_code(job)
+                if job.exit_code is None and job.state in (*FAILURES, "CANCELLED", "COMPLETED"):
+                    if time.monotonic() - over.setdefault(job.job_id, time.monotonic()) > _SETTLE_S:
+                        job.exit_code = 1  # it never came to write its exit status
+                elif job.exit_code is not None:
+                    job.state = "COMPLETED" if job.exit_code == 0 else "FAILED"
+            tick()
+            if all(job.ended for job in jobs):
+                return
+            time.sleep(FOLLOW_INTERVAL_S)
+    except KeyboardInterrupt:
+        ids = " ".join(job.job_id for job in jobs if not job.ended)
+        raise RunFailed(
+            f"stopped watching; the jobs go on ({ids}): the same command shows what is there", 130
+        ) from None
+
+
+def _exit_code(job: CommandJob) -> int | None:
+    try:
+        content: dict[str, Any] = json.loads((job.folder / record.EXIT).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return int(content["exit_code"]) if str(content.get("job_id")) == job.job_id else None

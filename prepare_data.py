@@ -1,0 +1,20 @@
+"""Makes Megatron datasets from documents: downloads, tokenises, verifies (`--help`)."""
+
+import hydra
+from omegaconf import DictConfig
+
+from nemo_bench import cli
+from nemo_bench.data.preparation_config import PreparationConfig
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
+def main(cfg: DictConfig) -> None:
+    # Imported here: composing and printing a configuration needs none of it.
+    from nemo_bench.data.preparation import run_preparation
+
+    cli.guard(run_preparation, cfg)
+
+
+if __name__ == "__main__":
+    cli.verbs("check")
+    cli.run(main, PreparationConfig)

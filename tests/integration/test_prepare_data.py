@@ -1,0 +1,355 @@
+"""`python prepare_data.py` as a user runs it: downloads that break, kills, company, full disks, bad files."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from nemo_bench.data.corpus import collect
+from nemo_bench.data.indexed_dataset import bin_path, idx_path
+from tests.httpserver import GOOD_TOKEN, FileServer, Twist
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+class Stage:
+    """A stage folder with a tokenizer, and the command on it."""
+
+    def __init__(self, folder: Path, tokenizer: Path) -> None:
+        self.folder = folder
+        self.data = folder / "llama3.1-dataset"
+        shutil.copytree(tokenizer, self.data / "llama")
+
+    def start(self, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HYDRA_", "HF_"))}
+        return subprocess.Popen(
+            [sys.executable, str(PROJECT / "prepare_data.py"), *overrides],
+            cwd=self.folder,
+            env={**env, "STAGE_PATH": str(self.folder), "HF_HUB_OFFLINE": "1", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *overrides: str, code: int = 0, **environment: str) -> str:
+        """What it printed; its exit status must be `code`."""
+        process = self.start(*overrides, **environment)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == code, out + err
+        assert "Traceback" not in out + err
+        return out + err
+
+    def dataset(self, number: int = 0) -> tuple[bytes, bytes]:
+        prefix = self.data / f"my-llama_{number:02d}_text_document"
+        return bin_path(prefix).read_bytes(), idx_path(prefix).read_bytes()
+
+    def leftovers(self) -> list[str]:
+        """Files that are neither a dataset nor a download nor a lock."""
+        names = [path.name for path in self.data.iterdir()]
+        return [name for name in names if name.startswith(".") and not name.endswith(".lock")]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, small_tokenizer: Path) -> Stage:
+    (tmp_path / "stage").mkdir()
+    return Stage(tmp_path / "stage", small_tokenizer)
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with FileServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shards() -> list[bytes]:
+    """Two shards of real text, as JSON Lines."""
+    texts = [file.text for file in collect(3_000_000)]
+    halves = (texts[::2], texts[1::2])
+    return ["".join(json.dumps({"text": text}) + "\n" for text in half).encode() for half in halves]
+
+
+@pytest.fixture(scope="module")
+def expected(shards: list[bytes], small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """The datasets of both shards, made from plain files in one go."""
+    folder = tmp_path_factory.mktemp("expected")
+    stage = Stage(folder, small_tokenizer)
+    for number, data in enumerate(shards):
+        (folder / f"{number}.jsonl").write_bytes(data)
+    stage.run("sources=[0.jsonl,1.jsonl]")
+    return stage
+
+
+def pack(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(data)
+
+
+def serve(server: FileServer, shards: list[bytes], **options: float) -> str:
+    """Both shards as the Pile's are served; returns the `url` override."""
+    for number, data in enumerate(shards):
+        server.put(f"/train/{number:02d}.jsonl.zst", pack(data), **options)  # type: ignore[arg-type]
+    return f"url='{server.url('/train/')}{{shard:02d}}.jsonl.zst'"
+
+
+def test_the_recipes_dataset(stage: Stage, server: FileServer, shards: list[bytes], expected: Stage) -> None:
+    url = serve(server, shards)
+    out = stage.run(url)
+    assert [stage.dataset(0), stage.dataset(1)] == [expected.dataset(0), expected.dataset(1)]
+    assert "made, read back and verified" in out and "2 datasets" in out and "train.py data=pile" in out
+    assert stage.leftovers() == []
+    manifest = json.loads((stage.data / "my-llama_00_text_document.json").read_bytes())
+    assert manifest["inputs"]["source"].endswith("/00.jsonl.zst") and manifest["made_with"]["encoder"] == "gigatoken"
+    assert manifest["source"]["size_bytes"] == len(pack(shards[0]))
+
+    requests = len(server.requests)
+    out = stage.run(url)
+    assert "made before" in out and len(server.requests) == requests
+    assert stage.run("check", url).count(": whole (from ") == 2
+
+    with open(bin_path(stage.data / "my-llama_01_text_document"), "r+b") as file:
+        file.seek(1000)
+        file.write(b"\0\1")
+    out = stage.run("check", url, code=2)
+    assert "my-llama_01_text_document.bin has changed since it was made" in out and "1 missing or damaged" in out
+
+
+def test_megatron_opens_what_was_made(expected: Stage, shards: list[bytes]) -> None:
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    from tokenizers import Tokenizer
+
+    dataset = megatron.IndexedDataset(str(expected.data / "my-llama_00_text_document"))
+    reference = Tokenizer.from_file(str(expected.data / "llama" / "tokenizer.json"))
+    lines = shards[0].splitlines()
+    assert len(dataset) == len(lines)
+    for number in range(0, len(lines), 7):
+        ids = reference.encode(json.loads(lines[number])["text"], add_special_tokens=False).ids
+        assert dataset[number].tolist() == [*ids, 999]
+
+
+def test_broken_connections(stage: Stage, server: FileServer, shards: list[bytes], expected: Stage) -> None:
+    url = serve(server, shards)
+    server.script("/train/00.jsonl.zst", Twist(cut_after=100_000), Twist(cut_after=50_000), Twist(status=503))
+    server.script("/train/01.jsonl.zst", Twist(status=429, headers={"Retry-After": "0"}), Twist(cut_after=1))
+    stage.run(url)
+    assert [stage.dataset(0), stage.dataset(1)] == [expected.dataset(0), expected.dataset(1)]
+    ranges = [request.headers.get("range") for request in server.seen("GET", "/train/00.jsonl.zst")]
+    assert any(value and value != "bytes=0-" for value in ranges), ranges
+
+
+def test_the_token_goes_to_the_hub_alone(stage: Stage, server: FileServer, shards: list[bytes]) -> None:
+    gated = server.put_hub("org/pile", "00.jsonl.zst", pack(shards[0]), repo_type="dataset", lfs=True, gated=True)
+    server.put("/other/01.jsonl.zst", pack(shards[1]))
+    other = f"{server.other_endpoint}/other/01.jsonl.zst"
+    out = stage.run(f"sources=[{gated},{other}]", HF_ENDPOINT=server.endpoint, HF_TOKEN=GOOD_TOKEN)
+    with_token = {request.path for request in server.requests if "authorization" in request.headers}
+    assert with_token == {"/datasets/org/pile/resolve/main/00.jsonl.zst"}
+    files = [path for path in stage.folder.rglob("*") if path.is_file()]
+    assert not any(f"Bearer {GOOD_TOKEN}".encode() in path.read_bytes() for path in files)
+    assert "2 datasets" in out
+
+
+@pytest.mark.parametrize(("status", "word"), [(401, "access refused"), (403, "access refused"), (404, "404")])
+def test_refusals(stage: Stage, server: FileServer, shards: list[bytes], status: int, word: str) -> None:
+    url = serve(server, shards)
+    for method in ("HEAD", "GET"):
+        server.script("/train/01.jsonl.zst", *[Twist(method=method, status=status)] * 3)
+    out = stage.run(url, "at_once=1", code=2)
+    assert word in out and "/train/01.jsonl.zst" in out and "1 of 2 failed, 1 are done and stay" in out
+    assert stage.dataset(0) and not idx_path(stage.data / "my-llama_01_text_document").exists()
+
+
+def test_killed_at_any_moment(stage: Stage, server: FileServer, shards: list[bytes], expected: Stage) -> None:
+    """SIGKILL, of the command alone: its processes end with it. What is left is finished, or not there at all."""
+    url = serve(server, shards, piece_bytes=20_000, pause_s=0.02)
+    moments = random.Random(7)
+    for _ in range(12):
+        process = stage.start(url)
+        time.sleep(moments.uniform(0.3, 3.0))
+        process.kill()
+        process.communicate()
+        for number in range(2):
+            if idx_path(stage.data / f"my-llama_{number:02d}_text_document").exists():
+                assert stage.dataset(number) == expected.dataset(number)
+    stage.run(url)
+    assert [stage.dataset(0), stage.dataset(1)] == [expected.dataset(0), expected.dataset(1)]
+    assert stage.leftovers() == []
+
+
+def test_killed_while_it_tokenises(stage: Stage, shards: list[bytes], expected: Stage) -> None:
+    """Late kills: in encoding, reading back and renaming. Each starts from a stage without a dataset."""
+    (stage.folder / "0.jsonl").write_bytes(shards[0])
+    started = time.monotonic()
+    stage.run("sources=[0.jsonl]")
+    whole_s = time.monotonic() - started
+    moments = random.Random(3)
+    for _ in range(10):
+        for suffix in (".idx", ".json"):
+            Path(f"{stage.data}/my-llama_00_text_document{suffix}").unlink(missing_ok=True)
+        bin_path(stage.data / "my-llama_00_text_document").unlink(missing_ok=True)
+        process = stage.start("sources=[0.jsonl]")
+        time.sleep(whole_s * moments.uniform(0.6, 1.0))
+        process.kill()
+        process.communicate()
+        if idx_path(stage.data / "my-llama_00_text_document").exists():
+            assert stage.dataset(0) == expected.dataset(0)
+        stage.run("sources=[0.jsonl]")
+        assert stage.dataset(0) == expected.dataset(0)
+        assert stage.leftovers() == []
+
+
+def test_ctrl_c(stage: Stage, server: FileServer, shards: list[bytes]) -> None:
+    url = serve(server, shards, piece_bytes=1000, pause_s=0.05)
+    process = stage.start(url)
+    server.wait_for(lambda server: bool(server.seen("GET")))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "goes on from here" in err, out + err
+
+
+def test_two_at_once(stage: Stage, server: FileServer, shards: list[bytes], expected: Stage) -> None:
+    url = serve(server, shards)
+    both = [stage.start(url), stage.start(url)]
+    outs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outs
+    assert [stage.dataset(0), stage.dataset(1)] == [expected.dataset(0), expected.dataset(1)]
+    assert len(server.seen("GET", "/train/00.jsonl.zst")) == 1
+    assert stage.leftovers() == []
+
+
+def test_downloads_go_only_when_asked(stage: Stage, server: FileServer, shards: list[bytes]) -> None:
+    url = serve(server, shards)
+    stage.run(url, "shards=[0]")
+    assert (stage.data / "downloads" / "00.jsonl.zst").exists()
+    stage.run(url, "shards=[1]", "keep_downloads=false")
+    names = [path.name for path in (stage.data / "downloads").iterdir() if not path.name.endswith(".lock")]
+    assert sorted(names) == [".00.jsonl.zst.done.json", "00.jsonl.zst"]
+
+
+def test_sources_of_every_kind(stage: Stage, server: FileServer, shards: list[bytes]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [json.loads(line)["text"] for line in shards[0].splitlines()]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), stage.folder / "a.parquet")
+    (stage.folder / "b.jsonl").write_bytes(shards[0])
+    for path in ("/c/c.jsonl.zst", "/d/c.jsonl.zst"):
+        server.put(path, pack(shards[0]))
+    urls = [server.url("/c/c.jsonl.zst"), server.url("/d/c.jsonl.zst")]
+    out = stage.run(f"sources=[a.parquet,b.jsonl,{','.join(urls)}]")
+    assert stage.dataset(0) == stage.dataset(1) == stage.dataset(2) == stage.dataset(3)
+    assert "data.paths=[" in out and "data.weights=[1,1,1,1]" in out
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk(small_disk: Path, small_tokenizer: Path, shards: list[bytes], tmp_path: Path) -> None:
+    stage = Stage(small_disk, small_tokenizer)
+    source = tmp_path / "0.jsonl"
+    source.write_bytes(shards[0] * 3)
+    out = stage.run(f"sources=[{source}]", code=2)
+    assert "No space left in" in out and "free it, and run this again" in out
+    assert stage.leftovers() == []
+    subprocess.run(["mount", "-o", "remount,size=60m", str(small_disk)], check=True)
+    stage.run(f"sources=[{source}]")
+
+
+def test_bad_documents(stage: Stage) -> None:
+    good = json.dumps({"text": "a good document"}) + "\n"
+    (stage.folder / "a.jsonl").write_text(good * 5 + '{"text": "broken\n' + good * 4 + '{"body": "none"}\n')
+    out = stage.run("sources=[a.jsonl]", code=2)
+    for words in ("2 of 11 documents", "1 x broken JSON", "line 6: broken JSON", "line 11: no 'text'", "max_bad_share"):
+        assert words in out
+    assert not bin_path(stage.data / "my-llama_00_text_document").exists()
+    out = stage.run("sources=[a.jsonl]", "max_bad_share=0.2")
+    assert "9 documents" in out and "left out: 1 x broken JSON, 1 x no 'text'" in out
+
+
+def test_another_tokenizer_is_noticed(stage: Stage, shards: list[bytes]) -> None:
+    (stage.folder / "a.jsonl").write_bytes(shards[0])
+    stage.run("sources=[a.jsonl]")
+    path = stage.data / "llama" / "tokenizer.json"
+    path.write_bytes(path.read_bytes() + b"\n")
+    out = stage.run("sources=[a.jsonl]", code=2)
+    assert "was made from something else (tokenizer_sha256:" in out and "overwrite=true" in out
+    stage.run("sources=[a.jsonl]", "overwrite=true")
+    assert "made before" in stage.run("sources=[a.jsonl]")
+
+
+def test_files_of_others_are_left_alone(stage: Stage, shards: list[bytes], expected: Stage) -> None:
+    (stage.folder / "a.jsonl").write_bytes(shards[1])
+    prefix = stage.data / "my-llama_00_text_document"
+    for path in (bin_path, idx_path):
+        shutil.copy(path(expected.data / prefix.name), path(prefix))
+    assert "there before, not made by this program" in stage.run("sources=[a.jsonl]")
+    idx_path(prefix).unlink()
+    out = stage.run("sources=[a.jsonl]", code=2)
+    assert "not made by this program, and is left alone" in out and "overwrite=true" in out
+    stage.run("sources=[a.jsonl]", "overwrite=true")
+    assert stage.dataset(0) == expected.dataset(1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["shards=[]"], ["there is nothing to prepare"]),
+        (["shards=[1,1]"], ["each number once"]),
+        (["sources=[missing.jsonl]"], ["not there: ", "missing.jsonl"]),
+        (["sources=[a.txt]"], [".jsonl.zst, .jsonl.gz, .parquet"]),
+        (["url=http://127.0.0.1:9/x.jsonl"], ["must hold {shard}"]),
+        (["threads=0"], ["threads=0: at least 1"]),
+        (["encoder=fast"], ["auto, gigatoken, tokenizers"]),
+        (["shard=1"], ["unknown key: shard", "did you mean: shards"]),
+        (["tokenizer_folder=none"], ["There is no tokenizer", "setup_stage.py"]),
+        (["data=mine"], ["valid: local, mock, pile"]),
+        (["hydra/launcher=submitit_local"], ["hydra/launcher=submitit_slurm"]),
+    ],
+)
+def test_bad_input(stage: Stage, overrides: list[str], words: list[str]) -> None:
+    out = stage.run(*overrides, code=2)
+    assert all(word in out for word in words), out
+    assert sorted(path.name for path in stage.folder.iterdir()) == ["llama3.1-dataset"]
+
+
+def test_dry(stage: Stage) -> None:
+    out = stage.run("launch=dry")
+    assert "monology/pile-uncopyrighted/resolve/main/train/01.jsonl.zst" in out and "nothing was started" in out
+    out = stage.run("launch=dry", "hydra/launcher=submitit_slurm")
+    assert out.count("#SBATCH --job-name=nemo-bench-my-llama_0") == 2 and "nothing was submitted" in out
+    assert sorted(path.name for path in stage.folder.iterdir()) == ["llama3.1-dataset"]
+
+
+def test_mock_and_local(stage: Stage) -> None:
+    assert "nothing to prepare" in stage.run("data=mock")
+    assert "verified" in stage.run("data=local", "data.corpus_bytes=300000")
+    assert (stage.folder / "data" / "local-vocab384" / "dataset" / "dataset.json").exists()
+
+
+def test_nothing_heavy_is_imported(stage: Stage, shards: list[bytes]) -> None:
+    """Neither by the command nor by the process of a shard."""
+    (stage.folder / "a.jsonl").write_bytes(shards[0])
+    out = stage.run("sources=[a.jsonl]", PYTHONPROFILEIMPORTTIME="1")
+    log = next(stage.folder.glob("results.data_preparation/*/*/log.out")).read_text()
+    imported = {line.rpartition("|")[2].strip() for line in (out + log).splitlines() if line.startswith("import time:")}
+    assert {"hydra", "gigatoken", "tokenizers"} <= imported
+    assert not imported & {"torch", "lightning", "megatron", "megatron.core", "nemo", "transformers"}

@@ -1,0 +1,125 @@
+"""`prepare_data.py hydra/launcher=submitit_slurm` against a real Slurm: a job a shard, followed to its end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from nemo_bench.data.corpus import collect
+from nemo_bench.data.indexed_dataset import inspect
+
+from ..httpserver import FileServer, Twist
+from .cluster import SlurmCluster, wait_for
+from .test_submission import PROJECT, SHARED, Scripts
+
+SUBMIT = ("hydra/launcher=submitit_slurm", *SHARED)
+
+
+@pytest.fixture
+def scripts(slurm: SlurmCluster, tmp_path: Path, small_tokenizer: Path) -> Scripts:
+    shutil.copytree(small_tokenizer, tmp_path / "llama3.1-dataset" / "llama")
+    return Scripts(slurm, tmp_path)
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    texts = [file.text for file in collect(3_000_000)]
+    with FileServer() as server:
+        for number in range(2):
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[number::2])
+            server.put(f"/train/{number:02d}.jsonl.zst", zstandard.ZstdCompressor().compress(lines.encode()))
+        yield server
+
+
+def url(server: FileServer) -> str:
+    return f"url='{server.url('/train/')}{{shard:02d}}.jsonl.zst'"
+
+
+def datasets(scripts: Scripts) -> list[Path]:
+    return sorted(scripts.stage.glob("llama3.1-dataset/*.idx"))
+
+
+def job_ids(output: str) -> list[str]:
+    return [line.split()[1].rstrip(":") for line in output.splitlines() if line.startswith("job ")]
+
+
+def test_a_job_a_shard_and_what_was_made(scripts: Scripts, slurm: SlurmCluster, server: FileServer) -> None:
+    done = scripts.run("prepare_data.py", *SUBMIT, url(server))
+    assert done.returncode == 0, done.stdout + done.stderr
+    ids = job_ids(done.stdout)
+    assert len(ids) == 2
+    assert [slurm.wait_for_end(job_id) for job_id in ids] == ["COMPLETED"] * 2
+    assert slurm.job_record(ids[0])["JobName"] == "nemo-bench-my-llama_00_text_document"
+    assert done.stdout.count("made, read back and verified") == 2 and "2 datasets" in done.stdout
+    for index in datasets(scripts):
+        assert inspect(index.with_suffix(""), vocab_size=1000, read_tokens=True).documents > 20
+    assert len(list(scripts.stage.glob("results.data_preparation/*/*/slurm-*.out"))) == 2
+    assert not (scripts.stage / "submissions").exists()
+
+    again = scripts.run("prepare_data.py", *SUBMIT, url(server))
+    assert again.returncode == 0 and job_ids(again.stdout) == [] and again.stdout.count("made before") == 2
+
+
+def test_only_what_failed_is_submitted_again(scripts: Scripts, slurm: SlurmCluster, server: FileServer) -> None:
+    server.script("/train/01.jsonl.zst", Twist(status=404))
+    done = scripts.run("prepare_data.py", *SUBMIT, url(server))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "01.jsonl.zst does not exist (404" in done.stderr and "1 of 2 failed, 1 are done and stay" in done.stderr
+    assert slurm.wait_for_end(job_ids(done.stdout)[1]) == "FAILED"
+    assert [path.name for path in datasets(scripts)] == ["my-llama_00_text_document.idx"]
+    again = scripts.run("prepare_data.py", *SUBMIT, url(server))
+    assert again.returncode == 0, again.stderr
+    assert len(job_ids(again.stdout)) == 1 and len(datasets(scripts)) == 2
+
+
+def test_without_waiting_and_cancelled(scripts: Scripts, slurm: SlurmCluster, server: FileServer) -> None:
+    stall = Twist(stall_after=150_000)
+    server.script("/train/00.jsonl.zst", stall)
+    done = scripts.run("prepare_data.py", *SUBMIT, url(server), "wait=false", "shards=[0]")
+    assert done.returncode == 0 and "prepare_data.py check" in done.stdout
+    (job_id,) = job_ids(done.stdout)
+    part = scripts.stage / "llama3.1-dataset" / "downloads" / ".00.jsonl.zst.part"
+    wait_for(lambda: part.exists() and part.stat().st_size > 0, "the download to begin", 60)
+    slurm.run("scancel", job_id)
+    assert slurm.wait_for_end(job_id).startswith("CANCELLED")
+    assert datasets(scripts) == []
+    missing = scripts.run("prepare_data.py", "check", url(server), "shards=[0]")
+    assert missing.returncode == 2 and "my-llama_00_text_document.idx does not exist" in missing.stdout
+    stall.release.set()
+    again = scripts.run("prepare_data.py", *SUBMIT, url(server), "shards=[0]")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert server.seen("GET", "/train/00.jsonl.zst")[-1].headers["range"].startswith("bytes=")
+
+
+def test_a_job_that_never_wrote_its_end(scripts: Scripts, slurm: SlurmCluster, server: FileServer) -> None:
+    """Cancelled while the command watches: Slurm's word counts."""
+    server.script("/train/00.jsonl.zst", Twist(stall_after=1000))
+    watching = subprocess.Popen(
+        [sys.executable, "-u", str(PROJECT / "prepare_data.py"), *SUBMIT, url(server), "shards=[0]"],
+        cwd=scripts.stage,
+        env={**slurm.environment, "STAGE_PATH": str(scripts.stage)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watching.stdout is not None
+    (job_id,) = job_ids(watching.stdout.readline())
+    slurm.wait_for_state(job_id, "RUNNING")
+    slurm.run("scancel", job_id)
+    out, err = watching.communicate(timeout=90)
+    assert watching.returncode == 1 and "1 of 1 failed" in err, out + err
+
+
+def test_dry_asks_the_scheduler(scripts: Scripts, server: FileServer) -> None:
+    done = scripts.run("prepare_data.py", *SUBMIT, url(server), "launch=dry", SLURM_GPUS_PER_NODE="8")
+    assert done.returncode == 0 and done.stdout.count("sbatch --test-only: accepted") == 2
+    assert done.stdout.count("#SBATCH --gpus-per-node=8") == 2 and "nothing was submitted" in done.stdout
+    refused = scripts.run("prepare_data.py", *SUBMIT, url(server), "cluster.partition=nosuch")
+    assert refused.returncode == 2 and "invalid partition specified: nosuch" in refused.stderr

@@ -1,0 +1,219 @@
+"""The fast encoder gives what Hugging Face tokenizers gives, or is not used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_bench.data import encoder as module
+from nemo_bench.data.encoder import Backend, Encoder
+from nemo_bench.errors import BenchError, RunFailed
+
+
+@pytest.fixture(scope="module")
+def fast(small_tokenizer: Path) -> Encoder:
+    return Encoder(small_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def slow(small_tokenizer: Path) -> Encoder:
+    return Encoder(small_tokenizer, backend=Backend.tokenizers)
+
+
+@pytest.fixture
+def folder(small_tokenizer: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(small_tokenizer, tmp_path / "tokenizer"))
+
+
+def change(folder: Path, **changes: Any) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
+
+
+def assert_same(fast: Encoder, slow: Encoder, texts: list[str]) -> None:
+    ids, lengths = fast.encode(texts)
+    expected_ids, expected_lengths = slow.encode(texts)
+    assert lengths.tolist() == expected_lengths.tolist()
+    assert ids.tolist() == expected_ids.tolist()
+
+
+def test_gigatoken_is_used(fast: Encoder, slow: Encoder) -> None:
+    assert fast.backend is Backend.gigatoken
+    assert slow.backend is Backend.tokenizers
+    assert (fast.vocab_size, fast.eod) == (slow.vocab_size, slow.eod) == (1000, 999)
+
+
+def test_megatrons_tokenizer_gives_the_same(fast: Encoder, small_tokenizer: Path) -> None:
+    pytest.importorskip("megatron.core")
+    from tests.megatron_preprocess import build_tokenizer
+
+    megatron = build_tokenizer(str(small_tokenizer))
+    texts = ["It's 12345 <|end_of_text|> words\r\n", "é 你好 \U0001f600", "", "<|begin_of_text|>x"]
+    ids, lengths = fast.encode(texts)
+    expected = [megatron.text_to_ids(text) for text in texts]
+    assert ids.tolist() == [token for row in expected for token in row]
+    assert lengths.tolist() == [len(row) for row in expected]
+    assert (fast.eod, fast.vocab_size) == (megatron.eod, megatron.vocab_size)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=60),
+            st.text(
+                "aAzZ'\u2019sStTrReEvVmMlLdD \n\r\t0123456789.,-_\u00a0\u2028\u0085é\u0301你\U0001f600", max_size=60
+            ),
+            st.sampled_from(["<|end_of_text|>", "a<|begin_of_text|> b", "<|end_of", "x" * 1000, " " * 999, "\n" * 99]),
+        ),
+        max_size=8,
+    )
+)
+def test_any_text_is_encoded_alike(fast: Encoder, slow: Encoder, texts: list[str]) -> None:
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    assert_same(fast, slow, texts)
+
+
+def test_every_character_is_encoded_alike(fast: Encoder, slow: Encoder) -> None:
+    """All of Unicode, each between a letter, a digit and punctuation; 256 neighbours a document."""
+    texts = []
+    for block in range(0, sys.maxunicode + 1, 256):
+        characters = [chr(code) for code in range(block, block + 256) if not 0xD800 <= code <= 0xDFFF]
+        # Characters that nobody has assigned go to the reference by themselves, and would take the others along.
+        for known in (True, False):
+            kept = [c for c in characters if (unicodedata.category(c) != "Cn") is known]
+            if kept and (known or block < 0x20000):
+                texts.append("".join(f"a{c}1 {c}!{c}" for c in kept))
+    assert_same(fast, slow, texts)
+
+
+def test_newer_characters_go_to_the_reference(fast: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """U+11DE0 is a digit in Unicode 17 and nothing in 16: the two libraries part ways over it."""
+    asked: list[str] = []
+
+    class Recorder:
+        def __init__(self, reference: Any) -> None:
+            self.reference = reference
+
+        def encode(self, text: str, **options: Any) -> Any:
+            asked.append(text)
+            return self.reference.encode(text, **options)
+
+    monkeypatch.setattr(fast, "_reference", Recorder(fast._reference))
+    newer = ["x \U00011de0 y", "\u0378"]
+    fast.encode(["plain", newer[0], "é 你好", "\U0001f600 emoji", newer[1], ""])
+    assert asked == newer
+
+
+@pytest.mark.parametrize("number", [0, 15, 8192])
+def test_a_difference_stops_the_work(fast: Encoder, number: int) -> None:
+    """Whatever makes it: here one id is another. Only the sample is looked at."""
+    texts = [f"document {n}" for n in range(8200)]
+    ids, lengths = fast.encode(texts)
+    fast.check(texts, 0, ids, lengths)
+    ids = ids.copy()
+    ids[int(np.cumsum(lengths)[number]) - 1] += 1
+    with pytest.raises(RunFailed, match=f"encode document {number + 1:,} differently.*encoder=tokenizers"):
+        fast.check(texts, 0, ids, lengths)
+
+
+def test_sample_of_later_blocks(fast: Encoder) -> None:
+    texts = ["a b c"] * 10
+    ids, lengths = fast.encode(texts)
+    wrong = ids.copy()
+    wrong[int(lengths[0]) * 2] += 1  # the third document
+    fast.check(texts, 8192 - 3, wrong, lengths)
+    with pytest.raises(RunFailed, match="document 8,193 "):
+        fast.check(texts, 8192 - 2, wrong, lengths)
+
+
+@pytest.fixture
+def no_gigatoken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    yield
+
+
+def test_without_gigatoken(small_tokenizer: Path, no_gigatoken: None) -> None:
+    said: list[str] = []
+    assert Encoder(small_tokenizer, report=said.append).backend is Backend.tokenizers
+    assert "pip install gigatoken" in said[0]
+    with pytest.raises(BenchError, match=r"gigatoken cannot be imported.*encoder=tokenizers"):
+        Encoder(small_tokenizer, backend=Backend.gigatoken)
+
+
+def test_unsupported_tokenizers_go_to_the_reference(folder: Path) -> None:
+    change(folder, normalizer={"type": "Replace", "pattern": {"String": "q"}, "content": "zz"})
+    said: list[str] = []
+    encoder = Encoder(folder, report=said.append)
+    reference = Encoder(folder, backend=Backend.tokenizers)
+    assert_same(encoder, reference, ["quick quiz", "q"])
+    assert encoder.backend is Backend.gigatoken or "slower" in said[0]
+
+
+def test_a_tokenizer_that_gigatoken_gets_wrong_is_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Encoder._encode_fast
+    monkeypatch.setattr(
+        Encoder, "_encode_fast", lambda self, texts: (honest(self, texts)[0] + 1, honest(self, texts)[1])
+    )
+    said: list[str] = []
+    assert Encoder(folder, report=said.append).backend is Backend.tokenizers
+    assert "in another way" in said[0]
+
+
+def test_truncation_settings_do_not_shorten_documents(folder: Path) -> None:
+    change(folder, truncation={"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"})
+    _, lengths = Encoder(folder).encode(["one two three four five six seven eight"])
+    assert lengths[0] > 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", None, r"There is no tokenizer: [^\n]*\n.*setup_stage\.py"),
+        ("tokenizer.json", "{}", "is not a Hugging Face tokenizer"),
+        ("tokenizer_config.json", '{"eos_token": "<nobody>"}', "names '<nobody>' as eos_token"),
+        ("tokenizer_config.json", "[", "Cannot read .*tokenizer_config.json"),
+    ],
+)
+def test_bad_folders(folder: Path, name: str, content: str | None, message: str) -> None:
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(BenchError, match=message):
+        Encoder(folder)
+
+
+def test_end_of_document_token(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|begin_of_text|>"}}')
+    assert Encoder(folder).eod == 998
+    (folder / "tokenizer_config.json").unlink()
+    assert Encoder(folder).eod == 999  # special_tokens_map.json
+    (folder / "special_tokens_map.json").unlink()
+    with pytest.raises(BenchError, match=r"names no eos_token"):
+        Encoder(folder)
+
+
+def test_nothing_to_encode(fast: Encoder, slow: Encoder) -> None:
+    assert_same(fast, slow, [])
+    assert_same(fast, slow, [""])
+
+
+def test_probes_are_the_modules(fast: Encoder) -> None:
+    """The self-check sees a difference in any of its probes."""
+    ids, lengths = fast.encode(module._PROBES)
+    assert fast._first_difference(module._PROBES, ids, lengths) is None
+    for position in range(0, ids.size, 7):
+        changed = ids.copy()
+        changed[position] += 1
+        assert fast._first_difference(module._PROBES, changed, lengths) is not None

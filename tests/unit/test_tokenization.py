@@ -1,0 +1,145 @@
+"""A file of documents to a Megatron dataset: Megatron's bytes, whatever is in the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from nemo_bench.data import documents, tokenization
+from nemo_bench.data.corpus import collect
+from nemo_bench.data.documents import Reader
+from nemo_bench.data.encoder import Backend, Encoder
+from nemo_bench.data.indexed_dataset import bin_path, idx_path, inspect
+from nemo_bench.data.tokenization import Counts, tokenize
+from nemo_bench.errors import BenchError, RunFailed
+from tests import megatron_preprocess
+
+
+@pytest.fixture(scope="module")
+def encoder(small_tokenizer: Path) -> Encoder:
+    return Encoder(small_tokenizer)
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path.write_bytes(zstandard.ZstdCompressor().compress(data) if path.suffix == ".zst" else data)
+    return path
+
+
+def files(prefix: Path) -> tuple[bytes, bytes]:
+    return bin_path(prefix).read_bytes(), idx_path(prefix).read_bytes()
+
+
+def test_bytes_are_megatrons(tmp_path: Path, encoder: Encoder, small_tokenizer: Path) -> None:
+    pytest.importorskip("megatron.core")
+    texts = [file.text for file in collect(400_000)]
+    texts[3:3] = ["", "<|end_of_text|>", " ", "\U00011de0 newer than Unicode 16", "你好 \U0001f600", ""]
+    source = write(tmp_path / "a.jsonl", texts)
+    megatron_preprocess.preprocess(str(source), str(small_tokenizer), str(tmp_path / "megatron"), 1)
+    expected = files(tmp_path / "megatron_text_document")
+    counts = tokenize(Reader(source), encoder, tmp_path / "fast", threads=2)
+    assert files(tmp_path / "fast") == expected
+    assert counts.documents == len(texts) and counts.bad_documents == 0
+    assert counts.text_bytes == sum(len(text.encode()) for text in texts)
+    slow = Encoder(small_tokenizer, backend=Backend.tokenizers)
+    tokenize(Reader(write(tmp_path / "a.jsonl.zst", texts)), slow, tmp_path / "slow", threads=1)
+    assert files(tmp_path / "slow") == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_and_blocks_change_nothing(
+    tmp_path: Path, encoder: Encoder, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"document {number} " * (number % 50) for number in range(3000)]
+    source = write(tmp_path / "a.jsonl", texts)
+    tokenize(Reader(source), encoder, tmp_path / "one", threads=1)
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 10_000)
+    seen: list[int] = []
+    tokenize(
+        Reader(source),
+        encoder,
+        tmp_path / "many",
+        threads=threads,
+        progress=lambda counts: seen.append(counts.documents),
+    )
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    assert seen == sorted(seen) and len(seen) > 50 and seen[-1] == len(texts)
+
+
+def test_megatron_reads_the_same_tokens(tmp_path: Path, encoder: Encoder) -> None:
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    texts = ["one two", "", "three"]
+    tokenize(Reader(write(tmp_path / "a.jsonl", texts)), encoder, tmp_path / "a", threads=1)
+    dataset = megatron.IndexedDataset(str(tmp_path / "a"))
+    assert [encoder._reference.decode(dataset[i].tolist()[:-1]) for i in range(len(dataset))] == ["one two", "three"]
+    assert [dataset[i].tolist()[-1] for i in range(len(dataset))] == [encoder.eod] * 2
+    assert len(dataset.document_indices) == 4
+
+
+def test_without_end_of_document(tmp_path: Path, encoder: Encoder) -> None:
+    tokenize(Reader(write(tmp_path / "a.jsonl", ["a", "b"])), encoder, tmp_path / "a", threads=1, append_eod=False)
+    ids, _ = encoder.encode(["a", "b"])
+    assert np.fromfile(bin_path(tmp_path / "a"), np.uint16).tolist() == ids.tolist()
+
+
+def test_bad_documents_are_left_out_and_counted(tmp_path: Path, encoder: Encoder) -> None:
+    source = tmp_path / "a.jsonl"
+    good = json.dumps({"text": "good"})
+    source.write_text("\n".join([good] * 97 + ["broken", '{"body": 1}', "{"] + [good]))
+    with pytest.raises(BenchError) as caught:
+        tokenize(Reader(source), encoder, tmp_path / "a", threads=1, max_bad_share=0.02)
+    message = str(caught.value)
+    assert "3 of 101 documents cannot be used, more than max_bad_share=0.02" in message
+    assert "2 x broken JSON" in message and "1 x no 'text'" in message and "line 99: no 'text'" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+    counts = tokenize(Reader(source), encoder, tmp_path / "a", threads=1, max_bad_share=0.03)
+    assert counts.documents == 98 and counts.bad == {"broken JSON": 2, "no 'text'": 1}
+    assert inspect(tmp_path / "a").documents == 98
+
+
+def test_a_hopeless_file_ends_early(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "_HOPELESS", 100)
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 1000)
+    source = tmp_path / "a.jsonl"
+    source.write_text("broken\n" * 100_000)
+    with pytest.raises(BenchError, match=r"[12]\d\d of [12]\d\d documents"):
+        tokenize(Reader(source), encoder, tmp_path / "a", threads=1, max_bad_share=0.5)
+
+
+def test_truncated(tmp_path: Path, encoder: Encoder) -> None:
+    source = write(tmp_path / "a.jsonl.zst", [f"document {number} {number**50}" for number in range(1000)])
+    source.write_bytes(source.read_bytes()[:-100])
+    with pytest.raises(BenchError, match=r"a\.jsonl\.zst after line \d+: the zst data end in the middle"):
+        tokenize(Reader(source), encoder, tmp_path / "a", threads=1, max_bad_share=0.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.zst"]
+    counts = tokenize(Reader(source), encoder, tmp_path / "a", threads=1, max_bad_share=1)
+    assert 0 < counts.documents < 1000 and counts.bad_documents == 1
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
+def test_nothing_to_write(tmp_path: Path, encoder: Encoder, content: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(BenchError, match="holds no document with text"):
+        tokenize(Reader(tmp_path / "a.jsonl"), encoder, tmp_path / "a", threads=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_libraries_that_disagree_leave_nothing(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, texts: (honest(self, texts)[0] ^ 1, honest(self, texts)[1]))
+    with pytest.raises(RunFailed, match="document 1 differently"):
+        tokenize(Reader(write(tmp_path / "a.jsonl", ["a"] * 5)), encoder, tmp_path / "a", threads=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_examples_are_few() -> None:
+    counts = Counts()
+    for line in range(1000):
+        counts.add_bad(documents.BadDocument(line, f"broken JSON ({line})"))
+    assert len(counts.examples) == tokenization.EXAMPLES and counts.bad == {"broken JSON": 1000}
