@@ -179,7 +179,7 @@ class EntrypointConfig:
 
     name: str = MISSING
     version: str = MISSING  # default folder name under results/
-    container: str = MISSING  # registry reference of its container image
+    container: str = ""  # registry reference of its container image
     image: str = MISSING  # file name of its container image in the stage folder
     env: dict[str, str] = field(default_factory=dict)  # environment of every rank
 

@@ -26,15 +26,16 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, what: str, report: Callable[[str], None] | None) -> Iterator[None]:
+def locked(path: Path, what: str, report: Callable[[str], None] | None) -> Iterator[int]:
     """Holds the lock file `path`, waiting for it with a line to `report`, or not at all without `report`.
 
-    The kernel frees it when the process ends, however it ends. The file stays: were it removed, a process
-    waiting on the old file and one that makes a new file would both hold "the" lock.
+    Gives its descriptor. The kernel frees it when this process has ended, and all that inherited the descriptor. The
+    file stays: were it removed, a process waiting on the old file and one that makes a new file would both hold "the"
+    lock.
 
     Args:
         path: in the folder where the files are made; its folder must exist.
-        what: names in messages what the lock is for.
+        what: what its holder does, in the third person: "makes the dataset".
 
     Raises:
         BlockingIOError: it is held, and `report` is None.
@@ -48,16 +49,16 @@ def locked(path: Path, what: str, report: Callable[[str], None] | None) -> Itera
             except BlockingIOError:
                 if report is None:
                     raise
-                report(f"Waiting for another process that is preparing {what} (lock file {path}).")
+                report(f"Waiting for another process that {what} (`fuser -v {path}` names it).")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             raise BenchError(
                 f"The file system of {path.parent} does not support file locks ({error.strerror}): choose "
-                f"a folder for {what} on another one, or mount it with locks (Lustre: -o flock)."
+                "a folder on another one, or mount it with locks (Lustre: -o flock)."
             ) from error
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

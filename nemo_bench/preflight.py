@@ -477,8 +477,7 @@ def stage_problems(cfg: TrainConfig) -> list[Problem]:
                 "cluster.container.image",
                 container.image,
                 "is not there: the container image as a squash file",
-                "`enroot import --output FILE docker://nvcr.io#nvidia/nemo:TAG` makes it; cluster.container=null "
-                "runs bare on the nodes",
+                "`python setup_stage.py 'parts=[image]'` brings it; cluster.container=null runs bare on the nodes",
             )
         )
     stage = Path(cfg.stage_path)
@@ -514,16 +513,21 @@ def _count_gpus() -> int:
 def _dataset_files(cfg: TrainConfig) -> list[Problem]:
     from nemo_bench.data.indexed_dataset import inspect
 
-    fix = "data=local and data=mock need no files"
+    others = "data=local and data=mock need no files"
     found: list[Problem] = []
     for prefix in cfg.data.paths:
         try:
             inspect(Path(prefix), vocab_size=cfg.model.vocab_size)
         except BenchError as error:
-            found.append(Problem("data.paths", prefix, str(error), fix))
+            found.append(Problem("data.paths", prefix, str(error), f"`python prepare_data.py` makes it; {others}"))
     if cfg.data.tokenizer is not None and not (Path(cfg.data.tokenizer) / "tokenizer.json").is_file():
         found.append(
-            Problem("data.tokenizer", cfg.data.tokenizer, "holds no tokenizer.json (Hugging Face's format)", fix)
+            Problem(
+                "data.tokenizer",
+                cfg.data.tokenizer,
+                "holds no tokenizer.json (Hugging Face's format)",
+                f"`python setup_stage.py 'parts=[tokenizer]'` brings it; {others}",
+            )
         )
     return found
 

@@ -122,7 +122,7 @@ def download(
         if (found := _finished(destination, source, wanted)) is not None:
             return found
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with locked(_beside(destination, "lock"), str(destination), report):
+        with locked(_beside(destination, "lock"), f"downloads {destination}", report):
             if (found := _finished(destination, source, wanted)) is not None:
                 return found
             if os.path.lexists(destination):

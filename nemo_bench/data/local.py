@@ -290,9 +290,9 @@ def _remove_stale_if_idle(target: Path) -> None:
                 _remove_stale(target)
 
 
-def _lock(target: Path, report: Callable[[str], None] | None) -> AbstractContextManager[None]:
+def _lock(target: Path, report: Callable[[str], None] | None) -> AbstractContextManager[int]:
     """Holds the lock of `target`; see `locked`."""
-    return locked(target.parent / f".{target.name}.lock", "the local dataset", report)
+    return locked(target.parent / f".{target.name}.lock", "makes the local dataset", report)
 
 
 def _build(

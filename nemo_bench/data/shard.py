@@ -201,7 +201,7 @@ def prepare(task: ShardTask, progress: Progress, report: Callable[[str], None]) 
     inputs = task_inputs(task, encoder.fingerprint)
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        with locked(prefix.parent / f".{prefix.name}.lock", prefix.name, report):
+        with locked(prefix.parent / f".{prefix.name}.lock", f"makes {prefix.name}", report):
             _remove_leftovers(prefix)
             if not task.overwrite:
                 result = found(prefix, inputs)

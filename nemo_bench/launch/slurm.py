@@ -214,11 +214,12 @@ def _outside_of_any_job() -> Iterator[None]:
     """Hides the environment's SLURM_* and SBATCH_*: sbatch would put them before the script's own options.
 
     What conf/cluster/slurm.yaml reads of them is in the configuration by now; SLURM_CONF says which cluster is meant.
+    Also HYDRA_FULL_ERROR, which cli.py sets for this process alone: a job is to end in a message too.
     """
     hidden = {
         name: os.environ.pop(name)
         for name in list(os.environ)
-        if name.startswith(("SLURM_", "SBATCH_", "SRUN_")) and name != "SLURM_CONF"
+        if name.startswith(("SLURM_", "SBATCH_", "SRUN_", "HYDRA_")) and name != "SLURM_CONF"
     }
     try:
         yield

@@ -192,7 +192,7 @@ def create(
             "created_at": timestamp(),
             "command": shlex.join(command),
             "overrides": overrides,
-            "git": _git_revision(),
+            "git": git_revision(),
             "ranks": ranks,
             "launcher": _this_process(),
             "status": asdict(Status(state)),
@@ -416,7 +416,7 @@ def _gpus() -> list[dict[str, str]]:
     return [dict(zip(fields, line.split(", "))) for line in (out or "").splitlines()]
 
 
-def _git_revision() -> dict[str, Any] | None:
+def git_revision() -> dict[str, Any] | None:
     """Revision of this project, and whether its files differ from it; None where it is no checkout."""
     here = Path(__file__).resolve().parent
     revision = _output(["git", "rev-parse", "HEAD"], cwd=here)

@@ -1,0 +1,69 @@
+"""The schema of `setup_stage.py`'s configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from nemo_bench.config import ClusterConfig, EntrypointConfig, Launch
+
+
+class Action(Enum):
+    """What `setup_stage.py` does."""
+
+    fill = "fill"  # what is missing; with bundle=FILE: from it where it is there, into it where it is not
+    check = "check"
+    pack = "pack"
+    install = "install"
+
+
+class PartName(Enum):
+    """The parts of a stage folder."""
+
+    image = "image"
+    tokenizer = "tokenizer"
+    code = "code"
+
+
+class TokenizerSource(Enum):
+    """Where a tokenizer comes from."""
+
+    huggingface = "huggingface"
+    local = "local"  # trained here, on the sources of this Python's standard library
+
+
+@dataclass
+class TokenizerConfig:
+    """A tokenizer folder."""
+
+    name: str = MISSING
+    source: TokenizerSource = MISSING
+    folder: str = MISSING  # inside the stage folder
+    repo: str | None = None  # source=huggingface
+    revision: str = "main"  # source=huggingface: branch, tag or commit
+    files: list[str] = field(default_factory=list)  # source=huggingface
+    optional_files: list[str] = field(default_factory=list)  # source=huggingface: taken where the repository has them
+    vocab_size: int | None = None  # tokens, added ones included; source=huggingface: what it must have (null: any)
+    corpus_bytes: int | None = None  # source=local: about this much text
+
+
+@dataclass
+class StageConfig:
+    """One call of `setup_stage.py`."""
+
+    action: Action = Action.fill
+    stage_path: str = MISSING
+    entrypoint: EntrypointConfig = field(default_factory=EntrypointConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # of the Slurm job, with its launcher
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    parts: list[PartName] = field(default_factory=lambda: list(PartName))
+    bundle: str | None = None  # a .tar or .tar.zst file
+    enroot: str = "enroot"  # the executable
+    image_gib: float = 25.0  # free space asked for before an image is imported: an estimate
+    launch: Launch = Launch.run
+
+
+ConfigStore.instance().store(name="stage_schema", node=StageConfig)

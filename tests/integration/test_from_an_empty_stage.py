@@ -1,0 +1,50 @@
+"""From an empty folder to a run on a prepared dataset, by the commands that a cluster's user gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from nemo_bench.data.corpus import collect
+
+from ..httpserver import FileServer
+from .conftest import PROJECT, SMALL, Run, environment
+
+pytestmark = pytest.mark.train
+
+
+def command(stage: Path, script: str, *overrides: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / script), *overrides],
+        cwd=stage,
+        env=environment(stage),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_recipes_dataset_trains(train: Callable[..., Run], stage: Path) -> None:
+    """`data=pile`, its two blended shards, on the small model: the loss falls, and both are read."""
+    command(stage, "setup_stage.py", "tokenizer=local", "parts=[tokenizer]", "tokenizer.vocab_size=512")
+    texts = [file.text for file in collect(2_000_000)]
+    with FileServer() as server:
+        for number in range(2):
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[number::2])
+            server.put(f"/{number:02d}.jsonl.zst", zstandard.ZstdCompressor().compress(lines.encode()))
+        said = command(stage, "prepare_data.py", f"url='{server.url('/')}{{shard:02d}}.jsonl.zst'")
+    assert "train.py data=pile" in said
+    run = train("data=pile", "trainer.max_steps=100")
+    assert run.losses[0] > 6 and sum(run.losses[-3:]) / 3 < 0.8 * run.losses[0]
+    log = (run.run_dir / "rank0.out").read_text()
+    assert "my-llama_00_text_document" in log and "my-llama_01_text_document" in log
+    assert "model.vocab_size=512" in SMALL  # the tokenizer's, above
