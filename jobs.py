@@ -27,15 +27,21 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from nemo_bench.launch import jobs
+    from nemo_bench.launch import command_jobs, jobs
     from nemo_bench.results.terminal import make_console
 
     console, stage = make_console(), Path(arguments.stage).absolute()
     chosen: Any = getattr(arguments, "job", None)  # one id, or a list of them
+    commands = {job.job_id: job for job in command_jobs.submitted(stage)}  # of prepare_data.py and setup_stage.py
     if arguments.command == "log":
-        print(jobs.log_text(jobs.find(stage, chosen)))
+        print(
+            command_jobs.log_text(commands[chosen]) if chosen in commands else jobs.log_text(jobs.find(stage, chosen))
+        )
     elif arguments.command == "cancel":
-        ids = jobs.cancel([jobs.find(stage, job_id) for job_id in chosen])
+        runs = [jobs.find(stage, job_id) for job_id in chosen if job_id not in commands]
+        active = [job_id for job_id in chosen if job_id in commands and commands[job_id].state in jobs.ACTIVE]
+        jobs.scancel(active)
+        ids = [*jobs.cancel(runs), *active]
         console.print(f"cancelled: {' '.join(ids) or 'none: they had ended'}")
     elif arguments.command == "follow":
         runs = [jobs.find(stage, job_id) for job_id in chosen]
@@ -49,7 +55,10 @@ def run(arguments: argparse.Namespace) -> None:
             console.print("no job has failed that was not submitted again")
     else:
         found = jobs.look(jobs.submitted_runs(stage))
-        console.print(jobs.table(found) if found else f"no run was submitted under {stage}")
+        if found or not commands:
+            console.print(jobs.table(found) if found else f"no run was submitted under {stage}")
+        if commands:
+            console.print(command_jobs.table(list(commands.values())))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How fast a shard is tokenised, against Megatron-LM's way, side by side on equal cores, with identical outputs.
 
     python benchmarks/tokenize_speed.py [--megabytes 200] [--cores 2] [--tokenizer FOLDER] [--output FILE.json]
+    python benchmarks/tokenize_speed.py --scaling    # ours alone, on 1, 2, 4, ... cores, one shard and four at once
 
 Text: source code and documentation of the packages installed here, a file a document. Tokenizer: Llama 3's vocabulary
 of 128,000 merges, which the package `llama-models` ships (fetched with pip), or any folder given. Megatron-LM's way is
@@ -11,6 +12,7 @@ the tokenizer) is in `process s` only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -21,7 +23,6 @@ import tempfile
 import time
 import zipfile
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--repeats", type=int, default=3, help="of ours; the median is compared")
     arguments = parser.parse_args()
     import zstandard
@@ -162,6 +164,18 @@ def main() -> None:
         with open(plain, "rb") as source, open(packed, "wb") as target:
             zstandard.ZstdCompressor(level=3).copy_stream(source, target)
 
+        if arguments.scaling:
+            measured = scaling(packed, tokenizer, folder, sorted(cores), arguments.repeats)
+            print(f"{text_bytes / 1e6:.0f} MB of text a shard, zstd; {cpu_model()}")
+            print(f"{'shards':>6}{'cores':>7}{'MB/s':>9}{'tokens/s':>14}{'a core':>8}{'peak MB a process':>19}")
+            for row in measured:
+                shards, count = row["shards"], row["cores"]
+                rate = shards * text_bytes / 1e6 / row["seconds"]
+                row["mb_per_s"], row["tokens_per_s"] = rate, shards * row["tokens"] / row["seconds"]
+                figures = f"{rate:9.1f}{row['tokens_per_s']:14,.0f}{rate / count:8.1f}{row['peak_memory_mb']:19,.0f}"
+                print(f"{shards:6}{count:7}{figures}")
+            write(arguments.output, {"text_bytes": text_bytes, "rows": measured})
+            return
         ours: dict[str, list[dict[str, Any]]] = {}
         for label, source_file, on in (
             ("jsonl", plain, cores),
@@ -196,17 +210,50 @@ def main() -> None:
             f"{label:32}{row['seconds']:9.2f}{text_bytes / 1e6 / row['seconds']:8.1f}{rate:13,.0f}{rate / base:7.1f}"
             f"{row['process_s']:11.2f}{row['peak_memory_mb']:9,.0f}"
         )
-    if arguments.output is not None:
-        names = ("gigatoken", "tokenizers", "megatron-core", "orjson", "zstandard")
-        content = {
-            "command": ["python", *sys.argv],
-            "text_bytes": text_bytes,
-            "cores": len(cores),
-            "cpu": cpu_model(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
-            "rows": rows,
-        }
-        arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+    write(arguments.output, {"text_bytes": text_bytes, "cores": len(cores), "rows": rows})
+
+
+def scaling(source: Path, tokenizer: Path, folder: Path, cores: list[int], repeats: int) -> list[dict[str, Any]]:
+    """One shard on 1, 2, 4, ... cores, and four shards at once, each with a quarter of the cores; medians."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= len(cores)]
+    rows = []
+    for shards, count in [*((1, count) for count in counts), *((4, count) for count in counts if count >= 4)]:
+        share = count // shards
+        measured = []
+        for repeat in range(repeats):
+            with ThreadPoolExecutor(shards) as pool:
+                runs = [
+                    pool.submit(
+                        run_ours,
+                        source,
+                        tokenizer,
+                        folder / f"scaling-{shards}-{count}-{repeat}-{number}",
+                        set(cores[number * share : (number + 1) * share]),
+                    )
+                    for number in range(shards)
+                ]
+                results = [run.result() for run in runs]
+            measured.append(max(results, key=lambda row: float(row["seconds"])))
+        median = sorted(measured, key=lambda row: float(row["seconds"]))[repeats // 2]
+        median.pop("stdout")
+        rows.append({"shards": shards, "cores": count, **median})
+    return rows
+
+
+def write(output: Path | None, content: dict[str, Any]) -> None:
+    """Leaves the figures with what they were measured on."""
+    if output is None:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for name in ("gigatoken", "tokenizers", "megatron-core", "orjson", "zstandard"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    where = {"command": ["python", *sys.argv], "cpu": cpu_model(), "versions": versions}
+    output.write_text(json.dumps({**where, **content}, indent=2) + "\n")
 
 
 def cpu_model() -> str:

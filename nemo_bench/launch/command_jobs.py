@@ -6,6 +6,7 @@ Its folder holds the batch script, `job.json` with the id, the log `slurm-<id>.o
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +75,49 @@ def submit(cluster: ClusterConfig, name: str, command: list[str], folder: Path) 
     job_id = slurm.submit(slurm.command_script(cluster, name, command, folder), name, folder)
     record.set_job(folder, job_id, name=name)
     return CommandJob(name, job_id, folder)
+
+
+def submitted(stage: Path) -> list[CommandJob]:
+    """The commands that were submitted from this stage folder, the oldest first, as they stand now."""
+    from nemo_bench.launch.jobs import UNKNOWN, slurm_states
+
+    found = []
+    for path in [
+        *stage.glob(f"results.data_preparation/*/*/{record.JOB}"),
+        *stage.glob(f"submissions/*/*/{record.JOB}"),
+    ]:
+        try:
+            content = record.read_job(path.parent)
+            found.append((content["submitted_at"], CommandJob(content["name"], content["id"], path.parent)))
+        except (OSError, ValueError, KeyError) as error:
+            print(f"left out: {path}: {type(error).__name__}: {error}", file=sys.stderr)
+    jobs = [job for _, job in sorted(found, key=lambda row: (row[0], row[1].name))]
+    states = slurm_states(job.job_id for job in jobs)
+    for job in jobs:
+        job.exit_code = _exit_code(job)
+        ended = {None: UNKNOWN, 0: "COMPLETED"}.get(job.exit_code, "FAILED")
+        job.state = states.get(job.job_id, ended)
+    return jobs
+
+
+def log_text(job: CommandJob) -> str:
+    """The end of the job's log."""
+    log = job.folder / f"slurm-{job.job_id}.out"
+    if not log.exists():
+        return f"{log} is not there: the job is {job.state}"
+    return f"==> {log} <==\n" + "\n".join(record.tail(log, 40))
+
+
+def table(jobs: list[CommandJob]) -> Any:
+    """The listing, for rich."""
+    from rich.table import Table
+
+    result = Table()
+    for name in ("job", "state", "command", "folder"):
+        result.add_column(name, overflow="fold")
+    for job in jobs:
+        result.add_row(job.job_id, job.state, job.name, str(job.folder))
+    return result
 
 
 def follow(jobs: list[CommandJob], tick: Callable[[], None]) -> None:

@@ -263,14 +263,19 @@ def cancel(run_dirs: list[Path]) -> list[str]:
     """
     active = [job for job in look(run_dirs) if not job.ended]
     slurms = [job.job_id for job in active if not job.job_id.startswith(background.JOB_PREFIX)]
-    if slurms:
-        done = subprocess.run(["scancel", *slurms], capture_output=True, text=True, timeout=60, check=False)
-        if done.returncode:
-            raise BenchError(f"scancel {' '.join(slurms)}: {done.stderr.strip()}")
+    scancel(slurms)
     for job in active:
         if job.job_id not in slurms:
             background.cancel(record.read_job(job.run_dir))
     return [job.job_id for job in active]
+
+
+def scancel(job_ids: list[str]) -> None:
+    """Raises BenchError where scancel refuses."""
+    if job_ids:
+        done = subprocess.run(["scancel", *job_ids], capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            raise BenchError(f"scancel {' '.join(job_ids)}: {done.stderr.strip()}")
 
 
 def resubmit(run_dir: Path) -> Any:

@@ -87,8 +87,12 @@ def test_without_waiting_and_cancelled(scripts: Scripts, slurm: SlurmCluster, se
     (job_id,) = job_ids(done.stdout)
     part = scripts.stage / "llama3.1-dataset" / "downloads" / ".00.jsonl.zst.part"
     wait_for(lambda: part.exists() and part.stat().st_size > 0, "the download to begin", 60)
-    slurm.run("scancel", job_id)
+    listed = scripts.jobs()
+    assert job_id in listed and "RUNNING" in listed and "nemo-bench-my-llama_00_text_document" in listed
+    assert f"slurm-{job_id}.out" in scripts.jobs("log", job_id)
+    assert scripts.jobs("cancel", job_id).split() == ["cancelled:", job_id]
     assert slurm.wait_for_end(job_id).startswith("CANCELLED")
+    assert "had ended" in scripts.jobs("cancel", job_id) and "CANCELLED" in scripts.jobs()
     assert datasets(scripts) == []
     missing = scripts.run("prepare_data.py", "check", url(server), "shards=[0]")
     assert missing.returncode == 2 and "my-llama_00_text_document.idx does not exist" in missing.stdout
