@@ -74,16 +74,19 @@ class ShardDisplay:
 
     def _show(self, one: Shard, phase: str, row: dict[str, Any], rate: float | None) -> None:
         assert self.bar is not None
+        task = self.bar.tasks[self.rows[one.task.name]]
         total, done = row.get("total_bytes"), row.get("done_bytes", 0)
         if one.state == "done":
-            total = done = total or 1
+            total = done = task.total or 1  # of its last phase that had one
+        elif one.state == "failed" or total is None:
+            total, done = task.total, task.completed
         self.bar.update(
             self.rows[one.task.name],
             description=f"{one.task.name} {phase}",
             total=total,
             completed=done,
             rate="" if rate is None else f"{rate / 1e6:,.0f} MB/s",
-            more=_counts(row),
+            more=_counts(row) or task.fields["more"],
         )
 
     def _new_words(self, one: Shard) -> list[str]:

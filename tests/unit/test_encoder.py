@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_bench.data import encoder as module
-from nemo_bench.data.encoder import Backend, Encoder
+from nemo_bench.data.encoder import Backend, Encoder, _may_differ
 from nemo_bench.errors import BenchError, RunFailed
 
 
@@ -86,15 +85,22 @@ def test_any_text_is_encoded_alike(fast: Encoder, slow: Encoder, texts: list[str
 
 
 def test_every_character_is_encoded_alike(fast: Encoder, slow: Encoder) -> None:
-    """All of Unicode, each between a letter, a digit and punctuation; 256 neighbours a document."""
+    """All of Unicode, each between letters, digits, punctuation and spaces; 256 neighbours a document."""
     texts = []
     for block in range(0, sys.maxunicode + 1, 256):
         characters = [chr(code) for code in range(block, block + 256) if not 0xD800 <= code <= 0xDFFF]
-        # Characters that nobody has assigned go to the reference by themselves, and would take the others along.
-        for known in (True, False):
-            kept = [c for c in characters if (unicodedata.category(c) != "Cn") is known]
-            if kept and (known or block < 0x20000):
-                texts.append("".join(f"a{c}1 {c}!{c}" for c in kept))
+        # One that goes to the reference would take the others along.
+        kept = [character for character in characters if not _may_differ(character)]
+        texts.append("".join(f"a{c}1 {c}!{c}\n {c}'s" for c in kept))
+    assert_same(fast, slow, texts)
+
+
+def test_characters_of_another_kind(fast: Encoder, slow: Encoder) -> None:
+    """4,804 by the Unicode versions of the two libraries."""
+    newer = [chr(code) for first, last in module._DIFFERENT_KIND for code in range(first, last + 1)]
+    assert len(newer) == 4804 and all(map(_may_differ, newer))
+    assert not any(map(_may_differ, ["plain", "é 你好", "\U0001f600", "\ufffe", "\U0010ffff", "\u0378"]))
+    texts = [f" {c}1 {c}" for c in newer]
     assert_same(fast, slow, texts)
 
 
@@ -111,7 +117,7 @@ def test_newer_characters_go_to_the_reference(fast: Encoder, monkeypatch: pytest
             return self.reference.encode(text, **options)
 
     monkeypatch.setattr(fast, "_reference", Recorder(fast._reference))
-    newer = ["x \U00011de0 y", "\u0378"]
+    newer = ["x \U00011de0 y", "\u088f"]
     fast.encode(["plain", newer[0], "é 你好", "\U0001f600 emoji", newer[1], ""])
     assert asked == newer
 
