@@ -17,19 +17,26 @@ _WANTS_TRACEBACK = os.environ.get(FULL_ERROR) == "1"
 
 # Exit codes of the points that could not be run; a sweep goes on with its other points.
 _failures: list[int] = []
+# The script's configuration, where it is not TrainConfig.
+_schema: list[type] = []
 
 
-def run(main: Callable[[], object]) -> None:
+def run(main: Callable[[], object], schema: type | None = None) -> None:
     """Runs a `@hydra.main` function and exits: 0 done, 1 a run failed, 2 the user can mend it, 130 interrupted.
 
     Hydra prints errors itself, with a part of the traceback, and ends with 1. With HYDRA_FULL_ERROR=1 it hands the
     exception on instead; so that is asked for here, and the user's own HYDRA_FULL_ERROR=1 still shows the traceback.
+
+    Args:
+        schema: the configuration's dataclass, whose keys are proposed for a mistyped one; TrainConfig by default.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from nemo_bench.errors import BenchError
 
+    if schema is not None:
+        _schema.append(schema)
     _resolve_shown_configuration(sys.argv)
     _use_our_launchers()
     if _WANTS_TRACEBACK:
@@ -149,7 +156,7 @@ def _configuration_error(error: Exception) -> str:
 def _nearest_keys(key: str) -> str:
     from nemo_bench.config import TrainConfig
 
-    valid = [*_schema_keys(TrainConfig()), *_GROUPS_ONLY]
+    valid = _schema_keys(_schema[0]()) if _schema else [*_schema_keys(TrainConfig()), *_GROUPS_ONLY]
     name = key.rpartition(".")[2]
     close = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
     close += [v for v in valid if name in v.rpartition(".")[2] and v not in close][:3]
