@@ -23,7 +23,7 @@ BLOCK_BYTES = 2 << 20
 _READ_BYTES = 64 << 10
 #: A line longer than this is not a document but a file of another kind.
 _LONGEST_LINE = 256 << 20
-_PARQUET_ROWS = 512
+_PARQUET_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ class Reader:
 
         line = 0
         try:
-            with pyarrow.parquet.ParquetFile(self.path, memory_map=False, pre_buffer=False) as file:
+            # In small pieces: by itself the library holds a whole row group in memory, which may be a gigabyte.
+            with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20) as file:
                 if self.text_key not in file.schema_arrow.names:
                     raise BenchError(
                         f"{self.path} has no column {self.text_key!r}: text_key=... names the column that holds the "

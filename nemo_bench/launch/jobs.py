@@ -189,7 +189,7 @@ def follow(console: Any, run_dirs: list[Path]) -> None:
         raise RunFailed(f"{len(run_dirs) - len(jobs)} of {len(run_dirs)} run folders could not be read: see above")
     for job in jobs:
         if not job.failed:
-            print_summary(console, load(job.run_dir / record.CONFIG), job.run_dir, summarise(job.run_dir))
+            print_summary(console, summarise(job.run_dir))
     failed = [job for job in jobs if job.failed]
     if failed:
         told = "\n".join(f"  job {j.job_id} ({j.point}): {j.state}: {j.reason or 'see its log'}" for j in failed)

@@ -122,7 +122,7 @@ def _run_here(cfg: TrainConfig) -> None:
     console.print(f"run folder: {run_dir}", soft_wrap=True, highlight=False)
     with Follower(cfg, run_dir, console) as follower:
         execute(cfg, run_dir, follower.tick)
-    print_summary(console, cfg, run_dir, summarise(run_dir))
+    print_summary(console, summarise(run_dir))
 
 
 def execute(cfg: TrainConfig, run_dir: Path, tick: Callable[[], None]) -> None:

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_bench import flops
-from nemo_bench.config import TrainConfig, load, world_size
-from nemo_bench.errors import BenchError
-from nemo_bench.results import record
-from nemo_bench.results.statistics import StepTimes, step_times
+from nemo_bench.config import TrainConfig
+from nemo_bench.results.report_model import Numbers, Run
+from nemo_bench.results.statistics import MIN_STEADY_STEPS, StepTimes
 
 # Steps whose mean is called the last loss: a single step's is noisy.
 LAST_LOSSES = 5
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Numbers of one run. Rates are at the median step time after the warm-up."""
-
-    times: StepTimes
-    num_gpus: int
-    first_loss: float
-    last_loss: float  # mean of the last steps
-    tokens_per_s: float
-    tflops_per_gpu: float  # recipe's FLOPs convention
-    tflops_per_gpu_causal: float
-    peak_tflops: float  # of one GPU (one process, on CPU)
-    peak_source: str
-    mfu: float  # fraction
-    mfu_causal: float
-    total_tokens: float
-    days_to_train: float
 
 
 def architecture(cfg: TrainConfig) -> flops.Architecture:
@@ -53,89 +31,119 @@ def model_flops(cfg: TrainConfig, convention: flops.FlopsConvention) -> float:
     return flops.model_flops(seq_length=cfg.model.seq_length, convention=convention, **architecture(cfg)).total
 
 
-def _peak(cfg: TrainConfig, run_dir: Path) -> tuple[float, str]:
-    published = cfg.gpu.peak_tflops.get(cfg.precision.name)
-    if published is not None:
-        return published, f"{cfg.gpu.name} {cfg.precision.name}, dense, published"
-    peaks = record.read_peaks(run_dir)
-    if not peaks:
-        raise BenchError(f"{run_dir} holds no measured matrix rate: MFU cannot be computed")
-    rate = statistics.mean(peak["tflops"] for peak in peaks)
-    first = peaks[0]
-    return rate, (
-        f"measured: {first['dtype']} matrix product of {first['size']}^3 on {first['threads']} threads a process"
-    )
-
-
-def summarise(run_dir: Path) -> Summary:
-    """The numbers of the run in `run_dir`.
-
-    Raises:
-        BenchError: no step was recorded.
-    """
-    cfg = load(run_dir / record.CONFIG)
-    rows_written, _ = record.read_lines(run_dir / record.STEPS)
-    # A run that was requeued did some steps twice: the later one counts.
-    steps = list({row["step"]: row for row in rows_written}.values())
-    if not steps:
-        raise BenchError(f"{run_dir} holds no training step: see {record.rank_log(run_dir, 0)}")
-    times = step_times([float(row["train_step_timing_s"]) for row in steps])
-    losses = [float(row["loss"]) for row in steps]
-    gpus, batch = world_size(cfg), cfg.model.global_batch_size
-    peak, source = _peak(cfg, run_dir)
+def numbers_at(
+    step_time_s: float,
+    *,
+    seq_length: int,
+    global_batch_size: int,
+    gpus: int,
+    sizes: flops.Architecture | None,
+    peak_tflops: float | None,
+    peak_source: str | None,
+    total_tokens: float,
+) -> Numbers:
+    """All that follows from a step time; no FLOPs without the model's `sizes`, no MFU without a peak."""
     tokens_per_s = flops.tokens_per_second(
-        seq_length=cfg.model.seq_length, global_batch_size=batch, step_time_s=times.median_s
+        seq_length=seq_length, global_batch_size=global_batch_size, step_time_s=step_time_s
     )
-    recipe, causal = (
-        flops.tflops_per_gpu(
-            global_batch_size=batch,
-            flops_per_sequence=model_flops(cfg, convention),
-            step_time_s=times.median_s,
-            num_gpus=gpus,
+    per_sequence, recipe, causal = None, None, None
+    if sizes is not None:
+        per_sequence, causal_flops = (
+            flops.model_flops(seq_length=seq_length, convention=convention, **sizes).total
+            for convention in (flops.FlopsConvention.RECIPE, flops.FlopsConvention.CAUSAL)
         )
-        for convention in (flops.FlopsConvention.RECIPE, flops.FlopsConvention.CAUSAL)
-    )
-    return Summary(
-        times=times,
-        num_gpus=gpus,
-        first_loss=losses[0],
-        last_loss=statistics.mean(losses[-LAST_LOSSES:]),
+        recipe, causal = (
+            flops.tflops_per_gpu(
+                global_batch_size=global_batch_size, flops_per_sequence=each, step_time_s=step_time_s, num_gpus=gpus
+            )
+            for each in (per_sequence, causal_flops)
+        )
+    return Numbers(
+        step_time_s=step_time_s,
         tokens_per_s=tokens_per_s,
+        tokens_per_s_per_gpu=tokens_per_s / gpus,
         tflops_per_gpu=recipe,
         tflops_per_gpu_causal=causal,
-        peak_tflops=peak,
-        peak_source=source,
-        mfu=recipe / peak,
-        mfu_causal=causal / peak,
-        total_tokens=cfg.total_tokens,
-        days_to_train=flops.days_to_train(tokens=cfg.total_tokens, tokens_per_s=tokens_per_s),
+        peak_tflops=peak_tflops,
+        peak_source=peak_source,
+        mfu=recipe / peak_tflops if recipe is not None and peak_tflops else None,
+        mfu_causal=causal / peak_tflops if causal is not None and peak_tflops else None,
+        flops_per_sequence=per_sequence,
+        total_tokens=total_tokens,
+        days_to_train=flops.days_to_train(tokens=total_tokens, tokens_per_s=tokens_per_s),
     )
 
 
-def rows(summary: Summary, cfg: TrainConfig) -> list[tuple[str, str, str]]:
-    """(name, value, remark) of each number, for the terminal."""
-    s, t = summary, summary.times
-    unit = "GPU" if cfg.gpu.device == "cuda" else "process"
-    remark = f"median of {t.steps - t.warmup_steps} steps after {t.warmup_steps} of warm-up"
-    if not t.enough:
-        remark = f"only {t.steps - t.warmup_steps} steps after {t.warmup_steps} of warm-up: not a measurement"
-    return [
-        ("loss", f"{s.first_loss:.3f} to {s.last_loss:.3f}", f"first step, mean of the last {LAST_LOSSES}"),
-        ("step time (s)", f"{t.median_s:.4g}", f"{remark}, spread {t.spread_s:.2g}"),
-        ("  last step (s)", f"{t.last_s:.4g}", "what the recipe reads"),
-        (
-            "tokens/s",
-            f"{s.tokens_per_s:,.0f}",
-            f"{s.tokens_per_s / s.num_gpus:,.0f} a {unit}, {s.num_gpus} in all",
-        ),
-        (f"TFLOP/s a {unit}", f"{s.tflops_per_gpu:.4g}", f"causal convention: {s.tflops_per_gpu_causal:.4g}"),
-        ("MFU", f"{s.mfu:.2%}", f"causal convention: {s.mfu_causal:.2%}"),
-        ("  of a peak of", f"{s.peak_tflops:.4g} TFLOP/s", s.peak_source),
-        (f"days to {_tokens(s.total_tokens)} tokens", f"{s.days_to_train:,.2f}", "at this throughput"),
-    ]
+def summarise(run_dir: Path) -> Run:
+    """The run in `run_dir`, with its numbers at the token budget that its configuration names.
+
+    Raises:
+        BenchError: the folder holds no readable record.
+    """
+    from nemo_bench.results.runs import load_run
+
+    return load_run(run_dir)
 
 
-def _tokens(number: float) -> str:
+def rows(run: Run) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of each number, for the terminal. A run that is not final shows why, and no results."""
+    unit = unit_name(run)
+    shown = []
+    if run.first_loss is not None and run.last_loss is not None:
+        shown.append(
+            ("loss", f"{run.first_loss:.3f} to {run.last_loss:.3f}", f"first step, mean of the last {LAST_LOSSES}")
+        )
+    t, n = run.times, run.numbers
+    if t is not None:
+        remark = f"median of {counted(t)}, spread {t.spread_s:.2g}"
+        shown.append(("step time (s)" if run.final else "step time so far (s)", f"{t.median_s:.4g}", remark))
+        shown.append(("  last step (s)", f"{t.last_s:.4g}", "what the recipe reads"))
+    if n is not None:
+        shown += [
+            (
+                "tokens/s",
+                f"{n.tokens_per_s:,.0f}",
+                f"{n.tokens_per_s_per_gpu:,.0f} a {unit}, {run.gpus} in all",
+            ),
+            (f"days to {tokens_text(n.total_tokens)} tokens", f"{n.days_to_train:,.2f}", "at this throughput"),
+        ]
+        if n.tflops_per_gpu is not None:
+            shown.insert(
+                -1,
+                (f"TFLOP/s a {unit}", f"{n.tflops_per_gpu:.4g}", f"causal convention: {n.tflops_per_gpu_causal:.4g}"),
+            )
+        if n.mfu is not None:
+            shown.insert(-1, ("MFU", f"{n.mfu:.2%}", f"causal convention: {n.mfu_causal:.2%}"))
+            shown.insert(-1, ("  of a peak of", f"{n.peak_tflops:.4g} TFLOP/s", n.peak_source or ""))
+    if run.peak_memory_gib is not None:
+        shown.append(("peak memory (GiB)", f"{run.peak_memory_gib:.1f}", f"of one {unit}"))
+    if not run.final:
+        shown.append(("no result", "", run.why_not_final or ""))
+    return shown
+
+
+def counted(times: StepTimes) -> str:
+    """How many steps a median is of, and which were left out: "48 steps after 1 of warm-up, without 1 (checkpoint)"."""
+    text = f"{times.counted} steps after {times.warmup_steps} of warm-up"
+    if times.excluded:
+        text += ", without " + " and ".join(f"{number} ({reason})" for reason, number in times.excluded.items())
+    return text
+
+
+def too_few(times: StepTimes) -> str | None:
+    """Why so few steps are no measurement; None where there are enough."""
+    if times.enough:
+        return None
+    return f"only {counted(times)}: not a measurement (it takes {MIN_STEADY_STEPS})"
+
+
+def unit_name(run: Run) -> str:
+    """What one of `Run.gpus` is: a GPU, or a process where there is none."""
+    return "process" if run.gpu == "cpu" else "GPU"
+
+
+def tokens_text(number: float) -> str:
+    """1e12 as 1T."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if number >= unit:
             return f"{number / unit:g}{name}"

@@ -9,10 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.results import record
-from nemo_bench.results.summary import Summary, rows
+from nemo_bench.results.report_model import Run
+from nemo_bench.results.summary import rows
 
 _PHASES = {
     "importing": "importing NeMo and Megatron (about 20 s)",
@@ -99,15 +101,21 @@ class Follower:
             self.console.print(f"step {step + 1}/{self.total}  {text}", highlight=False)
 
 
-def print_summary(console: Console, cfg: TrainConfig, run_dir: Path, summary: Summary) -> None:
-    """The summary table, and where the evidence lies."""
-    table = Table(title=f"Llama 3.1 {cfg.model.name}, {cfg.precision.name}, {cfg.gpu.name}", title_justify="left")
+def summary_table(run: Run) -> Table:
+    """A run's numbers, each with what it assumes."""
+    what = ", ".join(text for text in (run.model, run.precision, run.gpu) if text)
+    table = Table(title=f"Llama 3.1 {what}" if run.model else run.name, title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("")
-    for name, value, remark in rows(summary, cfg):
-        table.add_row(name, value, remark)
+    for name, value, remark in rows(run):
+        table.add_row(name, value, Text(remark))
+    return table
+
+
+def print_summary(console: Console, run: Run) -> None:
+    """The summary table, and where the evidence lies."""
     console.print()
-    console.print(table)
+    console.print(summary_table(run))
     # Not wrapped: a path is there to be copied.
-    console.print(f"evidence: {run_dir}", soft_wrap=True, highlight=False)
+    console.print(f"evidence: {run.path}", soft_wrap=True, highlight=False)

@@ -58,7 +58,10 @@ def test_the_record_is_whole(bare: Run) -> None:
 def test_the_numbers_follow_from_the_record(bare: Run) -> None:
     summary = summarise(bare.run_dir)
     times = sorted(row["train_step_timing_s"] for row in bare.steps)
+    assert summary.times is not None
     assert times[0] <= summary.times.median_s <= times[-1]
-    assert summary.tokens_per_s * summary.days_to_train * 86400 == pytest.approx(1e12)
-    assert 0 < summary.mfu_causal < summary.mfu < 1
-    assert summary.peak_source.startswith("measured")
+    numbers = summary.numbers
+    assert numbers is not None
+    assert numbers.tokens_per_s * numbers.days_to_train * 86400 == pytest.approx(1e12)
+    assert numbers.mfu is not None and numbers.mfu_causal is not None and 0 < numbers.mfu_causal < numbers.mfu < 1
+    assert numbers.peak_source is not None and numbers.peak_source.startswith("measured")

@@ -1,0 +1,200 @@
+"""`report.py` as a user runs it: on real run folders, on bare logs, and on a sweep that was just run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_bench.results.report_model import from_json
+
+from .conftest import PROJECT, Run
+
+TINY = PROJECT / "tests/runs/nemo-2.7.3/fp32/tiny"
+LOGS = PROJECT / "tests/logs"
+Report = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Report:
+    """`report.py` with these arguments, in a folder of the test's own."""
+
+    def run(*arguments: str, stage: Path | None = None, columns: int = 200) -> subprocess.CompletedProcess[str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HYDRA_")}
+        done = subprocess.run(
+            [sys.executable, str(PROJECT / "report.py"), *arguments],
+            cwd=tmp_path,
+            env={**env, "STAGE_PATH": str(stage or tmp_path / "stage"), "COLUMNS": str(columns)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return run
+
+
+def log(root: Path, gpus: int, precision: str = "fp8") -> Path:
+    """A finished log in the recipe's layout; its steps take 11.2 s."""
+    path = root / f"24.09/{precision}/70b/{gpus}/a.out"
+    path.parent.mkdir(parents=True)
+    text = (LOGS / "nemo1_24_09.out").read_text()
+    for step in range(50):
+        text = text.replace(f"consumed_samples={128 * (step + 1)}.0,", f"consumed_samples={2 * gpus * (step + 1)}.0,")
+    path.write_text(text)
+    return path
+
+
+def test_all_runs_of_the_stage_folder(report: Report, tmp_path: Path) -> None:
+    shutil.copytree(TINY.parents[2], tmp_path / "stage/results")
+    done = report()
+    assert done.returncode == 0 and done.stderr == ""
+    assert "tiny fp32 1gpu (data=local)" in done.stdout and "failed at step 0 of 40" in done.stdout
+    folder = tmp_path / "stage/results/report"
+    made = from_json((folder / "results.json").read_text())
+    assert len(made.runs) == 5 and made.verdict == "NO REFERENCE"
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert [row["run"] for row in rows] == [run.name for run in made.runs]
+    assert (folder / "results.md").read_text().startswith("# Benchmark report")
+    assert "20261122-165153-d39a" in (folder / "report.html").read_text()
+    # A second report does not take the first for a run.
+    assert report().returncode == 0
+    assert len(from_json((folder / "results.json").read_text()).runs) == 5
+
+
+def test_verdicts_and_exit_status(report: Report, tmp_path: Path) -> None:
+    log(tmp_path / "results", 64)
+    done = report("runs=results", "gpu=h100", "output=out")
+    assert done.returncode == 0 and "PASS" in done.stdout and "35.5" in done.stdout
+    assert from_json((tmp_path / "out/results.json").read_text()).points[0].verdict.value == "PASS"
+    done = report("runs=results", "tolerance=0.001", "output=null")
+    assert done.returncode == 1 and done.stderr == "FAIL: 1 of 1 points\n  70b fp8 64gpu: FAIL\n"
+    shutil.copy(LOGS / "cancelled.out", log(tmp_path / "results", 128))
+    done = report("runs=results", "output=null")
+    assert done.returncode == 1 and "70b fp8 128gpu: INCOMPLETE" in done.stderr
+    assert "the log ends at step 31 of 50" in done.stdout
+    assert not (tmp_path / "results/report").exists()
+
+
+def test_a_bare_log_and_what_the_command_line_says_of_it(report: Report, tmp_path: Path) -> None:
+    job = tmp_path / "job.out"
+    shutil.copy(LOGS / "nemo1_24_09.out", job)
+    done = report("runs=job.out", "output=null")
+    assert done.returncode == 0 and "model=... precision=... gpus=..." in done.stdout and "PASS" not in done.stdout
+    known = ("model=70b", "precision=fp8", "gpus=64", "gpu=h100")
+    done = report("runs=job.out", *known)
+    assert done.returncode == 0 and "PASS" in done.stdout and (tmp_path / "report/results.json").exists()
+    made = from_json((tmp_path / "report/results.json").read_text())
+    last, median = made.runs[0].numbers_last, made.points[0].numbers
+    assert last is not None and median is not None and last.mfu is not None
+    # The recipe's arithmetic at the last step's 11.20 s
+    assert (round(last.tokens_per_s), f"{last.days_to_train:.2f}", f"{last.mfu:.1%}") == (93623, "123.62", "35.6%")
+    for text in (f"{median.tokens_per_s:,.0f}", f"{median.days_to_train:.2f}", f"{median.mfu:.2%}", "11.01"):
+        assert text in done.stdout, text
+    done = report("runs=job.out", *known, "model.num_layers=4", "output=null")
+    assert done.returncode == 0 and "num_layers=4, published 80" in done.stdout
+    done = report("runs=job.out", *known, "total_tokens=15e12", "output=null")
+    assert "days to 15T" in done.stdout and f"{15 * median.days_to_train:,.2f}" in done.stdout
+
+
+def test_a_baseline(report: Report, tmp_path: Path) -> None:
+    shutil.copytree(TINY / "1", tmp_path / "new")
+    shutil.copytree(TINY / "1", tmp_path / "old")
+    done = report("runs=new", "baseline=old", "output=null")
+    assert done.returncode == 0 and "NO DIFFERENCE" in done.stdout
+    for path in (tmp_path / "new").glob("*/steps.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text(
+            "".join(json.dumps({**row, "train_step_timing_s": 3 * row["train_step_timing_s"]}) + "\n" for row in rows)
+        )
+    done = report("runs=new", "baseline=old", "output=null")
+    assert done.returncode == 1 and "slower than the baseline" in done.stderr and "regression" in done.stdout
+
+
+def test_an_archive(report: Report, tmp_path: Path) -> None:
+    done = report(f"runs={TINY}", "output=null", "archive=share/runs.tar.zst")
+    assert done.returncode == 0 and "packed without secrets: share/runs.tar.zst" in done.stdout
+    assert (tmp_path / "share/runs.tar.zst").stat().st_size > 1000
+    assert [path.name for path in (tmp_path / "share").iterdir()] == ["runs.tar.zst"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["runs=nowhere"], "runs=nowhere: there is no such file or folder"),
+        (["runs=."], "runs=.: no run folder and no log with train_step_timing there"),
+        (["runs=[]"], "runs: name at least one"),
+        ([], "there is no such file or folder"),
+        (["runs=job.out", "reference=h100"], "valid: nvidia-24.09, nvidia-24.12"),
+        (["runs=job.out", "tolerance=five"], "tolerance=five"),
+        (["runs=job.out", "model=7b"], "valid: tiny, 8b, 70b, 405b"),
+        (["runs=job.out", "archive=a.zip"], "must end in .tar.zst"),
+        (["runs=job.out", "output=job.out"], "output=job.out: cannot be written"),
+        (["run=job.out"], "did you mean: runs"),
+        (["runs=a.out,b.out"], "runs=a.out,b.out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_message(report: Report, tmp_path: Path, arguments: list[str], message: str) -> None:
+    if "runs=." not in arguments:
+        shutil.copy(LOGS / "nemo2.out", tmp_path / "job.out")
+    before = sorted(tmp_path.rglob("*"))
+    done = report(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_help_and_composed_configuration(report: Report) -> None:
+    done = report("--help")
+    assert done.returncode == 0 and "archive=monday.tar.zst" in done.stdout and "reference: nvidia-24.09" in done.stdout
+    done = report("--cfg", "job")
+    assert done.returncode == 0 and "tolerance: 0.05" in done.stdout and "/results" in done.stdout
+
+
+def test_a_narrow_terminal_loses_nothing(report: Report, tmp_path: Path) -> None:
+    log(tmp_path / "results", 64)
+    done = report("runs=results", "gpu=h100", "output=null", columns=60)
+    assert done.returncode == 0 and "PASS" in done.stdout
+
+
+def test_reporting_imports_nothing_that_trains() -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom nemo_bench.results.report import build_report\n"
+        "from nemo_bench.results import archive, tables, report_command\n"
+        f"report = build_report([Path({str(TINY)!r})])\n"
+        "tables.csv_text(report), tables.markdown(report)\n"
+        "print({'torch', 'lightning', 'megatron', 'nemo', 'transformers', 'numpy', 'scipy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.train
+def test_a_sweep_of_real_runs(train: Callable[..., Run], report: Report, stage: Path, tmp_path: Path) -> None:
+    """Two repeats of one point, another layout, one run too short to be a result: all the way to the tables."""
+    runs = [train(), train(), train("trainer.devices=2", "model.tensor_model_parallel_size=2")]
+    short = train("trainer.max_steps=4")
+    done = report(f"runs=[{','.join(str(run.run_dir) for run in (*runs, short))}]", "output=out")
+    assert done.returncode == 0, done.stderr
+    made = from_json((tmp_path / "out/results.json").read_text())
+    by_path = {run.path: run for run in made.runs}
+    for run in runs:
+        found = by_path[str(run.run_dir)]
+        assert found.final and found.times is not None and found.times.steps == 20
+        times = sorted(row["train_step_timing_s"] for row in run.steps)
+        assert times[0] <= found.times.median_s <= times[-1]
+        assert found.numbers is not None and found.numbers.mfu is not None and 0 < found.numbers.mfu < 1
+    bad = by_path[str(short.run_dir)]
+    assert not bad.final and bad.numbers is None
+    assert bad.why_not_final is not None and "not a measurement" in bad.why_not_final
+    repeated = next(point for point in made.points if len(point.final_runs) == 2)
+    assert repeated.step_time_interval is not None and repeated.step_time_interval.method == "repeats"

@@ -1,0 +1,257 @@
+"""The bundle to share: everything of the runs, and no secret."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_bench.errors import BenchError
+from nemo_bench.results import archive, page, record, tables
+from nemo_bench.results import report_model as model
+from nemo_bench.results.redaction import REMOVED, is_secret, redact, redact_values
+from nemo_bench.results.report import build_report
+
+TINY = Path(__file__).parents[1] / "runs/nemo-2.7.3/fp32/tiny"
+LOGS = Path(__file__).parents[1] / "logs"
+
+# Put together here, so that no scanner of this repository takes them for real ones.
+SECRETS = {
+    "hugging face": "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz012345",
+    "nvidia": "nvapi-" + "x" * 20 + "-" + "Y" * 20,
+    "github": "ghp_" + "a1B2" * 9,
+    "aws": "AKIA" + "ABCDEFGHIJKLMNOP",
+    "jwt": "eyJhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0NTY3ODkwIn0." + "c2lnbmF0dXJlLXNpZ25hdHVyZQ",
+    "named": "0123456789abcdef0123456789abcdef",
+    "password": "correct-horse-battery",
+    "of the environment": "zq9-literal-value-of-a-variable",
+    "url": "p4ssw0rd-in-url",
+    "key": "MIIEvQIBADANBgkqhkiG9w0BAQEFAASC",
+}
+
+
+def unpack(path: Path) -> dict[str, bytes]:
+    with open(path, "rb") as file:
+        data = zstandard.ZstdDecompressor().stream_reader(file).read()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Real run folders and a log with secrets in every place that could hold one."""
+    monkeypatch.setenv("MY_REGISTRY_TOKEN", SECRETS["of the environment"])
+    root = tmp_path / "results"
+    run = Path(shutil.copytree(TINY / "1/20261122-160508-ecda", root / "run"))
+    config = (run / record.CONFIG).read_text()
+    assert "  env: {}" in config
+    config = config.replace("  env: {}", f"  env:\n    HF_TOKEN: {SECRETS['hugging face']}\n    LOGIN: user", 1)
+    (run / record.CONFIG).write_text(config)
+    about = json.loads((run / record.RUN).read_text())
+    about["command"] += f" +cluster.env.WANDB_API_KEY={SECRETS['named']}"
+    about["overrides"].append(f"+cluster.env.WANDB_API_KEY={SECRETS['named']}")
+    (run / record.RUN).write_text(json.dumps(about))
+    node = json.loads((run / record.NODE).read_text())
+    node["environment"] |= {"HF_TOKEN": SECRETS["hugging face"], "HOME": "/home/somebody", "NCCL_DEBUG": "INFO"}
+    (run / record.NODE).write_text(json.dumps(node))
+    log = (run / "rank0.out").read_text().splitlines()
+    log[3:3] = [
+        f"Authorization: Bearer {SECRETS['jwt']}",
+        f"export NGC_API_KEY='{SECRETS['nvidia']}'",
+        f"cloning https://user:{SECRETS['url']}@example.org/repository",
+        f'{{"db_password": "{SECRETS["password"]}", "x": 1}}',
+        f"login with {SECRETS['github']} and {SECRETS['aws']}",
+        f"the value is {SECRETS['of the environment']}",
+        "-----BEGIN RSA PRIVATE KEY-----",
+        SECRETS["key"],
+        SECRETS["key"],
+        "-----END RSA PRIVATE KEY-----",
+    ]
+    (run / "rank0.out").write_text("\n".join(log) + "\n")
+    (run / "submit.sbatch").write_text(f"#!/bin/bash\nexport HF_TOKEN={SECRETS['hugging face']}\nsrun x\n")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/weights.pt").write_bytes(b"\x00" * 100)
+    shutil.copy(LOGS / "nemo2.out", root / "bare.log")
+    with open(root / "bare.log", "a") as file:
+        file.write(f"token={SECRETS['hugging face']}")  # without an end of line
+    return root
+
+
+def test_no_secret_is_in_a_bundle(planted: Path, tmp_path: Path) -> None:
+    report = build_report([planted], baseline=[planted])
+    target = tmp_path / "share/out.tar.zst"
+    archive.write(report, target, {"results.json": model.to_json(report)})
+    whole = b"\n".join(unpack(target).values())
+    raw = b"\n".join(path.read_bytes() for path in planted.rglob("*") if path.is_file())
+    for name, secret in SECRETS.items():
+        assert secret.encode() in raw, f"{name} was not planted"
+        assert secret.encode() not in whole, name
+    assert b"/home/somebody" not in whole
+    assert REMOVED.encode() in whole
+
+
+def test_what_is_no_secret_is_in_the_bundle(planted: Path, tmp_path: Path) -> None:
+    report = build_report([planted])
+    target = tmp_path / "out.tar.zst"
+    size = archive.write(report, target, {"results.json": model.to_json(report)})
+    assert size == target.stat().st_size
+    files = unpack(target)
+    steps = (planted / "run" / record.STEPS).read_bytes()
+    assert files["runs/run/steps.jsonl"] == steps
+    assert b"NCCL_DEBUG" in files["runs/run/node.json"] and b"train_step_timing in s" in files["runs/run/rank0.out"]
+    assert files["runs/run/submit.sbatch"].decode() == f"#!/bin/bash\nexport HF_TOKEN={REMOVED}\nsrun x\n"
+    assert files["runs/bare.log"].startswith((LOGS / "nemo2.out").read_bytes())
+    manifest = json.loads(files[archive.MANIFEST])
+    assert manifest["left_out"] == ["runs/run/checkpoints"]
+    for name, entry in manifest["files"].items():
+        assert hashlib.sha256(files[name]).hexdigest() == entry["sha256"] and len(files[name]) == entry["size_bytes"]
+    assert manifest["files"]["runs/run/rank0.out"]["lines_changed"] == 10
+    assert manifest["files"]["runs/run/steps.jsonl"]["lines_changed"] == 0
+    # What was packed can be reported on.
+    for name, content in files.items():
+        path = tmp_path / "unpacked" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    again = build_report([tmp_path / "unpacked/runs"])
+    assert [run.times for run in again.runs] == [run.times for run in report.runs]
+
+
+def test_what_holds_no_secret_is_packed_as_it_is(tmp_path: Path) -> None:
+    report = build_report([TINY, LOGS / "nemo2.out"])
+    extra = {
+        "results.json": model.to_json(report),
+        "results.csv": tables.csv_text(report),
+        "results.md": tables.markdown(report),
+        "report.html": page.render(report),
+    }
+    archive.write(report, tmp_path / "out.tar.zst", extra)
+    files = unpack(tmp_path / "out.tar.zst")
+    for name, text in extra.items():
+        assert files[name].decode() == text, name
+    assert [entry["lines_changed"] for entry in json.loads(files[archive.MANIFEST])["files"].values()] == [0] * (
+        len(files) - 1
+    )
+
+
+def test_another_suffix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"the name must end in \.tar\.zst"):
+        archive.write(build_report([TINY]), tmp_path / "out.zip", {})
+
+
+def test_a_full_disk_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out.tar.zst"
+    target.write_bytes(b"the old one")
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(BenchError, match=r"out\.tar\.zst: cannot be written \(No space left on device\)"):
+        archive.write(build_report([TINY]), target, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["out.tar.zst"] and target.read_bytes() == b"the old one"
+
+
+def test_a_bundle_that_was_not_written_as_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "_verify", _damaging(archive._verify))
+    with pytest.raises(BenchError, match="cannot be written"):
+        archive.write(build_report([TINY]), tmp_path / "out.tar.zst", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def _damaging(verify: Any) -> Any:
+    def damaged(path: Path, manifest: dict[str, Any]) -> None:
+        manifest["files"][next(iter(manifest["files"]))]["sha256"] = "0" * 64
+        verify(path, manifest)
+
+    return damaged
+
+
+def test_links_out_of_a_run_folder_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "private.txt").write_text("not to be shared")
+    run = Path(shutil.copytree(TINY / "1/20261122-165153-d39a", tmp_path / "run"))
+    os.symlink(tmp_path / "private.txt", run / "notes.txt")
+    archive.write(build_report([run]), tmp_path / "out.tar.zst", {})
+    files = unpack(tmp_path / "out.tar.zst")
+    assert "runs/run/notes.txt" not in files and b"not to be shared" not in b"".join(files.values())
+
+
+# --- redaction ---
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "total_tokens: 1e12",
+        "total_tokens=1000000000000.0",
+        "tokens_per_s: 9678.2",
+        "TOKENIZERS_PARALLELISM=False",
+        "tokenizer: /data/tokenizer",
+        "num_tokens: 5",
+        "eos_token: <|end_of_text|>",
+        "train_step_timing in s: 0.3569",
+        "https://example.org/a:b@c",
+        "a secret is kept",
+        "author: somebody",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "HF_TOKEN=verysecret",
+        "hf_token: verysecret",
+        '"HF_TOKEN": "verysecret",',
+        "export NGC_API_KEY='verysecret'",
+        "+cluster.env.MY_PASSWORD=verysecret",
+        "AWS_SECRET_ACCESS_KEY = verysecret",
+        "Authorization: Bearer verysecret-verysecret",
+        "git clone https://me:verysecret@example.org/x",
+    ],
+)
+def test_secrets_go_by_their_names(text: str) -> None:
+    assert "verysecret" not in redact(text) and REMOVED in redact(text)
+
+
+def test_nested_values_go_by_their_keys() -> None:
+    nested = {
+        "env": {"HF_TOKEN": "x", "NCCL_DEBUG": "INFO"},
+        "total_tokens": 1e12,
+        "list": ["HF_TOKEN=x"],
+        "token": None,
+    }
+    assert redact_values(nested) == {
+        "env": {"HF_TOKEN": REMOVED, "NCCL_DEBUG": "INFO"},
+        "total_tokens": 1e12,
+        "list": [f"HF_TOKEN={REMOVED}"],
+        "token": None,
+    }
+    assert is_secret("cluster.env.WANDB_API_KEY") and not is_secret("total_tokens")
+
+
+@given(
+    st.sampled_from(sorted(set(SECRETS) & {"hugging face", "nvidia", "github", "aws", "jwt"})),
+    st.text(max_size=30),
+    st.text(max_size=30),
+)
+def test_known_forms_go_wherever_they_stand(name: str, before: str, after: str) -> None:
+    text = f"{before} {SECRETS[name]} {after}"
+    assert SECRETS[name] not in redact(text)
+
+
+@given(st.text(max_size=200))
+def test_redacting_twice_changes_nothing_more(text: str) -> None:
+    assert redact(redact(text)) == redact(text)

@@ -1,0 +1,317 @@
+"""Run folders and bare logs as runs: what they are, what counts, and what keeps them from being results."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_bench.errors import BenchError
+from nemo_bench.results import record, runs
+from nemo_bench.results.runs import Given, load_log, load_run
+from nemo_bench.results.summary import rows
+
+LOGS = Path(__file__).parents[1] / "logs"
+TINY = Path(__file__).parents[1] / "runs/nemo-2.7.3/fp32/tiny"
+CHECKPOINTS = TINY / "1/20261122-160508-ecda"
+FAILED = TINY / "1/20261122-160352-dbed"
+PLAIN = TINY / "1/20261122-165153-d39a"
+TWO = TINY / "2/20261122-163217-6def"
+KNOWN = Given(model="70b", precision="fp8", gpus=64, gpu="h100")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A real run folder to damage."""
+    return Path(shutil.copytree(PLAIN, tmp_path / "run"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def rewrite_steps(run_dir: Path, rows: list[dict[str, Any]]) -> None:
+    (run_dir / record.STEPS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def steps_in(run_dir: Path) -> list[dict[str, Any]]:
+    return record.read_lines(run_dir / record.STEPS)[0]
+
+
+# --- run folders ---
+
+
+def test_a_real_run_is_a_result() -> None:
+    run = load_run(PLAIN)
+    assert (run.state, run.final, run.why_not_final) == ("completed", True, None)
+    assert (run.model, run.precision, run.gpus, run.nodes, run.gpu, run.data) == ("tiny", "fp32", 1, 1, "cpu", "local")
+    assert (run.version, run.entrypoint, run.container) == ("nemo-2.7.3", "nemo2", None)
+    assert run.layout == {"TP": 1, "PP": 1, "VP": 1, "CP": 1, "MBS": 8, "DP": 1, "GA": 4}
+    assert len(run.steps) == 30 and run.times is not None and run.times.counted == 28
+    assert run.numbers is not None and run.numbers_last is not None
+    assert run.numbers.step_time_s == run.times.median_s
+    assert run.numbers.tokens_per_s == pytest.approx(128 * 32 / run.times.median_s)
+    assert run.numbers_last.tokens_per_s == pytest.approx(128 * 32 / run.times.last_s)
+    assert run.numbers.peak_source is not None and run.numbers.peak_source.startswith("measured: float32")
+    assert run.packages["megatron-core"] == "0.15.3" and run.environment["RANK"] == "0"
+
+
+def test_steps_after_a_checkpoint_are_left_out_and_counted() -> None:
+    run = load_run(CHECKPOINTS)
+    marked = {step: why for step, why in zip(run.steps.step, run.steps.excluded) if why == "checkpoint"}
+    assert [*marked] == [10, 20, 30]  # after steps 9, 19, 29; none follows 39
+    assert run.times is not None and run.times.excluded == {"checkpoint": 3}
+    assert run.times.warmup_steps + run.times.counted + 3 == 40
+
+
+def test_a_failed_run_says_so_and_gives_no_number() -> None:
+    run = load_run(FAILED)
+    assert (run.state, run.final, run.numbers, run.times) == ("failed", False, None, None)
+    assert run.why_not_final is not None and run.why_not_final.startswith("failed at step 0 of 40: AssertionError")
+    assert [name for name, _, _ in rows(run)] == ["no result"]
+
+
+def test_ranks_are_held_beside_each_other(tmp_path: Path) -> None:
+    assert [rank.straggler for rank in load_run(TWO).ranks] == [False, False]
+    copied = Path(shutil.copytree(TWO, tmp_path / "run"))
+    edit(copied / "peak_rank1.json", tflops=0.05)
+    slow = load_run(copied).ranks[1]
+    assert slow.straggler and slow.measure == "matrix rate (TFLOP/s)" and slow.slower == pytest.approx(0.888, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("state", "text"), [("killed", "killed at step 12 of 30: SIGTERM"), ("interrupted", "interrupted at step 12 of 30")]
+)
+def test_a_run_that_was_ended(copy: Path, state: str, text: str) -> None:
+    edit(copy / record.RUN, status={"state": state, "exit_code": 143, "reason": "SIGTERM from outside"})
+    rewrite_steps(copy, steps_in(copy)[:12])
+    run = load_run(copy)
+    assert run.why_not_final is not None and run.why_not_final.startswith(text)
+    assert run.numbers is None and run.times is not None
+    assert [name for name, _, _ in rows(run)] == ["loss", "step time so far (s)", "  last step (s)", "no result"]
+
+
+def test_a_run_that_goes_on(copy: Path) -> None:
+    launcher = {"host": "elsewhere", "pid": 1, "started": "1"}
+    edit(copy / record.RUN, status={"state": "running"}, launcher=launcher)
+    rewrite_steps(copy, steps_in(copy)[:20])
+    (copy / record.EVENTS).write_text('{"event": "training", "time": 1, "first_step": 0}\n')
+    assert load_run(copy).why_not_final == "running at step 20 of 30"
+
+
+def test_rank_0_saw_the_end_where_nobody_wrote_it(copy: Path) -> None:
+    """Of a Slurm job whose batch script was killed after the training."""
+    edit(copy / record.RUN, status={"state": "submitted"})
+    run = load_run(copy)
+    assert (run.state, run.final) == ("completed", True)
+
+
+def test_a_record_that_ends_early_is_no_result(copy: Path) -> None:
+    rewrite_steps(copy, steps_in(copy)[:25])
+    assert load_run(copy).why_not_final == "the record ends at step 25 of 30"
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf"])
+def test_a_loss_that_is_no_number_is_no_result(copy: Path, loss: str) -> None:
+    steps = steps_in(copy)
+    steps[7]["loss"] = loss
+    rewrite_steps(copy, steps)
+    run = load_run(copy)
+    assert run.why_not_final == f"the loss is {loss} at step 7" and run.numbers is None
+    assert run.steps.loss[7] is not None and not math.isfinite(run.steps.loss[7])
+
+
+def test_too_few_steps_are_no_result(copy: Path) -> None:
+    rewrite_steps(copy, steps_in(copy)[-3:])
+    why = load_run(copy).why_not_final
+    assert why is not None and "not a measurement" in why
+
+
+def test_a_requeued_run_counts_the_later_steps(copy: Path) -> None:
+    steps = steps_in(copy)
+    again = [{**row, "train_step_timing_s": 9.0 if row["step"] == 10 else 0.5} for row in steps[10:]]
+    rewrite_steps(copy, steps[:15] + again)
+    events = [{"event": "training", "first_step": 0}, {"event": "validation", "after_step": 12}]
+    events += [{"event": "checkpoint", "after_step": 9}, {"event": "training", "first_step": 10}, {"event": "done"}]
+    (copy / record.EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events))
+    run = load_run(copy)
+    assert run.final and run.steps.step == tuple(range(30))
+    assert run.steps.time_s[10:15] == (9.0, 0.5, 0.5, 0.5, 0.5)
+    # the validation after step 12 belongs to the steps that were lost
+    assert run.steps.excluded[10] == "checkpoint" and run.steps.excluded[13] is None
+    assert any("5 steps were done again" in text for text in run.warnings)
+
+
+def test_damaged_lines_are_left_out_and_said(copy: Path) -> None:
+    path = copy / record.STEPS
+    path.write_text(path.read_text() + '[1]\n{"step": "x"}\n{"step": 40, "loss": 1}\nnot json\n')
+    run = load_run(copy)
+    assert len(run.steps) == 30 and "3 lines of steps.jsonl are damaged and left out" in run.warnings
+
+
+def test_steps_come_from_the_log_where_there_is_no_other_record(tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(CHECKPOINTS, tmp_path / "run"))
+    whole = load_run(copied)
+    (copied / record.STEPS).unlink()
+    run = load_run(copied)
+    assert run.final and run.times is not None and whole.times is not None
+    assert run.times.median_s == pytest.approx(whole.times.median_s, rel=1e-3)
+    assert run.times.excluded == whole.times.excluded
+    assert "the steps are read from the log: four digits each" in run.warnings
+
+
+@pytest.mark.parametrize("name", [record.CONFIG, record.RUN])
+@pytest.mark.parametrize("content", ["", "[1]", "{", "model: ${nowhere}", None])
+def test_a_damaged_record_is_one_message(copy: Path, name: str, content: str | None) -> None:
+    if content is None:
+        (copy / name).unlink()
+    else:
+        (copy / name).write_text(content)
+    with pytest.raises(BenchError, match="the record cannot be read"):
+        load_run(copy)
+
+
+@pytest.mark.parametrize("name", [record.NODE, record.EVENTS, "peak_rank0.json"])
+@pytest.mark.parametrize("content", ["", "[1]\n", "{"])
+def test_what_a_run_can_do_without(copy: Path, name: str, content: str) -> None:
+    (copy / name).write_text(content)
+    run = load_run(copy)
+    assert run.times is not None and len(run.steps) == 30
+
+
+def test_secrets_of_a_record_stay_there(copy: Path) -> None:
+    text = (copy / record.CONFIG).read_text().replace("  env: {}", "  env: {HF_TOKEN: hf_abcdefghijklmnopqrst}", 1)
+    (copy / record.CONFIG).write_text(text)
+    assert "hf_abcdefghijklmnopqrst" in text
+    edit(copy / record.RUN, command="python train.py +cluster.env.WANDB_API_KEY=0123456789abcdef")
+    edit(copy / record.NODE, environment={"NCCL_DEBUG": "INFO", "HF_TOKEN": "hf_abcdefghijklmnopqrst"})
+    shown = repr(load_run(copy))
+    assert "hf_abcdefghijklmnopqrst" not in shown and "0123456789abcdef" not in shown and "NCCL_DEBUG" in shown
+
+
+# --- logs ---
+
+
+def test_a_log_knows_itself_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "results/24.11/fp8/70b/128/log-4711.out"
+    path.parent.mkdir(parents=True)
+    shutil.copy(LOGS / "nemo1_24_09.out", path)
+    run = load_log(path, Given(), 1e12)
+    assert (run.version, run.precision, run.model, run.gpus) == ("24.11", "fp8", "70b", 128)
+    assert run.identified["gpus"] == "path" and run.identified["seq_length"] == "conf/model/70b.yaml"
+    assert (run.global_batch_size, run.seq_length) == (128, 8192)
+    assert run.final and run.numbers is not None and run.numbers.mfu is None
+    assert any("gpu=" in text for text in run.warnings)
+
+
+def test_the_command_line_wins_over_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "24.11/fp8/70b/128/a.out"
+    path.parent.mkdir(parents=True)
+    shutil.copy(LOGS / "nemo1_24_09.out", path)
+    run = load_log(path, Given(gpus=64, gpu="h100", global_batch_size=256, seq_length=4096), 1e12)
+    assert (run.gpus, run.global_batch_size, run.seq_length) == (64, 256, 4096)
+    assert run.identified["gpus"] == "command line"
+
+
+def test_the_recipes_numbers_of_a_log() -> None:
+    run = load_log(LOGS / "nemo1_24_09.out", KNOWN, 1e12)
+    assert run.numbers_last is not None and run.numbers_last.step_time_s == 11.20
+    assert round(run.numbers_last.tokens_per_s) == 93623
+    assert round(run.numbers_last.days_to_train, 2) == 123.62
+    assert run.numbers_last.mfu is not None and run.numbers_last.mfu == pytest.approx(0.3555, abs=5e-4)
+    assert run.times is not None and (run.times.warmup_steps, run.times.excluded) == (2, {"validation": 1})
+
+
+def test_a_single_line_is_no_measurement() -> None:
+    run = load_log(LOGS / "recipe_line.out", KNOWN, 1e12)
+    assert run.state == "completed" and run.times is not None and run.times.last_s == 11.20
+    assert run.numbers is None and run.why_not_final is not None and "not a measurement" in run.why_not_final
+
+
+def test_a_log_that_ends_early() -> None:
+    run = load_log(LOGS / "cancelled.out", KNOWN, 1e12)
+    assert run.state == "incomplete" and run.numbers is None
+    assert run.why_not_final is not None
+    assert run.why_not_final.startswith("the log ends at step 31 of 50: slurmstepd: error")
+
+
+@pytest.mark.parametrize(
+    ("name", "max_steps", "final"),
+    [
+        ("nemo2", 50, True),
+        ("one_based", 20, True),
+        ("every_tenth", 200, True),
+        ("restart", 20, True),
+        ("unlabelled_ranks", 12, True),
+        ("labelled_ranks", 12, True),
+        ("nan", 20, False),
+        ("garbled", 20, False),
+        ("rounded_steps", 603000, False),
+    ],
+)
+def test_which_logs_are_complete(name: str, max_steps: int, final: bool) -> None:
+    run = load_log(LOGS / f"{name}.out", KNOWN, 1e12)
+    assert (run.max_steps, run.final) == (max_steps, final), run.why_not_final
+
+
+def test_a_log_that_names_no_end_says_that(tmp_path: Path) -> None:
+    path = tmp_path / "a.out"
+    path.write_text("".join(f"global_step={i}.0, train_step_timing in s=0.5]\n" for i in range(20)))
+    run = load_log(path, KNOWN, 1e12)
+    assert run.state == "unknown" and any("whether it is complete is not known" in text for text in run.warnings)
+
+
+def test_what_is_missing_is_named() -> None:
+    run = load_log(LOGS / "nemo2.out", Given(), 1e12)
+    assert run.final and run.numbers is None
+    assert any("model=... precision=... gpus=... seq_length=..." in text for text in run.warnings)
+
+
+def test_a_straggling_rank_of_a_log() -> None:
+    run = load_log(LOGS / "labelled_ranks.out", KNOWN, 1e12)
+    slow = [rank for rank in run.ranks if rank.straggler]
+    assert [rank.rank for rank in slow] == [3]
+    assert slow[0].slower == pytest.approx(0.396, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (Given(model="7b"), "model=7b.*valid: 405b, 70b, 8b, tiny"),
+        (Given(gpu="v100"), "gpu=v100.*h100"),
+        (Given(precision="int8"), "precision=int8.*bf16"),
+        (Given(gpus=0), "gpus=0: must be at least 1"),
+    ],
+)
+def test_names_that_do_not_exist_are_refused(given: Given, text: str) -> None:
+    with pytest.raises(BenchError, match=f"(?s){text}"):
+        runs.check(given)
+
+
+# --- finding ---
+
+
+def test_a_tree_gives_its_run_folders_and_the_logs_beside_them(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "tree/tiny")
+    shutil.copy(LOGS / "nemo2.out", tmp_path / "tree/other.log")
+    (tmp_path / "tree/notes.md").write_text("train_step_timing")
+    (tmp_path / "tree/loop").symlink_to(tmp_path / "tree")
+    paths, closed = runs.find([tmp_path / "tree"])
+    found = [path.name for path in paths]
+    assert closed == []
+    assert sorted(found) == sorted(
+        [FAILED.name, CHECKPOINTS.name, PLAIN.name, "20261122-165301-2f07", TWO.name, "other.log"]
+    )
+    twice, _ = runs.find([tmp_path / "tree", tmp_path / "tree/tiny/1", tmp_path / "tree/other.log"])
+    assert len(twice) == 6
+    with pytest.raises(BenchError, match="there is no such file or folder"):
+        runs.find([tmp_path / "nowhere"])
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    paths = [Path("/a/b/x.out"), Path("/a/c/x.out"), Path("/a/c/y.out")]
+    assert runs.unique_names(paths) == ["b/x.out", "c/x.out", "y.out"]
