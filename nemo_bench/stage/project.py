@@ -18,7 +18,7 @@ from nemo_bench.stage.part import Part
 PLACE = "nemo_bench"
 VENDOR = "vendor"
 
-_FOLDERS = {"nemo_bench": (".py", ".yaml"), "hydra_plugins": (".py",), "conf": (".yaml",)}
+_FOLDERS = {"nemo_bench": (".py", ".yaml", ".css"), "hydra_plugins": (".py",), "conf": (".yaml",)}
 _TOP_LEVEL = ("*.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
 
 # What composing, launching and reporting import, with all that those need. Not numpy, tokenizers, torch and NeMo, which

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo.collections import llm
+from nemo.collections.llm.gpt.data.mock import _MockGPTDataset
 
 from nemo_bench.config import TrainConfig
 
@@ -20,6 +21,29 @@ def build_tokenizer(cfg: TrainConfig) -> Any:
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
     return AutoTokenizer(pretrained_model_name=str(cfg.data.tokenizer), use_fast=True)
+
+
+class _RandomTokens(llm.MockDataModule):
+    """NeMo's, with an attention mask where one is needed: 2.7.3 passes that wish on in the place of the seed."""
+
+    def __init__(self, *, seed: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._seed = seed
+
+    def setup(self, stage: str = "") -> None:
+        def dataset(name: str, samples: int) -> Any:
+            return _MockGPTDataset(
+                self.tokenizer,
+                name,
+                samples,
+                self.seq_length,
+                seed=self._seed,
+                create_attention_mask=self.create_attention_mask,
+            )
+
+        self._train_ds = dataset("train", self.num_train_samples)
+        self._validation_ds = dataset("valid", self.num_val_samples)
+        self._test_ds = dataset("test", self.num_test_samples)
 
 
 def _content_key(prefixes: list[str]) -> str:
@@ -48,7 +72,8 @@ def build_data(cfg: TrainConfig, tokenizer: Any) -> Any:
     }
     if data.kind == "mock":
         validation = cfg.trainer.limit_val_batches * m.global_batch_size
-        return llm.MockDataModule(
+        return _RandomTokens(
+            seed=cfg.trainer.seed,
             num_train_samples=cfg.trainer.max_steps * m.global_batch_size,
             num_val_samples=validation,
             num_test_samples=0,

@@ -33,6 +33,12 @@ def command(stage: Path, script: str, *overrides: str) -> str:
     return done.stdout
 
 
+def test_random_tokens_need_no_files(train: Callable[..., Run]) -> None:
+    run = train("data=mock", "trainer.max_steps=5")
+    assert run.status["state"] == "completed" and len(run.steps) == 5
+    assert 6 < run.losses[0] < 7  # ln 512, and the noise of new weights: nothing can be learned from them
+
+
 def test_the_recipes_dataset_trains(train: Callable[..., Run], stage: Path) -> None:
     """`data=pile`, its two blended shards, on the small model: the loss falls, and both are read."""
     command(stage, "setup_stage.py", "tokenizer=local", "parts=[tokenizer]", "tokenizer.vocab_size=512")
