@@ -44,9 +44,19 @@ def run(arguments: argparse.Namespace) -> None:
         ids = [*jobs.cancel(runs), *active]
         console.print(f"cancelled: {' '.join(ids) or 'none: they had ended'}")
     elif arguments.command == "follow":
-        runs = [jobs.find(stage, job_id) for job_id in chosen]
-        jobs.follow(console, runs or [job.run_dir for job in jobs.look(jobs.submitted_runs(stage)) if job.active])
+        runs = [jobs.find(stage, job_id) for job_id in chosen if job_id not in commands]
+        followed = [commands[job_id] for job_id in chosen if job_id in commands]
+        if not chosen:
+            runs = [job.run_dir for job in jobs.look(jobs.submitted_runs(stage)) if job.active]
+            followed = [job for job in commands.values() if job.state in jobs.ACTIVE]
+        if followed:
+            cli.guard(command_jobs.follow_to_end, followed)  # whose failure does not keep the runs from being followed
+        if runs or not followed:
+            jobs.follow(console, runs)
     elif arguments.command == "resubmit":
+        for job_id in chosen:
+            if job_id in commands:
+                raise command_jobs.not_resubmitted(commands[job_id])
         runs = [jobs.find(stage, job_id) for job_id in chosen]
         runs = runs or jobs.to_resubmit(stage)
         for run_dir in runs:

@@ -16,5 +16,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.verbs("check")
+    cli.verbs("prepare", "check")
     cli.run(main, PreparationConfig)

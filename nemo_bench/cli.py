@@ -59,8 +59,17 @@ def run(main: Callable[[], object], schema: type | None = None) -> None:
 
 
 def verbs(*names: str) -> None:
-    """Lets a script be called with a verb: `python setup_stage.py check` means `action=check`."""
-    sys.argv[1:] = [f"action={argument}" if argument in names else argument for argument in sys.argv[1:]]
+    """Lets a script be called with a verb: `python setup_stage.py check` means `action=check`.
+
+    A word that is none is refused here: Hydra would speak of its grammar.
+    """
+    arguments = sys.argv[1:]
+    for position, argument in enumerate(arguments):
+        follows_option = position > 0 and arguments[position - 1].startswith("-") and "=" not in arguments[position - 1]
+        if argument in names and not follows_option:
+            sys.argv[position + 1] = f"action={argument}"
+        elif re.fullmatch(r"\w+", argument) and not follows_option:
+            _fail(f"{argument}: not a verb of this command; its verbs: {', '.join(names)}; settings are key=value", 2)
 
 
 def end() -> None:

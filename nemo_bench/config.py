@@ -7,6 +7,7 @@ This module imports nothing heavy: it runs on login nodes, and in every process 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass, field
@@ -160,7 +161,7 @@ class ClusterConfig:
     exclusive: bool = True
     mem: str | None = "0"  # 0: all of a node's memory
     # Some clusters refuse requests for GPUs, others refuse jobs without one: null, or the number on a node.
-    gpus_per_node: int | None = None
+    gpus_per_node: str | None = None  # in sbatch's words: 8, or with the type: h100:8
     gres: str | None = None  # in place of gpus_per_node where the cluster wants --gres=gpu:8
     cpus_per_task: int | None = None
     dependency: str | None = None
@@ -225,12 +226,25 @@ def default_stage_path() -> str:
     return os.path.abspath(os.environ.get("STAGE_PATH") or "outputs")
 
 
+@functools.cache
+def temporary_folder() -> str:
+    """A folder that is removed when this process ends: for what Hydra's sweeper writes before it asks our launcher."""
+    import atexit
+    import shutil
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="nemo-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def register() -> None:
     """Makes the schema and the resolvers known to Hydra. Calling it twice does no harm."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     OmegaConf.register_new_resolver("weak_scaling_batch", weak_scaling_batch, replace=True)
     OmegaConf.register_new_resolver("default_stage_path", default_stage_path, replace=True)
+    OmegaConf.register_new_resolver("temporary_folder", temporary_folder, replace=True)
 
 
 register()
@@ -259,6 +273,11 @@ def load(path: Any) -> TrainConfig:
     loaded = OmegaConf.load(path)
     assert isinstance(loaded, DictConfig)
     return typed(loaded)
+
+
+def gpus_per_node(cluster: ClusterConfig) -> str | None:
+    """What is asked of sbatch; the recipe's environment says "null" where nothing is to be asked."""
+    return None if cluster.gpus_per_node in (None, "", "null") else cluster.gpus_per_node
 
 
 def world_size(cfg: TrainConfig) -> int:

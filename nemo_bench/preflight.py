@@ -14,6 +14,7 @@ from pathlib import Path
 from nemo_bench.config import (
     TrainConfig,
     data_parallel_size,
+    gpus_per_node,
     model_parallel_size,
     num_micro_batches,
     world_size,
@@ -307,21 +308,21 @@ def _device(cfg: TrainConfig) -> list[Problem]:
             )
         )
     c = cfg.cluster
-    if (
-        gpu.device == "cuda"
-        and c.gres is None
-        and c.gpus_per_node is not None
-        and c.gpus_per_node < cfg.trainer.devices
-    ):
-        nodes = -(-world_size(cfg) // max(1, c.gpus_per_node))
-        found.append(
-            Problem(
-                "trainer.devices",
-                cfg.trainer.devices,
-                f"ranks a node, and a node has cluster.gpus_per_node={c.gpus_per_node} GPUs",
-                f"as many GPUs: trainer.devices={c.gpus_per_node} trainer.num_nodes={nodes}",
+    if gpu.device == "cuda" and c.gres is None and (asked := gpus_per_node(c)) is not None:
+        count = asked.rpartition(":")[2]
+        if not count.isdecimal():
+            rule = "is a number of GPUs, with or without a type"
+            found.append(Problem("cluster.gpus_per_node", c.gpus_per_node, rule, "such as 8, h100:8 or null"))
+        elif int(count) < cfg.trainer.devices:
+            nodes = -(-world_size(cfg) // max(1, int(count)))
+            found.append(
+                Problem(
+                    "trainer.devices",
+                    cfg.trainer.devices,
+                    f"ranks a node, and a node has cluster.gpus_per_node={c.gpus_per_node} GPUs",
+                    f"as many GPUs: trainer.devices={count} trainer.num_nodes={nodes}",
+                )
             )
-        )
     if gpu.device == "cuda" and gpu.peak_tflops.get(cfg.precision.name, 0) is None:
         found.append(
             Problem(

@@ -136,28 +136,29 @@ class Reader:
     def _frames(self, file: Any) -> Iterator[bytes]:
         """Decompressed chunks of a file of zstd frames or gzip members, of which there may be several.
 
-        Frame by frame, since a stream reader gives no sign when a file ends in the middle of a frame.
+        Frame by frame, since a stream reader gives no sign when a file ends in the middle of a frame; and never more
+        than a block at once, since text that repeats itself is packed ten thousandfold.
         """
-        new, errors = _decompressor(self.format)
-        frame = None
+        kind = self.format.rpartition(".")[2]
+        frame: _Frame | None = None
         while chunk := file.read(_READ_BYTES):
             self.bytes_read += len(chunk)
-            while chunk:
+            while chunk or (frame is not None and frame.holds_more):
                 if frame is None:
                     if not chunk.strip(b"\0"):
                         break  # padding after the last gzip member
-                    frame = new()
+                    frame = _GzipFrame() if kind == "gz" else _ZstdFrame()
                 try:
                     data = frame.decompress(chunk)
-                except errors as error:
-                    raise _Damaged(f"the {self.format.rpartition('.')[2]} data are damaged ({error})") from None
+                except frame.errors as error:
+                    raise _Damaged(f"the {kind} data are damaged ({error})") from None
                 if data:
                     yield data
                 chunk = b""
                 if frame.eof:
-                    chunk, frame = frame.unused_data, None
+                    chunk, frame = frame.rest, None
         if frame is not None:
-            raise _Damaged(f"the {self.format.rpartition('.')[2]} data end in the middle: the file is truncated")
+            raise _Damaged(f"the {kind} data end in the middle: the file is truncated")
 
     def _parquet(self) -> Iterator[Block]:
         import pyarrow
@@ -178,6 +179,8 @@ class Reader:
                     line += batch.num_rows
                     self.bytes_read = int(self.size_bytes * line / max(rows, 1))
         except (pyarrow.ArrowInvalid, pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's, not the file's
             raise CutShort(line, f"the Parquet file is damaged or truncated ({str(error).splitlines()[0]})") from None
 
 
@@ -206,15 +209,67 @@ class _Damaged(Exception):
     """The compressed data cannot be read on."""
 
 
-def _decompressor(file_format: str) -> tuple[Any, Any]:
-    """What makes a decompressor for one frame, and its errors."""
-    if file_format == ".jsonl.gz":
-        return (lambda: zlib.decompressobj(wbits=31)), zlib.error
-    import zstandard
+class _Frame(Protocol):
+    """One compressed frame: fed chunk by chunk, and asked again without one while it `holds_more`."""
 
-    # Some shards are written with long windows, which the library refuses unless asked.
-    context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    return context.decompressobj, zstandard.ZstdError
+    errors: Any
+
+    def decompress(self, chunk: bytes) -> bytes: ...
+    @property
+    def holds_more(self) -> bool: ...
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def rest(self) -> bytes: ...
+
+
+class _ZstdFrame:
+    def __init__(self) -> None:
+        # The library of Python 3.14, for older ones: others have no bound on what a chunk becomes.
+        from backports import zstd
+
+        # Some shards are written with long windows, which are refused unless asked for.
+        self._frame = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 31})
+        self.errors = zstd.ZstdError
+
+    def decompress(self, chunk: bytes) -> bytes:
+        data: bytes = self._frame.decompress(chunk, max_length=BLOCK_BYTES)
+        return data
+
+    @property
+    def holds_more(self) -> bool:
+        return not (self._frame.eof or self._frame.needs_input)
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._frame.eof)
+
+    @property
+    def rest(self) -> bytes:
+        data: bytes = self._frame.unused_data
+        return data
+
+
+class _GzipFrame:
+    errors = zlib.error
+
+    def __init__(self) -> None:
+        self._frame = zlib.decompressobj(wbits=31)
+
+    def decompress(self, chunk: bytes) -> bytes:
+        return self._frame.decompress(chunk or self._frame.unconsumed_tail, BLOCK_BYTES)
+
+    @property
+    def holds_more(self) -> bool:
+        return not self._frame.eof and bool(self._frame.unconsumed_tail)
+
+    @property
+    def eof(self) -> bool:
+        return self._frame.eof
+
+    @property
+    def rest(self) -> bytes:
+        return self._frame.unused_data
 
 
 @dataclass(frozen=True)

@@ -212,8 +212,8 @@ def read_tokenizer(folder: Path) -> tuple[bytes, str]:
     except OSError as error:
         raise BenchError(
             f"There is no tokenizer: {path}: {error.strerror}.\n"
-            "`python setup_stage.py 'parts=[tokenizer]'` brings Llama's (tokenizer=local: one that needs no account); "
-            "tokenizer_folder=... names the folder of another"
+            "`python setup_stage.py 'parts=[tokenizer]'` brings Llama's; `python setup_stage.py 'parts=[tokenizer]' "
+            "tokenizer=local` one that needs no account; tokenizer_folder=... names the folder of another"
         ) from None
     return content, hashlib.sha256(content).hexdigest()
 

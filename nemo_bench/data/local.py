@@ -83,6 +83,19 @@ class PreparedDataset:
     cached: bool
 
 
+def check_local(folder: Path, *, vocab_size: int, corpus_bytes: int) -> PreparedDataset:
+    """The local dataset in `folder`, read in whole.
+
+    Raises:
+        BenchError: there is none made from these inputs, or it is damaged.
+    """
+    folder = Path(os.path.abspath(folder))
+    found = _verify(Path(os.path.realpath(folder)), folder, _inputs(corpus.collect(corpus_bytes), vocab_size))
+    if isinstance(found, str):
+        raise BenchError(f"{folder}: {found}. `python prepare_data.py data=local` makes it.")
+    return found
+
+
 def prepare_local(
     folder: Path, *, vocab_size: int, corpus_bytes: int, report: Callable[[str], None] = _log.info
 ) -> PreparedDataset:

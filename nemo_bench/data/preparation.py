@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +21,20 @@ from omegaconf import DictConfig
 from nemo_bench.config import Launch, typed_as
 from nemo_bench.data import shard
 from nemo_bench.data.documents import format_of
+from nemo_bench.data.encoder import Backend, Encoder
+from nemo_bench.data.indexed_dataset import idx_path
 from nemo_bench.data.preparation_config import Action, PreparationConfig
 from nemo_bench.data.shard import ShardResult, ShardTask
 from nemo_bench.data.tokenization import MAX_THREADS, usable_cores
 from nemo_bench.errors import BenchError, RunFailed
-from nemo_bench.results.record import tail, write_json
+from nemo_bench.results.record import tail
 
 PROJECT = Path(__file__).resolve().parents[2]
 #: The recipe's folder for the logs of this work, under the stage folder.
 LOGS = "results.data_preparation"
 LOG = "log.out"
 POLL_S = 0.2
+GRACE_S = 10.0  # for a process that is to end
 
 
 @dataclass
@@ -66,9 +72,13 @@ class Shard:
                 return
             self.error = json.loads((self.folder / shard.ERROR).read_bytes())["message"]
         except (OSError, ValueError, KeyError):
-            lines = [line for log in self._logs() for line in tail(log, 15)]
-            ended = f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit status {exit_code}"
-            self.error = "\n".join([f"{ended}; the last lines of its log:", *(f"  | {line}" for line in lines)])
+            lines = [f"  | {line}" for log in self._logs() for line in tail(log, 15)]
+            ended = f"exit status {exit_code}"
+            if exit_code < 0:
+                ended = f"killed by {signal.Signals(-exit_code).name}"
+                if -exit_code == signal.SIGKILL:
+                    ended += " (from outside, or by the kernel for want of memory: `dmesg` says)"
+            self.error = "\n".join([ended, *(["the last lines of its log:", *lines] if lines else [])])
         self.state = "failed"
 
     def _logs(self) -> list[Path]:
@@ -103,11 +113,16 @@ def run_preparation(raw: DictConfig) -> None:
 def absolute_paths(cfg: PreparationConfig) -> PreparationConfig:
     """The configuration with absolute paths, since jobs stand in another folder."""
     cfg.stage_path = str(Path(cfg.stage_path).absolute())
+    if os.path.exists(cfg.stage_path) and not os.path.isdir(cfg.stage_path):
+        raise BenchError(f"{cfg.stage_path} is a file: STAGE_PATH (or stage_path=...) must name a folder")
     cfg.download_folder = str(Path(cfg.download_folder).absolute())
     if cfg.data.folder is not None:
         cfg.data.folder = str(Path(cfg.data.folder).absolute())
     if cfg.tokenizer_folder is not None:
         cfg.tokenizer_folder = str(Path(cfg.tokenizer_folder).absolute())
+    for source in cfg.sources:
+        if "://" in source and not shard.is_url(source):
+            raise BenchError(f"{source}: sources are http:// and https:// URLs, and paths of files")
     cfg.sources = [source if shard.is_url(source) else str(Path(source).absolute()) for source in cfg.sources]
     return cfg
 
@@ -134,11 +149,8 @@ def shard_tasks(cfg: PreparationConfig) -> list[ShardTask]:
     ):
         if value is not None and not value >= least:
             raise BenchError(f"{name}={value}: at least {least}")
-    names = [shard.download_name(source) if shard.is_url(source) else source for _, source in numbered]
-    for name in names:
-        format_of(name)
-    at_once = min(cfg.at_once, len(numbered))
-    threads = cfg.threads or min(MAX_THREADS, max(1, usable_cores() // at_once))
+    for _, source in numbered:
+        format_of(shard.download_name(source) if shard.is_url(source) else source)
     return [
         ShardTask(
             source=source,
@@ -148,14 +160,20 @@ def shard_tasks(cfg: PreparationConfig) -> list[ShardTask]:
             append_eod=cfg.append_eod,
             encoder=cfg.encoder.name,
             max_bad_share=cfg.max_bad_share,
-            # Two URLs may end in the same file name.
-            download_folder=str(Path(cfg.download_folder) / (f"{number:02d}" if len(set(names)) < len(names) else "")),
+            download_folder=cfg.download_folder,
             keep_download=cfg.keep_downloads,
-            threads=threads,
+            threads=cfg.threads,
             overwrite=cfg.overwrite,
         )
         for number, source in numbered
     ]
+
+
+def hydra_quoted(value: str) -> str:
+    """A string as Hydra's override grammar reads it whole, whatever is in it."""
+    if re.fullmatch(r"[A-Za-z0-9_./:+@%-]+", value):
+        return value
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
 
 
 def _shard_url(url: str, number: int) -> str:
@@ -168,23 +186,37 @@ def _shard_url(url: str, number: int) -> str:
 
 
 def plan(cfg: PreparationConfig, tasks: list[ShardTask]) -> str:
-    """What would be made from what."""
+    """What would be made from what, and what is in its way."""
+    from nemo_bench.data.encoder import read_tokenizer
+
     lines = [f"{len(tasks)} dataset{'s' if len(tasks) > 1 else ''}, tokenizer {cfg.tokenizer_folder}"]
+    fingerprint = None
+    try:
+        fingerprint = read_tokenizer(Path(tasks[0].tokenizer_folder))[1]
+    except BenchError as error:
+        lines.append(str(error))
     for task in tasks:
-        lines.append(f"  {task.source}\n    -> {task.prefix}.bin and .idx, {task.threads} threads")
+        lines.append(f"  {task.shown}\n    -> {task.prefix}.bin and .idx")
+        if not task.is_url and not Path(task.source).is_file():
+            lines.append("    this file is NOT THERE")
+        if fingerprint is not None and not cfg.overwrite:
+            try:
+                if isinstance(shard.found(task, fingerprint), ShardResult):
+                    lines.append("    there already")
+            except BenchError as error:
+                lines.append(f"    REFUSED: {error}")
     return "\n".join(lines)
 
 
 def what_is_missing(cfg: PreparationConfig, tasks: list[ShardTask]) -> tuple[list[ShardTask], list[ShardResult]]:
     """The tasks that have to be done, and the datasets that are there; nothing is started before all was looked at."""
-    assert cfg.tokenizer_folder is not None
-    if cfg.overwrite:
-        _tokenizer_sha256(cfg)
-        return tasks, []
+    from nemo_bench.data.encoder import read_tokenizer
+
+    # Only the file's checksum: loading a tokenizer takes a second, and each shard does it anyway.
+    _, fingerprint = read_tokenizer(Path(tasks[0].tokenizer_folder))
     waiting, results = [], []
-    fingerprint = _tokenizer_sha256(cfg)
     for task in tasks:
-        found = shard.found(Path(task.prefix), shard.task_inputs(task, fingerprint))
+        found = "to be made anew" if cfg.overwrite else shard.found(task, fingerprint)
         if isinstance(found, ShardResult):
             results.append(found)
         else:
@@ -193,14 +225,6 @@ def what_is_missing(cfg: PreparationConfig, tasks: list[ShardTask]) -> tuple[lis
     if missing:
         raise BenchError(f"not there: {', '.join(missing)}\nsources=[...] names files or URLs")
     return waiting, results
-
-
-def _tokenizer_sha256(cfg: PreparationConfig) -> str:
-    """Of tokenizer.json. Only that is read: loading a tokenizer takes seconds, and each shard does it anyway."""
-    from nemo_bench.data.encoder import read_tokenizer
-
-    assert cfg.tokenizer_folder is not None
-    return read_tokenizer(Path(cfg.tokenizer_folder))[1]
 
 
 def summary(cfg: PreparationConfig, tasks: list[ShardTask], results: list[ShardResult]) -> str:
@@ -227,21 +251,23 @@ def summary(cfg: PreparationConfig, tasks: list[ShardTask], results: list[ShardR
     if [str(Path(path).absolute()) for path in cfg.data.paths] == prefixes:
         lines.append(f"python train.py data={cfg.data.name} ... trains on them")
     else:
-        weights = f"[{','.join(['1'] * len(prefixes))}]"
-        lines.append(
-            f"python train.py data={cfg.data.name} 'data.paths=[{','.join(prefixes)}]' data.weights={weights} ... "
-            "trains on them"
-        )
+        paths = shlex.quote(f"data.paths=[{','.join(hydra_quoted(prefix) for prefix in prefixes)}]")
+        weights = f"data.weights=[{','.join(['1'] * len(prefixes))}]"
+        lines.append(f"python train.py data={cfg.data.name} {paths} {weights} ... trains on them")
     return "\n".join(lines)
 
 
 def _prepare_local(cfg: PreparationConfig) -> None:
-    from nemo_bench.data.local import prepare_local
+    from nemo_bench.data.local import check_local, prepare_local
 
     assert cfg.data.folder is not None
     folder = Path(cfg.data.folder) / "dataset"
-    if cfg.action is Action.check or cfg.launch is Launch.dry:
-        print(f"the local dataset is in {folder}: python prepare_data.py data=local verifies it, or makes it")
+    if cfg.launch is Launch.dry:
+        print(f"the local dataset: {folder}\nlaunch=dry: nothing was started.")
+        return
+    if cfg.action is Action.check:
+        whole = check_local(folder, vocab_size=cfg.model.vocab_size, corpus_bytes=cfg.data.corpus_bytes)
+        print(f"{whole.prefixes[0]}: {whole.documents:,} documents, {whole.tokens:,} tokens: whole")
         return
     made = prepare_local(
         folder,
@@ -258,12 +284,16 @@ def check(cfg: PreparationConfig) -> None:
     Raises:
         BenchError: one is missing or damaged.
     """
-    problems = []
+    missing, damaged = 0, 0
+    vocab_size = None
+    with contextlib.suppress(BenchError):
+        vocab_size = Encoder(Path(cfg.tokenizer_folder or ""), backend=Backend.tokenizers).vocab_size
     for task in shard_tasks(cfg):
         try:
-            info = shard.verify(Path(task.prefix))
+            info = shard.verify(Path(task.prefix), vocab_size)
         except BenchError as error:
-            problems.append(task.name)
+            there = idx_path(Path(task.prefix)).exists()
+            missing, damaged = missing + (not there), damaged + there
             print(f"{task.name}: {error}")
             continue
         manifest = shard.read_manifest(Path(task.prefix))
@@ -274,8 +304,22 @@ def check(cfg: PreparationConfig) -> None:
             f"{task.name}: {info.documents:,} documents, {info.tokens:,} tokens of {info.dtype}, largest id "
             f"{info.max_token_id:,}: whole ({origin})"
         )
-    if problems:
-        raise BenchError(f"{len(problems)} missing or damaged: python prepare_data.py makes them")
+    if missing or damaged:
+        command = shlex.join(["python", "prepare_data.py", *_overrides()])
+        told = [f"{missing} missing: {command}"] if missing else []
+        if damaged:
+            told.append(
+                f"{damaged} damaged, which this makes anew, and only those that are named: {command} overwrite=true"
+            )
+        raise BenchError("\n".join(told))
+
+
+def _overrides() -> list[str]:
+    """What the user chose, without the verb."""
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    return [override for override in overrides if not override.startswith("action=")]
 
 
 # --- here -------------------------------------------------------------------------------------------------------------
@@ -285,7 +329,10 @@ def new_shard(parent: Path, task: ShardTask) -> Shard:
     """A shard with a folder for its records, which holds its task."""
     folder = parent / task.name
     folder.mkdir(parents=True)
-    write_json(folder / shard.TASK, asdict(task))
+    # A URL may hold a password.
+    os.close(os.open(folder / shard.TASK, os.O_CREAT | os.O_WRONLY, 0o600))
+    with open(folder / shard.TASK, "w") as file:
+        json.dump(asdict(task), file, indent=2)
     return Shard(task, folder)
 
 
@@ -301,7 +348,10 @@ def raise_failures(shards: list[Shard]) -> None:
         return
     lines = [f"{one.task.name}: {one.error}\n  ({one.folder})" for one in failed]
     done = sum(one.state == "done" for one in shards)
-    lines.append(f"{len(failed)} of {len(shards)} failed, {done} are done and stay; the same command goes on from here")
+    more = "the same command goes on from here"
+    if failed[0].task.overwrite:
+        more = "without overwrite=true the same command makes the others"
+    lines.append(f"{len(failed)} of {len(shards)} failed, {done} are done and stay; {more}")
     code = failed[0].exit_code
     raise RunFailed("\n".join(lines), code if code > 0 else 1)
 
@@ -314,7 +364,8 @@ def _run_here(cfg: PreparationConfig, tasks: list[ShardTask]) -> list[ShardResul
 
     parent = new_log_folder(Path(cfg.stage_path))
     try:
-        shards = [new_shard(parent, task) for task in tasks]
+        threads = cfg.threads or min(MAX_THREADS, max(1, usable_cores() // min(cfg.at_once, len(tasks))))
+        shards = [new_shard(parent, replace(task, threads=threads)) for task in tasks]
     except OSError as error:
         raise BenchError(f"{error}\nSTAGE_PATH (or stage_path=...) must name a folder that can be written") from None
     read_fd, write_fd = os.pipe()
@@ -338,14 +389,24 @@ def _run_here(cfg: PreparationConfig, tasks: list[ShardTask]) -> list[ShardResul
     except local.Terminated as ended:
         raise RunFailed(f"ended by {ended}: the same command goes on from here", 128 + ended.signum) from None
     finally:
-        for one in shards:
-            if one.process is not None and one.process.poll() is None:
-                one.process.kill()
-                one.process.wait()
+        _stop([one.process for one in shards if one.process is not None])
         os.close(read_fd)
         os.close(write_fd)
     raise_failures(shards)
     return [one.result for one in shards if one.result is not None]
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Ends what still runs: first in a way that lets it remove what is half-made."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _start(one: Shard, environment: dict[str, str], lifeline_fd: int) -> None:

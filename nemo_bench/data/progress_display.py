@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from nemo_bench.data.shard import ERROR, RESULT
-from nemo_bench.results.record import tail
 
 if TYPE_CHECKING:
     from nemo_bench.data.preparation import Shard
@@ -91,11 +91,13 @@ class ShardDisplay:
 
     def _new_words(self, one: Shard) -> list[str]:
         """What the process said since the last look: retries, bad documents."""
-        log = one.folder / "log.out"
-        logs = [log] if log.exists() else sorted(one.folder.glob("slurm-*.out"))
-        lines = [line for path in logs for line in tail(path, 200)]
-        new = lines[self.said.get(one.task.name, 0) :]
-        self.said[one.task.name] = len(lines)
+        new = []
+        for path in (one.folder / "log.out", one.folder / f"slurm-{one.job_id}.out"):
+            with contextlib.suppress(OSError), open(path, "rb") as log:
+                log.seek(self.said.get(str(path), 0))
+                whole = log.read().rpartition(b"\n")
+                self.said[str(path)] = self.said.get(str(path), 0) + len(whole[0]) + len(whole[1])
+                new += whole[0].decode("utf-8", "replace").splitlines()
         # Its last words are its result or its error, which are told at the end.
         return [] if one.ended or any((one.folder / name).exists() for name in (RESULT, ERROR)) else new
 

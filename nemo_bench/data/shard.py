@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,18 +25,19 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urldefrag, urlsplit
 
 from nemo_bench.data.documents import FORMATS, Reader, format_of
 from nemo_bench.data.encoder import Backend, Encoder
 from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect, optimal_dtype
-from nemo_bench.data.tokenization import Counts, tokenize
+from nemo_bench.data.tokenization import MAX_THREADS, Counts, tokenize, usable_cores
 from nemo_bench.errors import BenchError
 from nemo_bench.files import fsync_folder, locked, sha256_of
 from nemo_bench.results.record import write_atomically, write_json
 
 TASK, PROGRESS, RESULT, ERROR = "task.json", "progress.json", "result.json", "error.json"
 FORMAT, FORMAT_VERSION = "nemo-bench dataset", 1
+_KEYS = {"inputs", "source", "documents", "tokens", "vocab_size", "bad", "truncated", "products", "made_at"}
 _PROGRESS_S = 0.5
 NONE_YET = "there is none yet"
 
@@ -44,12 +47,12 @@ class ShardTask:
     """What is to be made.
 
     Attributes:
-        source: URL, or absolute path of a file.
+        source: URL, or absolute path of a file; a URL may end in "#sha256=..." of the file.
         prefix: absolute path of the dataset, without suffix.
         tokenizer_folder: Hugging Face folder.
         text_key: JSON key or Parquet column of the text.
         download_folder: where a URL's file goes; kept afterwards with `keep_download`.
-        threads: that decode and encode.
+        threads: that decode and encode; None: as many as the machine that does it has use for.
         overwrite: make it anew, whatever is there.
     """
 
@@ -62,7 +65,7 @@ class ShardTask:
     max_bad_share: float
     download_folder: str
     keep_download: bool
-    threads: int
+    threads: int | None
     overwrite: bool
 
     @property
@@ -72,6 +75,24 @@ class ShardTask:
     @property
     def is_url(self) -> bool:
         return is_url(self.source)
+
+    @property
+    def shown(self) -> str:
+        """The source without what may be a secret in a URL: user name, password and query."""
+        if not self.is_url:
+            return self.source
+        parts = urlsplit(self.source)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    @property
+    def download_path(self) -> Path:
+        """Where a URL's file goes: a place of its own for each URL, by host and path."""
+        parts = urlsplit(self.source)
+        folders = [part for part in unquote(parts.path).split("/") if part not in ("", ".", "..")]
+        name = folders.pop()
+        if parts.query:
+            name = f"{hashlib.sha256(parts.query.encode()).hexdigest()[:8]}-{name}"
+        return Path(self.download_folder).joinpath(parts.netloc.rpartition("@")[2].replace(":", "_"), *folders, name)
 
 
 @dataclass(frozen=True)
@@ -106,25 +127,33 @@ def manifest_path(prefix: Path) -> Path:
 
 
 def read_manifest(prefix: Path) -> dict[str, Any] | None:
-    """The description of the dataset `prefix`, or None where there is none of ours."""
+    """The description of the dataset `prefix`, or None where there is none.
+
+    Raises:
+        BenchError: it cannot be read, or is not one.
+    """
+    path = manifest_path(prefix)
     try:
-        manifest = json.loads(manifest_path(prefix).read_bytes())
-    except (OSError, ValueError):
+        manifest = json.loads(path.read_bytes())
+        if (manifest["format"], manifest["version"]) == (FORMAT, FORMAT_VERSION) and manifest.keys() >= _KEYS:
+            assert isinstance(manifest, dict)
+            return manifest
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise BenchError(f"{path} is not a description of a dataset, or is damaged: overwrite=true makes both anew")
 
 
-def found(prefix: Path, inputs: dict[str, Any] | None) -> ShardResult | str:
-    """The complete dataset at `prefix`, or why there is none.
+def found(task: ShardTask, tokenizer_sha256: str) -> ShardResult | str:
+    """The complete dataset of `task`, or why there is none.
 
     Looks at the index and at sizes, in milliseconds; `verify` reads everything.
-
-    Args:
-        inputs: what it must have been made from; None: whatever it was made from.
 
     Raises:
         BenchError: there is one made from other inputs, or files that are not ours and no dataset.
     """
+    prefix = Path(task.prefix)
     manifest = read_manifest(prefix)
     there = [path for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]
     if manifest is None:
@@ -136,36 +165,65 @@ def found(prefix: Path, inputs: dict[str, Any] | None) -> ShardResult | str:
             raise BenchError(
                 f"{error}\nIt was not made by this program, and is left alone: move it away, or overwrite=true"
             ) from None
-        return ShardResult(str(prefix), "foreign", info.documents, info.tokens, None, {}, {})
+        return ShardResult(task.prefix, "foreign", info.documents, info.tokens, None, {}, {})
     if len(there) < 2:
         return "an earlier attempt was not finished"
-    if inputs is not None and manifest["inputs"] != inputs:
-        differing = [key for key in inputs if manifest["inputs"].get(key) != inputs[key]]
-        told = "; ".join(f"{key}: {manifest['inputs'].get(key)} then, {inputs[key]} now" for key in differing)
+    if told := _differences(manifest, task, tokenizer_sha256):
         raise BenchError(
-            f"{prefix} was made from something else ({told or 'by another version of this program'}).\n"
+            f"{prefix} was made from something else ({'; '.join(told)}).\n"
             "overwrite=true makes it anew; output_prefix=... or stage_path=... makes another beside it"
         )
     for path in there:
         expected = manifest["products"][path.suffix]["size_bytes"]
         if path.stat().st_size != expected:
             return f"{path.name} has {path.stat().st_size:,} bytes instead of {expected:,}"
-    return ShardResult(str(prefix), "found", manifest["documents"], manifest["tokens"], None, {}, manifest["bad"])
+    return ShardResult(task.prefix, "found", manifest["documents"], manifest["tokens"], None, {}, manifest["bad"])
 
 
-def verify(prefix: Path) -> DatasetInfo:
-    """Reads the whole dataset back and holds it against its description.
+def task_inputs(task: ShardTask, tokenizer_sha256: str) -> dict[str, Any]:
+    """What decides the dataset's bytes; a local file without its folder, since a stage folder may be moved."""
+    if task.is_url:
+        query = urlsplit(task.source).query
+        source: dict[str, Any] = {"source": task.shown}
+        if query:
+            source["query_sha256"] = hashlib.sha256(query.encode()).hexdigest()
+    else:
+        path = Path(task.source)
+        source = {"source": path.name}
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            status = path.stat()
+            source |= {"source_bytes": status.st_size, "source_mtime_ns": status.st_mtime_ns}
+    return {**source, "text_key": task.text_key, "append_eod": task.append_eod, "tokenizer_sha256": tokenizer_sha256}
+
+
+def _differences(manifest: dict[str, Any], task: ShardTask, tokenizer_sha256: str) -> list[str]:
+    """In what the dataset's description differs from what `task` would make, as clauses."""
+    made, wanted = manifest["inputs"], task_inputs(task, tokenizer_sha256)
+    # A source that is no longer there is no other one: it was deleted once the dataset was made.
+    keys = [key for key in wanted if made.get(key) != wanted[key]]
+    if keys == ["source_mtime_ns"] and sha256_of(Path(task.source)) == manifest["source"].get("sha256"):
+        keys = []
+    told = [f"{key}: {made.get(key)} then, {wanted[key]} now" for key in keys]
+    bad = sum(manifest["bad"].values())
+    if bad / max(bad + manifest["documents"], 1) > task.max_bad_share:
+        told.append(f"{bad:,} bad documents were left out, more than max_bad_share={task.max_bad_share:g}")
+    if manifest["truncated"] and task.max_bad_share < 1:
+        told.append("its source was truncated")
+    return told
+
+
+def verify(prefix: Path, vocab_size: int | None) -> DatasetInfo:
+    """Reads the whole dataset back and holds it against its description, or a foreign one against the vocabulary.
 
     Raises:
         BenchError: missing, damaged or changed.
     """
     manifest = read_manifest(prefix)
-    if manifest is None:
-        return inspect(prefix, read_tokens=True)
-    info = inspect(prefix, vocab_size=manifest["vocab_size"], read_tokens=True)
-    for path in (bin_path(prefix), idx_path(prefix)):
-        if sha256_of(path) != manifest["products"][path.suffix]["sha256"]:
-            raise BenchError(f"{path} has changed since it was made: overwrite=true makes it anew.")
+    info = inspect(prefix, vocab_size=manifest["vocab_size"] if manifest else vocab_size, read_tokens=True)
+    if manifest is not None:
+        for path in (bin_path(prefix), idx_path(prefix)):
+            if sha256_of(path) != manifest["products"][path.suffix]["sha256"]:
+                raise BenchError(f"{path} has changed since it was made: overwrite=true makes it anew.")
     return info
 
 
@@ -198,18 +256,17 @@ def prepare(task: ShardTask, progress: Progress, report: Callable[[str], None]) 
     """
     prefix = Path(task.prefix)
     encoder = Encoder(Path(task.tokenizer_folder), backend=Backend[task.encoder], report=report)
-    inputs = task_inputs(task, encoder.fingerprint)
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with locked(prefix.parent / f".{prefix.name}.lock", f"makes {prefix.name}", report):
             _remove_leftovers(prefix)
             if not task.overwrite:
-                result = found(prefix, inputs)
+                result = found(task, encoder.fingerprint)
                 if isinstance(result, ShardResult):
                     return result
                 if result != NONE_YET:
                     report(f"made anew: {result}")
-            return _make(task, encoder, inputs, progress, report)
+            return _make(task, encoder, progress, report)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BenchError(
@@ -219,19 +276,9 @@ def prepare(task: ShardTask, progress: Progress, report: Callable[[str], None]) 
         raise BenchError(f"Cannot make {prefix}: {error}. Check that the folder can be written.") from None
 
 
-def task_inputs(task: ShardTask, tokenizer_sha256: str) -> dict[str, Any]:
-    """What decides the dataset's bytes; a local file by its name and size, since a stage folder may be moved."""
-    source: dict[str, Any] = {"source": task.source}
-    if not task.is_url:
-        path = Path(task.source)
-        source = {"source": path.name, "source_bytes": path.stat().st_size if path.exists() else None}
-    return {**source, "text_key": task.text_key, "append_eod": task.append_eod, "tokenizer_sha256": tokenizer_sha256}
-
-
-def _make(
-    task: ShardTask, encoder: Encoder, inputs: dict[str, Any], progress: Progress, report: Callable[[str], None]
-) -> ShardResult:
+def _make(task: ShardTask, encoder: Encoder, progress: Progress, report: Callable[[str], None]) -> ShardResult:
     prefix = Path(task.prefix)
+    threads = task.threads or min(MAX_THREADS, usable_cores())
     seconds: dict[str, float] = {}
     started = time.monotonic()
 
@@ -255,17 +302,21 @@ def _make(
             reader,
             encoder,
             building,
-            threads=task.threads,
+            threads=threads,
             append_eod=task.append_eod,
             max_bad_share=task.max_bad_share,
             progress=tokenized,
         )
         lap("tokenise")
         progress("verifying", 0, None, documents=counts.documents, tokens=counts.tokens)
+        inputs = task_inputs(task, encoder.fingerprint)
         info, products = _read_back(building, encoder, counts)
+        if "sha256" not in origin:
+            origin["sha256"] = sha256_of(source)
         lap("verify")
         if counts.bad_documents:
-            report(f"{source}: {counts.bad_documents:,} bad documents left out, {dict(counts.bad)}; the first:")
+            reasons = ", ".join(f"{number:,} x {reason}" for reason, number in counts.bad.most_common())
+            report(f"{source}: {counts.bad_documents:,} bad documents left out: {reasons}; the first:")
             for example in counts.examples:
                 report(f"  {example}")
         manifest = {
@@ -282,9 +333,10 @@ def _make(
             "text_bytes": counts.text_bytes,
             "bad": dict(counts.bad),
             "bad_examples": counts.examples,
+            "truncated": counts.truncated,
             "products": products,
             "seconds": seconds,
-            "threads": task.threads,
+            "threads": threads,
             "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "made_with": {"encoder": encoder.backend.value, **_versions()},
         }
@@ -307,16 +359,17 @@ def _fetch(task: ShardTask, progress: Progress, report: Callable[[str], None]) -
         return path, {"path": task.source, "size_bytes": path.stat().st_size}
     from nemo_bench.data.download import download
 
-    folder = Path(task.download_folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    url, fragment = urldefrag(task.source)
+    progress("downloading")
     done = download(
-        task.source,
-        folder / download_name(task.source),
+        url,
+        task.download_path,
+        sha256=fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None,
         token=_token_for(task.source),
         progress=lambda done_bytes, total_bytes: progress("downloading", done_bytes, total_bytes),
         report=report,
     )
-    return done.path, {"url": task.source, "size_bytes": done.size_bytes, "sha256": done.sha256}
+    return done.path, {"url": done.url, "size_bytes": done.size_bytes, "sha256": done.sha256}
 
 
 def _token_for(url: str) -> str | None:
@@ -366,18 +419,20 @@ def _publish(building: Path, prefix: Path, manifest: dict[str, Any]) -> None:
     fsync_folder(prefix.parent)
 
 
-def _remove_leftovers(prefix: Path) -> None:
-    """Removes what killed attempts left. The lock must be held."""
+def _remove_leftovers(prefix: Path, process: str = "*") -> None:
+    """Removes what killed attempts left; of all processes only with the lock held."""
     for dots in (".", ".."):  # the writer puts a dot of its own before a file that it is writing
-        for path in prefix.parent.glob(f"{dots}{glob.escape(prefix.name)}.building-*"):
+        for path in prefix.parent.glob(f"{dots}{glob.escape(prefix.name)}.building-{process}-*"):
             path.unlink(missing_ok=True)
 
 
 def _forget_download(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if not leftover.name.endswith(".lock"):
-            leftover.unlink(missing_ok=True)
+    """Deletes a download with what is beside it, unless another process is at work on it."""
+    with contextlib.suppress(BlockingIOError), locked(path.parent / f".{path.name}.lock", "", None):
+        path.unlink(missing_ok=True)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            if not leftover.name.endswith(".lock"):
+                leftover.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:
@@ -389,25 +444,37 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+class _Ended(BaseException):
+    """SIGTERM: what is half-made is removed on the way out."""
+
+
+def _end(signum: int, frame: object) -> None:
+    raise _Ended(signum)
+
+
 def main(folder: Path) -> int:
     """Does the task in `folder`; the exit code is that of a command."""
     from nemo_bench.launch import lifeline
 
-    lifeline.watch(lambda: None)
     # Threads that release the interpreter lock thousands of times a second wait less for it.
     sys.setswitchinterval(0.0005)
     (folder / ERROR).unlink(missing_ok=True)
     progress = Progress(folder)
     progress("starting")
+    task = ShardTask(**json.loads((folder / TASK).read_bytes()))
+    signal.signal(signal.SIGTERM, _end)
+    lifeline.watch(lambda: _remove_leftovers(Path(task.prefix), str(os.getpid())))
     try:
-        task = ShardTask(**json.loads((folder / TASK).read_bytes()))
         result = prepare(task, progress, lambda line: print(line, flush=True))
-    except BenchError as error:
+        write_json(folder / RESULT, asdict(result))
+    except _Ended:
+        return 128 + signal.SIGTERM
+    except (BenchError, OSError) as error:
+        code = error.exit_code if isinstance(error, BenchError) else 2
         with contextlib.suppress(OSError):
-            write_json(folder / ERROR, {"message": str(error), "exit_code": error.exit_code})
+            write_json(folder / ERROR, {"message": str(error), "exit_code": code})
         print(error, file=sys.stderr, flush=True)
-        return error.exit_code
-    write_json(folder / RESULT, asdict(result))
+        return code
     progress("done")
     print(f"{result.state}: {result.prefix}: {result.documents:,} documents, {result.tokens:,} tokens", flush=True)
     return 0

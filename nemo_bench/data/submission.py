@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_bench.config import Launch, typed_as
+from nemo_bench.data import shard
 from nemo_bench.data.preparation import (
     Shard,
     absolute_paths,
@@ -18,63 +22,117 @@ from nemo_bench.data.preparation import (
     what_is_missing,
 )
 from nemo_bench.data.preparation_config import Action, PreparationConfig
-from nemo_bench.data.shard import ShardTask
+from nemo_bench.data.shard import ShardResult, ShardTask
 from nemo_bench.errors import BenchError
 from nemo_bench.launch import command_jobs
-from nemo_bench.launch.submission import Point, forget_sweep
+from nemo_bench.launch.command_jobs import CommandJob
+from nemo_bench.launch.submission import Point
+
+
+@dataclass
+class _Preparation:
+    """A point of the sweep: what it asks for, what is there, and what is under way."""
+
+    cfg: PreparationConfig
+    tasks: list[ShardTask]
+    waiting: list[ShardTask] = field(default_factory=list)
+    results: list[ShardResult] = field(default_factory=list)
+    shards: list[Shard] = field(default_factory=list)
 
 
 def submit_preparations(points: list[Point], *, sweep_dir: Path, wait: bool, to_slurm: bool) -> None:
-    """Submits what is missing of each point, and follows the jobs to their end where `wait` is set.
+    """Submits what is missing of all points, once all were checked, and follows the jobs where `wait` is set.
 
     Raises:
-        BenchError: a point cannot work, or the scheduler refuses.
+        BenchError: a point cannot work (then nothing was submitted), or the scheduler refuses.
         RunFailed: a job did not complete.
     """
-    forget_sweep(sweep_dir)  # the records of this command lie with the recipe's, in results.data_preparation
-    for point in points:
-        _submit(absolute_paths(typed_as(PreparationConfig, point.config)), wait=wait, to_slurm=to_slurm)
+    preparations = [_checked(point, to_slurm=to_slurm) for point in points]
+    repeated = [
+        prefix for prefix, count in Counter(t.prefix for p in preparations for t in p.tasks).items() if count > 1
+    ]
+    if repeated:
+        raise BenchError(
+            f"two points of the sweep make the same dataset: {', '.join(repeated)}; output_prefix=... names them apart"
+        )
+    if any(p.cfg.launch is Launch.dry for p in preparations):
+        for p in preparations:
+            _show(p)
+        return
+    for p in preparations:
+        p.waiting, p.results = what_is_missing(p.cfg, p.tasks)
+    jobs = _submit(preparations)
+    if not wait and jobs:
+        print("python prepare_data.py check reads back what they have made; python jobs.py lists them")
+        return
+    if jobs:
+        _follow([one for p in preparations for one in p.shards], jobs)
+    for p in preparations:
+        made = [one.result for one in p.shards if one.result is not None]
+        print(summary(p.cfg, p.tasks, p.results + made))
 
 
-def _submit(cfg: PreparationConfig, *, wait: bool, to_slurm: bool) -> None:
+def _checked(point: Point, *, to_slurm: bool) -> _Preparation:
+    cfg = absolute_paths(typed_as(PreparationConfig, point.config))
     command_jobs.require_slurm(cfg.cluster, to_slurm=to_slurm)
-    if cfg.action is not Action.prepare or cfg.data.kind != "megatron":
-        raise BenchError(f"action={cfg.action.name} data={cfg.data.name}: only data=pile is prepared by jobs")
-    tasks = shard_tasks(cfg)
-    parent = new_log_folder(Path(cfg.stage_path))
-    if cfg.launch is Launch.dry:
-        print(plan(cfg, tasks))
-        for task in tasks:
-            command_jobs.show(cfg.cluster, _name(task), _command(parent / task.name), parent / task.name)
-        print("launch=dry: nothing was submitted.")
-        return
-    waiting, results = what_is_missing(cfg, tasks)
-    if not waiting:
-        print(summary(cfg, tasks, results))
-        return
+    if cfg.action is not Action.prepare:
+        raise BenchError(f"{cfg.action.name} needs no job: leave hydra/launcher=... out")
+    if cfg.data.kind != "megatron":
+        raise BenchError(f"data={cfg.data.name} is prepared here, in seconds: leave hydra/launcher=... out")
+    return _Preparation(cfg, shard_tasks(cfg))
+
+
+def _show(p: _Preparation) -> None:
+    print(plan(p.cfg, p.tasks))
+    parent = new_log_folder(Path(p.cfg.stage_path))
+    for task in p.tasks:
+        command_jobs.show(p.cfg.cluster, _name(task), _command(parent / task.name), parent / task.name)
+    print("launch=dry: nothing was submitted.")
+
+
+def _submit(preparations: list[_Preparation]) -> list[CommandJob]:
+    """A job for each missing dataset, or the one that is making it already."""
+    if not any(p.waiting for p in preparations):
+        return []
     command_jobs.require_sbatch()
-    try:
-        shards = [new_shard(parent, task) for task in waiting]
-    except OSError as error:
-        raise BenchError(f"{error}\nSTAGE_PATH (or stage_path=...) must name a folder that can be written") from None
-    jobs = []
-    for one in shards:
+    active = _active(Path(preparations[0].cfg.stage_path))
+    jobs: list[CommandJob] = []
+    for p in preparations:
+        parent = new_log_folder(Path(p.cfg.stage_path))
+        for task in p.waiting:
+            if (job := active.get(task.prefix)) is not None:
+                one = Shard(task, job.folder)
+                print(f"job {job.job_id} is making {task.name} already", flush=True)
+            else:
+                try:
+                    one = new_shard(parent, task)
+                    job = command_jobs.submit(p.cfg.cluster, _name(task), _command(one.folder), one.folder)
+                except (BenchError, OSError) as error:
+                    told = f"\nsubmitted before that: {' '.join(job.job_id for job in jobs)}" if jobs else ""
+                    raise BenchError(f"{error}{told}") from None
+                print(f"job {job.job_id}: {task.name}, log {one.folder}/slurm-{job.job_id}.out", flush=True)
+            one.job_id, one.state = job.job_id, job.state
+            p.shards.append(one)
+            jobs.append(job)
+    return jobs
+
+
+def _active(stage: Path) -> dict[str, CommandJob]:
+    """Jobs of earlier commands that have not ended, by the dataset that they make."""
+    from nemo_bench.launch.jobs import ACTIVE
+
+    found = {}
+    for job in command_jobs.submitted(stage):
         try:
-            jobs.append(command_jobs.submit(cfg.cluster, _name(one.task), _command(one.folder), one.folder))
-        except BenchError as error:
-            told = f"\nsubmitted before that: {' '.join(job.job_id for job in jobs)}" if jobs else ""
-            raise BenchError(f"{error}{told}") from None
-        one.job_id, one.state = jobs[-1].job_id, jobs[-1].state
-        print(f"job {one.job_id}: {one.task.name}, log {one.folder}/slurm-{one.job_id}.out", flush=True)
-    if wait or cfg.wait:
-        _follow(shards, jobs)
-        results += [one.result for one in shards if one.result is not None]
-        print(summary(cfg, tasks, results))
-    else:
-        print("python prepare_data.py check reads back what they have made")
+            prefix = json.loads((job.folder / shard.TASK).read_bytes())["prefix"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if job.state in ACTIVE:
+            found[prefix] = job
+    return found
 
 
-def _follow(shards: list[Shard], jobs: list[command_jobs.CommandJob]) -> None:
+def _follow(shards: list[Shard], jobs: list[CommandJob]) -> None:
     from nemo_bench.data.progress_display import ShardDisplay
     from nemo_bench.results.terminal import make_console
 

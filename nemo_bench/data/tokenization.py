@@ -42,6 +42,7 @@ class Counts:
         text_bytes: UTF-8 bytes of the text that was encoded.
         bad: documents left out, by reason.
         examples: the first of them, as "line N: reason".
+        truncated: whether the file ended before its data did.
     """
 
     lines: int = 0
@@ -50,6 +51,7 @@ class Counts:
     text_bytes: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    truncated: bool = False
 
     @property
     def bad_documents(self) -> int:
@@ -145,6 +147,7 @@ def tokenize(
             raise
         if cut is not None:
             counts.add_bad(BadDocument(cut.line, cut.reason))
+            counts.truncated = True
             if max_bad_share < 1:
                 raise BenchError(
                     f"{reader.path} {cut}.\nBring the file again (max_bad_share=1 goes on with what there is of it)"

@@ -6,6 +6,7 @@ Its folder holds the batch script, `job.json` with the id, the log `slurm-<id>.o
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -30,8 +31,13 @@ class CommandJob:
     name: str
     job_id: str
     folder: Path
+    command: str  # as the user gave it
     state: str = "PENDING"  # Slurm's word
     exit_code: int | None = None  # of the command, once it has ended
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"slurm-{self.job_id}.out"
 
     @property
     def ended(self) -> bool:
@@ -73,8 +79,9 @@ def submit(cluster: ClusterConfig, name: str, command: list[str], folder: Path) 
         BenchError: the scheduler refused.
     """
     job_id = slurm.submit(slurm.command_script(cluster, name, command, folder), name, folder)
-    record.set_job(folder, job_id, name=name)
-    return CommandJob(name, job_id, folder)
+    given = shlex.join(["python", *sys.argv])
+    record.set_job(folder, job_id, name=name, command=given)
+    return CommandJob(name, job_id, folder, given)
 
 
 def submitted(stage: Path) -> list[CommandJob]:
@@ -84,11 +91,12 @@ def submitted(stage: Path) -> list[CommandJob]:
     found = []
     for path in [
         *stage.glob(f"results.data_preparation/*/*/{record.JOB}"),
-        *stage.glob(f"submissions/*/*/{record.JOB}"),
+        *stage.glob(f"results.stage_setup/*/{record.JOB}"),
     ]:
         try:
             content = record.read_job(path.parent)
-            found.append((content["submitted_at"], CommandJob(content["name"], content["id"], path.parent)))
+            job = CommandJob(content["name"], content["id"], path.parent, content["command"])
+            found.append((content["submitted_at"], job))
         except (OSError, ValueError, KeyError) as error:
             print(f"left out: {path}: {type(error).__name__}: {error}", file=sys.stderr)
     jobs = [job for _, job in sorted(found, key=lambda row: (row[0], row[1].name))]
@@ -102,10 +110,17 @@ def submitted(stage: Path) -> list[CommandJob]:
 
 def log_text(job: CommandJob) -> str:
     """The end of the job's log."""
-    log = job.folder / f"slurm-{job.job_id}.out"
-    if not log.exists():
-        return f"{log} is not there: the job is {job.state}"
-    return f"==> {log} <==\n" + "\n".join(record.tail(log, 40))
+    if not job.log.exists():
+        return f"{job.log} is not there: the job is {job.state}"
+    return f"==> {job.log} <==\n" + "\n".join(record.tail(job.log, 40))
+
+
+def not_resubmitted(job: CommandJob) -> BenchError:
+    """The error that tells how a command is run again."""
+    return BenchError(
+        f"job {job.job_id} ({job.name}) is no run of train.py: the same command again does what is still missing\n"
+        f"  {job.command}"
+    )
 
 
 def table(jobs: list[CommandJob]) -> Any:
@@ -149,8 +164,27 @@ def follow(jobs: list[CommandJob], tick: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         ids = " ".join(job.job_id for job in jobs if not job.ended)
         raise RunFailed(
-            f"stopped watching; the jobs go on ({ids}): the same command shows what is there", 130
+            f"stopped watching; the jobs go on ({ids}): python jobs.py follow shows them",
+            130,
         ) from None
+
+
+def follow_to_end(jobs: list[CommandJob]) -> None:
+    """Waits until all have ended, and prints the ends of their logs; Ctrl-C leaves them running.
+
+    Raises:
+        RunFailed: a job did not complete, or the watching was interrupted.
+    """
+    from nemo_bench.launch.jobs import UNKNOWN
+
+    # Of a job that Slurm has forgotten no end will come.
+    follow([job for job in jobs if job.state != UNKNOWN], lambda: None)
+    for job in jobs:
+        print(log_text(job))
+    failed = [job for job in jobs if job.exit_code != 0]
+    if failed:
+        told = ", ".join(f"job {job.job_id} did not complete ({job.state})" for job in failed)
+        raise RunFailed(f"{told}: the end of its log, where it has one, is above", failed[0].exit_code or 1)
 
 
 def _exit_code(job: CommandJob) -> int | None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.config import ClusterConfig, TrainConfig, world_size
+from nemo_bench.config import ClusterConfig, TrainConfig, gpus_per_node, world_size
 from nemo_bench.errors import BenchError
 from nemo_bench.results.record import EXIT, REQUEUE
 
@@ -65,7 +65,7 @@ def _options(
         "nodes": nodes,
         "ntasks-per-node": ntasks_per_node,
         "cpus-per-task": c.cpus_per_task,
-        "gpus-per-node": c.gpus_per_node if c.gres is None else None,
+        "gpus-per-node": gpus_per_node(c) if c.gres is None else None,
         "gres": c.gres,
         "exclusive": c.exclusive or None,
         "mem": c.mem,
@@ -97,7 +97,10 @@ def command_script(cluster: ClusterConfig, name: str, command: list[str], folder
     """
     # No srun: a step of one task would be bound to one core.
     options = _options(cluster, name=name, nodes=1, ntasks_per_node=1, folder=folder, requeue=True, signal=None)
-    exports = {**cluster.env, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"}
+    # What this interpreter needs besides: a project unpacked from a bundle has its packages on the path.
+    inherited = cluster.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    path = f"{PROJECT}{os.pathsep}{inherited}" if inherited else str(PROJECT)
+    exports = {**cluster.env, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     lines = [
         "#!/bin/bash",
         *_flags(options),

@@ -49,7 +49,7 @@ VERSION = 1
 _CONTENTS_LIMIT_BYTES = 64 << 20
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _ZSTD_LEVEL = 3  # images are compressed already
-_DATASET_NAME = re.compile(rf"{re.escape(datasets.FOLDER)}/my-llama_[^/]*_text_document\.(bin|idx)")
+_DATASET_NAME = re.compile(rf"{re.escape(datasets.FOLDER)}/[^/.][^/]*({'|'.join(map(re.escape, datasets.SUFFIXES))})")
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class Contents:
 
     @property
     def places(self) -> list[str]:
-        """What is put into the stage folder as a whole: files, and the folders of parts."""
-        return [place for by_place in self.parts.values() for place in by_place] + sorted(self.datasets)
+        """What is put into the stage folder as a whole, in this order: files, and the folders of parts."""
+        last = sorted(self.datasets, key=lambda name: datasets.SUFFIXES.index(os.path.splitext(name)[1]))
+        return [place for by_place in self.parts.values() for place in by_place] + last
 
     @property
     def size_bytes(self) -> int:
@@ -104,6 +105,8 @@ class Contents:
         if content["format"] != FORMAT or content["version"] != VERSION:
             raise ValueError(f"format {content['format']!r}, version {content['version']}")
         found = {name: FileRecord(**file) for name, file in content["datasets"].items()}
+        if not all(_DATASET_NAME.fullmatch(name) for name in found):
+            raise ValueError("it lists other files as datasets")
         contents = Contents(content["made_at"], entries_from_json(content["parts"]), found)
         for name in [*contents.places, *contents.files]:
             components = name.split("/")
@@ -115,8 +118,6 @@ class Contents:
             for place, entry in by_place.items():
                 if any(name != place and not name.startswith(f"{place}/") for name in entry.files):
                     raise ValueError(f"{place!r} holds files of other places")
-        if not all(_DATASET_NAME.fullmatch(name) for name in found):
-            raise ValueError("it lists other files as datasets")
         return contents
 
 
@@ -132,7 +133,7 @@ def pack(stage: Stage, entries: dict[PartName, dict[str, Entry]], bundle: Path) 
     compress = _is_compressed(bundle)
     if os.path.lexists(bundle):
         raise BenchError(f"{bundle} exists, and is left alone: remove it, or give the bundle another name")
-    found = datasets.find(stage.folder)
+    found = datasets.find(stage.folder, contents=False)
     if broken := [dataset.problem for dataset in found if dataset.problem]:
         raise BenchError("a dataset cannot be packed:\n" + "\n".join(f"  {problem}" for problem in broken))
     needed = sum(e.size_bytes for by in entries.values() for e in by.values()) + sum(d.size_bytes for d in found)
@@ -150,7 +151,7 @@ def pack(stage: Stage, entries: dict[PartName, dict[str, Entry]], bundle: Path) 
             finally:
                 remove(packing)
     except OSError as error:
-        raise writing_error(bundle.parent, error) from error
+        raise writing_error(bundle.parent, error, "bundle=FILE") from error
     say(f"packed {len(contents.files):,} files, {size_text(contents.size_bytes)}, into {bundle}")
 
 
@@ -175,12 +176,18 @@ def _zstandard() -> Any:
 
 
 def _measured(stage: Stage, found: list[datasets.StageDataset]) -> dict[str, FileRecord]:
+    from nemo_bench.data.shard import read_manifest
+
+    measured = {}
     with byte_progress("checksums of the datasets", sum(dataset.size_bytes for dataset in found)) as advance:
-        return {
-            path.relative_to(stage.folder).as_posix(): measure(path, advance)
-            for dataset in found
-            for path in dataset.files
-        }
+        for dataset in found:
+            description = read_manifest(dataset.prefix)
+            for path in dataset.files:
+                file = measured[path.relative_to(stage.folder).as_posix()] = measure(path, advance)
+                recorded = description["products"].get(path.suffix) if description else None
+                if recorded is not None and recorded["sha256"] != file.sha256:
+                    raise BenchError(f"{path} has changed since it was made; nothing was packed")
+    return measured
 
 
 def _write(stage: Stage, contents: Contents, packing: Path, compress: bool) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -182,8 +183,32 @@ def require_room(needs: list[Room]) -> None:
         raise BenchError("not enough disk space; nothing was done:\n" + "\n".join(short))
 
 
-def writing_error(folder: Path, error: OSError) -> BenchError:
-    """The error that tells the user of `error`, met while writing in `folder`."""
+_STAGE_PATH = "STAGE_PATH (or stage_path=...)"
+
+
+def require_stage_folder(folder: Path) -> None:
+    """Leaves nothing behind.
+
+    Raises:
+        BenchError: the stage folder is not there and cannot be made, or something else has its name.
+    """
+    if os.path.isdir(folder):
+        return
+    if os.path.lexists(folder):
+        raise BenchError(f"{folder} is not a folder\n{_STAGE_PATH} must name a place that you can write")
+    above = next(parent for parent in folder.parents if os.path.lexists(parent))
+    try:
+        # Tried, not asked for: access rights say nothing of read-only and special file systems.
+        with tempfile.TemporaryDirectory(prefix=".nemo-bench-", dir=above):
+            pass
+    except OSError as error:
+        raise BenchError(
+            f"{folder} cannot be made ({above}: {error.strerror})\n{_STAGE_PATH} must name a place that you can write"
+        ) from error
+
+
+def writing_error(folder: Path, error: OSError, key: str = _STAGE_PATH) -> BenchError:
+    """The error that tells the user of `error`, met while writing in `folder`, which `key` names."""
     if isinstance(error, BrokenPipeError):  # of our own output, whose reader went away: cli's to deal with
         raise error
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -192,6 +217,4 @@ def writing_error(folder: Path, error: OSError) -> BenchError:
             f"no space left in {folder} ({error.strerror}; {size_text(free)} are free now that what was half-made is "
             "gone): free some, and run this again"
         )
-    return BenchError(
-        f"{folder} cannot be written: {error}\nSTAGE_PATH (or stage_path=...) must name a folder that you can write"
-    )
+    return BenchError(f"{folder} cannot be written: {error}\n{key} must name a place that you can write")

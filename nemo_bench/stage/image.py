@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from nemo_bench.stage.files import Room, say, size_text
 from nemo_bench.stage.manifest import Entry
 from nemo_bench.stage.part import Part, inside
 
-_SQUASHFS_MAGIC = b"hsqs"
+# The superblock of squashfs 4.0: magic, major version, bytes used.
+_SUPERBLOCK = struct.Struct("<4s24xH10xQ48x")
+_SQUASHFS_MAGIC, _SQUASHFS_VERSION = b"hsqs", 4
 _TAIL_BYTES = 64 << 10
 _TAIL_LINES = 12
 # enroot removes its temporary folders when it is terminated.
@@ -138,8 +141,16 @@ class ImagePart(Part):
 
 def _check_squashfs(path: Path) -> None:
     with open(path, "rb") as file:
-        if file.read(len(_SQUASHFS_MAGIC)) != _SQUASHFS_MAGIC:
-            raise BenchError(f"the image is no squash file (it does not begin with {_SQUASHFS_MAGIC.decode()})")
+        head, size_bytes = file.read(_SUPERBLOCK.size), os.fstat(file.fileno()).st_size
+    if not head.startswith(_SQUASHFS_MAGIC):
+        raise BenchError(f"the image is no squash file (it does not begin with {_SQUASHFS_MAGIC.decode()})")
+    if len(head) < _SUPERBLOCK.size:
+        raise BenchError(f"the image is truncated: {size_bytes} of at least {_SUPERBLOCK.size} bytes")
+    _, version, used_bytes = _SUPERBLOCK.unpack(head)
+    if version != _SQUASHFS_VERSION:
+        raise BenchError(f"the image is no squash file of version {_SQUASHFS_VERSION}, but of version {version}")
+    if size_bytes < used_bytes:  # more is well: files are padded
+        raise BenchError(f"the image is truncated: {size_bytes:,} of {used_bytes:,} bytes")
 
 
 def _device(folder: Path) -> int:

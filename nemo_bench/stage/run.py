@@ -12,7 +12,7 @@ from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.launch.local import Terminated, termination_raises
 from nemo_bench.stage import bundle, datasets
 from nemo_bench.stage.config import Action, PartName, StageConfig
-from nemo_bench.stage.files import require_room, say, size_text
+from nemo_bench.stage.files import require_room, require_stage_folder, say, size_text
 from nemo_bench.stage.image import ImagePart
 from nemo_bench.stage.manifest import Entry, Stage
 from nemo_bench.stage.part import Part, State
@@ -32,6 +32,7 @@ def run_stage(raw: DictConfig) -> None:
     cfg = typed_as(StageConfig, raw)
     stage = Stage(Path(cfg.stage_path).absolute())
     packed = None if cfg.bundle is None else Path(cfg.bundle).absolute()
+    require_stage_folder(stage.folder)
     try:
         with termination_raises():
             _run(cfg, stage, packed)
@@ -126,7 +127,7 @@ def _print_plan(cfg: StageConfig, stage: Stage, parts: list[Part], packed: Path 
 
 
 def check(stage: Stage, parts: list[Part]) -> None:
-    """Reads every byte of the parts, prints a table, and names the command that mends each.
+    """Reads every byte of the parts and datasets, prints a table, and names the command that mends each.
 
     Raises:
         BenchError: a part or a dataset is not as it should be.
@@ -143,20 +144,32 @@ def check(stage: Stage, parts: list[Part]) -> None:
         entry = state.entry
         shown = (size_text(entry.size_bytes), part.version(entry), entry.made_at) if entry else ("", "", "")
         table.add_row(part.kind.value, state.name, *shown, part.place)
-    found = datasets.find(stage.folder)
+    found = datasets.find(stage.folder, contents=True)
     for dataset in found:
         tokens = "" if dataset.tokens is None else f"{dataset.tokens:,} tokens"
-        state_name = "damaged" if dataset.problem else "ok (index and sizes)" if dataset.tokens else "not looked into"
         place = dataset.prefix.relative_to(stage.folder).as_posix()
-        table.add_row("dataset", state_name, size_text(dataset.size_bytes), tokens, "", place)
+        size, made_at = size_text(dataset.size_bytes), dataset.made_at or ""
+        table.add_row("dataset", _state_of(dataset), size, tokens, made_at, place)
     if not found:
         table.add_row("dataset", "not there", "", "python prepare_data.py makes it; data=mock needs none", "", "")
     make_console().print(table)
 
     problems = [_mending(stage, states)] if any(not state.ok for state in states.values()) else []
-    problems += [f"dataset: {dataset.problem}\n  python prepare_data.py" for dataset in found if dataset.problem]
+    problems += [
+        f"dataset: {dataset.problem}\n  python prepare_data.py, with the overrides that made it"
+        for dataset in found
+        if dataset.problem
+    ]
     if problems:
         raise BenchError("\n".join(problems))
+
+
+def _state_of(dataset: datasets.StageDataset) -> str:
+    if dataset.problem:
+        return "damaged"
+    if dataset.tokens is None:
+        return "not read (numpy is not installed)"
+    return "ok" if dataset.made_at else "ok (no checksums to compare)"
 
 
 def _mending(stage: Stage, states: dict[Part, State]) -> str:

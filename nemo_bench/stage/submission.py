@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import sys
+import time
 from pathlib import Path
 
 from nemo_bench.config import Launch, typed_as
-from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.launch import command_jobs
 from nemo_bench.launch.slurm import PROJECT
-from nemo_bench.launch.submission import Point, forget_sweep
-from nemo_bench.results.record import tail
+from nemo_bench.launch.submission import Point
 from nemo_bench.stage.config import StageConfig
+from nemo_bench.stage.files import require_stage_folder, writing_error
+
+LOGS = "results.stage_setup"
+# What only concerns the submission: what Slurm sets in a job is not read as the user's settings there.
+_SUBMISSION_KEYS = ("cluster", "launch")
 
 
 def submit_stage(points: list[Point], *, sweep_dir: Path, wait: bool, to_slurm: bool) -> None:
@@ -24,51 +30,63 @@ def submit_stage(points: list[Point], *, sweep_dir: Path, wait: bool, to_slurm: 
         RunFailed: a job failed.
     """
     configs = [typed_as(StageConfig, point.config) for point in points]
-    folders = [sweep_dir / str(number) for number in range(len(points))]
-    commands = [
-        [sys.executable, "-u", str(PROJECT / "setup_stage.py"), "cluster=local", *_of_the_stage(point.overrides)]
-        for point in points
-    ]
-    dry = any(cfg.launch is Launch.dry for cfg in configs)
-    try:
-        for cfg in configs:
-            command_jobs.require_slurm(cfg.cluster, to_slurm=to_slurm)
-        if not dry:
-            command_jobs.require_sbatch()
-    except BenchError:
-        forget_sweep(sweep_dir)
-        raise
-    if dry:
-        forget_sweep(sweep_dir)
-        for cfg, command, folder in zip(configs, commands, folders):
-            command_jobs.show(cfg.cluster, _name(cfg), command, folder)
+    for cfg in configs:
+        command_jobs.require_slurm(cfg.cluster, to_slurm=to_slurm)
+        require_stage_folder(_stage(cfg))
+    commands = [_command(cfg, point.overrides) for cfg, point in zip(configs, points)]
+    if any(cfg.launch is Launch.dry for cfg in configs):
+        for cfg, command in zip(configs, commands):
+            command_jobs.show(cfg.cluster, _name(cfg), command, _new_folder(cfg))
         print("launch=dry: nothing was submitted.")
         return
-    jobs = []
-    for cfg, command, folder in zip(configs, commands, folders):
-        folder.mkdir(parents=True)
-        jobs.append(command_jobs.submit(cfg.cluster, _name(cfg), command, folder))
-        print(f"job {jobs[-1].job_id}: {_name(cfg)}, log {_log(jobs[-1])}", flush=True)
-    if not wait:
-        print("python setup_stage.py check says what is there")
-        return
-    command_jobs.follow(jobs, lambda: None)
-    for job in jobs:
-        print("\n".join(tail(_log(job), 20)))
-    failed = [job for job in jobs if job.exit_code != 0]
-    if failed:
-        code = failed[0].exit_code or 1
-        raise RunFailed(f"job {', '.join(job.job_id for job in failed)} failed: the end of its log is above", code)
+    command_jobs.require_sbatch()
+    jobs: list[command_jobs.CommandJob] = []
+    for cfg, command in zip(configs, commands):
+        folder = _new_folder(cfg)
+        try:
+            folder.mkdir(parents=True)
+            jobs.append(command_jobs.submit(cfg.cluster, _name(cfg), command, folder))
+        except OSError as error:
+            raise writing_error(_stage(cfg), error) from error
+        print(f"job {jobs[-1].job_id}: {_name(cfg)}, log {jobs[-1].log}", flush=True)
+    if wait:
+        command_jobs.follow_to_end(jobs)
+    else:
+        print("python setup_stage.py check says what is there; python jobs.py lists the jobs")
 
 
-def _of_the_stage(overrides: list[str]) -> list[str]:
-    """Without what only concerns the submission; what Slurm sets in a job is not read as the user's settings there."""
-    return [override for override in overrides if not override.startswith(("cluster", "launch="))]
+def _stage(cfg: StageConfig) -> Path:
+    return Path(cfg.stage_path).absolute()
+
+
+def _new_folder(cfg: StageConfig) -> Path:
+    """The path of a job's own folder, also for those submitted in the same second."""
+    return _stage(cfg) / LOGS / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+
+
+def _command(cfg: StageConfig, overrides: list[str]) -> list[str]:
+    """The command with its paths absolute: the job may have another environment, and stand in another folder."""
+    by_key = {override.lstrip("+").partition("=")[0]: override for override in overrides}
+    paths = {"stage_path": cfg.stage_path, "bundle": cfg.bundle}
+    if "tokenizer.folder" in by_key:
+        paths["tokenizer.folder"] = cfg.tokenizer.folder
+    if os.sep in cfg.enroot:
+        paths["enroot"] = cfg.enroot
+    pinned = {key: f"{key}={_quoted(str(Path(path).absolute()))}" for key, path in paths.items() if path is not None}
+    kept = [
+        override
+        for key, override in by_key.items()
+        if key.partition(".")[0] not in _SUBMISSION_KEYS and key not in pinned
+    ]
+    return [sys.executable, "-u", str(PROJECT / "setup_stage.py"), "cluster=local", *kept, *pinned.values()]
+
+
+def _quoted(value: str) -> str:
+    """`value` in Hydra's grammar."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(value, Quote.single).with_quotes()
 
 
 def _name(cfg: StageConfig) -> str:
     return f"nemo-bench-setup-stage-{cfg.action.value}"
-
-
-def _log(job: command_jobs.CommandJob) -> Path:
-    return job.folder / f"slurm-{job.job_id}.out"

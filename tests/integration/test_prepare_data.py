@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import zstandard
 from nemo_bench.data.corpus import collect
 from nemo_bench.data.indexed_dataset import bin_path, idx_path
 from tests.httpserver import GOOD_TOKEN, FileServer, Twist
+from tests.integration.conftest import wait_for
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -122,7 +124,8 @@ def test_the_recipes_dataset(stage: Stage, server: FileServer, shards: list[byte
         file.seek(1000)
         file.write(b"\0\1")
     out = stage.run("check", url, code=2)
-    assert "my-llama_01_text_document.bin has changed since it was made" in out and "1 missing or damaged" in out
+    assert "my-llama_01_text_document.bin has changed since it was made" in out
+    assert "1 damaged, which this makes anew" in out and f"{url.partition('=')[0]}=" in out
 
 
 def test_megatron_opens_what_was_made(expected: Stage, shards: list[bytes]) -> None:
@@ -218,6 +221,18 @@ def test_ctrl_c(stage: Stage, server: FileServer, shards: list[bytes]) -> None:
     assert process.returncode == 130 and "goes on from here" in err, out + err
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_half_made_is_left(stage: Stage, signum: int) -> None:
+    """Ended while it writes, in whatever way: the hidden files go too."""
+    line = json.dumps({"text": "some words, " * 5000}) + "\n"
+    (stage.folder / "a.jsonl").write_text(line * 1000)
+    process = stage.start("sources=[a.jsonl]", "encoder=tokenizers", "threads=1")  # takes a minute
+    wait_for(lambda: stage.leftovers(), "a half-written dataset")
+    process.send_signal(signum)
+    process.communicate(timeout=30)
+    wait_for(lambda: not stage.leftovers(), "its removal")
+
+
 def test_two_at_once(stage: Stage, server: FileServer, shards: list[bytes], expected: Stage) -> None:
     url = serve(server, shards)
     both = [stage.start(url), stage.start(url)]
@@ -231,10 +246,58 @@ def test_two_at_once(stage: Stage, server: FileServer, shards: list[bytes], expe
 def test_downloads_go_only_when_asked(stage: Stage, server: FileServer, shards: list[bytes]) -> None:
     url = serve(server, shards)
     stage.run(url, "shards=[0]")
-    assert (stage.data / "downloads" / "00.jsonl.zst").exists()
+    folder = stage.data / "downloads" / f"127.0.0.1_{server.port}" / "train"
+    assert (folder / "00.jsonl.zst").exists()
     stage.run(url, "shards=[1]", "keep_downloads=false")
-    names = [path.name for path in (stage.data / "downloads").iterdir() if not path.name.endswith(".lock")]
+    names = [path.name for path in folder.iterdir() if not path.name.endswith(".lock")]
     assert sorted(names) == [".00.jsonl.zst.done.json", "00.jsonl.zst"]
+
+
+def test_urls_of_the_same_name_and_size_are_told_apart(stage: Stage, server: FileServer) -> None:
+    texts = [json.dumps({"text": text * 50}) + "\n" for text in ("one ", "two ")]
+    for number, path in enumerate(("/a/x.jsonl", "/b/x.jsonl", "/a/q.jsonl")):
+        server.put(path, texts[number % 2].encode())
+    stage.run(f"sources=[{server.url('/a/x.jsonl')}]", "output_prefix=a")
+    stage.run(f"sources=[{server.url('/b/x.jsonl')}]", "output_prefix=b")
+    made = [(stage.data / f"{name}_00_text_document.bin").read_bytes() for name in "ab"]
+    assert made[0] != made[1]
+
+
+def test_secrets_in_urls_stay_out_of_records(stage: Stage, server: FileServer) -> None:
+    server.put("/x.jsonl", b'{"text": "a"}\n')
+    url = server.url("/x.jsonl").replace("http://", "http://user:passw0rd@") + "?signature=s3cret"
+    said = stage.run(f"sources=['{url}']") + stage.run("check", f"sources=['{url}']") + stage.run(f"sources=['{url}']")
+    said += stage.run(f"sources=['{url}']", "launch=dry")
+    assert "made before" in said and "there already" in said
+    for path in [path for path in stage.folder.rglob("*") if path.is_file()]:
+        if path.name == "task.json":
+            assert path.stat().st_mode & 0o077 == 0
+        else:
+            said += path.read_bytes().decode("latin-1")
+    assert "passw0rd" not in said and "s3cret" not in said
+    other = url.replace("s3cret", "another")
+    assert "query_sha256" in stage.run(f"sources=['{other}']", code=2)
+
+
+def test_the_checksum_of_a_url(stage: Stage, server: FileServer) -> None:
+    content = b'{"text": "a"}\n'
+    server.put("/x.jsonl", content)
+    url = server.url("/x.jsonl")
+    out = stage.run(f"sources=['{url}#sha256={'0' * 64}']", code=2)
+    assert "SHA-256" in out and not idx_path(stage.data / "my-llama_00_text_document").exists()
+    stage.run(f"sources=['{url}#sha256={hashlib.sha256(content).hexdigest()}']")
+
+
+def test_another_file_of_the_same_name_is_noticed(stage: Stage) -> None:
+    source = stage.folder / "a.jsonl"
+    source.write_text('{"text": "one"}\n')
+    stage.run("sources=[a.jsonl]")
+    os.utime(source, ns=(1, 1))
+    assert "made before" in stage.run("sources=[a.jsonl]")  # the same bytes
+    source.write_text('{"text": "two"}\n')
+    assert "was made from something else (source_mtime_ns" in stage.run("sources=[a.jsonl]", code=2)
+    source.unlink()
+    assert "made before" in stage.run("sources=[a.jsonl]")  # no longer needed
 
 
 def test_sources_of_every_kind(stage: Stage, server: FileServer, shards: list[bytes]) -> None:
@@ -283,6 +346,7 @@ def test_bad_documents(stage: Stage) -> None:
     assert not bin_path(stage.data / "my-llama_00_text_document").exists()
     out = stage.run("sources=[a.jsonl]", "max_bad_share=0.2")
     assert "9 documents" in out and "left out: 1 x broken JSON, 1 x no 'text'" in out
+    assert "2 bad documents were left out, more than" in stage.run("sources=[a.jsonl]", code=2)
 
 
 def test_another_tokenizer_is_noticed(stage: Stage, shards: list[bytes]) -> None:
@@ -294,6 +358,10 @@ def test_another_tokenizer_is_noticed(stage: Stage, shards: list[bytes]) -> None
     assert "was made from something else (tokenizer_sha256:" in out and "overwrite=true" in out
     stage.run("sources=[a.jsonl]", "overwrite=true")
     assert "made before" in stage.run("sources=[a.jsonl]")
+    (stage.data / "my-llama_00_text_document.json").write_text('{"format": "nemo-bench dataset"}')
+    for verb in ("check", "prepare"):
+        assert "is not a description of a dataset, or is damaged" in stage.run(verb, "sources=[a.jsonl]", code=2)
+    stage.run("sources=[a.jsonl]", "overwrite=true")
 
 
 def test_files_of_others_are_left_alone(stage: Stage, shards: list[bytes], expected: Stage) -> None:
@@ -323,6 +391,9 @@ def test_files_of_others_are_left_alone(stage: Stage, shards: list[bytes], expec
         (["tokenizer_folder=none"], ["There is no tokenizer", "setup_stage.py"]),
         (["data=mine"], ["valid: local, mock, pile"]),
         (["hydra/launcher=submitit_local"], ["hydra/launcher=submitit_slurm"]),
+        (["sources=['s3://bucket/x.jsonl']"], ["http:// and https://"]),
+        (["chek"], ["not a verb", "check"]),
+        (["check", "hydra/launcher=submitit_slurm"], ["check needs no job"]),
     ],
 )
 def test_bad_input(stage: Stage, overrides: list[str], words: list[str]) -> None:
@@ -341,7 +412,9 @@ def test_dry(stage: Stage) -> None:
 
 def test_mock_and_local(stage: Stage) -> None:
     assert "nothing to prepare" in stage.run("data=mock")
+    assert "there is none yet" in stage.run("check", "data=local", "data.corpus_bytes=300000", code=2)
     assert "verified" in stage.run("data=local", "data.corpus_bytes=300000")
+    assert ": whole" in stage.run("check", "data=local", "data.corpus_bytes=300000")
     assert (stage.folder / "data" / "local-vocab384" / "dataset" / "dataset.json").exists()
 
 

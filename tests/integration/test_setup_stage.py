@@ -19,7 +19,10 @@ import pytest
 
 from nemo_bench.data import tokenizer as local_tokenizer
 from nemo_bench.data.indexed_dataset import IndexedDatasetWriter
+from nemo_bench.data.shard import read_manifest
+from tests.datasets import make_dataset
 from tests.httpserver import COMMIT, GOOD_TOKEN, UNGRANTED_TOKEN, FileServer, Twist
+from tests.squashfs import squashfs
 
 PROJECT = Path(__file__).resolve().parents[2]
 IMAGE = "nvidia+nemo+25.11.sqsh"
@@ -34,7 +37,7 @@ FILES = {
     "tokenizer_config.json",
 }
 
-# Records its arguments, and makes a squash file as far as its first bytes go. $FAKE says how it goes wrong.
+# Records its arguments, and makes a squash file as far as its superblock goes. $FAKE says how it goes wrong.
 ENROOT = """#!/bin/sh
 here=$(dirname "$0")
 if [ "$1" = version ]; then echo 3.5.0; exit 0; fi
@@ -46,10 +49,22 @@ case "$FAKE" in
   full)
     head -c 8000000 /dev/zero > "$3" || { echo "mksquashfs: No space left on device" >&2; exit 1; } ;;
   slow)
-    printf 'hsqsHALF' > "$3"; echo $$ > "$here/started"
+    head -c 100 "$here/prepared.sqsh" > "$3"; echo $$ > "$here/started"
     while [ ! -e "$here/release" ]; do sleep 0.02; done ;;
 esac
-printf 'hsqs and the rest of the image' > "$3"
+cp "$here/prepared.sqsh" "$3"
+"""
+
+# Takes every job, and runs none.
+SBATCH = """#!/bin/sh
+if [ "$1" = --test-only ]; then echo "sbatch: Job 1 to start at once" >&2; exit 0; fi
+echo "Submitted batch job $$"
+"""
+# Knows each job that was ever asked for as one that was cancelled.
+SQUEUE = """#!/bin/sh
+for name in "$STAGE_PATH"/results.stage_setup/*/*_submission.sh; do
+  name=${name##*/}; echo "${name%%_*}|CANCELLED"
+done
 """
 
 
@@ -59,7 +74,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("project")
     for name in ("nemo_bench", "hydra_plugins", "conf"):
         shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup_stage.py", "train.py", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("setup_stage.py", "jobs.py", "train.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(PROJECT / name, copy)
     return copy
 
@@ -71,8 +86,8 @@ class Setup:
         self.project, self.tmp_path, self.stage = project, tmp_path, tmp_path / "stage"
         self.bin = tmp_path / "bin"
         self.bin.mkdir()
-        (self.bin / "enroot").write_text(ENROOT)
-        (self.bin / "enroot").chmod(0o755)
+        self.put("enroot", ENROOT)
+        (self.bin / "prepared.sqsh").write_bytes(squashfs())
         dropped = ("SLURM_", "SBATCH_", "HYDRA_", "HF_", "ENROOT_", "XDG_")
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(dropped)},
@@ -82,9 +97,14 @@ class Setup:
             "HF_ENDPOINT": "http://127.0.0.1:9",  # discard: no test reaches the real one
         }
 
-    def start(self, *args: str, **environment: str) -> subprocess.Popen[str]:
+    def put(self, name: str, script: str) -> None:
+        """A program of this name that is found before the machine's own."""
+        (self.bin / name).write_text(script)
+        (self.bin / name).chmod(0o755)
+
+    def start(self, *args: str, script: str = "setup_stage.py", **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(self.project / "setup_stage.py"), *args],
+            [sys.executable, str(self.project / script), *args],
             cwd=self.tmp_path,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
@@ -95,8 +115,10 @@ class Setup:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
-    def __call__(self, *args: str, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*args, **environment)
+    def __call__(
+        self, *args: str, code: int | None = 0, script: str = "setup_stage.py", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        process = self.start(*args, script=script, **environment)
         out, err = process.communicate(timeout=120)
         assert code in (None, process.returncode), out + err
         assert "Traceback" not in err
@@ -172,7 +194,7 @@ def test_fills_everything(filled: Setup) -> None:
     assert call[:2] == ["import", "--output"] and call[3:] == ["docker://nvcr.io#nvidia/nemo:25.11"]
     made = Path(call[2])
     assert made.parent == filled.stage and made.name.startswith(f".{IMAGE}.") and not made.exists()
-    assert (filled.stage / IMAGE).read_bytes().startswith(b"hsqs")
+    assert (filled.stage / IMAGE).read_bytes() == squashfs()
     assert {path.name for path in (filled.stage / TOKENIZER).iterdir()} == FILES
     assert filled.leftovers() == []
 
@@ -280,6 +302,32 @@ def test_bad_input_gets_one_message(setup: Setup, args: list[str], texts: list[s
     assert not setup.stage.exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "args"),
+    [
+        ("file", []),
+        ("file/stage", []),
+        ("/proc/nemo", []),
+        ("file", ["check"]),
+        ("/proc/nemo", ["check"]),
+        ("/proc/nemo", ["pack", "bundle=b.tar"]),
+        ("file", ["install", "bundle=b.tar"]),
+        ("/proc/nemo", ["launch=dry"]),
+        ("file", ["hydra/launcher=submitit_slurm", "launch=dry"]),
+        ("/proc/nemo", ["hydra/launcher=submitit_slurm"]),
+    ],
+)
+def test_a_stage_path_that_is_no_folder(setup: Setup, place: str, args: list[str]) -> None:
+    (setup.tmp_path / "file").write_text("mine")
+    stage = str(setup.tmp_path / place)
+    before = sorted(setup.tmp_path.rglob("*"))
+    result = setup(*args, STAGE_PATH=stage, code=2)
+    told = "is not a folder" if place == "file" else "cannot be made"
+    assert result.stderr.startswith(f"{stage} {told}") and "\nSTAGE_PATH (or stage_path=...) must name" in result.stderr
+    assert len(result.stderr.splitlines()) == 2 and result.stdout == ""
+    assert sorted(setup.tmp_path.rglob("*")) == before
+
+
 def test_space_is_looked_at_first(setup: Setup) -> None:
     result = setup("image_gib=9e9", *LOCAL, code=2)
     assert "not enough disk space; nothing was done" in result.stderr and "image_gib" in result.stderr
@@ -307,8 +355,8 @@ def test_check_of_a_complete_folder(copied: Setup) -> None:
     with IndexedDatasetWriter(copied.stage / "llama3.1-dataset/my-llama_00_text_document", vocab_size=384) as writer:
         writer.extend(np.array([1, 2, 3], dtype=np.uint16), np.array([3]))
     before = copied.snapshot()
-    result = copied("check", *LOCAL)
-    for text in ("nvcr.io/nvidia/nemo:25.11", "trained here, 384 tokens", "3 tokens", "30 bytes"):
+    result = copied("check", *LOCAL, COLUMNS="250")
+    for text in ("nvcr.io/nvidia/nemo:25.11", "trained here, 384 tokens", "3 tokens", "no checksums", "4 kB"):
         assert text in result.stdout
     assert result.stderr == "" and copied.snapshot() == before
 
@@ -330,15 +378,31 @@ def test_check_names_what_is_missing_and_the_command_that_brings_it(copied: Setu
 def test_check_reads_contents(copied: Setup) -> None:
     """Same size, same date, another byte: only a check that reads it all can see that."""
     image = copied.stage / IMAGE
-    status = image.stat()
-    data = bytearray(image.read_bytes())
-    data[-1] ^= 1
-    image.write_bytes(data)
-    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    change_in_place(image)
     result = copied("check", *LOCAL, code=2)
     assert f"{image} has changed since it was recorded" in result.stderr
     (command,) = [line.strip() for line in result.stderr.splitlines() if line.startswith("  ")]
     assert command.startswith(f"mv {image} {image}.old && python setup_stage.py ")
+
+
+def change_in_place(path: Path) -> None:
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_check_reads_datasets_of_any_name(copied: Setup) -> None:
+    prefix = copied.stage / "llama3.1-dataset" / "wiki.en_07_content_document"
+    make_dataset(prefix, copied.stage / TOKENIZER)
+    result = copied("check", *LOCAL, COLUMNS="250")
+    (row,) = [line for line in result.stdout.splitlines() if "wiki.en_07" in line]
+    assert " ok " in row and " tokens " in row and time.strftime("%Y-", time.gmtime()) in row
+    # A token of the vocabulary still: only the checksum tells.
+    change_in_place(Path(f"{prefix}.bin"))
+    result = copied("check", *LOCAL, code=2)
+    assert f"{prefix}.bin has changed since it was made" in result.stderr and "prepare_data.py" in result.stderr
 
 
 # --- Hugging Face -------------------------------------------------------------------------------------------
@@ -439,13 +503,91 @@ def test_two_that_fill_different_parts_both_survive(setup: Setup) -> None:
     assert set(setup.manifest()["parts"]) == {"image", "tokenizer"}
 
 
+# --- as a Slurm job, with a stand-in of sbatch --------------------------------------------------------------
+
+SUBMIT = ("hydra/launcher=submitit_slurm", "parts=[image]", "image_gib=0.001")
+
+
+@pytest.fixture
+def login_node(setup: Setup) -> Setup:
+    """Where jobs are submitted."""
+    setup.put("sbatch", SBATCH)
+    setup.put("squeue", SQUEUE)
+    setup.put("sacct", "#!/bin/sh\n")
+    return setup
+
+
+def scripts(stage: Path) -> list[Path]:
+    return sorted(stage.glob("results.stage_setup/*/*_submission.sh"))
+
+
+@pytest.mark.parametrize("given", ["absolute", "relative", "override"])
+def test_a_job_fills_the_folder_whatever_its_environment(login_node: Setup, given: str) -> None:
+    name = 'it\'s a \\ "stage", $HOME=b {c} [d] (e): é%!'
+    stage = login_node.tmp_path / name
+    elsewhere = login_node.tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    quoted = name.replace("'", "\\'")
+    login_node(
+        *SUBMIT,
+        "enroot=bin/enroot",
+        "bundle='out, =.tar'",
+        *([f"stage_path='{quoted}'"] if given == "override" else []),
+        STAGE_PATH={"absolute": str(stage), "relative": name}.get(given, "/nowhere"),
+    )
+    (script,) = scripts(stage)
+    done = subprocess.run(["env", "-i", "bash", script], cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (stage / IMAGE).read_bytes() == squashfs() and list(elsewhere.iterdir()) == []
+    assert (login_node.tmp_path / "out, =.tar").exists()
+    assert json.loads((script.parent / "exit.json").read_text())["exit_code"] == 0
+
+
+def test_two_submissions_at_once(login_node: Setup) -> None:
+    processes = [login_node.start(*SUBMIT) for _ in range(4)]
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, out + err
+    assert len(scripts(login_node.stage)) == 4
+    assert sorted(path.name for path in login_node.stage.iterdir()) == ["results.stage_setup"]
+
+
+def test_a_dry_submission_leaves_nothing(login_node: Setup) -> None:
+    temporary = login_node.tmp_path / "tmp"
+    temporary.mkdir()
+    result = login_node(*SUBMIT, "launch=dry", TMPDIR=str(temporary))
+    assert f"stage_path='{login_node.stage}'" in shlex.split(
+        next(line for line in result.stdout.splitlines() if "setup_stage.py" in line)
+    )
+    assert "sbatch --test-only: accepted" in result.stdout and "nothing was submitted" in result.stdout
+    assert not login_node.stage.exists() and list(temporary.iterdir()) == []
+
+
+def test_jobs_knows_what_cannot_be_resubmitted(login_node: Setup) -> None:
+    login_node(*SUBMIT)
+    (script,) = scripts(login_node.stage)
+    job_id = script.name.partition("_")[0]
+    assert job_id in login_node(script="jobs.py").stdout
+    result = login_node("resubmit", job_id, script="jobs.py", code=2)
+    command = f"python {login_node.project / 'setup_stage.py'} {shlex.join(SUBMIT)}"
+    assert result.stderr.splitlines() == [
+        f"job {job_id} (nemo-bench-setup-stage-fill) is no run of train.py: the same command again does what is still "
+        "missing",
+        f"  {command}",
+    ]
+
+
 # --- bundles ------------------------------------------------------------------------------------------------
 
 
-def test_from_one_cluster_to_another(filled: Setup, setup: Setup) -> None:
-    args = ("parts=[image,tokenizer]", *LOCAL, f"bundle={setup.tmp_path / 'stage.tar.zst'}")
-    assert "packed 6 files" in filled("pack", *args).stdout
-    assert "installed 6 of 6 files" in setup("install", *args).stdout
+def test_from_one_cluster_to_another(copied: Setup, project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    args = ("parts=[image,tokenizer]", *LOCAL, f"bundle={copied.tmp_path / 'stage.tar.zst'}")
+    prefix = "llama3.1-dataset/my-llama_00_text_document"
+    make_dataset(copied.stage / prefix, copied.stage / TOKENIZER)
+    assert "packed 9 files" in copied("pack", *args).stdout
+    setup = Setup(project, tmp_path_factory.mktemp("other"))
+    assert "installed 9 of 9 files" in setup("install", *args).stdout
+    assert read_manifest(setup.stage / prefix) is not None
     assert setup.enroot_calls() == [] and setup.leftovers() == []
     setup("check", *args[:-1])
     before = setup.snapshot()

@@ -85,8 +85,11 @@ def test_without_waiting_and_cancelled(scripts: Scripts, slurm: SlurmCluster, se
     done = scripts.run("prepare_data.py", *SUBMIT, url(server), "wait=false", "shards=[0]")
     assert done.returncode == 0 and "prepare_data.py check" in done.stdout
     (job_id,) = job_ids(done.stdout)
-    part = scripts.stage / "llama3.1-dataset" / "downloads" / ".00.jsonl.zst.part"
-    wait_for(lambda: part.exists() and part.stat().st_size > 0, "the download to begin", 60)
+    downloads = scripts.stage / "llama3.1-dataset" / "downloads"
+    wait_for(lambda: any(p.stat().st_size for p in downloads.rglob("*.part")), "the download to begin", 60)
+    # The same command joins the job that is under way.
+    joined = scripts.run("prepare_data.py", *SUBMIT, url(server), "hydra.launcher.wait=false", "shards=[0]")
+    assert f"job {job_id} is making my-llama_00_text_document already" in joined.stdout
     listed = scripts.jobs()
     assert job_id in listed and "RUNNING" in listed and "nemo-bench-my-llama_00_text_document" in listed
     assert f"slurm-{job_id}.out" in scripts.jobs("log", job_id)

@@ -115,6 +115,8 @@ BAD = [
     (["data.split='99,1'"], "data.split", "three numbers", "99,1,0"),
     (["data.split='100,0,0'"], "data.split", "nothing to validate", "limit_val_batches=0"),
     (["scale=64gpu", "cluster.gpus_per_node=4"], "trainer.devices", "cluster.gpus_per_node=4", "num_nodes=16"),
+    (["scale=64gpu", "cluster.gpus_per_node='h100:4'"], "trainer.devices", "gpus_per_node=h100:4", "num_nodes=16"),
+    (["scale=64gpu", "cluster.gpus_per_node=all"], "cluster.gpus_per_node", "a number of GPUs", "h100:8 or null"),
     (["scale=64gpu", "gpu.peak_tflops.bf16=null"], "gpu.peak_tflops.bf16", "measured on CPUs only", "dense TFLOP/s"),
     (["cluster.signal_s=0"], "cluster.signal_s", "at least 1", "1"),
     (["data.folder=null"], "data.folder", "needed", "folder"),

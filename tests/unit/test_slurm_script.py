@@ -103,8 +103,11 @@ def test_what_the_environment_names(name: str, value: str, option: str, monkeypa
 
 
 def test_gpus_per_node_may_be_null_as_in_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "null")
-    assert "gpus-per-node" not in options(script())
+    for value in ("null", ""):
+        monkeypatch.setenv("SLURM_GPUS_PER_NODE", value)
+        assert "gpus-per-node" not in options(script())
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "h100:8")
+    assert options(script())["gpus-per-node"] == "h100:8"
 
 
 def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

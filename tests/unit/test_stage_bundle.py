@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,11 @@ from nemo_bench.data.indexed_dataset import IndexedDatasetWriter
 from nemo_bench.errors import BenchError
 from nemo_bench.stage.bundle import install, pack
 from nemo_bench.stage.config import PartName
+from nemo_bench.stage.datasets import find
 from nemo_bench.stage.manifest import NAME, Entry, Stage, records_of
+from tests.datasets import make_dataset
 
+DATASET = "llama3.1-dataset/wiki.en_03_content_document"
 PLACES = {PartName.image: "nemo.sqsh", PartName.tokenizer: "llama3.1-dataset/llama", PartName.code: "nemo_bench"}
 DETAILS: dict[PartName, dict[str, Any]] = {
     PartName.image: {"container": "nvcr.io/nvidia/nemo:25.11"},
@@ -38,8 +42,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    """A stage folder with an image, a tokenizer, code and a dataset, all recorded."""
+def stage(tmp_path: Path, small_tokenizer: Path) -> Stage:
+    """A stage folder with an image, a tokenizer, code and two datasets, one of them made by hand."""
     stage = Stage(tmp_path / "stage")
     files = {
         "nemo.sqsh": b"hsqs" + random.Random(1).randbytes(30_000),
@@ -57,6 +61,7 @@ def stage(tmp_path: Path) -> Stage:
         stage.record(kind, place, entry)
     with IndexedDatasetWriter(stage.folder / "llama3.1-dataset/my-llama_00_text_document", vocab_size=300) as writer:
         writer.extend(np.arange(100, dtype=np.uint16), np.array([100]))
+    make_dataset(stage.folder / DATASET, small_tokenizer)
     return stage
 
 
@@ -79,9 +84,13 @@ def other(tmp_path: Path) -> Stage:
 
 @pytest.mark.parametrize("name", ["b.tar", "b.tar.zst"])
 def test_round_trip(stage: Stage, other: Stage, tmp_path: Path, name: str) -> None:
+    being_made = stage.folder / "llama3.1-dataset" / ".my-llama_01_text_document.building-1.bin"
+    being_made.touch()
     pack(stage, entries(stage), tmp_path / name)
+    being_made.unlink()
     install(other, tmp_path / name)
     assert contents(other.folder) == contents(stage.folder)
+    assert [dataset.made_at is not None for dataset in find(other.folder, contents=True)] == [False, True]
     for kind, by_place in entries(other).items():
         for place, entry in by_place.items():
             assert (entry.details, entry.made_at) == (entries(stage)[kind][place].details, "2026-01-01T00:00:00Z")
@@ -219,6 +228,9 @@ def test_members_that_bundle_json_does_not_promise(packed: Path, other: Stage) -
     def not_a_dataset(content: dict[str, Any], _: object) -> None:
         content["datasets"]["results/x"] = FILE
 
+    def hidden_dataset(content: dict[str, Any], _: object) -> None:
+        content["datasets"]["llama3.1-dataset/.x.idx"] = FILE
+
     def newer(content: dict[str, Any], _: object) -> None:
         content["version"] = 2
 
@@ -231,6 +243,7 @@ def test_members_that_bundle_json_does_not_promise(packed: Path, other: Stage) -
         (swapped, "damaged or cut off at"),
         (elsewhere, "holds files of other places"),
         (not_a_dataset, "lists other files as datasets"),
+        (hidden_dataset, "lists other files as datasets"),
         (newer, "version 2"),
         (huge, "not enough disk space"),
     ]:
@@ -262,3 +275,29 @@ def test_what_cannot_be_packed(stage: Stage, packed: Path, tmp_path: Path) -> No
     (stage.folder / "llama3.1-dataset" / "my-llama_00_text_document.bin").unlink()
     with pytest.raises(BenchError, match=r"a dataset cannot be packed[^\0]*00_text_document\.bin does not exist"):
         pack(stage, entries(stage), tmp_path / "b.tar")
+
+
+def changed_in_place(path: Path) -> None:
+    """Another last byte, with the same size and date."""
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+def test_datasets_are_held_against_their_descriptions(stage: Stage, tmp_path: Path, suffix: str) -> None:
+    changed_in_place(stage.folder / f"{DATASET}{suffix}")
+    by_hand, described = find(stage.folder, contents=True)
+    assert by_hand.problem is None and by_hand.tokens == 100
+    assert described.problem is not None and f"{DATASET}{suffix}" in described.problem
+    with pytest.raises(BenchError, match=rf"{re.escape(DATASET)}\{suffix}"):
+        pack(stage, entries(stage), tmp_path / "b.tar")
+    assert not list(tmp_path.glob("b.*"))
+
+
+def test_halves_of_a_dataset_are_named(stage: Stage) -> None:
+    (stage.folder / f"{DATASET}.idx").unlink()
+    assert [dataset.prefix.name for dataset in find(stage.folder, contents=False) if dataset.problem] == [
+        "wiki.en_03_content_document"
+    ]

@@ -18,6 +18,10 @@ from nemo_bench.stage.image import ImagePart
 from nemo_bench.stage.manifest import NAME, Entry, Stage
 from nemo_bench.stage.part import Part
 from nemo_bench.stage.tokenizer import TokenizerPart
+from tests.datasets import make_dataset
+from tests.squashfs import squashfs
+
+DATASET = "llama3.1-dataset/wiki.en_03_content_document"
 
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
@@ -76,7 +80,9 @@ def small_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageConfig:
     """A configuration with an enroot that makes a squash file in two steps."""
     enroot = tmp_path / "enroot"
-    enroot.write_text('#!/bin/sh\n[ "$1" = version ] && exit 1\nprintf hsqs > "$3"; printf " and the rest" >> "$3"\n')
+    (tmp_path / "prepared.sqsh").write_bytes(squashfs())
+    in_two_steps = 'head -c 100 "$prepared" > "$3"; tail -c +101 "$prepared" >> "$3"'
+    enroot.write_text(f'#!/bin/sh\n[ "$1" = version ] && exit 1\nprepared={tmp_path}/prepared.sqsh\n{in_two_steps}\n')
     enroot.chmod(0o755)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     return StageConfig(
@@ -144,8 +150,9 @@ def packable(stage: Stage, config: StageConfig) -> dict[PartName, dict[str, Entr
     return entries
 
 
-def test_pack_and_install(tmp_path: Path, config: StageConfig, small_project: Path) -> None:
+def test_pack_and_install(tmp_path: Path, config: StageConfig, small_project: Path, small_tokenizer: Path) -> None:
     stage, other = Stage(tmp_path / "stage"), Stage(tmp_path / "other")
+    make_dataset(stage.folder / DATASET, small_tokenizer)
     entries, packed = packable(stage, config), tmp_path / "out" / "stage.tar"
     at = 0
     while True:
@@ -157,7 +164,7 @@ def test_pack_and_install(tmp_path: Path, config: StageConfig, small_project: Pa
             bundle.pack(stage, entries, packed)
         assert hidden(packed.parent) == []
     assert at > 3
-    at = 0
+    at, seen = 0, set()
     while True:
         at += 1
         shutil.rmtree(other.folder, ignore_errors=True)
@@ -166,7 +173,11 @@ def test_pack_and_install(tmp_path: Path, config: StageConfig, small_project: Pa
         for place in ("nemo.sqsh", "nemo_bench"):  # each whole, or not there
             present = {name for name in contents(other.folder) if name.startswith(place)}
             assert present in (set(), {name for name in contents(stage.folder) if name.startswith(place)}), at
+        # The index last: with it, the dataset is complete.
+        suffixes = [s for s in (".json", ".bin", ".idx") if (other.folder / f"{DATASET}{s}").exists()]
+        assert suffixes in ([], [".json"], [".json", ".bin"], [".json", ".bin", ".idx"]), at
+        seen.add(len(suffixes))
         bundle.install(other, packed)
         assert contents(other.folder) == contents(stage.folder) and hidden(other.folder) == [], at
         assert other.read()["parts"].keys() == stage.read()["parts"].keys()
-    assert at > 15
+    assert at > 15 and seen == {0, 1, 2, 3}

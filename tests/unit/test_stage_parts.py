@@ -26,6 +26,7 @@ from nemo_bench.stage.manifest import Stage
 from nemo_bench.stage.project import CodePart
 from nemo_bench.stage.tokenizer import _has_checksum, download, verify
 from tests.httpserver import GOOD_TOKEN, UNGRANTED_TOKEN, FileServer, Twist
+from tests.squashfs import PAYLOAD, squashfs
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 
@@ -76,7 +77,7 @@ def test_enroots_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # What `sh` does as enroot; "$3" is the file to be made.
-GOOD_ENROOT = "printf 'hsqs and the rest' > \"$3\""
+GOOD_ENROOT = 'cp "$(dirname "$0")/prepared.sqsh" "$3"'
 
 
 def fake_enroot(tmp_path: Path, script: str = GOOD_ENROOT) -> StageConfig:
@@ -84,6 +85,7 @@ def fake_enroot(tmp_path: Path, script: str = GOOD_ENROOT) -> StageConfig:
     enroot = tmp_path / "enroot"
     enroot.write_text(f'#!/bin/sh\n[ "$1" = version ] && {{ echo 3.5.0; exit; }}\n{script}\n')
     enroot.chmod(0o755)
+    (tmp_path / "prepared.sqsh").write_bytes(squashfs())
     entrypoint = EntrypointConfig(container="nvcr.io/nvidia/nemo:25.11", image="nemo.sqsh")
     return StageConfig(entrypoint=entrypoint, enroot=str(enroot), image_gib=0.001)
 
@@ -104,6 +106,8 @@ def hidden(stage: Stage) -> list[Path]:
         ('printf hsqsHALF > "$3"; kill -9 $$', r"exit status -9"),
         ("exit 0", r"left no file: `\S+/enroot import"),
         ("printf '<html>' > \"$3\"", "no squash file"),
+        ('head -c 50 "$(dirname "$0")/prepared.sqsh" > "$3"', "truncated: 50 of at least 96 bytes"),
+        ('head -c 110 "$(dirname "$0")/prepared.sqsh" > "$3"', "truncated: 110 of 118 bytes"),
         ("echo 'error code: 403' >&2; exit 1", r"\$oauthtoken"),
         ("echo 'progress 1%\rprogress 99%\rgave up' >&2; exit 1", r"  \| gave up$"),
         ("seq 100 >&2; exit 1", r"Its last lines:\n  \| 89\n"),
@@ -114,13 +118,13 @@ def test_an_import_that_fails(tmp_path: Path, stage: Stage, script: str, message
         ImagePart(fake_enroot(tmp_path, script), stage.folder).fill(stage)
     assert not (stage.folder / "nemo.sqsh").exists() and hidden(stage) == []
     ImagePart(fake_enroot(tmp_path), stage.folder).fill(stage)
-    assert (stage.folder / "nemo.sqsh").read_bytes() == b"hsqs and the rest"
+    assert (stage.folder / "nemo.sqsh").read_bytes() == squashfs()
 
 
 def test_an_image_made_by_hand_is_taken_over(tmp_path: Path, stage: Stage) -> None:
     cfg = fake_enroot(tmp_path, "exit 1")
     stage.folder.mkdir()
-    (stage.folder / "nemo.sqsh").write_bytes(b"hsqs of the recipe's own setup.sh")
+    (stage.folder / "nemo.sqsh").write_bytes(squashfs(b"of the recipe's own setup.sh"))
     part = ImagePart(cfg, stage.folder)
     assert part.state(stage, contents=False).name == "unrecorded"
     part.fill(stage)
@@ -129,6 +133,29 @@ def test_an_image_made_by_hand_is_taken_over(tmp_path: Path, stage: Stage) -> No
     (stage.folder / "other.sqsh").write_bytes(b"PK of something else")
     with pytest.raises(BenchError, match=r"no squash file[^\0]*It is left alone: move it away"):
         ImagePart(cfg, stage.folder).fill(stage)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (squashfs(b"x" * 100_000)[:50_000], r"truncated: 50,000 of 100,096 bytes"),
+        (squashfs()[:28] + b"\x03\0" + squashfs()[30:], "no squash file of version 4, but of version 3"),
+    ],
+)
+def test_half_an_image_is_not_taken_over(tmp_path: Path, stage: Stage, data: bytes, message: str) -> None:
+    stage.folder.mkdir()
+    (stage.folder / "nemo.sqsh").write_bytes(data)
+    with pytest.raises(BenchError, match=message):
+        ImagePart(fake_enroot(tmp_path), stage.folder).fill(stage)
+    assert (stage.folder / "nemo.sqsh").read_bytes() == data and stage.read()["parts"] == {}
+
+
+def test_padding_is_none_of_the_images_bytes(tmp_path: Path, stage: Stage) -> None:
+    stage.folder.mkdir()
+    (stage.folder / "nemo.sqsh").write_bytes(squashfs()[: 96 + len(PAYLOAD)])  # mksquashfs -nopad
+    part = ImagePart(fake_enroot(tmp_path), stage.folder)
+    part.fill(stage)
+    assert part.state(stage, contents=True).ok
 
 
 def test_a_stage_folder_holds_several_images(tmp_path: Path, stage: Stage) -> None:

@@ -1,0 +1,36 @@
+"""A small dataset as `prepare_data.py` makes it, with its description."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from nemo_bench.data.shard import Progress, ShardTask, prepare
+
+TEXTS = [f"def answer_{number}():\n    return {number}\n" for number in range(50)]
+
+
+def make_dataset(prefix: Path, tokenizer: Path) -> None:
+    """Makes `prefix`.json, .bin and .idx."""
+    with tempfile.TemporaryDirectory() as folder:
+        _make(prefix, tokenizer, Path(folder))
+
+
+def _make(prefix: Path, tokenizer: Path, work: Path) -> None:
+    source = work / "documents.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    task = ShardTask(
+        source=str(source),
+        prefix=str(prefix),
+        tokenizer_folder=str(tokenizer),
+        text_key="text",
+        append_eod=True,
+        encoder="tokenizers",
+        max_bad_share=0.0,
+        download_folder=str(work),
+        keep_download=True,
+        threads=1,
+        overwrite=False,
+    )
+    prepare(task, Progress(None), lambda _: None)
