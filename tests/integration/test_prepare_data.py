@@ -43,6 +43,8 @@ class Stage:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A test suite run in the background of a shell ignores Ctrl-C, and would pass that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def run(self, *overrides: str, code: int = 0, **environment: str) -> str:
