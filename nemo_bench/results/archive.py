@@ -6,6 +6,7 @@ many lines were changed to take secrets out. What is no text, such as checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -63,7 +64,8 @@ def write(report: Report, path: Path, extra: dict[str, str]) -> int:
     except OSError as error:
         raise BenchError(f"archive={path}: cannot be written ({error.strerror or error})") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be none
+            aside.unlink(missing_ok=True)
     return path.stat().st_size
 
 

@@ -11,6 +11,8 @@ from nemo_bench.results.points import Group, estimate, flatten
 from nemo_bench.results.report_model import Change, Comparison, Point, Run
 from nemo_bench.results.statistics import Estimate, ratio_interval
 
+KINDS = ("configuration", "packages", "environment", "hardware")
+
 # Another one in every job, and without a word on speed.
 _VOLATILE = re.compile(
     r"^(MASTER_ADDR|MASTER_PORT|RANK|LOCAL_RANK|NODE_RANK|STAGE_PATH|SLURM_(?!CPU|GPU|MEM|NTASKS|NNODES|TRES).*|PMIX?_.*)$"
@@ -66,12 +68,13 @@ def _compare(
             work = ratio * new_time.value / old_time.value
             low, high = work / times_high, work / times_low if times_low > 0 else float("inf")
             verdict = model.SLOWER if high < 1 else model.QUICKER if low > 1 else model.NO_DIFFERENCE
-            source = (
-                f"noise from repeats ({len(group.final)} runs, baseline {len(other.final)})"
-                if noise is not None
-                else "noise from the steps of one run each: repeat the runs to know how runs differ"
-            )
+            if noise is None:
+                source = "noise from the steps of one run each: repeat the runs to know how runs differ"
+            else:
+                repeats = "repeats" if len(group.final) > 1 or len(other.final) > 1 else "repeats of other points"
+                source = f"noise from {repeats} ({_runs(len(group.final))}, baseline {len(other.final)})"
             why = f"throughput {ratio - 1:+.1%}, 95% interval {low - 1:+.1%} to {high - 1:+.1%}; {source}"
+    before, after = recorded(old), recorded(new)
     return Comparison(
         point=point.name,
         baseline=its.name,
@@ -81,11 +84,25 @@ def _compare(
         verdict=verdict,
         regression=verdict == model.SLOWER and ratio is not None and ratio < 1 - tolerance,
         why=why,
-        configuration=_changes(flatten(old.config or {}), flatten(new.config or {})),
-        packages=_changes(_software(old), _software(new)),
-        environment=_changes(_environment(old), _environment(new)),
-        hardware=_changes(_hardware(old), _hardware(new)),
+        **{kind: _changes(before[kind], after[kind]) for kind in KINDS},
     )
+
+
+def _runs(number: int) -> str:
+    return "1 run" if number == 1 else f"{number} runs"
+
+
+def recorded(run: Run) -> dict[str, dict[str, str]]:
+    """What the record tells of a run, by kind (`KINDS`), as text; of a bare log, its version at most.
+
+    Variables that are other ones in every job (a port, the job's id) are left out: they are no difference.
+    """
+    return {
+        "configuration": flatten(run.config or {}),
+        "packages": _software(run),
+        "environment": {key: value for key, value in run.environment.items() if not _VOLATILE.match(key)},
+        "hardware": _hardware(run),
+    }
 
 
 def _noise(groups: Sequence[Group]) -> Estimate | None:
@@ -109,7 +126,7 @@ def _estimate(group: Group, noise: Estimate | None) -> Estimate | None:
 
 
 def _changes(before: dict[str, str], after: dict[str, str]) -> tuple[Change, ...]:
-    keys = sorted({*before, *after} - {""})
+    keys = sorted({*before, *after})
     return tuple(Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key))
 
 
@@ -124,12 +141,8 @@ def _software(run: Run) -> dict[str, str]:
     return found
 
 
-def _environment(run: Run) -> dict[str, str]:
-    return {key: value for key, value in run.environment.items() if not _VOLATILE.match(key)}
-
-
 def _hardware(run: Run) -> dict[str, str]:
-    found = flatten({key: value for key, value in run.hardware.items() if key != "gpus"}) if run.hardware else {}
+    found = flatten({key: value for key, value in run.hardware.items() if key != "gpus"})
     gpus = run.hardware.get("gpus") or []
     if gpus:
         found["gpus"] = f"{len(gpus)} x {gpus[0].get('name')}"

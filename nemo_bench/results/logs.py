@@ -16,23 +16,28 @@ and beside them what tells of validation, checkpoints, profiling and stragglers.
 
 A log is read in blocks. Lines of one program look alike, so a pattern made from the last line that was taken apart
 (`_Template`) finds all steps of a block at once; a block in which anything else goes on is taken apart line by line.
+Blocks of nothing but steps wait before that: of a run with more steps than are kept, the first are only counted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from nemo_bench.results.series import CHECKPOINT, PROFILE, VALIDATION, Row, StepSeries
+from nemo_bench.results.series import CHECKPOINT, MAX_STEPS, PROFILE, VALIDATION, Row, StepSeries
 
 BLOCK_BYTES = 1 << 18  # stays in a core's cache
 TAIL_BYTES = 1 << 20
+# 100 MiB: of lines of usual length, as many as there are steps to keep.
+MAX_WAITING_BLOCKS = 400
 # A "line" longer than this is no text: only its end is looked at.
 MAX_LINE_BYTES = 1 << 16
 MAX_STEP_NUMBER = 10**9
@@ -54,6 +59,7 @@ _BAR = re.compile(r"\| *(\d{1,12})/(\d{1,12}) \[")
 _LABEL = re.compile(r"\s*(?:(\d{1,6}):|\[?rank[ :]?(\d{1,6})\]?:|\[default(\d{1,6})\]:)\s*$")
 _NUMBER = r"[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|nan|inf)"
 _FIELD = re.compile(rf"([A-Za-z]\w*(?: in s)?) *[:=] *({_NUMBER})(?=[\s,|\]]|$)")
+_EXPONENT = re.compile(rb"[0-9]e[+-]?[0-9]")
 _STRAGGLER = re.compile(r"StragglerId\(rank=(\d{1,6})\b")
 _REACHED = re.compile(r"`?Trainer\.fit`? stopped: `?max_steps=(\d{1,12})`? reached")
 _ENDING = re.compile(
@@ -73,7 +79,7 @@ class Log:
         repeated: steps that were done again after a restart; the later ones count.
         several: values of a step beside another, in a log of several ranks without labels; the largest counts.
         dropped: earliest steps that were left out, there being more than `series.MAX_STEPS`.
-        unreadable: lines with `train_step_timing` that were cut off, garbled, or name no step.
+        unreadable: lines with `train_step_timing` that were cut off, garbled, or name no step; of the steps kept.
         iteration, iterations: the last progress shown, as printed: 100 and 100, or 49 and 49.
         bar: whether that is a progress bar's, which counts finished steps; NeMo 2 counts from 0, to one less.
         from_zero: whether the steps count from 0, as far as the samples consumed tell.
@@ -147,23 +153,15 @@ def _stream(file: BinaryIO, reader: _Reader) -> int:
     return size
 
 
-class _Floats(dict[bytes, float]):
-    """float(), remembered: logs print four digits, so few numbers occur often, and a look-up is faster."""
-
-    def __missing__(self, text: bytes) -> float:
-        if len(self) > 100_000:
-            self.clear()
-        value = self[text] = float(text)
-        return value
-
-
 class _Template:
     """A pattern for lines like one that was taken apart."""
 
     _WANTED = ("global_step", _TIMING, "reduced_train_loss", "grad_norm", *_MEMORY)
 
-    def __init__(self, line: str, start: int, rank: int | None) -> None:
+    def __init__(self, line: str, start: int, rank: int | None, *, exponents: bool) -> None:
         self.rank = rank
+        # Only what float() reads; that there may be an exponent takes a sixth of the time.
+        number = r"([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?)" if exponents else r"([0-9]+\.?[0-9]*)"
         keyword = "Training epoch " if line.startswith("Training", start) else "Epoch "
         # What each step's line begins with: a line of another rank, or with another one's in front, does not.
         self.begin = (line[:start] + keyword).encode("latin-1")
@@ -175,51 +173,109 @@ class _Template:
                 break
             pattern += re.escape(line[at : field.start(2)])
             if field[1] == "global_step":
-                pattern += r"([0-9]{1,12})(?:\.0*)?"
+                pattern += r"([0-9]{1,12})\.?0*"
             elif field[1] in self._WANTED:
-                pattern += r"([0-9][0-9.e+-]*)"
+                pattern += number
             else:
                 pattern += r"[^ ,|\]\n]*"
             if field[1] in self._WANTED:
                 self.order.append(field[1])
             at = field.end(2)
         self.pattern = re.compile((pattern + re.escape(line[at : at + 1] or "\n")).encode("latin-1"))
+        self.tells_memory = not {*_MEMORY}.isdisjoint(self.order)
         self.usable = len(set(self.order)) == len(self.order) and {*self._WANTED[:2]} <= {*self.order}
 
     def same_as(self, other: _Template) -> bool:
         return (self.begin, self.pattern) == (other.begin, other.pattern)
 
-    def column(self, name: str, columns: list[tuple[bytes, ...]]) -> tuple[bytes, ...] | None:
-        return columns[self.order.index(name)] if name in self.order else None
+    def step(self, line: bytes) -> int | None:
+        """The number of the line's step; None where the line is another."""
+        match = self.pattern.search(line)
+        return int(match[1 + self.order.index("global_step")]) if match else None
+
+    def numbers(self, found: list[tuple[bytes, ...]]) -> list[int]:
+        """The number of each step that was found."""
+        at = self.order.index("global_step")
+        return [int(values[at]) for values in found]
+
+    def texts(self, name: str, columns: list[tuple[bytes, ...]]) -> tuple[bytes, ...]:
+        """The values of a field, one a line; empty where the lines do not have it."""
+        return columns[self.order.index(name)] if name in self.order else ()
 
 
 class _Reader:
     def __init__(self) -> None:
         self.series: dict[int | None, StepSeries] = {}  # by rank; None: lines without a label
-        self.floats = _Floats()
         self.template: _Template | None = None
         self.unreadable = 0
         self.progress: tuple[int, int] | None = None
         self.bar = False
-        self.bar_offset = 1  # a bar counts finished steps: step 99 is shown at 100/100
+        self.bar_offset: int | None = None  # 1: a bar counts finished steps, and shows step 99 at 100/100
         self.from_zero = True
         self.batch: int | None = None
         self.consumed: tuple[int, int] | None = None  # step, samples
         self.memory_bytes = 0.0
         self.stragglers: set[int] = set()
+        # Blocks of nothing but steps, not taken apart yet, each with the number of its last step.
+        self.waiting: deque[tuple[bytes, int]] = deque()
+        self.waiting_from = -1  # the step before those
 
     def block(self, data: bytes) -> None:
         """Reads complete lines."""
-        if b"\r" in data:
-            if b"\r\n" in data:
-                data = data.replace(b"\r\n", b"\n")
-            data = data.replace(b"\r", b"\n")
-        self._lines(data)
+        text = data.replace(b"\r", b"\n")
+        if not self._put_off(text):
+            self._catch_up()
+            self._lines(text)
+        elif len(self.waiting) > MAX_WAITING_BLOCKS:
+            self._catch_up()
 
     def unterminated(self, data: bytes) -> None:
         """Reads what stands after the last line's end: a line that was cut off, or is being written."""
+        self._catch_up()
         # A number at the very end may lack its last digits.
         self._line(data, cut_off=True)
+
+    def _put_off(self, text: bytes) -> bool:
+        """Lets a block of nothing but the next steps wait, and leaves out the first of those that are too many.
+
+        Most blocks of a long run never have to be taken apart: lines and the number of the last step tell how many
+        steps there are. Whether a line in a block that is left out was garbled, nobody asks.
+        """
+        template = self.template
+        series = self.series.get(template.rank) if template is not None else None
+        if template is None or series is None or series.profiling or template.tells_memory:
+            return False
+        if not (self.waiting or series.steps) or not text.startswith(template.begin):
+            return False
+        lines = text.count(b"\n")
+        if lines != text.count(_MARK) or lines != text.count(b"\n" + template.begin) + 1:
+            return False
+        last = template.step(text[text.rfind(b"\n", 0, -1) + 1 :])
+        if last is None:
+            return False
+        if not self.waiting:
+            self.waiting_from = series.last_step
+        steps = last - (self.waiting[-1][1] if self.waiting else self.waiting_from)
+        # A progress bar is drawn once or twice a step.
+        if not any(abs(lines - draws * steps) < draws for draws in (1, 2)):
+            return False
+        self.waiting.append((text, last))
+        if last - self.waiting_from > MAX_STEPS + MAX_STEPS // 10:
+            series.forget()
+            while last - self.waiting[0][1] >= MAX_STEPS:
+                _, left_out = self.waiting.popleft()
+                series.dropped += left_out - self.waiting_from
+                self.waiting_from = left_out
+            text, last = self.waiting[0]
+            begin = text.find(b"\n") + 1
+            if template.step(text[:begin]) == self.waiting_from:  # drawn again
+                self.waiting[0] = text[begin:], last
+        return True
+
+    def _catch_up(self) -> None:
+        """Takes apart what waits."""
+        while self.waiting:
+            self._lines(self.waiting.popleft()[0])
 
     def _lines(self, text: bytes) -> None:
         if self._all_alike(text):
@@ -251,34 +307,29 @@ class _Reader:
             text.count(_MARK) != len(found) or any(sign in text for sign in _SIGNS)
         ):
             return False
-        columns = list(zip(*found))
-        numbers = list(map(int, template.column("global_step", columns) or ()))
-        stride = numbers[1] - numbers[0] if len(numbers) > 1 else 1
         series = self.series.setdefault(template.rank, StepSeries())
-        if (
-            stride < 1
-            or (series.steps and numbers[0] <= series.steps[-1])
-            or series.profiling
-            or numbers[-1] > MAX_STEP_NUMBER
-            or numbers != list(range(numbers[0], numbers[0] + stride * len(numbers), stride))
-        ):
+        numbers = template.numbers(found)
+        if not _ascending(numbers):
+            # A progress bar is drawn twice a step: with the values of the step before, and with its own.
+            found = [values for values, _ in itertools.groupby(found)]
+            numbers = template.numbers(found)
+        if series.profiling or not _ascending(numbers) or numbers[-1] > MAX_STEP_NUMBER:
             return False
-        number = self.floats.__getitem__
+        columns = list(zip(*found))
+        times, losses, norms = (
+            list(map(float, texts)) if (texts := template.texts(name, columns)) else [None] * len(numbers)
+            for name in (_TIMING, "reduced_train_loss", "grad_norm")
+        )
         # The last line is left to be taken apart: progress and samples are in it, too.
-        del numbers[-1]
-        try:
-            times, losses, norms = (
-                list(map(number, texts[:-1])) if (texts := template.column(name, columns)) else [None] * len(numbers)
-                for name in (_TIMING, "reduced_train_loss", "grad_norm")
-            )
-            memory = [
-                _whole(each.decode()) or 0 for name in _MEMORY for each in set(template.column(name, columns) or ())
-            ]
-        except ValueError:
-            return False
-        self.memory_bytes = max(self.memory_bytes, *memory, 0)
-        if numbers:
-            series.extend(numbers, times, losses, norms)  # type: ignore[arg-type]  # the time is always there
+        new = slice(0, -1)
+        if numbers[0] <= series.last_step:
+            if (numbers[0], times[0], losses[0]) != (series.last_step, series.times[-1], series.losses[-1]):
+                return False
+            new = slice(1, -1)  # drawn again
+        if numbers[new]:
+            series.extend(numbers[new], times[new], losses[new], norms[new])  # type: ignore[arg-type]  # it has a time
+        memory = {text for name in _MEMORY for text in template.texts(name, columns)}
+        self.memory_bytes = max(self.memory_bytes, *(_whole(text.decode()) or 0 for text in memory), 0)
         last = text.rfind(_MARK)
         self._line(text[text.rfind(b"\n", 0, last) + 1 : text.find(b"\n", last)])
         return True
@@ -294,7 +345,7 @@ class _Reader:
         rank = _rank(line[:begin])
         if line[:begin].strip() and rank is None:
             return False
-        template = _Template(line, begin, rank)
+        template = _Template(line, begin, rank, exponents=_EXPONENT.search(text) is not None)
         if not template.usable or (self.template is not None and template.same_as(self.template)):
             return False
         self.template = template
@@ -361,8 +412,8 @@ class _Reader:
             return
         series = self.series.setdefault(rank, StepSeries())
         loss, norm = (float(fields[name]) if name in fields else None for name in ("reduced_train_loss", "grad_norm"))
-        series.add(Row(step, time_s, loss, norm))
-        if progress is not None and step == series.steps[-1]:  # not another rank's, which is a step behind
+        series.add(Row(step, time_s, loss, norm), redrawn=self.bar)
+        if progress is not None and step == series.last_step:  # not another rank's, which is a step behind
             self.progress = progress
         self._note(step, fields)
 
@@ -380,17 +431,19 @@ class _Reader:
         elif start is not None and start[1] is not None:
             progress = int(start[1]), int(start[2])
         step: float
-        if logged is not None and "e" not in logged.lower():
+        if logged is not None and not _rounded(logged):
             step = float(logged)
-            if bar:
-                self.bar_offset = int(bar[1]) - int(step)
         elif progress is not None:
             # A bar prints large numbers with three digits (2e+3), and its own count in full.
-            step = progress[0] - (self.bar_offset if bar else 0)
+            step = progress[0] - ((1 if self.bar_offset is None else self.bar_offset) if bar else 0)
         else:
             raise ValueError(logged)
         if not (0 <= step <= MAX_STEP_NUMBER) or step != int(step):
             raise ValueError(logged)
+        if bar:
+            # The smaller one: it is drawn ahead, too, with the values of the step before.
+            offset = int(bar[1]) - int(step)
+            self.bar_offset = offset if self.bar_offset is None else min(self.bar_offset, offset)
         return progress, int(step)
 
     def _note(self, step: int, fields: dict[str, str]) -> None:
@@ -444,9 +497,20 @@ class _Reader:
         )
 
 
+def _ascending(numbers: list[int]) -> bool:
+    """Whether each is as much more than the one before."""
+    stride = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    return stride > 0 and numbers == list(range(numbers[0], numbers[0] + stride * len(numbers), stride))
+
+
+def _rounded(text: str) -> bool:
+    """Whether a number was printed with the digits that count only: 2e+3."""
+    return "e" in text.lower()
+
+
 def _whole(text: str | None) -> int | None:
     """A whole number that was printed in full; None for another, or a rounded one (1.28e+6)."""
-    if text is None or "e" in text.lower() or len(text) > 18:
+    if text is None or _rounded(text) or len(text) > 18:
         return None
     value = float(text)
     return int(value) if math.isfinite(value) and value >= 0 and value == int(value) else None

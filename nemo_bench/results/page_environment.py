@@ -5,9 +5,9 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
+from nemo_bench.results.comparison import KINDS, recorded
 from nemo_bench.results.markup import Child, el
 from nemo_bench.results.page_parts import NONE, Column, named, plural, row, section, table
-from nemo_bench.results.points import flatten
 from nemo_bench.results.report_model import Comparison, Report, Run
 
 # Of a thing with more values than this, the first are shown.
@@ -15,14 +15,12 @@ SHOWN_VALUES = 6
 # With this many runs or more, a thing that is another one in each (a port, a job's number) is said so in a line.
 MANY_RUNS = 4
 
-_KINDS = ("configuration", "packages", "environment", "hardware")
-
 
 def changes(comparisons: Sequence[Comparison]) -> ET.Element:
     """What changed between the baseline and the runs, with the points that each change is found at."""
     found: dict[tuple[str, str, str | None, str | None], list[str]] = {}
     for each in comparisons:
-        for kind in _KINDS:
+        for kind in KINDS:
             for change in getattr(each, kind):
                 found.setdefault((kind, change.key, change.before, change.after), []).append(each.point)
     if not found:
@@ -43,28 +41,8 @@ def _at(names: Sequence[str], of: int, what: str) -> str:
     return f"all {of} {what}" if len(names) == of > 1 else named(list(names))
 
 
-def recorded(run: Run) -> dict[str, dict[str, str]]:
-    """What the record tells of a run, by kind; empty for a bare log."""
-    software = dict(run.packages)
-    if run.git:
-        modified = ", modified" if run.git.get("modified") else ""
-        software["nemo_bench (git)"] = f"{run.git.get('revision')}{modified}"
-    gpus = run.hardware.get("gpus") or []
-    hardware = flatten({key: value for key, value in run.hardware.items() if key != "gpus"}) if run.hardware else {}
-    if gpus:
-        hardware["gpus"] = f"{len(gpus)} x {gpus[0].get('name')}"
-        hardware |= {f"gpu.{key}": str(value) for key, value in gpus[0].items() if key != "name"}
-    return {
-        "configuration": flatten(run.config) if run.config else {},
-        "packages": software,
-        "hardware": hardware,
-        "environment": run.environment,
-    }
-
-
 def _recorded(report: Report) -> list[tuple[Run, dict[str, dict[str, str]]]]:
-    known = [(run, recorded(run)) for run in report.runs]
-    return [(run, kinds) for run, kinds in known if any(kinds.values())]
+    return [(run, recorded(run)) for run in report.runs if run.source == "run folder"]
 
 
 def differences(report: Report) -> ET.Element | None:
@@ -76,7 +54,7 @@ def differences(report: Report) -> ET.Element | None:
     said = f"{plural(bare, 'bare log')} {'says' if bare == 1 else 'say'} nothing of this." if bare else None
     columns = (Column("what differs"), Column("value"), Column("runs"))
     bodies = []
-    for kind in _KINDS:
+    for kind in KINDS:
         rows = []
         for key in sorted({key for _, kinds in known for key in kinds[kind]}):
             values: dict[str | None, list[str]] = {}

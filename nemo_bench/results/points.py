@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +10,15 @@ from typing import Any
 
 from nemo_bench.results import report_model as model
 from nemo_bench.results.report_model import Point, Reference, ReferencePoint, Run, ScalingCurve, Verdict
+from nemo_bench.results.runs import changed_sizes
 from nemo_bench.results.statistics import Estimate, estimate_of_repeats, estimate_of_steps, interval
 from nemo_bench.results.summary import numbers_at, unit_name
 
 # Beyond these, a run's steps are worth a word beside its verdict.
 DRIFT = 0.02
 SPREAD = 0.05
+
+_PERCENT = re.compile(r"\d+(?:\.\d+)?%")
 
 # Keys of the configuration that no step time depends on.
 _BESIDE_PERFORMANCE = (
@@ -49,14 +53,14 @@ def flatten(config: Any, prefix: str = "") -> dict[str, str]:
             for name, item in config.items()
             for key, text in flatten(item, f"{prefix}.{name}" if prefix else str(name)).items()
         }
-    return {prefix: "null" if config is None else str(config)}
+    return {prefix: "null" if config is None else str(config)} if prefix else {}
 
 
 def _performance(run: Run) -> dict[str, str]:
     return {
         key: value
         for key, value in flatten(run.config or {}).items()
-        if key and (key.startswith(_STILL_PERFORMANCE) or not key.startswith(_BESIDE_PERFORMANCE))
+        if (key.startswith(_STILL_PERFORMANCE) or not key.startswith(_BESIDE_PERFORMANCE))
     }
 
 
@@ -117,8 +121,12 @@ def _names(runs: Sequence[Run]) -> list[str]:
         differing = [key for key, value in mine.items() if any(twin.get(key) != value for twin in twins)]
         # model.global_batch_size and data.kind say again what global_batch_size and data have said
         differing = [key for key in differing if not {*key.split(".")} & {*differing} - {key}]
-        told = ", ".join(f"{key}={mine[key]}" for key in differing[:3]) + (", ..." if len(differing) > 3 else "")
-        names.append(f"{name} ({told})" if told else name)
+        texts = [f"{key}={mine[key]}" for key in differing[:3]] + (["..."] if len(differing) > 3 else [])
+        # A 70b of 4 layers is none, and its name says so.
+        texts = [
+            f"{key}={value}" for key, value in changed_sizes(run).items() if f"model.{key}" not in differing
+        ] + texts
+        names.append(f"{name} ({', '.join(texts)})" if texts else name)
     counts: dict[str, int] = {}
     for i, name in enumerate(names):
         counts[name] = counts.get(name, 0) + 1
@@ -268,9 +276,32 @@ def _reasons(group: Group, reference: Reference, published: ReferencePoint) -> l
     if run.data is not None and run.data != reference.data:
         what = "random tokens (data=mock)" if run.data == "mock" else f"data={run.data}"
         found.append(f"data: {what}, published with {reference.data}")
-    for each in group.final:
-        found += [text if len(group.final) == 1 else f"{each.name}: {text}" for text in _reasons_of(each)]
-    return found
+    return found + _reasons_of_all(group.final)
+
+
+def _reasons_of_all(runs: Sequence[Run]) -> list[str]:
+    """What the records of repeats show, each reason once: with the range of its percentages, and in how many runs."""
+    said: dict[str, list[tuple[Run, str]]] = {}
+    for run in runs:
+        for text in _reasons_of(run):
+            said.setdefault(_PERCENT.sub("%", text), []).append((run, text))
+    return [_merged(found, len(runs)) for found in said.values()]
+
+
+def _merged(found: Sequence[tuple[Run, str]], runs: int) -> str:
+    text = found[0][1]
+    columns = zip(*(_PERCENT.findall(each) for _, each in found))
+    ends = [(min(values, key=_percent), max(values, key=_percent)) for values in columns]
+    each_end = iter(low if low == high else f"{low} to {high}" for low, high in ends)
+    text = _PERCENT.sub(lambda _: next(each_end), text)
+    if runs == 1:
+        return text
+    where = f"all {runs}" if len(found) == runs else f"{len(found)} of {runs}"
+    return f"{text} (in {where} runs)"
+
+
+def _percent(text: str) -> float:
+    return float(text.rstrip("%"))
 
 
 def _reasons_of(run: Run) -> list[str]:
@@ -324,7 +355,10 @@ def overall(points: Sequence[Point]) -> str:
 
 
 def scaling(groups: Sequence[Group], points: Sequence[Point], reference: Reference | None) -> list[ScalingCurve]:
-    """Curves of two points or more that differ in nothing but their size, and the published ones beside them."""
+    """Curves of points that differ in nothing but their size, and beside them the published ones of the same work.
+
+    One point is no curve, unless there is a published one to hold it against.
+    """
     curves: dict[tuple[Any, ...], list[dict[int, Point]]] = {}
     for group, point in zip(groups, points):
         if point.numbers is None:
@@ -334,25 +368,32 @@ def scaling(groups: Sequence[Group], points: Sequence[Point], reference: Referen
         if point.gpus in alike[-1]:
             alike.append({})
         alike[-1][point.gpus] = point
-    found = []
+    runs = {point.name: group.one for group, point in zip(groups, points)}
+    found: list[ScalingCurve] = []
+    beside: dict[tuple[str, str], list[ReferencePoint]] = {}
     for curve in (each for alike in curves.values() for each in alike):
         one = next(iter(curve.values()))
+        published = _published_of(runs[one.name], reference)
+        if published:
+            beside[one.model, one.precision] = published
+        elif len(curve) < 2:
+            continue
         told = " ".join(text for text in (one.model, one.precision, one.gpu, one.version) if text)
         rates = {gpus: point.numbers.tokens_per_s for gpus, point in curve.items() if point.numbers}
         found.append(_curve(told, one.model, one.precision, one.gpu, False, rates))
-    measured = {(curve.model, curve.precision) for curve in found}
-    for name, precision in sorted(measured):
-        rates = {
-            each.gpus: each.tokens_per_s_from_step_time
-            for each in (reference.points if reference else ())
-            if (each.model, each.precision) == (name, precision)
-        }
-        if rates and reference is not None:
-            gpu = reference.points[0].gpu
-            found.append(
-                _curve(f"{name} {precision} {gpu} published ({reference.name})", name, precision, gpu, True, rates)
-            )
+    for (name, precision), published in sorted(beside.items()):
+        label = f"{name} {precision} {published[0].gpu} published ({published[0].reference})"
+        rates = {each.gpus: each.tokens_per_s_from_step_time for each in published}
+        found.append(_curve(label, name, precision, published[0].gpu, True, rates))
     return found
+
+
+def _published_of(run: Run, reference: Reference | None) -> list[ReferencePoint]:
+    """The published points of the run's model and number format, where a step of them is the same work."""
+    if reference is None:
+        return []
+    alike = [each for each in reference.points if (each.model, each.precision) == (run.model, run.precision)]
+    return [each for each in alike if not _other_work(run, reference, each)]
 
 
 def _curve(

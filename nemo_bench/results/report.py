@@ -60,6 +60,11 @@ def build_report(
         base_made = [points.make_point(group, table, tolerance) for group in base_groups]
         comparisons, unmatched = comparison.compare(groups, made, base_groups, base_made, tolerance)
         warnings += more + unmatched
+        both = {run.path for run in found} & {run.path for run in base_found}
+        if both:
+            warnings.append(
+                f"runs= and baseline= share {len(both)} of {len(base_found)} runs: compared with themselves"
+            )
     unknown = [run.name for run in found if not any(run.name in point.runs for point in made)]
     if unknown:
         warnings.append(f"not known what was run, so in no point: {', '.join(unknown)} (see their warnings)")
@@ -107,13 +112,16 @@ def _load(inputs: Sequence[Path], key: str, given: Given, total_tokens: float) -
         except OSError as error:
             warnings.append(f"{path}: cannot be read ({error.strerror})")
         else:
-            if run.source == "log" and not len(run.steps) and path not in named:
-                stepless.append(path.name)  # a file that lies beside the logs
-            else:
+            if run.source == "run folder" or len(run.steps) or (path in named and run.gpus is not None):
                 found.append((path, run))
+            elif path in named:
+                warnings.append(f"{path}: {run.why_not_final}")  # nothing tells that it is a run's log
+            else:
+                stepless.append(path.name)  # a file that lies beside the logs
     if stepless:
         shown = ", ".join(stepless[:5]) + (", ..." if len(stepless) > 5 else "")
-        warnings.append(f"{len(stepless)} files hold no training step: {shown}")
+        number = "1 file holds" if len(stepless) == 1 else f"{len(stepless)} files hold"
+        warnings.append(f"{number} no training step: {shown}")
     if not found:
         told = "".join(f"\n  {text}" for text in warnings)
         raise BenchError(

@@ -88,8 +88,8 @@ def _given(cfg: ReportConfig) -> Given:
 
 def _paths(key: str, value: Any) -> list[Path]:
     values = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    if key == "runs" and not values:
-        raise BenchError("runs: name at least one run folder, folder of runs, or log file")
+    if "" in values or (key == "runs" and not values):  # the empty path would be the current folder
+        raise BenchError(f"{key}: name at least one run folder, folder of runs, or log file")
     return [Path(str(each)) for each in values]
 
 

@@ -94,6 +94,14 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (_CONF / group).glob("*.yaml"))
 
 
+def changed_sizes(run: Run) -> dict[str, int]:
+    """The sizes in which the run's model is another than conf/model's of that name."""
+    if run.architecture is None or run.model not in options("model"):
+        return {}
+    named = architecture_of(_choice("model", run.model))
+    return {key: value for key, value in run.architecture.items() if named.get(key) != value}
+
+
 def _choice(group: str, name: str) -> dict[str, Any]:
     content = OmegaConf.load(_CONF / group / f"{name}.yaml")
     plain = OmegaConf.to_container(content, resolve=False)
@@ -352,7 +360,8 @@ def _peak(gpu: dict[str, Any], precision: str, measured: dict[int, dict[str, Any
 def _incomplete(state: str, reason: str | None, steps: list[int], max_steps: int) -> str | None:
     done = len(steps) and steps[-1] + 1
     if state != "completed":
-        return f"{state} at step {done} of {max_steps}" + (f": {reason}" if reason else "")
+        when = "after its last step," if done >= max_steps else "at step"
+        return f"{state} {when} {done} of {max_steps}" + (f": {reason}" if reason else "")
     if not steps:
         return "no training step was recorded"
     if done < max_steps:
@@ -448,7 +457,8 @@ def _identity(path: Path, given: Given, log: Log) -> tuple[dict[str, Any], dict[
 
 def _series_of(log: Log) -> StepSeries:
     series = StepSeries()
-    series.extend(list(log.step), list(log.time_s), log.loss, log.grad_norm)
+    if log.step:
+        series.extend(log.step, log.time_s, log.loss, log.grad_norm)
     series.paused, series.restarts = dict(log.paused), list(log.restarts)
     return series
 

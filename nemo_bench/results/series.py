@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # More than any benchmark has; of a longer run the latest steps are kept.
 MAX_STEPS = 200_000
@@ -16,8 +16,7 @@ MAX_STEPS = 200_000
 VALIDATION, CHECKPOINT, PROFILE = "validation", "checkpoint", "profile"
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One step, as a line tells it; None for what it does not tell."""
 
     step: int
@@ -40,18 +39,29 @@ class StepSeries:
         self.pending: str | None = None  # happened since the last step
         self.profiling = False
 
-    def add(self, row: Row) -> None:
-        last = self.steps[-1] if self.steps else -1
-        beside = row.step == last or (self.several and row.step == last - 1)
-        if beside and self._same_step(row):
-            return
-        if row.step <= last:
-            self.restart(row.step)
-        if self.pending is not None and self.steps:
-            self.paused[row.step] = self.pending
-        if self.profiling:
-            self.paused[row.step] = PROFILE
-        self.pending = None
+    @property
+    def last_step(self) -> int:
+        """Number of the last step; -1 before there is one."""
+        return self.steps[-1] if self.steps else -1
+
+    def add(self, row: Row, *, redrawn: bool = False) -> None:
+        """Takes in one step.
+
+        Args:
+            row: the step.
+            redrawn: it is of a progress bar, which one process draws: where its step is there already, perhaps with the
+                values of the step before, these count.
+        """
+        last = self.last_step
+        if redrawn and row.step == last:
+            self._cut(slice(len(self.steps) - 1, None))
+        else:
+            beside = row.step == last or (self.several and row.step == last - 1)
+            if beside and self._same_step(row):
+                return
+            if row.step <= last:
+                self.restart(row.step)
+            self._begin(row.step)
         self.steps.append(row.step)
         self.times.append(row.time_s)
         self.losses.append(row.loss)
@@ -59,17 +69,34 @@ class StepSeries:
         self._bound()
 
     def extend(
-        self, steps: list[int], times: list[float], losses: Sequence[float | None], norms: Sequence[float | None]
+        self,
+        steps: Sequence[int],
+        times: Sequence[float],
+        losses: Sequence[float | None],
+        norms: Sequence[float | None],
     ) -> None:
-        """Appends steps that ascend, of which none is paused but perhaps the first."""
-        if self.pending is not None and self.steps:
-            self.paused[steps[0]] = self.pending
-        self.pending = None
+        """Appends steps, one at least, that ascend, of which none is paused but perhaps the first."""
+        self._begin(steps[0])
         self.steps.extend(steps)
         self.times.extend(times)
         self.losses.extend(losses)
         self.norms.extend(norms)
         self._bound()
+
+    def forget(self) -> None:
+        """Leaves out all steps so far: so many follow that none of them would be kept."""
+        self.dropped += len(self.steps)
+        self._cut(slice(None))
+        self.paused.clear()
+        self.restarts.clear()
+
+    def _begin(self, step: int) -> None:
+        """Marks a step with what happened since the one before."""
+        if self.pending is not None and self.steps:
+            self.paused[step] = self.pending
+        if self.profiling:
+            self.paused[step] = PROFILE
+        self.pending = None
 
     def _same_step(self, row: Row) -> bool:
         """Takes in a step that is there already: a progress bar drawn again, or another rank's line of it."""

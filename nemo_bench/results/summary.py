@@ -124,7 +124,7 @@ def rows(run: Run) -> list[tuple[str, str, str]]:
 
 def counted(times: StepTimes) -> str:
     """How many steps a median is of, and which were left out: "48 steps after 1 of warm-up, without 1 (checkpoint)"."""
-    text = f"{times.counted} steps after {times.warmup_steps} of warm-up"
+    text = f"{times.counted} step{'' if times.counted == 1 else 's'} after {times.warmup_steps} of warm-up"
     if times.excluded:
         text += ", without " + " and ".join(f"{number} ({reason})" for reason, number in times.excluded.items())
     return text

@@ -60,14 +60,14 @@ def _point_row(point: Point, *, judged: bool) -> tuple[str, ...]:
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """A row a run; no times of those that are no result."""
+    """A row a run; no times and no losses of those that are no result."""
     header = (">counted", ">median (s)", ">mean (s)", ">p95 (s)", ">spread (s)", ">last (s)", ">loss")
     return Table("Runs", ("run", "state", *header, "remark"), tuple(_run_row(run) for run in runs))
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
     t = run.times if run.final else None
-    loss = "" if run.first_loss is None else f"{run.first_loss:.3f} to {run.last_loss:.3f}"
+    loss = f"{run.first_loss:.3f} to {run.last_loss:.3f}" if run.final and run.first_loss is not None else ""
     remarks = ([run.why_not_final] if run.why_not_final else []) + list(run.warnings)
     if t is not None and (t.warmup_steps or t.excluded):
         remarks.insert(0, counted(t))
@@ -165,7 +165,7 @@ CSV_COLUMNS = (
 
 
 def csv_text(report: Report) -> str:
-    """A line a run. Results (times, rates, verdict) are empty for a run that is not final."""
+    """A line a run. Results (times, rates, losses, verdict) are empty for a run that is not final."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -178,6 +178,8 @@ def csv_text(report: Report) -> str:
 def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
     row: dict[str, object] = {key: getattr(run, key, None) for key in CSV_COLUMNS}
     row |= {"run": run.name, "point": point.name if point else None, **run.layout, "steps": len(run.steps)}
+    if not run.final:
+        row |= {"first_loss": None, "last_loss": None}
     t, n = run.times, run.numbers
     if t is not None:
         row |= {

@@ -55,7 +55,7 @@ def log(root: Path, gpus: int, precision: str = "fp8") -> Path:
 
 
 def test_all_runs_of_the_stage_folder(report: Report, tmp_path: Path) -> None:
-    shutil.copytree(TINY.parents[2], tmp_path / "stage/results")
+    shutil.copytree(TINY.parent, tmp_path / "stage/results/fp32")
     done = report()
     assert done.returncode == 0 and done.stderr == ""
     assert "tiny fp32 1gpu (data=local)" in done.stdout and "failed at step 0 of 40" in done.stdout
@@ -66,7 +66,8 @@ def test_all_runs_of_the_stage_folder(report: Report, tmp_path: Path) -> None:
     assert [row["run"] for row in rows] == [run.name for run in made.runs]
     assert (folder / "results.md").read_text().startswith("# Benchmark report")
     assert "20261122-165153-d39a" in (folder / "report.html").read_text()
-    # A second report does not take the first for a run.
+    # A second report does not take the first, or another's files, for a run.
+    assert report("output=stage/results/other/place", "archive=stage/results/runs.tar.zst").returncode == 0
     assert report().returncode == 0
     assert len(from_json((folder / "results.json").read_text()).runs) == 5
 
@@ -133,6 +134,9 @@ def test_an_archive(report: Report, tmp_path: Path) -> None:
         (["runs=nowhere"], "runs=nowhere: there is no such file or folder"),
         (["runs=."], "runs=.: no run folder and no log with train_step_timing there"),
         (["runs=[]"], "runs: name at least one"),
+        (["runs="], "runs: name at least one"),
+        (["runs=job.out", "baseline="], "baseline: name at least one"),
+        (["runs=job.out", "archive=job.out/a.tar.zst", "output=null"], "archive=job.out/a.tar.zst: cannot be written"),
         ([], "there is no such file or folder"),
         (["runs=job.out", "reference=h100"], "valid: nvidia-24.09, nvidia-24.12"),
         (["runs=job.out", "tolerance=five"], "tolerance=five"),
@@ -164,6 +168,16 @@ def test_a_narrow_terminal_loses_nothing(report: Report, tmp_path: Path) -> None
     log(tmp_path / "results", 64)
     done = report("runs=results", "gpu=h100", "output=null", columns=60)
     assert done.returncode == 0 and "PASS" in done.stdout
+
+
+def test_report_py_imports_nothing_that_trains(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(PROJECT / "report.py"), f"runs={TINY}", "output=out"]
+    done = subprocess.run(
+        [*command, f"baseline={TINY}", "archive=a.tar.zst"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and {"hydra", "zstandard", "rich"} <= imported  # the listing was understood
+    assert imported & {"torch", "lightning", "megatron", "nemo", "transformers"} == set()
 
 
 def test_reporting_imports_nothing_that_trains() -> None:

@@ -181,6 +181,47 @@ def test_a_long_run_keeps_its_latest_steps(tmp_path: Path, monkeypatch: pytest.M
     assert log.dropped + len(log.step) == 1000
 
 
+def test_blocks_of_a_long_run_that_are_left_out_change_nothing_in_those_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(line(i, time=f"0.{i % 9000 + 1000}") for i in range(5000))
+    whole = parse(text, tmp_path)
+    monkeypatch.setattr(logs, "BLOCK_BYTES", 4096)
+    for module in (logs, series):
+        monkeypatch.setattr(module, "MAX_STEPS", 1000)
+    log = parse(text, tmp_path)
+    assert 1000 <= len(log.step) <= 1100 and log.dropped + len(log.step) == 5000
+    assert steps_of(log) == steps_of(whole)[-len(log.step) :]
+    assert (log.iteration, log.global_batch_size, log.unreadable) == (whole.iteration, 8, 0)
+    # A restart that goes back beyond what is kept: what was left out is not there any more.
+    again = parse(text + "".join(line(i, time="0.25") for i in range(2000, 2600)), tmp_path)
+    assert again.step == tuple(range(2000, 2600)) and set(again.time_s) == {0.25} and again.restarts == (2000,)
+
+
+def test_a_bar_is_drawn_twice_a_step(tmp_path: Path) -> None:
+    """Lightning draws it with the step's number before it is given the step's values."""
+    log = parse(drawn_twice(range(60)), tmp_path)
+    assert log.step == tuple(range(60)) and log.time_s == tuple(round(0.5 + step / 1000, 3) for step in range(60))
+    assert (log.iteration, log.several, log.repeated, log.unreadable) == (60, 0, 0, 0)
+    # From 1000 on, tqdm prints round numbers with three digits: 1e+3
+    log = parse(drawn_twice(range(995, 1010)), tmp_path)
+    assert log.step == tuple(range(995, 1010)) and log.time_s == tuple(
+        round(0.5 + step / 1000, 3) for step in range(995, 1010)
+    )
+    assert (log.several, log.repeated) == (0, 0)
+    # Also where the first of many steps are left out, and the first that is kept is one that is drawn again.
+    for block_bytes in range(1000, 1200):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(logs, "BLOCK_BYTES", block_bytes)
+            for module in (logs, series):
+                patch.setattr(module, "MAX_STEPS", 20)
+            log = parse(drawn_twice(range(90)), tmp_path)
+        assert log.dropped + len(log.step) == 90 and log.step == tuple(range(log.dropped, 90))
+    # NeMo 2's bar is drawn ahead only, and once more at the end.
+    ahead = "".join(bar(step, shown=step + 2) for step in range(19)) + bar(19)
+    assert parse(ahead, tmp_path).step == tuple(range(20))
+
+
 def test_one_odd_line_does_not_cost_the_others_their_steps(tmp_path: Path) -> None:
     lines = [line(i) for i in range(2000)]
     lines.insert(700, "[NeMo I 2025-01-01 00:00:20 pl:232] Global Checkpoint Save : Rank: 0 : Iteration: 699\n")
@@ -209,11 +250,18 @@ def line(step: int, time: str = "0.5", loss: str = "2.5", last: int = 999) -> st
     )
 
 
-def bar(step: int, time: str = "0.5", loss: str = "2.5", last: int = 999) -> str:
+def bar(step: int, time: str = "0.5", loss: str = "2.5", last: int = 999, shown: int | None = None) -> str:
+    number = f"{step:.0e}".replace("+0", "+") if step % 1000 == 0 < step else float(step)
     return (
-        f"\rEpoch 0: :  10%|█         | {step + 1}/{last + 1} [00:01<00:09, reduced_train_loss={loss}, "
-        f"global_step={float(step)}, consumed_samples={8.0 * (step + 1)}, train_step_timing in s={time}]"
+        f"\rEpoch 0: :  10%|█         | {shown or step + 1}/{last + 1} [00:01<00:09, reduced_train_loss={loss}, "
+        f"global_step={number}, consumed_samples={8.0 * (step + 1)}, train_step_timing in s={time}]"
     )
+
+
+def drawn_twice(steps: range) -> str:
+    times = {step: f"{0.5 + step / 1000:.3f}" for step in steps}
+    ahead = {step: bar(step - 1, times[step - 1], shown=step + 1) for step in steps[1:]}
+    return "".join(ahead.get(step, "") + bar(step, times[step]) for step in steps) + "\n"
 
 
 TIME = st.floats(min_value=1e-3, max_value=1e4).map(lambda value: f"{value:.4}")
@@ -257,6 +305,52 @@ def test_every_step_is_found_however_the_blocks_fall(
         log = parse(text, Path(folder))
         assert steps_of(log) == truth
         assert log.unreadable == 0
+
+
+@st.composite
+def long_runs(draw: st.DrawFn) -> str:
+    """A run of one kind of line, perhaps drawn twice, with restarts, gaps and garbled lines."""
+    form = draw(st.sampled_from([line, bar]))
+    twice = form is bar and draw(st.booleans())
+    text, first, before = "", draw(st.integers(1, 50)), ""
+    for _ in range(draw(st.integers(0, 6))):
+        for step in range(first, first + draw(st.integers(1, 90))):
+            time = draw(TIME)
+            text += bar(step - 1, before, shown=step + 1) if twice and before else ""
+            text += form(step, time)
+            before = time
+        jump = draw(st.sampled_from(["restart", "gap", "noise", "garbled"]))
+        if jump == "restart":
+            first, before = max(0, step - draw(st.integers(0, 40))), ""
+        else:
+            first = step + (1 if jump == "noise" else draw(st.integers(2, 9)))
+        text += {"noise": "\n[NeMo I] Validation\n", "garbled": f"\n{form(first - 1)[:-20]}\n"}.get(jump, "")
+    return text + "\n"
+
+
+@settings(max_examples=80, deadline=None)
+@given(long_runs(), st.integers(200, 5000), st.integers(5, 60), st.integers(0, 20))
+def test_however_the_blocks_fall_the_last_steps_are_the_same(
+    text: str, block_bytes: int, most: int, waiting: int
+) -> None:
+    found = []
+    for size, steps, blocks in ((50, 10**6, 400), (block_bytes, 10**6, 400), (block_bytes, most, waiting)):
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(logs, "BLOCK_BYTES", size)
+            patch.setattr(logs, "MAX_STEPS", steps)
+            patch.setattr(logs, "MAX_WAITING_BLOCKS", blocks)
+            patch.setattr(series, "MAX_STEPS", steps)
+            found.append(parse(text, Path(folder)))
+    line_by_line, whole, bounded = found
+    assert repr(whole) == repr(line_by_line)
+    kept = steps_of(bounded)
+    assert kept == steps_of(whole)[-len(kept) :] if kept else not whole.step
+    first = bounded.step[0] if kept else 0
+    # Steps after a restart may have pushed out those before it.
+    assert len(kept) >= min(len(whole.step), most) or whole.repeated
+    assert {at: why for at, why in bounded.paused.items() if at > first} == {
+        at: why for at, why in whole.paused.items() if at > first
+    }
 
 
 @settings(max_examples=200, deadline=None)

@@ -25,7 +25,8 @@ from nemo_bench.results.report_model import Point, Report, from_json, to_json
 from nemo_bench.results.runs import Given
 
 LOGS = Path(__file__).parents[1] / "logs"
-TINY = Path(__file__).parents[1] / "runs/nemo-2.7.3/fp32/tiny"
+RUNS = Path(__file__).parents[1] / "runs/nemo-2.7.3"
+TINY = RUNS / "fp32/tiny"
 H100 = Given(gpu="h100")
 
 
@@ -164,6 +165,37 @@ def test_reasons_that_the_record_shows(tmp_path: Path) -> None:
         assert text in reasons
 
 
+def test_a_reason_is_said_once_for_all_repeats(tmp_path: Path) -> None:
+    for name, drift in (("a", 1.04), ("b", 1.06), ("c", 1.0)):
+        path = point_log(tmp_path, "fp8", 64, 11.0, name=name)
+        parts = path.read_bytes().decode().split("\r")
+        for i, part in enumerate(parts[26:], 26):
+            head, _, time = part.rpartition("=")
+            parts[i] = f"{head}={float(time.strip().rstrip(']')) * drift:.3f}]"
+        checkpoint = "\nSaving checkpoint\n"
+        path.write_text("\r".join(parts[:20]) + checkpoint + "\r" + "\r".join(parts[20:]) + "\n")
+    reasons = [text for text in only(build_report([tmp_path], given=H100)).verdict.reasons if "runs)" in text]
+    assert reasons[0] == "disturbed steps, left out: 1 after a checkpoint (in all 3 runs)"
+    assert len(reasons) == 2 and reasons[1].endswith(" slower during the run (in 2 of 3 runs)")
+    low, _, high = reasons[1].removeprefix("steps became ").partition(" to ")
+    assert low.startswith(("3.", "4.")) and high.startswith(("5.", "6.")), reasons
+
+
+def test_a_model_of_another_size_under_a_known_name_says_so(tmp_path: Path) -> None:
+    point_log(tmp_path, "fp8", 64, 11.0)
+    report = build_report([RUNS / "bf16", RUNS / "fp8", tmp_path], given=H100)
+    assert [point.name for point in report.points] == [
+        "70b bf16 1gpu (num_layers=4)",
+        "70b fp8 1gpu (num_layers=4)",
+        "70b fp8 64gpu",
+    ]
+    # One point is no curve, and what is published of 80 layers does not stand beside 4.
+    assert [(curve.precision, curve.gpus[0], curve.published) for curve in report.scaling] == [
+        ("fp8", 64, False),
+        ("fp8", 64, True),
+    ]
+
+
 def test_a_last_step_that_would_be_judged_otherwise_is_a_reason(tmp_path: Path) -> None:
     point = only(build_report([point_log(tmp_path, "fp8", 64, 11.0, last_s=14.0)]))
     assert point.verdict.value == model.PASS
@@ -265,6 +297,13 @@ def test_a_difference_within_the_noise(tmp_path: Path) -> None:
     assert found.verdict == model.SLOWER and not found.regression and "repeat the runs" in found.why
 
 
+def test_runs_compared_with_themselves_are_told(tmp_path: Path) -> None:
+    point_log(tmp_path, "fp8", 64, 11.0)
+    report = build_report([tmp_path], baseline=[tmp_path], reference=None)
+    assert report.comparisons[0].verdict == model.NO_DIFFERENCE
+    assert "runs= and baseline= share 1 of 1 runs: compared with themselves" in report.warnings
+
+
 def test_what_changed_is_named(tmp_path: Path) -> None:
     old = copy_run("d39a", tmp_path / "old")
     new = copy_run("d39a", tmp_path / "new", {"gc_interval: 25": "gc_interval: 5"}, factor=2)
@@ -309,7 +348,14 @@ def test_one_bad_folder_hides_no_other(tmp_path: Path) -> None:
     report = build_report([tmp_path])
     assert [run.name for run in report.runs] == ["good"]
     assert any("bad: the record cannot be read" in text for text in report.warnings)
-    assert "1 files hold no training step: install.log" in report.warnings
+    # The same file by its name: nothing tells that it is a run's log.
+    with pytest.raises(BenchError, match=r"install\.log: no line with train_step_timing and a step"):
+        build_report([tmp_path / "install.log"])
+    crashed = tmp_path / "24.09/fp8/70b/64/a.out"
+    crashed.parent.mkdir(parents=True)
+    crashed.write_text("RuntimeError: out of memory\n")
+    assert only(build_report([crashed])).verdict.value == model.INCOMPLETE
+    assert "1 file holds no training step: install.log" in report.warnings
 
 
 def test_nothing_to_report_is_said(tmp_path: Path) -> None:
@@ -385,6 +431,7 @@ def test_the_schema_is_documented_field_by_field() -> None:
 def test_no_output_shows_a_result_of_a_run_that_is_none(everything: Report) -> None:
     rows = {row["run"]: row for row in csv.DictReader(io.StringIO(tables.csv_text(everything)))}
     assert len(rows) == len(everything.runs)
+    shown = {row[0]: row for row in tables.runs_table(everything.runs).rows}
     for run in everything.runs:
         row = rows[run.name]
         results = [row[key] for key in ("step_time_median_s", "step_time_last_s", "tokens_per_s", "mfu", "verdict")]
@@ -392,6 +439,7 @@ def test_no_output_shows_a_result_of_a_run_that_is_none(everything: Report) -> N
             assert run.times is not None and float(results[0]) == run.times.median_s
         else:
             assert results == [""] * 5 and row["why_not_final"] and run.numbers is None
+            assert row["first_loss"] == row["last_loss"] == "" and {*shown[run.name][2:9]} == {""}
     table = dict((row[0], row) for row in tables.points_table(everything).rows)
     for point in everything.points:
         if not point.final_runs:

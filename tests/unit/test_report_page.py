@@ -69,7 +69,7 @@ def write_logs(root: Path, factor: float) -> Path:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """Real runs on CPU, and logs with all kinds of outcomes, beside a baseline that was quicker."""
+    """Real runs on CPU and on an H200, and logs with all kinds of outcomes, beside a baseline that was quicker."""
     root = tmp_path_factory.mktemp("logs")
     now, before = write_logs(root / "now", 1.0), write_logs(root / "before", 0.9)
     return build_report([REAL_RUNS, now], baseline=[before], given=Given(gpu="h100"))
@@ -323,6 +323,11 @@ def test_differences_between_runs_are_listed_with_the_runs(report: Report, text:
     assert row[row.index("2") + 1] == two
 
 
+def test_what_is_another_one_in_each_job_is_no_difference(report: Report, text: str) -> None:
+    ports = {run.environment["MASTER_PORT"] for run in report.runs if "MASTER_PORT" in run.environment}
+    assert len(ports) > 3 and "MASTER_PORT" not in part_of(text, "differences", "section")
+
+
 def test_stragglers_come_first(report: Report) -> None:
     ranks = tuple(
         RankTimes(rank, "step time (s)", 1.0 + (rank == 700), 1.0, float(rank == 700), rank == 700)
@@ -381,7 +386,7 @@ def test_steps_left_out_are_marked_with_their_reason(report: Report, text: str) 
 
 
 def test_an_outlier_leaves_the_rest_its_axis(report: Report) -> None:
-    run = next(run for run in report.runs if run.final and run.model == "70b")
+    run = next(run for run in report.runs if run.final and run.source == "log")
     slow = max(time for time in run.steps.time_s if time is not None)
     assert slow > 3 * run.times.median_s  # type: ignore[union-attr]  # the first step
     drawn = plots.step_times(run.name, run.steps, None)

@@ -19,6 +19,8 @@ LOGS = Path(__file__).parents[1] / "logs"
 TINY = Path(__file__).parents[1] / "runs/nemo-2.7.3/fp32/tiny"
 CHECKPOINTS = TINY / "1/20261122-160508-ecda"
 FAILED = TINY / "1/20261122-160352-dbed"
+H200 = Path(__file__).parents[1] / "runs/nemo-2.7.3"
+H200_DONE, H200_KILLED = H200 / "bf16/70b/1/20261122-172402-5f1a", H200 / "fp8/70b/1/20261122-172139-8348"
 PLAIN = TINY / "1/20261122-165153-d39a"
 TWO = TINY / "2/20261122-163217-6def"
 KNOWN = Given(model="70b", precision="fp8", gpus=64, gpu="h100")
@@ -73,6 +75,28 @@ def test_a_failed_run_says_so_and_gives_no_number() -> None:
     assert (run.state, run.final, run.numbers, run.times) == ("failed", False, None, None)
     assert run.why_not_final is not None and run.why_not_final.startswith("failed at step 0 of 40: AssertionError")
     assert [name for name, _, _ in rows(run)] == ["no result"]
+
+
+def test_a_real_run_on_an_h200() -> None:
+    run = load_run(H200_DONE)
+    assert (run.final, run.gpu, run.gpu_reported, run.data) == (True, "h200", "NVIDIA H200", "mock")
+    assert run.times is not None and run.numbers is not None and run.numbers.mfu is not None
+    # The validation came after the last step: it disturbed none.
+    assert (len(run.steps), run.times.warmup_steps, run.times.excluded) == (30, 1, {})
+    assert (f"{run.times.median_s:.3f}", f"{run.numbers.mfu:.1%}") == ("1.652", "60.3%")
+    assert run.numbers.peak_source == "h200 bf16, dense, published" and run.peak_memory_gib == pytest.approx(
+        102.99, rel=1e-5
+    )
+    assert runs.changed_sizes(run) == {"num_layers": 4} and runs.changed_sizes(load_run(PLAIN)) == {}
+
+
+def test_a_run_killed_after_its_last_step_is_no_result() -> None:
+    """By its time limit, while it wound up: all steps are there, and how it ended is not what was asked for."""
+    run = load_run(H200_KILLED)
+    assert len(run.steps) == 30 and run.events[-1]["event"] == "done"
+    assert (run.state, run.final, run.numbers, run.numbers_last) == ("killed", False, None, None)
+    assert run.why_not_final == "killed after its last step, 30 of 30: SIGTERM from outside"
+    assert [name for name, _, _ in rows(run)][-2:] == ["peak memory (GiB)", "no result"]
 
 
 def test_ranks_are_held_beside_each_other(tmp_path: Path) -> None:
