@@ -26,6 +26,8 @@ CONFIDENCE = 0.95
 WARM_UP = "warm-up"
 RESTART = "restart"
 NO_TIME = "no time"
+# No step takes thirty years: a damaged line does.
+_LONGEST_S = 1e9
 
 # Student's t, 97.5% quantile, for 1 to 30 degrees of freedom.
 _T = (
@@ -136,14 +138,14 @@ def exclusions(
     three spreads (and never less than 2%) of its median, at most half of all; after each restart the same is done.
 
     Args:
-        times: step times in seconds, in order; None or a number that is not positive is no time.
+        times: step times in seconds, in order; None, a number that is not positive, and one of years is no time.
         paused: of each step, what disturbed it ("validation", "checkpoint", "profile"), or None.
         restarts: indices of the steps that a restarted process began with.
     """
     reasons: list[str | None] = list(paused) if paused is not None else [None] * len(times)
     timed: dict[int, float] = {}  # the steps that may count
     for i, time in enumerate(times):
-        if time is None or not (math.isfinite(time) and time > 0):
+        if time is None or not 0 < time < _LONGEST_S:
             reasons[i] = NO_TIME
         elif reasons[i] is None:
             timed[i] = time

@@ -112,8 +112,8 @@ def test_any_times_are_sorted_out(times: list[float | None], restarts: set[int],
     reasons = exclusions(times, paused, restarts)
     assert len(reasons) == len(times)
     counted = [time for time, reason in zip(times, reasons) if reason is None]
-    assert all(time is not None and math.isfinite(time) and time > 0 for time in counted)
-    usable = [time for time, why in zip(times, paused) if why is None and time and math.isfinite(time) and time > 0]
+    assert all(time is not None and 0 < time < 1e9 for time in counted)
+    usable = [time for time, why in zip(times, paused) if why is None and time and 0 < time < 1e9]
     # at most half of each session is called warm-up
     assert len(counted) >= len(usable) // 2 - len(restarts)
     if counted:
