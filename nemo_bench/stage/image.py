@@ -11,7 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ class ImagePart(Part):
 
     kind = PartName.image
     place_key = "entrypoint.image"
-    adopts = True  # made by hand, or by the recipe's own setup.sh
 
     def __init__(self, cfg: StageConfig, stage: Path) -> None:
         self.cfg = cfg
@@ -109,7 +108,11 @@ class ImagePart(Part):
         _check_squashfs(made)
         return {"container": self.reference, "enroot": _version(executable)}
 
-    def adopt(self, path: Path) -> dict[str, Any]:
+    @property
+    def adopt(self) -> Callable[[Path], dict[str, Any]]:
+        return self._adopt  # made by hand, or by the recipe's own setup.sh
+
+    def _adopt(self, path: Path) -> dict[str, Any]:
         _check_squashfs(path)
         return {"container": None, "enroot": None}
 

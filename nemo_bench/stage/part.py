@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,12 @@ class Part(ABC):
         kind: its name.
         place: its path relative to the stage folder.
         place_key: the key that chooses it.
-        adopts: what lies there without a record is verified and recorded, not refused.
         replaces: what `setup_stage.py` put there is replaced once the configuration asks for another.
     """
 
     kind: PartName
     place: str
     place_key: str
-    adopts = False
     replaces = False
 
     @abstractmethod
@@ -92,13 +91,13 @@ class Part(ABC):
             BenchError: it cannot be made; what there is of `made` is removed by the caller.
         """
 
-    def adopt(self, path: Path) -> dict[str, Any]:
-        """Verifies what lies at `path`, and returns the details to record.
+    @property
+    def adopt(self) -> Callable[[Path], dict[str, Any]] | None:
+        """What takes over something that lies there without a record; None: such a thing is left alone.
 
-        Raises:
-            BenchError: it is not what it should be.
+        It verifies a path and returns the details to record, or raises BenchError.
         """
-        raise NotImplementedError
+        return None
 
     @abstractmethod
     def version(self, entry: Entry) -> str:
@@ -112,7 +111,7 @@ class Part(ABC):
         if not os.path.lexists(path):
             return State("missing", "is not there")
         if entry is None:
-            return State("unrecorded", "was not put there by setup_stage.py", in_the_way=not self.adopts)
+            return State("unrecorded", "was not put there by setup_stage.py", in_the_way=self.adopt is None)
         compared = stage.compare(entry, contents=contents)
         changed = compared.changed + self._added(stage, entry)
         if changed:
@@ -161,7 +160,7 @@ class Part(ABC):
             if state.touched is not None:
                 stage.record(self.kind, self.place, state.touched)
             say(f"{self.kind.value}: there already ({destination})")
-        elif state.name == "unrecorded":
+        elif state.name == "unrecorded" and self.adopt is not None:
             try:
                 details = self.adopt(destination)
             except BenchError as error:

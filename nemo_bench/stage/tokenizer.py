@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,6 @@ class TokenizerPart(Part):
         self.cfg = cfg.tokenizer
         self.place = inside(stage, str(Path(self.cfg.folder).absolute()), "tokenizer.folder")
         self.local = self.cfg.source is TokenizerSource.local
-        # A folder of unknown origin may be Llama's, made by the recipe's own setup.sh; it is not one trained here.
-        self.adopts = not self.local
         for name in ("vocab_size", "corpus_bytes") if self.local else ("repo", "files"):
             if not getattr(self.cfg, name):
                 raise BenchError(f"tokenizer.{name} is needed with tokenizer.source={self.cfg.source.value}")
@@ -74,7 +72,12 @@ class TokenizerPart(Part):
         commit = download(made, self.cfg)
         return self._details(commit, verify(made, self.cfg.files, self.cfg.vocab_size))
 
-    def adopt(self, path: Path) -> dict[str, Any]:
+    @property
+    def adopt(self) -> Callable[[Path], dict[str, Any]] | None:
+        # A folder of unknown origin may be Llama's, made by the recipe's own setup.sh; it is not one trained here.
+        return None if self.local else self._adopt
+
+    def _adopt(self, path: Path) -> dict[str, Any]:
         return self._details(None, verify(path, self.cfg.files, self.cfg.vocab_size))
 
     def _details(self, commit: str | None, vocab_size: int) -> dict[str, Any]:
