@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import II, MISSING, DictConfig, OmegaConf
 
 T = TypeVar("T")
 
@@ -43,6 +43,15 @@ class OptimConfig:
     overlap_grad_reduce: bool = True  # reduce gradients while the backward pass goes on
     overlap_param_gather: bool = True  # gather parameters while the next forward pass goes on
     grad_reduce_in_fp32: bool = False  # the recipe reduces gradients in bf16
+    # Adam (Transformer Engine's) reads gradients in the format they are reduced in: no fp32 copies of them. Not with
+    # fp8 parameters: after the first step their layers got hardly any gradient (H200, megatron-core 0.15.3).
+    use_precision_aware_optimizer: bool = field(default=II("not:${precision.fp8_param_gather}"))
+    # With it: keep of each fp32 main weight only the 16 bits that the bf16 parameter lacks. 2 bytes a parameter less,
+    # and a slower kernel.
+    store_param_remainders: bool = False
+    exp_avg_dtype: str = "fp32"  # with it: bf16 halves the first moment
+    exp_avg_sq_dtype: str = "fp32"  # and the second
+    bucket_size: int | None = 134217728  # parameters a gradient bucket, with data parallelism; null: Megatron's choice
 
 
 @dataclass
@@ -77,7 +86,23 @@ class ModelConfig:
     bias_dropout_fusion: bool = True
     masked_softmax_fusion: bool = True
     cross_entropy_loss_fusion: bool = True
+    cross_entropy_fusion_impl: str = "te"  # Transformer Engine's kernel; native: Megatron's own
     persist_layer_norm: bool = True
+    fused_single_qkv_rope: bool = False  # RoPE on queries, keys and values where they lie, without splitting them first
+    use_transformer_engine_op_fuser: bool = False  # the MLP as Transformer Engine's fused operations
+    gradient_accumulation_fusion: bool = True  # the weight gradient's product adds to the gradient of the step so far
+    # communication and the pipeline
+    defer_embedding_wgrad_compute: bool = True  # the output layer's weight gradients fill the bubble at a step's end
+    wgrad_deferral_limit: int = 22  # micro-batches deferred at most; 0: all
+    tp_comm_overlap: bool = False  # tensor-parallel communication under the matrix products (user buffers)
+    # NeMo's table of user buffers: a name, auto (the one made for these sizes) or null (Transformer Engine's defaults)
+    tp_comm_overlap_cfg: str | None = "auto"
+    # memory and launch overhead
+    recompute_granularity: str | None = None  # selective (recompute_modules) or full (whole layers)
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    recompute_method: str | None = None  # of full: uniform or block
+    recompute_num_layers: int | None = None  # of full
+    cuda_graph_impl: str = "none"  # local: Megatron records each layer once, and replays it
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -88,11 +113,15 @@ class PrecisionConfig:
     name: str = MISSING  # fp32, bf16 or fp8: also the folder name under results/
     trainer_precision: str = MISSING  # Lightning's word: 32 or bf16-mixed
     fp8: str | None = None  # Transformer Engine's format: hybrid (e4m3 forward, e5m2 backward)
-    fp8_recipe: str = "delayed"
+    fp8_recipe: str = "delayed"  # scaling factors: delayed, tensorwise or blockwise
     fp8_margin: int = 0
     fp8_amax_history_len: int = 1024
     fp8_amax_compute_algo: str = "max"
     fp8_param_gather: bool = False  # keep and gather parameters in fp8
+    fp8_dot_product_attention: bool = False  # attention's products in fp8 too
+    first_last_layers_bf16: bool = False  # not with delayed scaling
+    num_layers_at_start_in_bf16: int = 1
+    num_layers_at_end_in_bf16: int = 1
 
 
 @dataclass
@@ -170,6 +199,9 @@ class ClusterConfig:
     additional_parameters: dict[str, Any] = field(default_factory=dict)  # any other sbatch option: value
     srun_args: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)  # shell lines before srun
+    # Whether points of this cluster use user buffers (model.tp_comm_overlap). They create NVLink multicast objects, and
+    # a process that dies with one can put the GPUs of a host out of service that others share.
+    tp_comm_overlap: bool = False
     env: dict[str, str] = field(default_factory=dict)  # environment of the ranks, over entrypoint.env
     container: ContainerConfig | None = None  # null: bare on the nodes, with this interpreter
 
@@ -242,6 +274,7 @@ def register() -> None:
     """Makes the schema and the resolvers known to Hydra. Calling it twice does no harm."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
+    OmegaConf.register_new_resolver("not", lambda value: not value, replace=True)
     OmegaConf.register_new_resolver("weak_scaling_batch", weak_scaling_batch, replace=True)
     OmegaConf.register_new_resolver("default_stage_path", default_stage_path, replace=True)
     OmegaConf.register_new_resolver("temporary_folder", temporary_folder, replace=True)

@@ -6,6 +6,7 @@ files). Both return all problems they find, each with the key, its value, the ru
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def configuration_problems(cfg: TrainConfig) -> list[Problem]:
     # The rules below divide by these numbers.
     if not problems:
         problems = [*_layout(cfg), *_batch(cfg)]
-    return problems + _device(cfg) + _data(cfg) + _checkpoint(cfg)
+    return problems + _device(cfg) + _performance(cfg) + _data(cfg) + _checkpoint(cfg)
 
 
 def _positive(cfg: TrainConfig) -> list[Problem]:
@@ -290,11 +291,20 @@ def _device(cfg: TrainConfig) -> list[Problem]:
                     "the value that works: 1",
                 )
             )
-        cuda_only = ("apply_rope_fusion", "persist_layer_norm", "masked_softmax_fusion")
+        cuda_only = (
+            "apply_rope_fusion",
+            "persist_layer_norm",
+            "masked_softmax_fusion",
+            "fused_single_qkv_rope",
+            "use_transformer_engine_op_fuser",
+            "gradient_accumulation_fusion",
+            "tp_comm_overlap",
+            "optim.use_precision_aware_optimizer",
+        )
         found += [
-            Problem(f"model.{name}", "true", "is a CUDA kernel (gpu=cpu is chosen)", "the value that works: false")
+            Problem(f"model.{name}", "true", "needs a GPU (gpu=cpu is chosen)", "the value that works: false")
             for name in cuda_only
-            if getattr(m, name)
+            if operator.attrgetter(name)(m)
         ]
     elif gpu.device != "cuda":
         found.append(Problem("gpu.device", gpu.device, "is no device type", "valid: cuda, cpu"))
@@ -334,15 +344,19 @@ def _device(cfg: TrainConfig) -> list[Problem]:
         )
     if c.signal_s < 1:
         found.append(Problem("cluster.signal_s", c.signal_s, "must be at least 1", "nearest that works: 1"))
-    if not m.optim.use_distributed_optimizer and m.optim.overlap_param_gather:
-        found.append(
-            Problem(
-                "model.optim.overlap_param_gather",
-                "true",
-                "gathers what the distributed optimizer sharded, and model.optim.use_distributed_optimizer=false",
-                "the value that works: false; or model.optim.use_distributed_optimizer=true",
+    for name, does in (
+        ("overlap_param_gather", "gathers what the distributed optimizer sharded"),
+        ("use_precision_aware_optimizer", "is a way of the distributed optimizer"),
+    ):
+        if getattr(m.optim, name) and not m.optim.use_distributed_optimizer:
+            found.append(
+                Problem(
+                    f"model.optim.{name}",
+                    "true",
+                    f"{does}, and model.optim.use_distributed_optimizer=false",
+                    "the value that works: false; or model.optim.use_distributed_optimizer=true",
+                )
             )
-        )
     if m.optim.overlap_param_gather and not m.optim.overlap_grad_reduce:
         found.append(
             Problem(
@@ -352,6 +366,122 @@ def _device(cfg: TrainConfig) -> list[Problem]:
                 "the value that works: false; or model.optim.overlap_grad_reduce=true",
             )
         )
+    return found
+
+
+def _one_of(key: str, value: str | None, valid: tuple[str | None, ...], what: str) -> list[Problem]:
+    if value in valid:
+        return []
+    return [Problem(key, value, f"is no {what}", f"valid: {', '.join(str(_text(v)) for v in valid)}")]
+
+
+def _performance(cfg: TrainConfig) -> list[Problem]:
+    """Megatron's own rules about fusions, recomputation and fp8 recipes, said before it asserts them on a GPU."""
+    m, p = cfg.model, cfg.precision
+    found = _one_of(
+        "model.cross_entropy_fusion_impl", m.cross_entropy_fusion_impl, ("te", "native"), "implementation of the loss"
+    )
+    granularity, method = m.recompute_granularity, m.recompute_method
+    found += _one_of("model.recompute_granularity", granularity, (None, "selective", "full"), "kind of recomputation")
+    if granularity == "full":
+        found += _one_of("model.recompute_method", method, ("uniform", "block"), "way of full recomputation")
+        if (m.recompute_num_layers or 0) < 1:
+            found.append(
+                Problem(
+                    "model.recompute_num_layers",
+                    _text(m.recompute_num_layers),
+                    "must be at least 1 with model.recompute_granularity=full: layers a unit (uniform), or recomputed "
+                    "on each pipeline stage (block)",
+                    "nearest that works: 1",
+                )
+            )
+    elif method is not None:
+        found.append(
+            Problem(
+                "model.recompute_method", method, "belongs to model.recompute_granularity=full", "null works otherwise"
+            )
+        )
+    if granularity == "selective":
+        modules = ("core_attn", "mlp", "layernorm")  # of a model without experts
+        for module in m.recompute_modules:
+            found += _one_of("model.recompute_modules", module, modules, "part of a layer that can be recomputed")
+    found += _one_of("model.cuda_graph_impl", m.cuda_graph_impl, ("none", "local"), "way of recording CUDA graphs")
+    if m.cuda_graph_impl != "none":
+        # What a graph cannot record.
+        hindrances = {
+            "gpu=cpu": cfg.gpu.device == "cpu",
+            f"model.recompute_granularity={granularity}": granularity is not None,
+        }
+        found += [
+            Problem("model.cuda_graph_impl", m.cuda_graph_impl, f"cannot be with {name}", "the value that works: none")
+            for name, hinders in hindrances.items()
+            if hinders
+        ]
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        value = getattr(m.optim, name)
+        found += _one_of(f"model.optim.{name}", value, ("fp32", "bf16"), "number format of a moment")
+        if value == "bf16" and not m.optim.use_precision_aware_optimizer:
+            found.append(
+                Problem(
+                    f"model.optim.{name}",
+                    value,
+                    "needs model.optim.use_precision_aware_optimizer=true",
+                    "the value that works: fp32",
+                )
+            )
+    if m.fused_single_qkv_rope and not m.apply_rope_fusion:
+        found.append(
+            Problem(
+                "model.fused_single_qkv_rope",
+                "true",
+                "is a form of the fused RoPE, and model.apply_rope_fusion=false",
+                "the value that works: false; or model.apply_rope_fusion=true",
+            )
+        )
+    if m.tp_comm_overlap and m.tensor_model_parallel_size > 1 and not m.sequence_parallel:
+        found.append(
+            Problem(
+                "model.tp_comm_overlap",
+                "true",
+                "overlaps the communication of sequence parallelism, and model.sequence_parallel=false",
+                "the value that works: false; or model.sequence_parallel=true",
+            )
+        )
+    if m.optim.bucket_size is not None and m.optim.bucket_size < 1:
+        found.append(
+            Problem(
+                "model.optim.bucket_size",
+                m.optim.bucket_size,
+                "is a number of parameters, at least 1",
+                "null leaves it to Megatron",
+            )
+        )
+    if m.wgrad_deferral_limit < 0:
+        found.append(
+            Problem("model.wgrad_deferral_limit", m.wgrad_deferral_limit, "must be 0 or more", "nearest that works: 0")
+        )
+    if m.optim.use_precision_aware_optimizer and p.fp8_param_gather:
+        found.append(
+            Problem(
+                "model.optim.use_precision_aware_optimizer",
+                "true",
+                "does not train fp8 parameters rightly in this megatron-core (precision.fp8_param_gather=true)",
+                "the value that works: false; or precision.fp8_param_gather=false",
+            )
+        )
+    if p.fp8:
+        found += _one_of("precision.fp8", p.fp8, ("hybrid", "e4m3"), "fp8 format")
+        recipes = ("delayed", "tensorwise", "blockwise")
+        found += _one_of("precision.fp8_recipe", p.fp8_recipe, recipes, "fp8 recipe that Hopper computes in")
+        if p.first_last_layers_bf16 and p.fp8_recipe == "delayed":
+            found.append(
+                Problem(
+                    "precision.first_last_layers_bf16",
+                    "true",
+                    "is not possible with delayed scaling",
+                    "the value that works: false; or precision.fp8_recipe=tensorwise",
+                )
+            )
     return found
 
 
@@ -455,7 +585,7 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
     """What this machine lacks to run `cfg` here and now: GPUs, dataset and tokenizer files, checkpoints."""
     found: list[Problem] = []
     if cfg.gpu.device == "cuda":
-        present = _count_gpus()
+        present = count_gpus()
         if present < cfg.trainer.devices:
             found.append(
                 Problem(
@@ -506,7 +636,7 @@ def _needed_files(cfg: TrainConfig) -> list[Problem]:
     return found
 
 
-def _count_gpus() -> int:
+def count_gpus() -> int:
     """NVIDIA GPUs this machine shows, without loading CUDA: the driver's own device files."""
     return sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
 

@@ -24,13 +24,11 @@ def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
         device_settings = {
             "transformer_layer_spec": local_block_spec,
             "use_cpu_initialization": True,
-            "gradient_accumulation_fusion": False,  # a CUDA extension
             # An output that is being sent must keep its memory until it has arrived. NCCL reads it in the order of
             # the stream; gloo reads it at some later moment, and by then Megatron has given the memory away:
             # interleaved stages then train on what happens to lie there.
             "deallocate_pipeline_outputs": False,
         }
-    interleaved = (m.virtual_pipeline_model_parallel_size or 1) > 1
     config = Llama31Config(
         num_layers=m.num_layers,
         hidden_size=m.hidden_size,
@@ -50,11 +48,34 @@ def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
         bias_dropout_fusion=m.bias_dropout_fusion,
         masked_softmax_fusion=m.masked_softmax_fusion,
         cross_entropy_loss_fusion=m.cross_entropy_loss_fusion,
+        cross_entropy_fusion_impl=m.cross_entropy_fusion_impl,
         persist_layer_norm=m.persist_layer_norm,
-        # The pair that NeMo's MegatronCommOverlapCallback derives from VP. With the other pair, interleaved stages
-        # give wrong losses in silence on CPU (gloo); so they are no settings of ours.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=m.pipeline_model_parallel_size > 1 and not interleaved,
+        fused_single_qkv_rope=m.fused_single_qkv_rope,
+        use_transformer_engine_op_fuser=m.use_transformer_engine_op_fuser,
+        gradient_accumulation_fusion=m.gradient_accumulation_fusion,
+        recompute_granularity=m.recompute_granularity,
+        recompute_modules=list(m.recompute_modules) if m.recompute_granularity == "selective" else None,
+        recompute_method=m.recompute_method,
+        recompute_num_layers=m.recompute_num_layers,
+        cuda_graph_impl=m.cuda_graph_impl,
+        use_te_rng_tracker=m.cuda_graph_impl != "none",  # a graph cannot record the other one's CPU side
+        **pipeline_communication(cfg),
         **device_settings,
     )
     return llm.LlamaModel(config, tokenizer=tokenizer)
+
+
+def pipeline_communication(cfg: TrainConfig) -> dict[str, Any]:
+    """How pipeline stages pass activations on, and what they do in the bubble: Megatron's names and values."""
+    m = cfg.model
+    stages = m.pipeline_model_parallel_size > 1
+    interleaved = (m.virtual_pipeline_model_parallel_size or 1) > 1
+    return {
+        # The pair that NeMo's MegatronCommOverlapCallback derives from VP. With the other pair, interleaved stages
+        # give wrong losses in silence on CPU (gloo); so they are no settings of ours.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": stages and not interleaved,
+        # Megatron refuses it without pipeline stages, where there is no bubble to fill, and without the fusion.
+        "defer_embedding_wgrad_compute": m.defer_embedding_wgrad_compute and stages and m.gradient_accumulation_fusion,
+        "wgrad_deferral_limit": m.wgrad_deferral_limit,
+    }

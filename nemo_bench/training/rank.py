@@ -76,6 +76,10 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
         from nemo_bench.training import cpu_device
 
         cpu_device.install()
+    elif cfg.model.gradient_accumulation_fusion:
+        from nemo_bench.training import weight_gradient
+
+        weight_gradient.install()
 
     # About 20 s on a CPU: torch, Transformer Engine, megatron-core, Lightning and NeMo.
     from nemo import lightning as nl
@@ -93,6 +97,11 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
     if cfg.gpu.device == "cpu":
         cpu_device.install_for_checkpoints()
 
+    if cfg.precision.fp8_param_gather:
+        from nemo_bench.training import fp8_weights
+
+        fp8_weights.install()
+
     events.write("building")
     if cfg.gpu.peak_tflops.get(cfg.precision.name) is None:
         from nemo_bench.training.peak import measure_peak
@@ -109,6 +118,10 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
         callbacks.append(StepRecorder(cfg, timing, record.StepLog(run_dir), events))
     if cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None:
         callbacks.append(CheckpointOnSignal(run_dir))
+    if cfg.model.tp_comm_overlap and cfg.model.tensor_model_parallel_size > 1:
+        from nemo_bench.training.tp_overlap import build_tp_comm_overlap
+
+        callbacks.append(build_tp_comm_overlap(cfg))
     strategy = build_strategy(cfg)
     if cfg.gpu.device == "cpu":
         # NeMo's ProgressPrinter reads Megatron's timers on rank 0 alone, which all-gathers: with gloo the next

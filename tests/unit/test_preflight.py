@@ -87,7 +87,7 @@ BAD = [
         "Transformer Engine",
         "1",
     ),
-    (["model.apply_rope_fusion=true"], "model.apply_rope_fusion", "CUDA kernel", "false"),
+    (["model.apply_rope_fusion=true"], "model.apply_rope_fusion", "needs a GPU", "false"),
     (["model.attention_backend=fused"], "model.attention_backend", "CUDA kernel", "local"),
     (["model.attention_backend=fast"], "model.attention_backend", "no attention backend", "flash, fused"),
     (["gpu.device=tpu"], "gpu.device", "no device type", "cuda, cpu"),

@@ -1,0 +1,133 @@
+"""Training runs on this machine's GPUs, all started once for the whole session.
+
+NeMo is imported once, and ranks are forked from there (benchmarks/gpu_speed.py): its imports would take longer than
+all these runs together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_bench.preflight import count_gpus
+from nemo_bench.results import record
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if count_gpus() == 0:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+# A Llama with heads of 128 as the published sizes have, and layers enough for two interleaved stages on two GPUs.
+SMALL = (
+    "cluster=local gpu=h200 model=tiny data=local trainer.limit_val_batches=0 trainer.gc_interval=100 "
+    "model.name=small model.hidden_size=1024 model.ffn_hidden_size=3584 model.num_attention_heads=8 "
+    "model.num_query_groups=4 model.seq_length=1024 model.vocab_size=2048 model.init_method_std=0.02 "
+    "model.micro_batch_size=1 model.global_batch_size=8 model.optim.lr=1e-3 model.optim.min_lr=1e-4"
+)
+LAYOUTS = {
+    "dp2": (2, ""),
+    "tp2": (2, "model.tensor_model_parallel_size=2"),
+    "tp2_sp": (2, "model.tensor_model_parallel_size=2 model.sequence_parallel=true"),
+    "pp2": (2, "model.pipeline_model_parallel_size=2"),
+    "pp2_vp2": (2, "model.pipeline_model_parallel_size=2 model.virtual_pipeline_model_parallel_size=2"),
+    "cp2": (2, "model.context_parallel_size=2"),
+    "tp2_sp_dp2": (4, "model.tensor_model_parallel_size=2 model.sequence_parallel=true"),
+    "tp2_sp_cp2": (
+        4,
+        "model.tensor_model_parallel_size=2 model.sequence_parallel=true model.context_parallel_size=2",
+    ),
+    "tp2_sp_pp2_vp2": (
+        4,
+        "model.tensor_model_parallel_size=2 model.sequence_parallel=true model.pipeline_model_parallel_size=2 "
+        "model.virtual_pipeline_model_parallel_size=2",
+    ),
+    "tp4_sp": (4, "model.tensor_model_parallel_size=4 model.sequence_parallel=true"),
+    "dp4": (4, ""),
+}
+RECIPES = {
+    "fp8_delayed": "precision=fp8",
+    "fp8_delayed_bf16_params": "precision=fp8 precision.fp8_param_gather=false",
+    "fp8_tensorwise": "precision=fp8 precision.fp8_recipe=tensorwise",
+    "fp8_tensorwise_bf16_ends": "precision=fp8 precision.fp8_recipe=tensorwise precision.first_last_layers_bf16=true",
+    "fp8_blockwise": "precision=fp8 precision.fp8_recipe=blockwise",
+}
+OPTIONS = {
+    "recompute_selective": "model.recompute_granularity=selective",
+    "recompute_full": "model.recompute_granularity=full model.recompute_method=uniform model.recompute_num_layers=1",
+    "op_fuser": "model.use_transformer_engine_op_fuser=true",
+    "fused_qkv_rope": "model.fused_single_qkv_rope=true",
+    "no_accumulation_fusion": "model.gradient_accumulation_fusion=false",
+    "native_cross_entropy": "model.cross_entropy_fusion_impl=native",
+    "fp32_gradients": "model.optim.grad_reduce_in_fp32=true",
+    "plain_optimizer": "model.optim.use_precision_aware_optimizer=false",
+    "param_remainders": "model.optim.store_param_remainders=true",
+    "cuda_graph": "model.cuda_graph_impl=local",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a case left: its run folder and, when it completed, its steps."""
+
+    run_dir: Path
+    error: str | None
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        assert self.error is None, self.error
+        return record.read_lines(self.run_dir / record.STEPS)[0]
+
+    def of(self, key: str) -> list[float]:
+        return [float(step[key]) for step in self.steps]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Trained]]:
+    from benchmarks import gpu_speed
+
+    stage = tmp_path_factory.mktemp("stage")
+    gpus = count_gpus()
+    found: dict[str, Trained] = {}
+
+    def run(cases: dict[str, str], *more: str) -> None:
+        def done(result: dict[str, Any]) -> None:
+            error = "\n".join(result["failed"]) if "failed" in result else None
+            found[result["case"]] = Trained(Path(result["run"]), error)
+
+        given = {name: f"{SMALL} {overrides} {' '.join(more)}".split() for name, overrides in cases.items()}
+        gpu_speed.run_all(given, stage, gpus, 120, done)
+
+    gpu_speed.preload(gpu_speed.compose(f"{SMALL} scale=1gpu".split(), stage).entrypoint.env)
+    run(
+        {
+            "whole": "scale=1gpu trainer.max_steps=16 checkpoint.every_n_steps=8",
+            "long_bf16": "scale=1gpu trainer.max_steps=60",
+            "long_fp8": "scale=1gpu trainer.max_steps=60 precision=fp8",
+            **{f"layers{n}": f"scale=1gpu trainer.max_steps=6 model.num_layers={n}" for n in (2, 4, 6)},
+        }
+    )
+    start = found["whole"].run_dir / record.CHECKPOINTS / "step=7"
+    run(
+        {
+            "one_gpu": "scale=1gpu",
+            **{name: f"scale=1gpu {overrides}" for name, overrides in (RECIPES | OPTIONS).items()},
+            **{name: f"scale={n}gpu {overrides}" for name, (n, overrides) in LAYOUTS.items() if n <= gpus},
+        },
+        "trainer.max_steps=8",
+        f"checkpoint.weights_from={start}",
+    )
+    run({"resumed": "scale=1gpu trainer.max_steps=16"}, f"checkpoint.resume_from={start}")
+    if gpus > 1:
+        # Saved by one GPU, continued by two.
+        run(
+            {"resumed_tp2": "scale=2gpu trainer.max_steps=16 model.tensor_model_parallel_size=2"},
+            f"checkpoint.resume_from={start}",
+        )
+    yield found

@@ -1,0 +1,78 @@
+"""NeMo with Transformer Engine on real GPUs: every layout, number format and option trains the same model.
+
+All short runs start from the weights of one checkpoint, on the same real text, so that their losses can be compared.
+Tolerances are of losses near 6: bf16 rounds to three digits, and layouts add up in another order.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.gpu.conftest import LAYOUTS, OPTIONS, RECIPES, Trained
+
+pytestmark = pytest.mark.gpu
+BF16_TOLERANCE = 0.02
+FP8_TOLERANCE = 0.05
+# Gradients that do not flow halve the norm at least; rounding does not.
+GRAD_NORM_TOLERANCE = 0.15
+
+
+def furthest(one: list[float], other: list[float]) -> float:
+    assert len(one) == len(other) > 0
+    return max(abs(a - b) for a, b in zip(one, other))
+
+
+def ratios(one: list[float], other: list[float]) -> list[float]:
+    return [a / b for a, b in zip(one, other)]
+
+
+def of(trained: dict[str, Trained], name: str) -> Trained:
+    if name not in trained:
+        pytest.skip(f"{name} needs more GPUs")
+    return trained[name]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_has_the_losses_of_one_gpu(trained: dict[str, Trained], name: str) -> None:
+    run = of(trained, name)
+    assert furthest(run.of("loss"), trained["one_gpu"].of("loss")) < BF16_TOLERANCE
+    for ratio in ratios(run.of("grad_norm"), trained["one_gpu"].of("grad_norm")):
+        assert ratio == pytest.approx(1, abs=GRAD_NORM_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_changes_no_loss(trained: dict[str, Trained], name: str) -> None:
+    assert furthest(trained[name].of("loss"), trained["one_gpu"].of("loss")) < BF16_TOLERANCE
+    for ratio in ratios(trained[name].of("grad_norm"), trained["one_gpu"].of("grad_norm")):
+        assert ratio == pytest.approx(1, abs=GRAD_NORM_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_fp8_follows_bf16(trained: dict[str, Trained], name: str) -> None:
+    assert furthest(trained[name].of("loss"), trained["one_gpu"].of("loss")) < FP8_TOLERANCE
+    # Delayed scaling knows nothing of its tensors at the first step.
+    for ratio in ratios(trained[name].of("grad_norm")[1:], trained["one_gpu"].of("grad_norm")[1:]):
+        assert ratio == pytest.approx(1, abs=GRAD_NORM_TOLERANCE)
+
+
+def test_the_loss_on_real_text_falls_and_fp8_follows(trained: dict[str, Trained]) -> None:
+    bf16, fp8 = trained["long_bf16"].of("loss"), trained["long_fp8"].of("loss")
+    assert sum(bf16[-5:]) / 5 < 0.8 * bf16[0]
+
+    def smooth(losses: list[float]) -> list[float]:
+        return [sum(losses[i : i + 5]) / 5 for i in range(len(losses) - 5)]
+
+    assert furthest(smooth(bf16), smooth(fp8)) < 2 * FP8_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["resumed", "resumed_tp2"])
+def test_a_resumed_run_continues_where_it_stopped(trained: dict[str, Trained], name: str) -> None:
+    run, whole = of(trained, name), trained["whole"]
+    assert [step["step"] for step in run.steps] == list(range(8, 16))
+    assert furthest(run.of("loss"), whole.of("loss")[8:]) < BF16_TOLERANCE
+    assert run.of("lr") == pytest.approx(whole.of("lr")[8:])
+
+
+def test_a_slice_takes_its_share_of_the_memory_of_the_whole(trained: dict[str, Trained]) -> None:
+    peaks = [trained[f"layers{n}"].of("peak_memory_gib")[-1] for n in (2, 4, 6)]
+    assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.05)
