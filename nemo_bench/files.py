@@ -1,4 +1,4 @@
-"""Files that several processes, on several machines, make and read: durable names and locks."""
+"""Files that several processes, on several machines, make and read: names of their own, durable names, locks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_bench.errors import BenchError
+
+
+def dated_name() -> str:
+    """`<date>-<time>-<random>`: a name that sorts by time, also for what is named in the same second."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
 
 
 def fsync_folder(folder: Path) -> None:

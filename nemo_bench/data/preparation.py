@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import shlex
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from nemo_bench.data.preparation_config import Action, PreparationConfig
 from nemo_bench.data.shard import ShardResult, ShardTask
 from nemo_bench.data.tokenization import MAX_THREADS, usable_cores
 from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.files import dated_name
 from nemo_bench.results.record import tail
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -338,7 +338,7 @@ def new_shard(parent: Path, task: ShardTask) -> Shard:
 
 def new_log_folder(stage: Path) -> Path:
     """A folder for the records of one command."""
-    return stage / LOGS / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return stage / LOGS / dated_name()
 
 
 def raise_failures(shards: list[Shard]) -> None:

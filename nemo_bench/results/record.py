@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import shlex
 import socket
 import subprocess
@@ -30,6 +29,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from nemo_bench.files import dated_name
 
 SCHEMA_VERSION = 1
 CONFIG = "config.yaml"
@@ -167,8 +168,7 @@ def timestamp() -> str:
 
 def new_run_dir(results: Path) -> Path:
     """Makes `results/<date>-<time>-<random>`, unique also for runs started in the same second."""
-    name = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
-    path = results / name
+    path = results / dated_name()
     path.mkdir(parents=True)
     return path
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
-import time
 from pathlib import Path
 
 from nemo_bench.config import Launch, typed_as
+from nemo_bench.files import dated_name
 from nemo_bench.launch import command_jobs
 from nemo_bench.launch.slurm import PROJECT
 from nemo_bench.launch.submission import Point
@@ -60,8 +59,8 @@ def _stage(cfg: StageConfig) -> Path:
 
 
 def _new_folder(cfg: StageConfig) -> Path:
-    """The path of a job's own folder, also for those submitted in the same second."""
-    return _stage(cfg) / LOGS / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+    """The path of a job's own folder."""
+    return _stage(cfg) / LOGS / dated_name()
 
 
 def _command(cfg: StageConfig, overrides: list[str]) -> list[str]:
