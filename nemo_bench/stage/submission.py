@@ -19,7 +19,7 @@ LOGS = "results.stage_setup"
 _SUBMISSION_KEYS = ("cluster", "launch")
 
 
-def submit_stage(points: list[Point], *, sweep_dir: Path, wait: bool, to_slurm: bool) -> None:
+def submit_stage(points: list[Point], *, wait: bool, to_slurm: bool) -> None:
     """Submits the command of each point, and follows the jobs to their end where `wait` is set.
 
     HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.

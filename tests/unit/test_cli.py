@@ -74,11 +74,12 @@ def test_dry_checks_prints_and_runs_nothing(train_cli: Cli, tmp_path: Path, prec
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_goes_on_after_a_refused_point_and_ends_with_its_code(train_cli: Cli) -> None:
+def test_a_sweep_goes_on_after_a_refused_point_and_ends_with_its_code(train_cli: Cli, tmp_path: Path) -> None:
     result = train_cli("-m", "launch=dry", "scale=64gpu,8gpu,128gpu")
     assert result.returncode == 2
     assert result.stdout.count("every check passed") == 2
     assert "must divide the number of GPUs" in result.stderr
+    assert list(tmp_path.iterdir()) == []  # nor anything of Hydra's own
 
 
 def test_a_cluster_point_is_not_silently_run_here(train_cli: Cli) -> None:
