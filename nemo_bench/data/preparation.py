@@ -27,9 +27,9 @@ from nemo_bench.data.shard import ShardResult, ShardTask
 from nemo_bench.data.tokenization import MAX_THREADS, usable_cores
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import dated_name
+from nemo_bench.project import python_path
 from nemo_bench.results.record import tail
 
-PROJECT = Path(__file__).resolve().parents[2]
 #: The recipe's folder for the logs of this work, under the stage folder.
 LOGS = "results.data_preparation"
 LOG = "log.out"
@@ -369,7 +369,11 @@ def _run_here(cfg: PreparationConfig, tasks: list[ShardTask]) -> list[ShardResul
     except OSError as error:
         raise BenchError(f"{error}\nSTAGE_PATH (or stage_path=...) must name a folder that can be written") from None
     read_fd, write_fd = os.pipe()
-    environment = {**os.environ, "PYTHONPATH": _python_path(), lifeline.VARIABLE: str(read_fd)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": python_path(os.environ.get("PYTHONPATH")),
+        lifeline.VARIABLE: str(read_fd),
+    }
     try:
         with local.termination_raises(), ShardDisplay(make_console(), shards) as display:
             while not all(one.ended for one in shards):
@@ -421,8 +425,3 @@ def _start(one: Shard, environment: dict[str, str], lifeline_fd: int) -> None:
             start_new_session=True,
         )
     one.state = "running"
-
-
-def _python_path() -> str:
-    inherited = os.environ.get("PYTHONPATH")
-    return f"{PROJECT}{os.pathsep}{inherited}" if inherited else str(PROJECT)

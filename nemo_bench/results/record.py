@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.files import dated_name
+from nemo_bench.project import PROJECT
 
 SCHEMA_VERSION = 1
 CONFIG = "config.yaml"
@@ -418,9 +419,8 @@ def _gpus() -> list[dict[str, str]]:
 
 def git_revision() -> dict[str, Any] | None:
     """Revision of this project, and whether its files differ from it; None where it is no checkout."""
-    here = Path(__file__).resolve().parent
-    revision = _output(["git", "rev-parse", "HEAD"], cwd=here)
+    revision = _output(["git", "rev-parse", "HEAD"], cwd=PROJECT)
     if revision is None:
         return None
-    changes = _output(["git", "status", "--porcelain"], cwd=here)
+    changes = _output(["git", "status", "--porcelain"], cwd=PROJECT)
     return {"revision": revision.strip(), "modified": bool(changes and changes.strip())}

@@ -9,8 +9,8 @@ from pathlib import Path
 from nemo_bench.config import Launch, typed_as
 from nemo_bench.files import dated_name
 from nemo_bench.launch import command_jobs
-from nemo_bench.launch.slurm import PROJECT
 from nemo_bench.launch.submission import Point
+from nemo_bench.project import PROJECT
 from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.files import require_stage_folder, writing_error
 
