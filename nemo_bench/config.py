@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
@@ -273,6 +275,16 @@ def load(path: Any) -> TrainConfig:
     loaded = OmegaConf.load(path)
     assert isinstance(loaded, DictConfig)
     return typed(loaded)
+
+
+def quoted_path(path: str | Path) -> str:
+    """A path as the value of an override, read whole by Hydra's grammar whatever is in it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    text = str(path)
+    if re.fullmatch(r"/[\w./:+@%-]*", text, re.ASCII):  # as it is, which reads better
+        return text
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def gpus_per_node(cluster: ClusterConfig) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_bench.config import Launch, typed_as
+from nemo_bench.config import Launch, quoted_path, typed_as
 from nemo_bench.data import shard
 from nemo_bench.data.documents import format_of
 from nemo_bench.data.encoder import Backend, Encoder
@@ -169,13 +168,6 @@ def shard_tasks(cfg: PreparationConfig) -> list[ShardTask]:
     ]
 
 
-def hydra_quoted(value: str) -> str:
-    """A string as Hydra's override grammar reads it whole, whatever is in it."""
-    if re.fullmatch(r"[A-Za-z0-9_./:+@%-]+", value):
-        return value
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
-
-
 def _shard_url(url: str, number: int) -> str:
     try:
         if url.format(shard=0) != url.format(shard=1):
@@ -251,7 +243,7 @@ def summary(cfg: PreparationConfig, tasks: list[ShardTask], results: list[ShardR
     if [str(Path(path).absolute()) for path in cfg.data.paths] == prefixes:
         lines.append(f"python train.py data={cfg.data.name} ... trains on them")
     else:
-        paths = shlex.quote(f"data.paths=[{','.join(hydra_quoted(prefix) for prefix in prefixes)}]")
+        paths = shlex.quote(f"data.paths=[{','.join(quoted_path(prefix) for prefix in prefixes)}]")
         weights = f"data.weights=[{','.join(['1'] * len(prefixes))}]"
         lines.append(f"python train.py data={cfg.data.name} {paths} {weights} ... trains on them")
     return "\n".join(lines)

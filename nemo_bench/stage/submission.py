@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from nemo_bench.config import Launch, typed_as
+from nemo_bench.config import Launch, quoted_path, typed_as
 from nemo_bench.files import dated_name
 from nemo_bench.launch import command_jobs
 from nemo_bench.launch.submission import Point
@@ -71,20 +71,13 @@ def _command(cfg: StageConfig, overrides: list[str]) -> list[str]:
         paths["tokenizer.folder"] = cfg.tokenizer.folder
     if os.sep in cfg.enroot:
         paths["enroot"] = cfg.enroot
-    pinned = {key: f"{key}={_quoted(str(Path(path).absolute()))}" for key, path in paths.items() if path is not None}
+    pinned = {key: f"{key}={quoted_path(Path(path).absolute())}" for key, path in paths.items() if path is not None}
     kept = [
         override
         for key, override in by_key.items()
         if key.partition(".")[0] not in _SUBMISSION_KEYS and key not in pinned
     ]
     return [sys.executable, "-u", str(PROJECT / "setup_stage.py"), "cluster=local", *kept, *pinned.values()]
-
-
-def _quoted(value: str) -> str:
-    """`value` in Hydra's grammar."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    return QuotedString(value, Quote.single).with_quotes()
 
 
 def _name(cfg: StageConfig) -> str:

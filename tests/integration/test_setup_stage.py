@@ -556,7 +556,7 @@ def test_a_dry_submission_leaves_nothing(login_node: Setup) -> None:
     temporary = login_node.tmp_path / "tmp"
     temporary.mkdir()
     result = login_node(*SUBMIT, "launch=dry", TMPDIR=str(temporary))
-    assert f"stage_path='{login_node.stage}'" in shlex.split(
+    assert f"stage_path={login_node.stage}" in shlex.split(
         next(line for line in result.stdout.splitlines() if "setup_stage.py" in line)
     )
     assert "sbatch --test-only: accepted" in result.stdout and "nothing was submitted" in result.stdout
