@@ -32,6 +32,7 @@ from typing import Any
 
 from nemo_bench.files import dated_name
 from nemo_bench.project import PROJECT
+from nemo_bench.results.redaction import is_secret
 
 SCHEMA_VERSION = 1
 CONFIG = "config.yaml"
@@ -51,7 +52,6 @@ _KEPT_ENVIRONMENT = re.compile(
     r"|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|NODE_RANK|LOCAL_WORLD_SIZE|TOKENIZERS_PARALLELISM"
     r"|TRANSFORMERS_OFFLINE|HF_HUB_OFFLINE|HF_HOME|LANG|LC_ALL|TZ)$"
 )
-_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE|AUTH|COOKIE", re.IGNORECASE)
 
 _PACKAGES = (
     "torch",
@@ -379,7 +379,7 @@ def kept_environment(environment: dict[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(environment.items())
-        if _KEPT_ENVIRONMENT.match(name) and not _SECRET.search(name)
+        if _KEPT_ENVIRONMENT.match(name) and not is_secret(name)
     }
 
 
