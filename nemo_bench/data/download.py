@@ -37,7 +37,7 @@ from nemo_bench.data.remote import (
     describe,
 )
 from nemo_bench.errors import BenchError
-from nemo_bench.files import fsync_folder, locked, sha256_of
+from nemo_bench.files import fsync_folder, locked, sha256_of, size_text
 
 if TYPE_CHECKING:
     import requests
@@ -207,7 +207,7 @@ def _adopt(destination: Path, source: Source, wanted: _Wanted, report: Callable[
     status = os.stat(destination)
     try:
         wanted.check(status.st_size, None)
-        report(f"Checking {destination} ({_size(status.st_size)}), which is there already.")
+        report(f"Checking {destination} ({size_text(status.st_size)}), which is there already.")
         sha256 = sha256_of(destination)
         wanted.check(status.st_size, sha256)
     except _Mismatch as problem:
@@ -259,15 +259,6 @@ def _save(path: Path, value: dict[str, Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _size(size_bytes: int) -> str:
-    """A size for people, e.g. 12.3 GB."""
-    value, units = float(size_bytes), ["bytes", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.0f} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
 
 
 # --- the transfer -------------------------------------------------------------------------------------------
@@ -341,13 +332,13 @@ class _Transfer:
         except (TypeError, _Mismatch):
             fits = False
         if not (fits and self._can_continue()):
-            self._start_over(f"the {_size(there)} there cannot be continued")
+            self._start_over(f"the {size_text(there)} there cannot be continued")
             return
         while block := self._file.read(_HASH_BLOCK_BYTES):
             self._digest.update(block)
             self._position += len(block)
         self._furthest = self._position
-        self._report(f"{self._source.shown}: continuing after {_size(self._position)}.")
+        self._report(f"{self._source.shown}: continuing after {size_text(self._position)}.")
 
     @property
     def _total(self) -> int | None:
@@ -384,7 +375,7 @@ class _Transfer:
 
     def _done_so_far(self) -> str:
         total = self._total
-        return _size(self._position) + ("" if total is None else f" of {_size(total)}")
+        return size_text(self._position) + ("" if total is None else f" of {size_text(total)}")
 
     def _gave_up(self, problem: Transient) -> BenchError:
         there = "Nothing of it is there yet."
@@ -463,12 +454,12 @@ class _Transfer:
 
     def _no_space(self) -> BenchError:
         total = self._total
-        needed = "more is" if total is None else f"{_size(total - self._position)} are"
+        needed = "more is" if total is None else f"{size_text(total - self._position)} are"
         free = shutil.disk_usage(self._destination.parent).free
-        there = f" {_size(self._position)} are there already, and the next start continues from there."
+        there = f" {size_text(self._position)} are there already, and the next start continues from there."
         return BenchError(
-            f"No space for {self._destination}: {needed} needed, {_size(free)} are free. Free some there, or choose a "
-            f"folder on another disk.{there if self._position else ''}"
+            f"No space for {self._destination}: {needed} needed, {size_text(free)} are free. Free some there, or "
+            f"choose a folder on another disk.{there if self._position else ''}"
         )
 
     def _receive(self, response: requests.Response) -> None:

@@ -436,7 +436,7 @@ def _forget_download(path: Path) -> None:
 
 
 def _versions() -> dict[str, str]:
-    names = ("nemo-bench", "tokenizers", "gigatoken", "orjson", "zstandard")
+    names = ("nemo-bench", "tokenizers", "gigatoken", "orjson", "backports.zstd")
     versions = {"python": sys.version.split()[0]}
     for name in names:
         with contextlib.suppress(ImportError):

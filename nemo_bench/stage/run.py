@@ -9,11 +9,12 @@ from omegaconf import DictConfig
 
 from nemo_bench.config import Launch, typed_as
 from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.files import size_text
 from nemo_bench.launch.local import Terminated, termination_raises
 from nemo_bench.stage import bundle, datasets
 from nemo_bench.stage.code import CodePart
 from nemo_bench.stage.config import Action, PartName, StageConfig
-from nemo_bench.stage.files import require_room, require_stage_folder, say, size_text
+from nemo_bench.stage.files import require_room, require_stage_folder, say
 from nemo_bench.stage.image import ImagePart
 from nemo_bench.stage.manifest import Entry, Stage
 from nemo_bench.stage.part import Part, State

@@ -356,7 +356,7 @@ def test_check_of_a_complete_folder(copied: Setup) -> None:
         writer.extend(np.array([1, 2, 3], dtype=np.uint16), np.array([3]))
     before = copied.snapshot()
     result = copied("check", *LOCAL, COLUMNS="250")
-    for text in ("nvcr.io/nvidia/nemo:25.11", "trained here, 384 tokens", "3 tokens", "no checksums", "4 kB"):
+    for text in ("nvcr.io/nvidia/nemo:25.11", "trained here, 384 tokens", "3 tokens", "no checksums", "4.1 kB"):
         assert text in result.stdout
     assert result.stderr == "" and copied.snapshot() == before
 

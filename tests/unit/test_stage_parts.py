@@ -18,10 +18,11 @@ from huggingface_hub.utils._http import reset_sessions
 from nemo_bench.config import EntrypointConfig
 from nemo_bench.data import tokenizer as local_tokenizer
 from nemo_bench.errors import BenchError
+from nemo_bench.files import size_text
 from nemo_bench.stage import code, image
 from nemo_bench.stage.code import CodePart
 from nemo_bench.stage.config import StageConfig, TokenizerConfig, TokenizerSource
-from nemo_bench.stage.files import Room, require_room, size_text
+from nemo_bench.stage.files import Room, require_room
 from nemo_bench.stage.image import ImagePart, enroot_folders, enroot_uri
 from nemo_bench.stage.manifest import Stage
 from nemo_bench.stage.tokenizer import _has_checksum, download, verify
@@ -212,7 +213,9 @@ def test_needs_on_one_file_system_add_up(tmp_path: Path) -> None:
         require_room([Room(tmp_path / "not" / "yet", free * 2 // 3, "one"), Room(tmp_path, free * 2 // 3, "two")])
 
 
-@pytest.mark.parametrize(("size", "text"), [(14, "14 bytes"), (1500, "2 kB"), (9_100_000, "9.1 MB"), (2**40, "1.1 TB")])
+@pytest.mark.parametrize(
+    ("size", "text"), [(14, "14 bytes"), (1500, "1.5 kB"), (9_100_000, "9.1 MB"), (2**40, "1.1 TB")]
+)
 def test_sizes_in_words(size: int, text: str) -> None:
     assert size_text(size) == text
 
