@@ -336,11 +336,6 @@ def write_peak(run_dir: Path, rank: int, peak: dict[str, object]) -> None:
     write_json(run_dir / f"peak_rank{rank}.json", peak)
 
 
-def read_peaks(run_dir: Path) -> list[dict[str, Any]]:
-    """The matrix rates that the ranks measured; empty where the peak is a published one."""
-    return [json.loads(path.read_text()) for path in sorted(run_dir.glob("peak_rank*.json"))]
-
-
 def last_checkpoint(folder: Path) -> Path | None:
     """The last finished checkpoint of a run folder, or `folder` itself where that is one; None: there is none.
 
