@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from nemo_bench.errors import BenchError
+
 T = TypeVar("T")
 
 
@@ -257,11 +259,15 @@ def typed_as(schema: type[T], cfg: DictConfig) -> T:
 
     Raises:
         omegaconf.errors.OmegaConfBaseException: an unknown key, a wrong type, or a value that is missing.
+        BenchError: the stage folder has no name.
     """
     # As plain values: a node that knows its type would let a key in that `+key=value` forced upon it.
     merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
     result = OmegaConf.to_object(merged)
     assert isinstance(result, schema)
+    if getattr(result, "stage_path", None) == "":
+        # Else ${stage_path}/data is a folder of the root.
+        raise BenchError("stage_path is empty: it (or STAGE_PATH) must name a folder")
     return result
 
 

@@ -67,7 +67,7 @@ def _nearest(value: int, works: Callable[[int], bool], highest: int = 1 << 20) -
 
 def configuration_problems(cfg: TrainConfig) -> list[Problem]:
     """Every rule about the numbers themselves. An empty list: the configuration can be laid out."""
-    problems = _positive(cfg) + _ranges(cfg)
+    problems = _positive(cfg) + _ranges(cfg) + _words(cfg)
     # The rules below divide by these numbers.
     if not problems:
         problems = [*_layout(cfg), *_batch(cfg)]
@@ -133,6 +133,18 @@ def _ranges(cfg: TrainConfig) -> list[Problem]:
     for key, number in positive.items():
         if number is not None and not 0 < number < math.inf:
             found.append(Problem(key, number, "must be more than 0, and finite", "leave it out for the default"))
+    return found
+
+
+def _words(cfg: TrainConfig) -> list[Problem]:
+    names = {"results_version": cfg.results_version, "precision.name": cfg.precision.name, "model.name": cfg.model.name}
+    found = [
+        Problem(key, name, "names a folder under results/", "a word without slashes")
+        for key, name in names.items()
+        if name in ("", ".", "..") or "/" in name
+    ]
+    if cfg.cluster.scheduler not in ("none", "slurm"):
+        found.append(Problem("cluster.scheduler", cfg.cluster.scheduler, "is no scheduler", "valid: none, slurm"))
     return found
 
 

@@ -96,6 +96,12 @@ def test_an_unwritable_stage_folder_is_named(train_cli: Cli, tmp_path: Path) -> 
     assert "Traceback" not in result.stderr
 
 
+def test_an_empty_stage_path_is_no_folder(train_cli: Cli) -> None:
+    result = train_cli("data=mock", "stage_path=", "launch=dry")
+    assert result.returncode == 2
+    assert result.stderr == "stage_path is empty: it (or STAGE_PATH) must name a folder\n"
+
+
 def test_a_reader_that_goes_away_is_no_error(train_cli: Cli, project: Path, tmp_path: Path) -> None:
     command = f"{sys.executable} {project}/train.py -m launch=dry scale=64gpu,128gpu,256gpu,512gpu | head -n 1"
     shown = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -103,6 +103,9 @@ BAD = [
     (["model.layernorm_epsilon=-1"], "model.layernorm_epsilon", "more than 0", "default"),
     (["gpu.peak_tflops.fp32=nan"], "gpu.peak_tflops.fp32", "more than 0", "default"),
     (["total_tokens=nan"], "total_tokens", "more than 0", "default"),
+    (["results_version="], "results_version", "folder under results", "without slashes"),
+    (["model.name=../x"], "model.name", "folder under results", "without slashes"),
+    (["cluster.scheduler=pbs"], "cluster.scheduler", "no scheduler", "none, slurm"),
     (["data.num_workers=-1"], "data.num_workers", "0 or more", "0"),
     (
         ["model.optim.overlap_param_gather=true"],
