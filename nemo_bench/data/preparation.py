@@ -148,6 +148,11 @@ def shard_tasks(cfg: PreparationConfig) -> list[ShardTask]:
     ):
         if value is not None and not value >= least:
             raise BenchError(f"{name}={value}: at least {least}")
+    if not cfg.text_key or "/" in cfg.text_key or "/" in cfg.output_prefix:
+        raise BenchError(
+            f"text_key={cfg.text_key} output_prefix={cfg.output_prefix}: both are part of the datasets' names, thus "
+            "without slashes, and text_key names the documents' text: not empty"
+        )
     for _, source in numbered:
         format_of(shard.download_name(source) if shard.is_url(source) else source)
     return [

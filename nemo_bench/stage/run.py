@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 
@@ -67,8 +68,12 @@ def chosen_parts(cfg: StageConfig, stage: Stage) -> list[Part]:
     """The parts that the configuration names; the one that takes longest comes last.
 
     Raises:
-        BenchError: their settings contradict themselves.
+        BenchError: it names none, or their settings contradict themselves.
     """
+    if not cfg.parts:
+        raise BenchError(f"parts=[] names none of: {', '.join(kind.value for kind in PartName)}")
+    if not 0 <= cfg.image_gib < math.inf:
+        raise BenchError(f"image_gib={cfg.image_gib}: must be 0 or more, and finite")
     parts: list[Part] = []
     if PartName.code in cfg.parts:
         parts.append(CodePart())

@@ -288,6 +288,8 @@ def test_an_import_that_the_registry_refuses(setup: Setup) -> None:
     ("args", "texts"),
     [
         (["parts=[imag]"], ["image, tokenizer, code"]),
+        (["parts=[]"], ["image, tokenizer, code"]),
+        (["image_gib=nan"], ["image_gib=nan: must be 0 or more"]),
         (["action=chek"], ["fill, check, pack, install"]),
         (["entrypoint.container=Nemo 25"], ["no image reference", "nvcr.io/nvidia/nemo:25.11"]),
         (["entrypoint.image=../x.sqsh"], ["entrypoint.image=../x.sqsh must lie inside the stage folder"]),

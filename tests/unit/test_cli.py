@@ -102,6 +102,15 @@ def test_an_empty_stage_path_is_no_folder(train_cli: Cli) -> None:
     assert result.stderr == "stage_path is empty: it (or STAGE_PATH) must name a folder\n"
 
 
+@pytest.mark.parametrize("stage", ["nowhere", "file"])
+def test_jobs_of_no_stage_folder(project: Path, tmp_path: Path, stage: str) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, str(project / "jobs.py"), "--stage", stage]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{tmp_path / stage} is no folder: --stage (or STAGE_PATH) must name a stage folder\n"
+
+
 def test_a_reader_that_goes_away_is_no_error(train_cli: Cli, project: Path, tmp_path: Path) -> None:
     command = f"{sys.executable} {project}/train.py -m launch=dry scale=64gpu,128gpu,256gpu,512gpu | head -n 1"
     shown = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
