@@ -1,18 +1,17 @@
 """Lists submitted runs (Slurm's, and the background's of this machine), shows a log, cancels, resubmits (`--help`)."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 from nemo_bench import cli
+from nemo_bench.config import default_stage_path
+from nemo_bench.errors import BenchError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--stage", type=Path, default=os.environ.get("STAGE_PATH", "outputs"), help="stage folder (STAGE_PATH)"
-    )
+    parser.add_argument("--stage", type=Path, default=default_stage_path(), help="stage folder (STAGE_PATH)")
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("list", help="all submitted runs: state, step reached, step time (the default)")
     commands.add_parser("follow", help="the active ones, until they end").add_argument("job", nargs="*")
@@ -31,6 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
     from nemo_bench.results.terminal import make_console
 
     console, stage = make_console(), Path(arguments.stage).absolute()
+    if not stage.is_dir() and (stage.exists() or str(stage) != default_stage_path()):
+        raise BenchError(f"{stage} is no folder: --stage (or STAGE_PATH) must name a stage folder")
     chosen: Any = getattr(arguments, "job", None)  # one id, or a list of them
     commands = {job.job_id: job for job in command_jobs.submitted(stage)}  # of prepare_data.py and setup_stage.py
     if arguments.command == "log":

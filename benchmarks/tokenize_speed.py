@@ -249,7 +249,7 @@ def write(output: Path | None, content: dict[str, Any]) -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version()}
-    for name in ("gigatoken", "tokenizers", "megatron-core", "orjson", "zstandard"):
+    for name in ("gigatoken", "tokenizers", "megatron-core", "orjson", "backports.zstd"):
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     where = {"command": ["python", *sys.argv], "cpu": cpu_model(), "versions": versions}

@@ -10,12 +10,16 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import II, MISSING, DictConfig, OmegaConf
+
+from nemo_bench.errors import BenchError
 
 T = TypeVar("T")
 
@@ -288,11 +292,15 @@ def typed_as(schema: type[T], cfg: DictConfig) -> T:
 
     Raises:
         omegaconf.errors.OmegaConfBaseException: an unknown key, a wrong type, or a value that is missing.
+        BenchError: the stage folder has no name.
     """
     # As plain values: a node that knows its type would let a key in that `+key=value` forced upon it.
     merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
     result = OmegaConf.to_object(merged)
     assert isinstance(result, schema)
+    if getattr(result, "stage_path", None) == "":
+        # Else ${stage_path}/data is a folder of the root.
+        raise BenchError("stage_path is empty: it (or STAGE_PATH) must name a folder")
     return result
 
 
@@ -306,6 +314,16 @@ def load(path: Any) -> TrainConfig:
     loaded = OmegaConf.load(path)
     assert isinstance(loaded, DictConfig)
     return typed(loaded)
+
+
+def quoted_path(path: str | Path) -> str:
+    """A path as the value of an override, read whole by Hydra's grammar whatever is in it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    text = str(path)
+    if re.fullmatch(r"/[\w./:+@%-]*", text, re.ASCII):  # as it is, which reads better
+        return text
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def gpus_per_node(cluster: ClusterConfig) -> str | None:

@@ -1,4 +1,4 @@
-"""Files that several processes, on several machines, make and read: durable names and locks."""
+"""Files that several processes, on several machines, make and read: names, locks, sizes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,26 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_bench.errors import BenchError
+
+
+def dated_name() -> str:
+    """`<date>-<time>-<random>`: a name that sorts by time, also for what is named in the same second."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+
+
+def size_text(size_bytes: int) -> str:
+    """A size for people: `19.3 GB`, `12.0 kB`, `14 bytes`."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 1000)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.1f} {unit}"
+    return f"{size_bytes} bytes"
 
 
 def fsync_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ files). Both return all problems they find, each with the key, its value, the ru
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_bench.config import (
+    OptimConfig,
     TrainConfig,
     data_parallel_size,
     gpus_per_node,
@@ -66,7 +68,7 @@ def _nearest(value: int, works: Callable[[int], bool], highest: int = 1 << 20) -
 
 def configuration_problems(cfg: TrainConfig) -> list[Problem]:
     """Every rule about the numbers themselves. An empty list: the configuration can be laid out."""
-    problems = _positive(cfg)
+    problems = _positive(cfg) + _ranges(cfg) + _words(cfg)
     # The rules below divide by these numbers.
     if not problems:
         problems = [*_layout(cfg), *_batch(cfg)]
@@ -106,6 +108,44 @@ def _positive(cfg: TrainConfig) -> list[Problem]:
     ):
         if count < 0:
             found.append(Problem(key, count, "must be 0 or more", "nearest that works: 0"))
+    return found
+
+
+def _ranges(cfg: TrainConfig) -> list[Problem]:
+    """Numbers with which training would end in an error, or in NaN, once it has begun."""
+    m, optim, recipe = cfg.model, cfg.model.optim, OptimConfig()
+    found = []
+    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"):
+        value, below = getattr(optim, name), 1 if name.startswith("adam_beta") else math.inf
+        if not 0 <= value < below:  # nor is NaN
+            rule = "must be 0 or more, and less than 1" if below == 1 else "must be 0 or more, and finite"
+            found.append(Problem(f"model.optim.{name}", value, rule, f"the recipe's value: {getattr(recipe, name)}"))
+    if not 0 <= cfg.trainer.seed < 2**32:
+        found.append(Problem("trainer.seed", cfg.trainer.seed, "must be 0 or more, and less than 2^32", "such as 1234"))
+    positive: dict[str, float | None] = {
+        "model.init_method_std": m.init_method_std,
+        "model.layernorm_epsilon": m.layernorm_epsilon,
+        "model.rotary_base": m.rotary_base,
+        "data.corpus_bytes": cfg.data.corpus_bytes,
+        "gpu.memory_gib": cfg.gpu.memory_gib,
+        "total_tokens": cfg.total_tokens,
+        **{f"gpu.peak_tflops.{name}": rate for name, rate in cfg.gpu.peak_tflops.items()},
+    }
+    for key, number in positive.items():
+        if number is not None and not 0 < number < math.inf:
+            found.append(Problem(key, number, "must be more than 0, and finite", "leave it out for the default"))
+    return found
+
+
+def _words(cfg: TrainConfig) -> list[Problem]:
+    names = {"results_version": cfg.results_version, "precision.name": cfg.precision.name, "model.name": cfg.model.name}
+    found = [
+        Problem(key, name, "names a folder under results/", "a word without slashes")
+        for key, name in names.items()
+        if name in ("", ".", "..") or "/" in name
+    ]
+    if cfg.cluster.scheduler not in ("none", "slurm"):
+        found.append(Problem("cluster.scheduler", cfg.cluster.scheduler, "is no scheduler", "valid: none, slurm"))
     return found
 
 

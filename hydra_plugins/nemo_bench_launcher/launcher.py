@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 # Whose points these are, by the script's name.
 SUBMITTERS = {
@@ -35,7 +35,6 @@ class SlurmLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from importlib import import_module
-        from pathlib import Path
 
         from nemo_bench.launch.submission import Point
 
@@ -47,9 +46,8 @@ class SlurmLauncher(Launcher):
                 task_overrides = list(config.hydra.overrides.task)
                 del config["hydra"]
             points.append(Point(config, task_overrides))
-        sweep_dir = Path(OmegaConf.select(self.config, "hydra.sweep.dir"))
         module, submit = SUBMITTERS[self.config.hydra.job.name]
-        getattr(import_module(module), submit)(points, sweep_dir=sweep_dir, wait=self.wait, to_slurm=self.to_slurm)
+        getattr(import_module(module), submit)(points, wait=self.wait, to_slurm=self.to_slurm)
         return [_done(point.overrides) for point in points]
 
 

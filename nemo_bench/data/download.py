@@ -33,16 +33,12 @@ from nemo_bench.data.remote import (
     Transient,
     cause_of,
     content_range,
-    default_token,
-    describe,
 )
 from nemo_bench.errors import BenchError
-from nemo_bench.files import fsync_folder, locked, sha256_of
+from nemo_bench.files import fsync_folder, locked, sha256_of, size_text
 
 if TYPE_CHECKING:
     import requests
-
-__all__ = ["Downloaded", "RemoteFile", "default_token", "describe", "download"]
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +74,6 @@ def download(
     url: str,
     destination: Path,
     *,
-    expected_bytes: int | None = None,
     sha256: str | None = None,
     token: str | None = None,
     progress: Callable[[int, int | None], None] | None = None,
@@ -98,7 +93,6 @@ def download(
     Args:
         url: an http or https URL; redirects are followed.
         destination: the file to be; its folder is made. A file that differs from the remote one is never replaced.
-        expected_bytes: its size, where the caller knows it.
         sha256: its hexadecimal SHA-256, where the caller knows it.
         token: a bearer token, sent to the host of `url` alone.
         progress: called with the bytes that are there and the size (None: not known) when a transfer begins and as it
@@ -115,7 +109,7 @@ def download(
             no locks.
     """
     source = Source(url, token, timeout_s)
-    wanted = _Wanted(expected_bytes, _checked_sha256(sha256))
+    wanted = _Wanted(None, _checked_sha256(sha256))
     destination = Path(os.path.abspath(destination))
     try:
         # Looked at without the lock first: reading a finished file takes no right to write beside it.
@@ -141,7 +135,7 @@ def download(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What the caller knows about the file."""
+    """What is known about the file beforehand; the caller may know its checksum, a server both."""
 
     size_bytes: int | None
     sha256: str | None
@@ -155,8 +149,7 @@ class _Wanted:
 
     def or_as_of(self, remote: RemoteFile) -> _Wanted:
         """This, with what a server says in place of what the caller does not know."""
-        size_bytes = remote.size_bytes if self.size_bytes is None else self.size_bytes
-        return _Wanted(size_bytes, self.sha256 or remote.sha256)
+        return _Wanted(remote.size_bytes, self.sha256 or remote.sha256)
 
 
 def _checked_sha256(sha256: str | None) -> str | None:
@@ -207,7 +200,7 @@ def _adopt(destination: Path, source: Source, wanted: _Wanted, report: Callable[
     status = os.stat(destination)
     try:
         wanted.check(status.st_size, None)
-        report(f"Checking {destination} ({_size(status.st_size)}), which is there already.")
+        report(f"Checking {destination} ({size_text(status.st_size)}), which is there already.")
         sha256 = sha256_of(destination)
         wanted.check(status.st_size, sha256)
     except _Mismatch as problem:
@@ -259,15 +252,6 @@ def _save(path: Path, value: dict[str, Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _size(size_bytes: int) -> str:
-    """A size for people, e.g. 12.3 GB."""
-    value, units = float(size_bytes), ["bytes", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.0f} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
 
 
 # --- the transfer -------------------------------------------------------------------------------------------
@@ -337,22 +321,18 @@ class _Transfer:
         try:
             self._remote = RemoteFile(**_load(_beside(self._destination, "part.json")))
             self._wanted.check(self._remote.size_bytes, self._remote.sha256)
-            fits = self._remote.url == self._source.shown and there <= (there if self._total is None else self._total)
+            total = self._remote.size_bytes
+            fits = self._remote.url == self._source.shown and (total is None or there <= total)
         except (TypeError, _Mismatch):
             fits = False
         if not (fits and self._can_continue()):
-            self._start_over(f"the {_size(there)} there cannot be continued")
+            self._start_over(f"the {size_text(there)} there cannot be continued")
             return
         while block := self._file.read(_HASH_BLOCK_BYTES):
             self._digest.update(block)
             self._position += len(block)
         self._furthest = self._position
-        self._report(f"{self._source.shown}: continuing after {_size(self._position)}.")
-
-    @property
-    def _total(self) -> int | None:
-        """The size of the whole in bytes, where anybody has told it."""
-        return self._wanted.or_as_of(self._remote).size_bytes
+        self._report(f"{self._source.shown}: continuing after {size_text(self._position)}.")
 
     def _can_continue(self) -> bool:
         """Whether bytes that are there can be told from those of a file that has changed since."""
@@ -383,8 +363,8 @@ class _Transfer:
         self._wanted.or_as_of(self._remote).check(self._position, self._digest.hexdigest())
 
     def _done_so_far(self) -> str:
-        total = self._total
-        return _size(self._position) + ("" if total is None else f" of {_size(total)}")
+        total = self._remote.size_bytes
+        return size_text(self._position) + ("" if total is None else f" of {size_text(total)}")
 
     def _gave_up(self, problem: Transient) -> BenchError:
         there = "Nothing of it is there yet."
@@ -447,35 +427,36 @@ class _Transfer:
         """Note down what is about to be received from its first byte on."""
         self._wanted.check(now.size_bytes, now.sha256)
         is_delimited = now.size_bytes is not None or "chunked" in response.headers.get("Transfer-Encoding", "")
-        if not is_delimited and self._wanted == _Wanted(None, None):
+        if not is_delimited and self._wanted.sha256 is None:
             raise BenchError(
                 f"{self._source.shown}: the server tells neither its size nor its end, so that a broken download could "
-                f"not be told from a whole one. Give its size or SHA-256, or put the file at {self._destination}."
+                "not be told from a whole one. Give its SHA-256 (URL#sha256=...), or put the file at "
+                f"{self._destination}."
             )
         self._remote = now
         self._check_space()
         _save(_beside(self._destination, "part.json"), asdict(now))
 
     def _check_space(self) -> None:
-        total = self._total
+        total = self._remote.size_bytes
         if total is not None and total - self._position > shutil.disk_usage(self._destination.parent).free:
             raise self._no_space()
 
     def _no_space(self) -> BenchError:
-        total = self._total
-        needed = "more is" if total is None else f"{_size(total - self._position)} are"
+        total = self._remote.size_bytes
+        needed = "more is" if total is None else f"{size_text(total - self._position)} are"
         free = shutil.disk_usage(self._destination.parent).free
-        there = f" {_size(self._position)} are there already, and the next start continues from there."
+        there = f" {size_text(self._position)} are there already, and the next start continues from there."
         return BenchError(
-            f"No space for {self._destination}: {needed} needed, {_size(free)} are free. Free some there, or choose a "
-            f"folder on another disk.{there if self._position else ''}"
+            f"No space for {self._destination}: {needed} needed, {size_text(free)} are free. Free some there, or "
+            f"choose a folder on another disk.{there if self._position else ''}"
         )
 
     def _receive(self, response: requests.Response) -> None:
         """Append the body of the answer. Raises Transient, _Mismatch, and BenchError where the disk is full."""
         import urllib3
 
-        total = self._total
+        total = self._remote.size_bytes
         body = response.raw.stream(_CHUNK_BYTES, decode_content=False)
         self._show_progress()
         while True:
@@ -508,7 +489,7 @@ class _Transfer:
 
     def _show_progress(self) -> None:
         if self._progress is not None:
-            self._progress(self._position, self._total)
+            self._progress(self._position, self._remote.size_bytes)
 
     def _finish(self) -> Downloaded:
         os.fsync(self._file.fileno())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
-import secrets
 import shlex
 import signal
 import subprocess
@@ -18,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_bench.config import Launch, typed_as
+from nemo_bench.config import Launch, quoted_path, typed_as
 from nemo_bench.data import shard
 from nemo_bench.data.documents import format_of
 from nemo_bench.data.encoder import Backend, Encoder
@@ -27,9 +25,10 @@ from nemo_bench.data.preparation_config import Action, PreparationConfig
 from nemo_bench.data.shard import ShardResult, ShardTask
 from nemo_bench.data.tokenization import MAX_THREADS, usable_cores
 from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.files import dated_name
+from nemo_bench.project import python_path
 from nemo_bench.results.record import tail
 
-PROJECT = Path(__file__).resolve().parents[2]
 #: The recipe's folder for the logs of this work, under the stage folder.
 LOGS = "results.data_preparation"
 LOG = "log.out"
@@ -149,6 +148,11 @@ def shard_tasks(cfg: PreparationConfig) -> list[ShardTask]:
     ):
         if value is not None and not value >= least:
             raise BenchError(f"{name}={value}: at least {least}")
+    if not cfg.text_key or "/" in cfg.text_key or "/" in cfg.output_prefix:
+        raise BenchError(
+            f"text_key={cfg.text_key} output_prefix={cfg.output_prefix}: both are part of the datasets' names, thus "
+            "without slashes, and text_key names the documents' text: not empty"
+        )
     for _, source in numbered:
         format_of(shard.download_name(source) if shard.is_url(source) else source)
     return [
@@ -167,13 +171,6 @@ def shard_tasks(cfg: PreparationConfig) -> list[ShardTask]:
         )
         for number, source in numbered
     ]
-
-
-def hydra_quoted(value: str) -> str:
-    """A string as Hydra's override grammar reads it whole, whatever is in it."""
-    if re.fullmatch(r"[A-Za-z0-9_./:+@%-]+", value):
-        return value
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
 
 
 def _shard_url(url: str, number: int) -> str:
@@ -251,7 +248,7 @@ def summary(cfg: PreparationConfig, tasks: list[ShardTask], results: list[ShardR
     if [str(Path(path).absolute()) for path in cfg.data.paths] == prefixes:
         lines.append(f"python train.py data={cfg.data.name} ... trains on them")
     else:
-        paths = shlex.quote(f"data.paths=[{','.join(hydra_quoted(prefix) for prefix in prefixes)}]")
+        paths = shlex.quote(f"data.paths=[{','.join(quoted_path(prefix) for prefix in prefixes)}]")
         weights = f"data.weights=[{','.join(['1'] * len(prefixes))}]"
         lines.append(f"python train.py data={cfg.data.name} {paths} {weights} ... trains on them")
     return "\n".join(lines)
@@ -338,7 +335,7 @@ def new_shard(parent: Path, task: ShardTask) -> Shard:
 
 def new_log_folder(stage: Path) -> Path:
     """A folder for the records of one command."""
-    return stage / LOGS / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return stage / LOGS / dated_name()
 
 
 def raise_failures(shards: list[Shard]) -> None:
@@ -369,7 +366,11 @@ def _run_here(cfg: PreparationConfig, tasks: list[ShardTask]) -> list[ShardResul
     except OSError as error:
         raise BenchError(f"{error}\nSTAGE_PATH (or stage_path=...) must name a folder that can be written") from None
     read_fd, write_fd = os.pipe()
-    environment = {**os.environ, "PYTHONPATH": _python_path(), lifeline.VARIABLE: str(read_fd)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": python_path(os.environ.get("PYTHONPATH")),
+        lifeline.VARIABLE: str(read_fd),
+    }
     try:
         with local.termination_raises(), ShardDisplay(make_console(), shards) as display:
             while not all(one.ended for one in shards):
@@ -421,8 +422,3 @@ def _start(one: Shard, environment: dict[str, str], lifeline_fd: int) -> None:
             start_new_session=True,
         )
     one.state = "running"
-
-
-def _python_path() -> str:
-    inherited = os.environ.get("PYTHONPATH")
-    return f"{PROJECT}{os.pathsep}{inherited}" if inherited else str(PROJECT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import random
 import re
@@ -18,7 +17,6 @@ from nemo_bench.errors import BenchError
 if TYPE_CHECKING:
     import requests
 
-_log = logging.getLogger(__name__)
 _sleep = time.sleep
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -66,33 +64,6 @@ def default_token() -> str | None:
     import huggingface_hub
 
     return huggingface_hub.get_token()
-
-
-def describe(
-    url: str,
-    *,
-    token: str | None = None,
-    report: Callable[[str], None] = _log.info,
-    attempts: int = 8,
-    backoff_s: float = 1.0,
-    max_backoff_s: float = 60.0,
-    timeout_s: float = 60.0,
-) -> RemoteFile:
-    """Ask the server of `url` about the file, without its contents. For the arguments see `download`.
-
-    Raises:
-        BenchError: the server refuses it, has no such file, or could not be reached in `attempts` attempts.
-    """
-    source = Source(url, token, timeout_s)
-    retries = Retries(attempts, backoff_s, max_backoff_s, report)
-    while True:
-        try:
-            return source.describe()
-        except Transient as problem:
-            if not retries.wait(problem, f"{source.shown}: {problem}"):
-                raise BenchError(
-                    f"{source.shown}: {attempts} attempts to ask for it failed. Last cause: {problem}.\n{NETWORK_HINT}"
-                ) from problem
 
 
 class Source:

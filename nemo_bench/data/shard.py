@@ -374,7 +374,7 @@ def _fetch(task: ShardTask, progress: Progress, report: Callable[[str], None]) -
 
 def _token_for(url: str) -> str | None:
     """The Hugging Face token for that host's URLs; nobody else's business."""
-    from nemo_bench.data.download import default_token
+    from nemo_bench.data.remote import default_token
 
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     return default_token() if urlsplit(url)[:2] == urlsplit(hub)[:2] else None
@@ -436,7 +436,7 @@ def _forget_download(path: Path) -> None:
 
 
 def _versions() -> dict[str, str]:
-    names = ("nemo-bench", "tokenizers", "gigatoken", "orjson", "zstandard")
+    names = ("nemo-bench", "tokenizers", "gigatoken", "orjson", "backports.zstd")
     versions = {"python": sys.version.split()[0]}
     for name in names:
         with contextlib.suppress(ImportError):

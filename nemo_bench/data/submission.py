@@ -40,7 +40,7 @@ class _Preparation:
     shards: list[Shard] = field(default_factory=list)
 
 
-def submit_preparations(points: list[Point], *, sweep_dir: Path, wait: bool, to_slurm: bool) -> None:
+def submit_preparations(points: list[Point], *, wait: bool, to_slurm: bool) -> None:
     """Submits what is missing of all points, once all were checked, and follows the jobs where `wait` is set.
 
     Raises:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from nemo_bench.config import load
 from nemo_bench.errors import RunFailed
+from nemo_bench.project import python_path
 from nemo_bench.results import record
 
-PROJECT = Path(__file__).resolve().parents[2]
 JOB_PREFIX = "local-"
 
 
@@ -42,12 +42,10 @@ def run_in_turn(run_dirs: list[Path]) -> None:
 def start(run_dirs: list[Path], folder: Path) -> list[str]:
     """Starts the background process, its output in `folder`, and returns each run's job id, `local-<pid>.<number>`."""
     folder.mkdir(parents=True, exist_ok=True)
-    inherited = os.environ.get("PYTHONPATH")
     with open(folder / "background.out", "ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "nemo_bench.launch.background", *map(str, run_dirs)],
-            # It may start in any folder, and this project need not be installed.
-            env={**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{inherited}" if inherited else str(PROJECT)},
+            env={**os.environ, "PYTHONPATH": python_path(os.environ.get("PYTHONPATH"))},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.launch import lifeline
+from nemo_bench.project import python_path
 from nemo_bench.results.record import rank_log
 
 # A rank that waits in a collective ignores SIGTERM; it gets this long to write its logs all the same.
@@ -136,13 +137,11 @@ def termination_raises() -> Iterator[None]:
 
 
 def _rank_environment(cfg: TrainConfig, rank: int, ranks: int, port: int) -> dict[str, str]:
-    project = str(Path(__file__).resolve().parents[2])
-    inherited = os.environ.get("PYTHONPATH")
     return {
         **cfg.entrypoint.env,
         **os.environ,  # what the user exports wins over the recipe's environment
         **cfg.cluster.env,
-        "PYTHONPATH": f"{project}{os.pathsep}{inherited}" if inherited else project,
+        "PYTHONPATH": python_path(os.environ.get("PYTHONPATH")),
         "PYTHONUNBUFFERED": "1",  # a killed rank's log holds its last lines
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -25,9 +25,8 @@ from typing import Any
 
 from nemo_bench.config import ClusterConfig, TrainConfig, gpus_per_node, world_size
 from nemo_bench.errors import BenchError
+from nemo_bench.project import PROJECT, python_path
 from nemo_bench.results.record import EXIT, REQUEUE
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 def job_name(cfg: TrainConfig) -> str:
@@ -99,8 +98,7 @@ def command_script(cluster: ClusterConfig, name: str, command: list[str], folder
     options = _options(cluster, name=name, nodes=1, ntasks_per_node=1, folder=folder, requeue=True, signal=None)
     # What this interpreter needs besides: a project unpacked from a bundle has its packages on the path.
     inherited = cluster.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
-    path = f"{PROJECT}{os.pathsep}{inherited}" if inherited else str(PROJECT)
-    exports = {**cluster.env, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    exports = {**cluster.env, "PYTHONPATH": python_path(inherited), "PYTHONUNBUFFERED": "1"}
     lines = [
         "#!/bin/bash",
         *_flags(options),

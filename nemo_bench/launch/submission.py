@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_bench.config import Launch, TrainConfig, typed, world_size
 from nemo_bench.errors import BenchError
+from nemo_bench.files import dated_name
 from nemo_bench.launch import slurm
 from nemo_bench.launch.point import absolute_paths, plan, point_name, prepare_data, results_dir
 from nemo_bench.preflight import Problem, configuration_problems, machine_problems, stage_problems
@@ -43,7 +43,7 @@ class SubmittedJob:
     log: str
 
 
-def submit_points(points: list[Point], *, sweep_dir: Path, wait: bool, to_slurm: bool) -> None:
+def submit_points(points: list[Point], *, wait: bool, to_slurm: bool) -> None:
     """Checks all points, then submits them (launch=run) or prints what would be submitted (launch=dry).
 
     To Slurm each point goes as a job of its own; on this machine one background process runs them in turn.
@@ -62,27 +62,25 @@ def submit_points(points: list[Point], *, sweep_dir: Path, wait: bool, to_slurm:
         if (found := _problems(cfg, dry=dry, to_slurm=to_slurm))
     }
     if problems:
-        forget_sweep(sweep_dir)
         raise BenchError(_all_problems(problems, len(points)))
     if dry:
-        forget_sweep(sweep_dir)
         for point, cfg in zip(points, configs):
             _print_dry(point, cfg)
         return
     if to_slurm and not slurm.have_sbatch():
-        forget_sweep(sweep_dir)
         raise BenchError(
             "sbatch is not on this machine: submit from a login node of the cluster.\n"
             "launch=dry prints the scripts; scale=local runs here"
         )
     for line in dict.fromkeys(line for cfg in configs if (line := prepare_data(cfg))):
         print(line)
-    jobs = _submit_all(points, configs, sweep_dir) if to_slurm else _start_all(points, configs, sweep_dir)
+    folder = Path(configs[0].stage_path) / "submissions" / dated_name()
+    jobs = _submit_all(points, configs, folder) if to_slurm else _start_all(points, configs, folder)
     from nemo_bench.results.terminal import make_console
 
     console = make_console()
     _print_table(console, jobs)
-    console.print(f"submitted: {sweep_dir}/jobs.json", soft_wrap=True, highlight=False)
+    console.print(f"submitted: {folder}/jobs.json", soft_wrap=True, highlight=False)
     if wait:
         from nemo_bench.launch.jobs import follow
 
@@ -127,14 +125,6 @@ def _all_problems(problems: dict[str, list[Problem]], points: int) -> str:
     return "\n".join(lines)
 
 
-def forget_sweep(sweep_dir: Path) -> None:
-    """Takes back what Hydra's sweeper wrote before it asked us: nothing was launched."""
-    with contextlib.suppress(OSError):
-        (sweep_dir / "multirun.yaml").unlink()
-        for folder in (sweep_dir, sweep_dir.parent):  # not the stage folder, which may be the user's own
-            folder.rmdir()  # only where it is empty
-
-
 def _print_dry(point: Point, cfg: TrainConfig) -> None:
     run_dir = results_dir(cfg) / "<run>"
     print(f"# {point.name}")
@@ -148,7 +138,7 @@ def _print_dry(point: Point, cfg: TrainConfig) -> None:
     print("launch=dry: nothing was submitted.\n")
 
 
-def _submit_all(points: list[Point], configs: list[TrainConfig], sweep_dir: Path) -> list[SubmittedJob]:
+def _submit_all(points: list[Point], configs: list[TrainConfig], folder: Path) -> list[SubmittedJob]:
     jobs: list[SubmittedJob] = []
     try:
         for point, cfg in zip(points, configs):
@@ -162,21 +152,21 @@ def _submit_all(points: list[Point], configs: list[TrainConfig], sweep_dir: Path
         ) from None
     finally:
         if jobs:
-            _write_jobs(sweep_dir, jobs)
+            _write_jobs(folder, jobs)
     return jobs
 
 
-def _start_all(points: list[Point], configs: list[TrainConfig], sweep_dir: Path) -> list[SubmittedJob]:
+def _start_all(points: list[Point], configs: list[TrainConfig], folder: Path) -> list[SubmittedJob]:
     from nemo_bench.launch import background
 
     run_dirs = [_new_run(point, cfg) for point, cfg in zip(points, configs)]
-    ids = background.start(run_dirs, sweep_dir)
+    ids = background.start(run_dirs, folder)
     started = record.process_start(background.pid(ids[0]))
     jobs = []
     for point, cfg, run_dir, job_id in zip(points, configs, run_dirs, ids):
         record.set_job(run_dir, job_id, started=started)
         jobs.append(_submitted(cfg, run_dir, point.overrides, job_id))
-    _write_jobs(sweep_dir, jobs)
+    _write_jobs(folder, jobs)
     return jobs
 
 
@@ -194,9 +184,9 @@ def _new_run(point: Point, cfg: TrainConfig) -> Path:
     return run_dir
 
 
-def _write_jobs(sweep_dir: Path, jobs: list[SubmittedJob]) -> None:
-    sweep_dir.mkdir(parents=True, exist_ok=True)
-    record.write_json(sweep_dir / "jobs.json", [vars(job) for job in jobs])
+def _write_jobs(folder: Path, jobs: list[SubmittedJob]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_json(folder / "jobs.json", [vars(job) for job in jobs])
 
 
 def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> SubmittedJob:

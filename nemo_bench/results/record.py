@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import shlex
 import socket
 import subprocess
@@ -30,6 +29,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from nemo_bench.files import dated_name
+from nemo_bench.project import PROJECT
+from nemo_bench.results.redaction import is_secret
 
 SCHEMA_VERSION = 1
 CONFIG = "config.yaml"
@@ -49,7 +52,6 @@ _KEPT_ENVIRONMENT = re.compile(
     r"|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|NODE_RANK|LOCAL_WORLD_SIZE|TOKENIZERS_PARALLELISM"
     r"|TRANSFORMERS_OFFLINE|HF_HUB_OFFLINE|HF_HOME|LANG|LC_ALL|TZ)$"
 )
-_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE|AUTH|COOKIE", re.IGNORECASE)
 
 _PACKAGES = (
     "torch",
@@ -167,8 +169,7 @@ def timestamp() -> str:
 
 def new_run_dir(results: Path) -> Path:
     """Makes `results/<date>-<time>-<random>`, unique also for runs started in the same second."""
-    name = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
-    path = results / name
+    path = results / dated_name()
     path.mkdir(parents=True)
     return path
 
@@ -335,11 +336,6 @@ def write_peak(run_dir: Path, rank: int, peak: dict[str, object]) -> None:
     write_json(run_dir / f"peak_rank{rank}.json", peak)
 
 
-def read_peaks(run_dir: Path) -> list[dict[str, Any]]:
-    """The matrix rates that the ranks measured; empty where the peak is a published one."""
-    return [json.loads(path.read_text()) for path in sorted(run_dir.glob("peak_rank*.json"))]
-
-
 def last_checkpoint(folder: Path) -> Path | None:
     """The last finished checkpoint of a run folder, or `folder` itself where that is one; None: there is none.
 
@@ -378,7 +374,7 @@ def kept_environment(environment: dict[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(environment.items())
-        if _KEPT_ENVIRONMENT.match(name) and not _SECRET.search(name)
+        if _KEPT_ENVIRONMENT.match(name) and not is_secret(name)
     }
 
 
@@ -418,9 +414,8 @@ def _gpus() -> list[dict[str, str]]:
 
 def git_revision() -> dict[str, Any] | None:
     """Revision of this project, and whether its files differ from it; None where it is no checkout."""
-    here = Path(__file__).resolve().parent
-    revision = _output(["git", "rev-parse", "HEAD"], cwd=here)
+    revision = _output(["git", "rev-parse", "HEAD"], cwd=PROJECT)
     if revision is None:
         return None
-    changes = _output(["git", "status", "--porcelain"], cwd=here)
+    changes = _output(["git", "status", "--porcelain"], cwd=PROJECT)
     return {"revision": revision.strip(), "modified": bool(changes and changes.strip())}

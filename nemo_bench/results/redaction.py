@@ -12,7 +12,8 @@ from typing import Any
 REMOVED = "<removed>"
 
 _NAME = (
-    r"[\w.\-]*(?:TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|AUTHORIZATION|COOKIE)[\w.\-]*"
+    r"[\w.\-]*(?:TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|AUTH(?!OR(?!I[SZ]ATION))|COOKIE)"
+    r"[\w.\-]*"
 )
 # total_tokens, tokens_per_s, eos_token and the like are numbers and words of the trade.
 _HARMLESS = re.compile(

@@ -36,6 +36,8 @@ def run_report(raw: DictConfig) -> None:
     cfg = _typed(raw)
     if cfg.archive is not None:
         archive.check(Path(cfg.archive))
+    if cfg.output == "":
+        raise BenchError("output is empty: name a folder, auto, or null for the terminal only")
     inputs, baseline = _paths("runs", cfg.runs), _paths("baseline", cfg.baseline)
     report = build_report(
         inputs,

@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from nemo_bench import flops
 from nemo_bench.errors import BenchError
+from nemo_bench.project import PROJECT
 from nemo_bench.results import record
 from nemo_bench.results.logs import Log, read_log
 from nemo_bench.results.redaction import redact, redact_values
@@ -29,7 +30,7 @@ DEFAULT_TOTAL_TOKENS = 1e12
 # A rank this much slower than the others is a straggler, if it also stands out from their spread.
 STRAGGLER = 0.1
 
-_CONF = Path(__file__).resolve().parents[2] / "conf"
+_CONF = PROJECT / "conf"
 # What a file that is not what it should be can raise while it is taken apart.
 _DAMAGE = (
     ValueError,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_bench.errors import BenchError
-from nemo_bench.files import locked
+from nemo_bench.files import locked, size_text
 from nemo_bench.results.record import timestamp
 from nemo_bench.stage import datasets
 from nemo_bench.stage.config import PartName
@@ -37,7 +37,6 @@ from nemo_bench.stage.files import (
     remove,
     require_room,
     say,
-    size_text,
     writing_error,
 )
 from nemo_bench.stage.manifest import NAME as MANIFEST_NAME

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_bench.errors import BenchError
-from nemo_bench.files import fsync_folder
+from nemo_bench.files import fsync_folder, size_text
 
 CHUNK_BYTES = 1 << 20
 # Below this a progress bar would be gone before it is seen.
@@ -36,14 +36,6 @@ class FileRecord:
 def say(line: str) -> None:
     """A line for the person who waits; also where output goes to a file."""
     print(line, flush=True)
-
-
-def size_text(size_bytes: int) -> str:
-    """`19.3 GB`, `12 kB`."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.1f} {unit}"
-    return f"{size_bytes / 1000:.0f} kB" if size_bytes >= 1000 else f"{size_bytes} bytes"
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.errors import BenchError
+from nemo_bench.files import size_text
 from nemo_bench.stage.config import PartName, StageConfig
-from nemo_bench.stage.files import Room, say, size_text
+from nemo_bench.stage.files import Room, say
 from nemo_bench.stage.manifest import Entry
 from nemo_bench.stage.part import Part, inside
 

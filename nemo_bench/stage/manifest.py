@@ -15,11 +15,11 @@ from typing import Any
 
 from nemo_bench.errors import BenchError
 from nemo_bench.files import locked
+from nemo_bench.project import PROJECT
 from nemo_bench.results.record import git_revision, timestamp, write_json
 from nemo_bench.stage.config import PartName
 from nemo_bench.stage.files import FileRecord, byte_progress, leftovers, measure, remove, say, walk
 
-PROJECT = Path(__file__).resolve().parents[2]
 NAME = "stage.json"
 FORMAT = "nemo-bench stage"
 VERSION = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.errors import BenchError
-from nemo_bench.files import locked
+from nemo_bench.files import locked, size_text
 from nemo_bench.results.record import timestamp
 from nemo_bench.stage.config import PartName
 from nemo_bench.stage.files import (
@@ -24,7 +24,6 @@ from nemo_bench.stage.files import (
     publish,
     remove,
     say,
-    size_text,
     walk,
     writing_error,
 )

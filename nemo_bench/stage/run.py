@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 
@@ -9,14 +10,15 @@ from omegaconf import DictConfig
 
 from nemo_bench.config import Launch, typed_as
 from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.files import size_text
 from nemo_bench.launch.local import Terminated, termination_raises
 from nemo_bench.stage import bundle, datasets
+from nemo_bench.stage.code import CodePart
 from nemo_bench.stage.config import Action, PartName, StageConfig
-from nemo_bench.stage.files import require_room, require_stage_folder, say, size_text
+from nemo_bench.stage.files import require_room, require_stage_folder, say
 from nemo_bench.stage.image import ImagePart
 from nemo_bench.stage.manifest import Entry, Stage
 from nemo_bench.stage.part import Part, State
-from nemo_bench.stage.project import CodePart
 from nemo_bench.stage.tokenizer import TokenizerPart
 
 _OWN_KEYS = ("action", "parts", "bundle", "launch")
@@ -66,8 +68,12 @@ def chosen_parts(cfg: StageConfig, stage: Stage) -> list[Part]:
     """The parts that the configuration names; the one that takes longest comes last.
 
     Raises:
-        BenchError: their settings contradict themselves.
+        BenchError: it names none, or their settings contradict themselves.
     """
+    if not cfg.parts:
+        raise BenchError(f"parts=[] names none of: {', '.join(kind.value for kind in PartName)}")
+    if not 0 <= cfg.image_gib < math.inf:
+        raise BenchError(f"image_gib={cfg.image_gib}: must be 0 or more, and finite")
     parts: list[Part] = []
     if PartName.code in cfg.parts:
         parts.append(CodePart())

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
-import time
 from pathlib import Path
 
-from nemo_bench.config import Launch, typed_as
+from nemo_bench.config import Launch, quoted_path, typed_as
+from nemo_bench.files import dated_name
 from nemo_bench.launch import command_jobs
-from nemo_bench.launch.slurm import PROJECT
 from nemo_bench.launch.submission import Point
+from nemo_bench.project import PROJECT
 from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.files import require_stage_folder, writing_error
 
@@ -20,7 +19,7 @@ LOGS = "results.stage_setup"
 _SUBMISSION_KEYS = ("cluster", "launch")
 
 
-def submit_stage(points: list[Point], *, sweep_dir: Path, wait: bool, to_slurm: bool) -> None:
+def submit_stage(points: list[Point], *, wait: bool, to_slurm: bool) -> None:
     """Submits the command of each point, and follows the jobs to their end where `wait` is set.
 
     HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.
@@ -60,8 +59,8 @@ def _stage(cfg: StageConfig) -> Path:
 
 
 def _new_folder(cfg: StageConfig) -> Path:
-    """The path of a job's own folder, also for those submitted in the same second."""
-    return _stage(cfg) / LOGS / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+    """The path of a job's own folder."""
+    return _stage(cfg) / LOGS / dated_name()
 
 
 def _command(cfg: StageConfig, overrides: list[str]) -> list[str]:
@@ -72,20 +71,13 @@ def _command(cfg: StageConfig, overrides: list[str]) -> list[str]:
         paths["tokenizer.folder"] = cfg.tokenizer.folder
     if os.sep in cfg.enroot:
         paths["enroot"] = cfg.enroot
-    pinned = {key: f"{key}={_quoted(str(Path(path).absolute()))}" for key, path in paths.items() if path is not None}
+    pinned = {key: f"{key}={quoted_path(Path(path).absolute())}" for key, path in paths.items() if path is not None}
     kept = [
         override
         for key, override in by_key.items()
         if key.partition(".")[0] not in _SUBMISSION_KEYS and key not in pinned
     ]
     return [sys.executable, "-u", str(PROJECT / "setup_stage.py"), "cluster=local", *kept, *pinned.values()]
-
-
-def _quoted(value: str) -> str:
-    """`value` in Hydra's grammar."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    return QuotedString(value, Quote.single).with_quotes()
 
 
 def _name(cfg: StageConfig) -> str:

@@ -388,6 +388,8 @@ def test_files_of_others_are_left_alone(stage: Stage, shards: list[bytes], expec
         (["sources=[a.txt]"], [".jsonl.zst, .jsonl.gz, .parquet"]),
         (["url=http://127.0.0.1:9/x.jsonl"], ["must hold {shard}"]),
         (["threads=0"], ["threads=0: at least 1"]),
+        (["text_key="], ["text_key=", "not empty"]),
+        (["output_prefix=a/b"], ["output_prefix=a/b", "without slashes"]),
         (["encoder=fast"], ["auto, gigatoken, tokenizers"]),
         (["shard=1"], ["unknown key: shard", "did you mean: shards"]),
         (["tokenizer_folder=none"], ["There is no tokenizer", "setup_stage.py"]),

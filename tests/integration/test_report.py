@@ -143,6 +143,7 @@ def test_an_archive(report: Report, tmp_path: Path) -> None:
         (["runs=job.out", "model=7b"], "valid: tiny, 8b, 70b, 405b"),
         (["runs=job.out", "archive=a.zip"], "must end in .tar.zst"),
         (["runs=job.out", "output=job.out"], "output=job.out: cannot be written"),
+        (["runs=job.out", "output="], "output is empty"),
         (["run=job.out"], "did you mean: runs"),
         (["runs=a.out,b.out"], "runs=a.out,b.out"),
     ],

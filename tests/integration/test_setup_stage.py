@@ -288,6 +288,8 @@ def test_an_import_that_the_registry_refuses(setup: Setup) -> None:
     ("args", "texts"),
     [
         (["parts=[imag]"], ["image, tokenizer, code"]),
+        (["parts=[]"], ["image, tokenizer, code"]),
+        (["image_gib=nan"], ["image_gib=nan: must be 0 or more"]),
         (["action=chek"], ["fill, check, pack, install"]),
         (["entrypoint.container=Nemo 25"], ["no image reference", "nvcr.io/nvidia/nemo:25.11"]),
         (["entrypoint.image=../x.sqsh"], ["entrypoint.image=../x.sqsh must lie inside the stage folder"]),
@@ -356,7 +358,7 @@ def test_check_of_a_complete_folder(copied: Setup) -> None:
         writer.extend(np.array([1, 2, 3], dtype=np.uint16), np.array([3]))
     before = copied.snapshot()
     result = copied("check", *LOCAL, COLUMNS="250")
-    for text in ("nvcr.io/nvidia/nemo:25.11", "trained here, 384 tokens", "3 tokens", "no checksums", "4 kB"):
+    for text in ("nvcr.io/nvidia/nemo:25.11", "trained here, 384 tokens", "3 tokens", "no checksums", "4.1 kB"):
         assert text in result.stdout
     assert result.stderr == "" and copied.snapshot() == before
 
@@ -556,7 +558,7 @@ def test_a_dry_submission_leaves_nothing(login_node: Setup) -> None:
     temporary = login_node.tmp_path / "tmp"
     temporary.mkdir()
     result = login_node(*SUBMIT, "launch=dry", TMPDIR=str(temporary))
-    assert f"stage_path='{login_node.stage}'" in shlex.split(
+    assert f"stage_path={login_node.stage}" in shlex.split(
         next(line for line in result.stdout.splitlines() if "setup_stage.py" in line)
     )
     assert "sbatch --test-only: accepted" in result.stdout and "nothing was submitted" in result.stdout

@@ -203,6 +203,7 @@ def test_links_out_of_a_run_folder_are_not_followed(tmp_path: Path) -> None:
         "https://example.org/a:b@c",
         "a secret is kept",
         "author: somebody",
+        "authority=/etc/ssl",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
@@ -218,6 +219,9 @@ def test_what_is_no_secret_stays(text: str) -> None:
         "export NGC_API_KEY='verysecret'",
         "+cluster.env.MY_PASSWORD=verysecret",
         "AWS_SECRET_ACCESS_KEY = verysecret",
+        "MY_PRIVATE=verysecret",
+        "BASIC_AUTH: verysecret",
+        "proxy-authorisation: verysecret",
         "Authorization: Bearer verysecret-verysecret",
         "git clone https://me:verysecret@example.org/x",
     ],

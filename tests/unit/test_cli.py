@@ -74,11 +74,12 @@ def test_dry_checks_prints_and_runs_nothing(train_cli: Cli, tmp_path: Path, prec
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_goes_on_after_a_refused_point_and_ends_with_its_code(train_cli: Cli) -> None:
+def test_a_sweep_goes_on_after_a_refused_point_and_ends_with_its_code(train_cli: Cli, tmp_path: Path) -> None:
     result = train_cli("-m", "launch=dry", "scale=64gpu,8gpu,128gpu")
     assert result.returncode == 2
     assert result.stdout.count("every check passed") == 2
     assert "must divide the number of GPUs" in result.stderr
+    assert list(tmp_path.iterdir()) == []  # nor anything of Hydra's own
 
 
 def test_a_cluster_point_is_not_silently_run_here(train_cli: Cli) -> None:
@@ -93,6 +94,21 @@ def test_an_unwritable_stage_folder_is_named(train_cli: Cli, tmp_path: Path) -> 
     assert result.returncode == 2
     assert "STAGE_PATH" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_an_empty_stage_path_is_no_folder(train_cli: Cli) -> None:
+    result = train_cli("data=mock", "stage_path=", "launch=dry")
+    assert result.returncode == 2
+    assert result.stderr == "stage_path is empty: it (or STAGE_PATH) must name a folder\n"
+
+
+@pytest.mark.parametrize("stage", ["nowhere", "file"])
+def test_jobs_of_no_stage_folder(project: Path, tmp_path: Path, stage: str) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, str(project / "jobs.py"), "--stage", stage]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{tmp_path / stage} is no folder: --stage (or STAGE_PATH) must name a stage folder\n"
 
 
 def test_a_reader_that_goes_away_is_no_error(train_cli: Cli, project: Path, tmp_path: Path) -> None:

@@ -121,3 +121,34 @@ def test_a_stored_configuration_loads_as_it_was(tmp_path: Path) -> None:
 def test_vocabulary_is_padded_for_tensor_parallelism() -> None:
     assert config.padded_vocab_size(composed("scale=64gpu")) == 128512
     assert config.padded_vocab_size(composed("model=8b", "scale=8gpu")) == 128256
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/data/my-llama_00",
+        "/a b",
+        "/a=b,c",
+        "/$HOME",
+        "/$(x) $",
+        "/it's",
+        '/"said"',
+        "/ends with \\",
+        "/two of them\\\\",
+        "/before a quote\\'",
+        "/Daten/Größe ☃",
+        "/[a]{b: c}",
+        "null",
+        "1",
+        "",
+    ],
+)
+def test_a_quoted_path_is_read_as_it_was(path: str) -> None:
+    quoted = config.quoted_path(path)
+    cfg = composed(f"checkpoint.weights_from={quoted}", f"data.paths=[{quoted},{quoted}]")
+    assert cfg.checkpoint.weights_from == path
+    assert cfg.data.paths == [path, path]
+
+
+def test_a_plain_path_is_not_quoted() -> None:
+    assert config.quoted_path(Path("/data/my-llama_00")) == "/data/my-llama_00"

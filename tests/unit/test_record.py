@@ -107,6 +107,9 @@ def test_the_environment_is_kept_without_secrets() -> None:
             "SLURM_JWT_TOKEN": "abc",
             "AWS_SECRET_ACCESS_KEY": "abc",
             "NVIDIA_PASSWORD": "abc",
+            "UCX_ACCESSKEY": "abc",
+            "SLURM_PRIVATE": "abc",
+            "SLURM_AUTH": "abc",
             "HOME": "/root",
         }
     )

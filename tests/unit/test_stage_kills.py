@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_bench.config import EntrypointConfig
-from nemo_bench.stage import bundle, project
+from nemo_bench.stage import bundle, code
 from nemo_bench.stage.config import PartName, StageConfig, TokenizerConfig, TokenizerSource
 from nemo_bench.stage.image import ImagePart
 from nemo_bench.stage.manifest import NAME, Entry, Stage
@@ -71,8 +71,8 @@ def small_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"# {name}\n")
     (root / "pyproject.toml").write_text('version = "9.9"\n')
-    monkeypatch.setattr(project, "PROJECT", root)
-    monkeypatch.setattr(project, "_PACKAGES", ("mdurl",))
+    monkeypatch.setattr(code, "PROJECT", root)
+    monkeypatch.setattr(code, "_PACKAGES", ("mdurl",))
     return root
 
 
@@ -125,7 +125,7 @@ def test_tokenizer(tmp_path: Path, config: StageConfig) -> None:
 
 def test_code(tmp_path: Path, small_project: Path) -> None:
     stage = Stage(tmp_path / "stage")
-    check_all_points(project.CodePart(), stage, lambda: None, 10)
+    check_all_points(code.CodePart(), stage, lambda: None, 10)
 
 
 def test_code_that_is_replaced(tmp_path: Path, small_project: Path) -> None:
@@ -133,16 +133,16 @@ def test_code_that_is_replaced(tmp_path: Path, small_project: Path) -> None:
 
     def older() -> None:
         (small_project / "train.py").write_text("# older\n")
-        project.CodePart().fill(stage)
+        code.CodePart().fill(stage)
         (small_project / "train.py").write_text("# newer\n")
 
-    check_all_points(project.CodePart(), stage, older, 10)
+    check_all_points(code.CodePart(), stage, older, 10)
 
 
 def packable(stage: Stage, config: StageConfig) -> dict[PartName, dict[str, Entry]]:
     """Fills image and code; returns what was recorded."""
     entries = {}
-    for part in (ImagePart(config, stage.folder), project.CodePart()):
+    for part in (ImagePart(config, stage.folder), code.CodePart()):
         part.fill(stage)
         entry = stage.entry(part.kind, part.place)
         assert entry is not None

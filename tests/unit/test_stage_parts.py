@@ -18,12 +18,13 @@ from huggingface_hub.utils._http import reset_sessions
 from nemo_bench.config import EntrypointConfig
 from nemo_bench.data import tokenizer as local_tokenizer
 from nemo_bench.errors import BenchError
-from nemo_bench.stage import image, project
+from nemo_bench.files import size_text
+from nemo_bench.stage import code, image
+from nemo_bench.stage.code import CodePart
 from nemo_bench.stage.config import StageConfig, TokenizerConfig, TokenizerSource
-from nemo_bench.stage.files import Room, require_room, size_text
+from nemo_bench.stage.files import Room, require_room
 from nemo_bench.stage.image import ImagePart, enroot_folders, enroot_uri
 from nemo_bench.stage.manifest import Stage
-from nemo_bench.stage.project import CodePart
 from nemo_bench.stage.tokenizer import _has_checksum, download, verify
 from tests.httpserver import GOOD_TOKEN, UNGRANTED_TOKEN, FileServer, Twist
 from tests.squashfs import PAYLOAD, squashfs
@@ -212,7 +213,9 @@ def test_needs_on_one_file_system_add_up(tmp_path: Path) -> None:
         require_room([Room(tmp_path / "not" / "yet", free * 2 // 3, "one"), Room(tmp_path, free * 2 // 3, "two")])
 
 
-@pytest.mark.parametrize(("size", "text"), [(14, "14 bytes"), (1500, "2 kB"), (9_100_000, "9.1 MB"), (2**40, "1.1 TB")])
+@pytest.mark.parametrize(
+    ("size", "text"), [(14, "14 bytes"), (1500, "1.5 kB"), (9_100_000, "9.1 MB"), (2**40, "1.1 TB")]
+)
 def test_sizes_in_words(size: int, text: str) -> None:
     assert size_text(size) == text
 
@@ -381,7 +384,7 @@ def test_damage_on_the_way_is_seen(
 
 
 def test_packages_are_copied_without_what_is_of_this_installation(tmp_path: Path) -> None:
-    assert project._vendor("PyYAML", tmp_path) == distribution("PyYAML").version
+    assert code._vendor("PyYAML", tmp_path) == distribution("PyYAML").version
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert "yaml/__init__.py" in names and any(name.endswith("/METADATA") for name in names)
     assert not any(name.endswith((".so", ".pyc", "direct_url.json", "INSTALLER")) for name in names)
@@ -389,17 +392,17 @@ def test_packages_are_copied_without_what_is_of_this_installation(tmp_path: Path
 
 def test_packages_that_cannot_be_copied_are_named(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"tokenizers is compiled.*--no-binary tokenizers"):
-        project._vendor("tokenizers", tmp_path)
+        code._vendor("tokenizers", tmp_path)
     with pytest.raises(BenchError, match="no-such-package is not installed here"):
-        project._vendor("no-such-package", tmp_path)
+        code._vendor("no-such-package", tmp_path)
 
 
 def test_all_that_the_packages_need_is_among_them() -> None:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    listed = {canonicalize_name(name) for name in project._PACKAGES}
-    for name in project._PACKAGES:
+    listed = {canonicalize_name(name) for name in code._PACKAGES}
+    for name in code._PACKAGES:
         for line in distribution(name).requires or []:
             needed = Requirement(line)
             if needed.marker is None or needed.marker.evaluate({"extra": ""}):
@@ -412,8 +415,8 @@ def small_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "conf").mkdir(parents=True)
     (root / "pyproject.toml").write_text('version = "9.9"\n')
     (root / "train.py").write_text("# one\n")
-    monkeypatch.setattr(project, "PROJECT", root)
-    monkeypatch.setattr(project, "_PACKAGES", ("mdurl",))
+    monkeypatch.setattr(code, "PROJECT", root)
+    monkeypatch.setattr(code, "_PACKAGES", ("mdurl",))
     return root
 
 
@@ -456,8 +459,8 @@ def test_what_the_user_wrote_there_is_kept(small_project: Path, stage: Stage) ->
 def test_the_project_is_known_by_its_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "a.yaml").write_text("a: 1\n")
-    first = project._fingerprint(tmp_path)
+    first = code._fingerprint(tmp_path)
     os.utime(tmp_path / "conf" / "a.yaml", ns=(0, 0))
-    assert project._fingerprint(tmp_path) == first
+    assert code._fingerprint(tmp_path) == first
     (tmp_path / "conf" / "a.yaml").rename(tmp_path / "conf" / "b.yaml")
-    assert project._fingerprint(tmp_path) != first
+    assert code._fingerprint(tmp_path) != first

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.errors import BenchError
+from nemo_bench.project import PROJECT
 from nemo_bench.results import record
 from nemo_bench.stage.config import PartName
 from nemo_bench.stage.files import Room, say
-from nemo_bench.stage.manifest import PROJECT, Entry, project_version
+from nemo_bench.stage.manifest import Entry, project_version
 from nemo_bench.stage.part import Part
 
 PLACE = "nemo_bench"
