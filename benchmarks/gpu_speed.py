@@ -204,9 +204,9 @@ def main() -> None:
     options = parser.parse_args()
 
     cases = {
-        name: case["overrides"].split()
+        str(name): case["overrides"].split()
         for name, case in OmegaConf.to_container(OmegaConf.load(HERE / "gpu_speed.yaml")).items()  # type: ignore[union-attr]
-        if case["gpus"] == options.gpus and re.search(options.only, name)
+        if case["gpus"] == options.gpus and re.search(options.only, str(name))
     }
     if options.case:
         cases = {name: overrides.split() for name, _, overrides in (case.partition(":") for case in options.case)}

@@ -172,7 +172,12 @@ def _nearest_keys(key: str) -> str:
 
     valid = _schema_keys(_schema[0]()) if _schema else [*_schema_keys(TrainConfig()), *_GROUPS_ONLY]
     name = key.rpartition(".")[2]
-    close = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
+    # A long path in common says little about the last word, which is the one that was mistyped.
+    close = [
+        v
+        for v in difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
+        if difflib.SequenceMatcher(None, name, v.rpartition(".")[2]).ratio() >= 0.6
+    ]
     close += [v for v in valid if name in v.rpartition(".")[2] and v not in close][:3]
     if close:
         return f"did you mean: {', '.join(close)}"

@@ -336,6 +336,7 @@ def _device(cfg: TrainConfig) -> list[Problem]:
             "persist_layer_norm",
             "masked_softmax_fusion",
             "fused_single_qkv_rope",
+            "use_te_activation_func",
             "use_transformer_engine_op_fuser",
             "gradient_accumulation_fusion",
             "tp_comm_overlap",
@@ -499,6 +500,15 @@ def _performance(cfg: TrainConfig) -> list[Problem]:
     if m.wgrad_deferral_limit < 0:
         found.append(
             Problem("model.wgrad_deferral_limit", m.wgrad_deferral_limit, "must be 0 or more", "nearest that works: 0")
+        )
+    if m.use_transformer_engine_op_fuser and p.fp8:
+        found.append(
+            Problem(
+                "model.use_transformer_engine_op_fuser",
+                "true",
+                "gives a loss of NaN in fp8 with this Transformer Engine (2.11)",
+                "the value that works: false; or precision=bf16",
+            )
         )
     if m.optim.use_precision_aware_optimizer and p.fp8_param_gather:
         found.append(

@@ -61,6 +61,7 @@ RECIPES = {
 OPTIONS = {
     "recompute_selective": "model.recompute_granularity=selective",
     "recompute_full": "model.recompute_granularity=full model.recompute_method=uniform model.recompute_num_layers=1",
+    "te_activation": "model.use_te_activation_func=true",
     "op_fuser": "model.use_transformer_engine_op_fuser=true",
     "fused_qkv_rope": "model.fused_single_qkv_rope=true",
     "no_accumulation_fusion": "model.gradient_accumulation_fusion=false",
