@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from nemo_bench import flops
 from nemo_bench.errors import BenchError
-from nemo_bench.results import record
+from nemo_bench.results import record, step_profile
 from nemo_bench.results.logs import Log, read_log
 from nemo_bench.results.redaction import redact, redact_values
 from nemo_bench.results.report_model import RankTimes, Run, Steps
@@ -271,6 +271,7 @@ def _load_run(run_dir: Path, total_tokens: float | None) -> Run:
         events=tuple(
             {"event": e.get("event"), "after_step": e.get("after_step"), "time": e.get("time")} for e in events
         ),
+        profiles=_profiles(run_dir, warnings),
         warnings=warnings + ([f"started {len(started)} times: see the events"] if len(started) > 1 else []),
     )
 
@@ -289,6 +290,16 @@ def _peaks(run_dir: Path) -> dict[int, dict[str, Any]]:
     found = {int(match[1]): path for path in run_dir.glob("peak_rank*.json") if (match := _PEAK_FILE.match(path.name))}
     peaks = {rank: _json(found[rank]) for rank in sorted(found)}
     return {rank: peak for rank, peak in peaks.items() if isinstance(peak.get("tflops"), (int, float))}
+
+
+def _profiles(run_dir: Path, warnings: list[str]) -> tuple[step_profile.StepProfile, ...]:
+    found = []
+    for name, content in record.read_profiles(run_dir).items():
+        try:
+            found.append(step_profile.from_dict(content))
+        except _DAMAGE:
+            warnings.append(f"{record.PROFILE}/{name} is damaged and left out")
+    return tuple(found)
 
 
 def _rank0_log(run_dir: Path) -> Log | None:
