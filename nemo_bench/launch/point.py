@@ -125,6 +125,9 @@ def _run_here(cfg: TrainConfig) -> None:
     with Follower(cfg, run_dir, console) as follower:
         execute(cfg, run_dir, follower.tick)
     print_summary(console, summarise(run_dir))
+    if (run_dir / record.PROFILE).is_dir():
+        names = ", ".join(sorted(path.name for path in (run_dir / record.PROFILE).iterdir()))
+        console.print(f"profile:  {run_dir / record.PROFILE}: {names}", soft_wrap=True, highlight=False)
 
 
 def execute(cfg: TrainConfig, run_dir: Path, tick: Callable[[], None]) -> None:

@@ -340,7 +340,7 @@ def _series(run_dir: Path, events: list[dict[str, Any]], warnings: list[str]) ->
             paused[int(event["after_step"])] = str(event["event"])
     series.restarts = sorted({*series.restarts, *starts[1:]})
     # NeMo's timer stops before callbacks save and Lightning validates: the step that feels it is the next one.
-    following = dict(zip(series.steps, series.steps[1:]))
+    following = dict(zip([-1, *series.steps], series.steps))
     series.paused = {following[after]: reason for after, reason in paused.items() if after in following}
     return series, peak_gib or None
 

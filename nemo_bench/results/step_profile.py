@@ -205,8 +205,13 @@ def measure(path: Path, rank: int | None = None) -> StepProfile:
     import numpy as np
 
     trace = Trace(path)
-    events = _Events(trace)
-    notes: list[str] = []
+    try:
+        events = _Events(trace)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BenchError(
+            f"{path}: an event is not as PyTorch's profiler writes it ({type(error).__name__}: {error})"
+        ) from None
+    notes = [f"{trace.damaged:,} events are no JSON, and left out"] if trace.damaged else []
     if events.work:
         kind, rows, class_of = GPU, events.work, classes.kernel_class
     elif events.operations:

@@ -1,15 +1,16 @@
 """Traces of PyTorch's profiler (Chrome's trace event format), read event by event.
 
 A trace of a few steps of a large model is some hundred MB of JSON. Read whole, its objects take ten times that; here
-they live a few MB at a time.
+they live a few MB at a time, as long as the file is laid out as the profiler writes it. And it is not always JSON:
+values that are empty, `inf` or `nan`, and names with quotation marks and bytes of any kind have been seen in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import re
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -17,22 +18,25 @@ from typing import IO, Any, cast
 from nemo_bench.errors import BenchError
 
 _CHUNK_BYTES = 4 << 20
-# The end of one event and the beginning of the next. No string of JSON holds a line's end, so this is never within one.
-_BETWEEN = re.compile(rb"\}\s*,\s*\n\s*(?=\{)")
 _LIST = re.compile(rb'"traceEvents"\s*:\s*\[|\A\s*\[')
+# Between two events, in the profiler's layout; what stands within an event is indented further.
+_BETWEEN = b"\n  },\n  {"
+_LIST_ENDS = b"\n  ]"
+_NO_VALUE = re.compile(rb'(":\s*)(?:-?(?:nan|inf))?(?=\s*[,}])')
 
 
 class Trace:
     """The events of a trace file, plain or gzipped.
 
     Attributes:
-        about: what the file says beside its events (`deviceProperties`, `distributedInfo`, ...); complete once the
-            events were read.
+        about: what the file says beside its events (`deviceProperties`, `distributedInfo`, ...).
+        damaged: how many events could not be read, and are left out. Both are complete once the events were read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.about: dict[str, Any] = {}
+        self.damaged = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The events.
@@ -62,26 +66,40 @@ class Trace:
             text += chunk
         bare = not begin[0].startswith(b'"')  # a list alone, as Chrome takes it too
         if not bare:
-            head = text[: begin.start()].rstrip().rstrip(b",") + b"}"
-            self.about = orjson.loads(head)
+            with contextlib.suppress(orjson.JSONDecodeError):  # the events count, whatever stands ahead of them
+                self.about = orjson.loads(text[: begin.start()].rstrip().rstrip(b",") + b"}")
         text = text[begin.end() :]
-        searched = 0
         while chunk := file.read(_CHUNK_BYTES):
             text += chunk
-            cuts = deque(_BETWEEN.finditer(text, max(0, searched - 256)), maxlen=1)
-            searched = len(text)
-            if not cuts:
-                continue
-            cut = cuts[0]
-            try:
-                events = orjson.loads(b"[" + text[: cut.start() + 1] + b"]")
-            except orjson.JSONDecodeError:
-                continue  # the cut was in a list within an event: a later one will do, or the end
-            yield from events
-            text, searched = text[cut.end() :], 0
-        if bare:
-            yield from orjson.loads(b"[" + text)
+            cut = text.rfind(_BETWEEN)
+            if cut >= 0:
+                cut = text.index(b"}", cut) + 1
+                yield from self._readable(text[:cut])
+                text = text[cut:].lstrip(b",\n ")
+        whole = (b"[" if bare else b'{"traceEvents":[') + text
+        try:
+            rest = orjson.loads(whole)
+        except orjson.JSONDecodeError:
+            events, end, _ = text.rpartition(_LIST_ENDS)
+            if not end:
+                raise
+            yield from self._readable(events)
         else:
-            rest = orjson.loads(b'{"traceEvents":[' + text)
-            yield from rest.pop("traceEvents")
-            self.about |= rest
+            yield from rest if bare else rest.pop("traceEvents")
+            self.about |= {} if bare else rest
+
+    def _readable(self, events: bytes) -> Iterator[dict[str, Any]]:
+        """Some events in the profiler's layout; where they are no JSON, those of them that are, or can be mended."""
+        import orjson
+
+        try:
+            parsed = orjson.loads(b"[" + events + b"]")
+        except orjson.JSONDecodeError:
+            for event in events.strip().removeprefix(b"{").removesuffix(b"}").split(_BETWEEN):
+                text = event.decode("utf-8", "replace").encode()
+                try:
+                    yield orjson.loads(b"{" + _NO_VALUE.sub(rb"\1null", text) + b"}")
+                except orjson.JSONDecodeError:
+                    self.damaged += 1
+        else:
+            yield from parsed

@@ -32,6 +32,7 @@ def test_profiled_steps_leave_a_trace_and_a_table_and_do_not_count(train: Callab
     ran = train("profile=torch", *window, "trainer.max_steps=12", "trainer.devices=2")
     folder = ran.run_dir / record.PROFILE
     assert sorted(path.name for path in folder.iterdir()) == ["rank1.json", "rank1.trace.json.gz", "rank1.txt"]
+    assert f"profile:  {folder}: rank1.json, rank1.trace.json.gz, rank1.txt" in ran.stdout
     run = load_run(ran.run_dir)
     (profile,) = run.profiles
     assert (profile.kind, profile.rank, profile.steps) == (step_profile.CPU, 1, (4, 5))

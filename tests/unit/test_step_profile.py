@@ -305,6 +305,29 @@ def test_only_a_part_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
     assert path.stat().st_size > 100 * 8192 / 2 and max(sizes) < 3 * 8192
 
 
+@pytest.mark.parametrize("chunk_bytes", [97, 4096, 1 << 20])
+def test_what_the_profiler_writes_though_it_is_no_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    """Seen in PyTorch's and Kineto's issues: inf, nothing at all, unescaped quotation marks, line ends, odd bytes."""
+    monkeypatch.setattr(trace, "_CHUNK_BYTES", chunk_bytes)
+    functions = [{**mark("FUNCTION", 10 * at, 10 * at + 1), "cat": "python_function"} for at in range(3)]
+    content = text([*many(60), *functions, *many(30)[1:], kernel("ODD", 595, 600)]).encode()
+    content = content.replace(b'"context": 1', b'"context": inf', 5).replace(b'"context": 1', b'"context": ', 5)
+    content = content.replace(b"FUNCTION", b'Library("_test", "IMPL")\n(1): <module>', 2)
+    content = content.replace(b"ODD", b"odd \xff bytes", 1)
+    assert content.count(b"inf") == 5 and content.count(b'"context": ,') == 5
+    path = tmp_path / "t.json"
+    path.write_bytes(content)
+    profile = measure(path)
+    assert times(profile) == {
+        classes.GEMM: (100, 150, 30),  # the second 30 beside the first 60
+        classes.ELEMENTWISE: (200, 300, 60),
+        classes.OTHER: (5, 5, 1),
+    }
+    assert any(note.startswith("2 events are no JSON") for note in profile.notes)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -313,9 +336,14 @@ def test_only_a_part_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
         (b'{"a": 1}', "no traceEvents"),
         (text(many(50)).encode()[:-100], "cut off"),
         (gzip.compress(text(many(50)).encode())[:-20], "cut off"),
+        (
+            json.dumps({"traceEvents": [{"ph": "X", "cat": "kernel", "name": "x", "ts": 1}]}).encode(),
+            "KeyError: 'args'",
+        ),
+        (json.dumps({"traceEvents": [1]}).encode(), "not as PyTorch's profiler"),
         (json.dumps({"traceEvents": []}).encode(), "neither GPU kernels nor CPU operations"),
     ],
-    ids=["empty", "text", "other JSON", "cut off", "gzip cut off", "no events"],
+    ids=["empty", "text", "other JSON", "cut off", "gzip cut off", "no args", "a number", "no events"],
 )
 def test_what_is_no_trace_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
