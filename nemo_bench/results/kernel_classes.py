@@ -39,13 +39,15 @@ _KERNELS = (
     # Communication comes first: the names of collectives hold those of the types that they reduce.
     (r"nccl", COMMUNICATION, "NCCL: ncclDevKernel_, ncclSymkDevKernel_ (symmetric memory), ncclKernel_ (before 2.19)"),
     (r"userbuffers", COMMUNICATION, "Transformer Engine's tensor-parallel overlap: userbuffers_..., kuserbuffers_..."),
+    (r"^(consumer|producer|consumer_batch|reset_counters)_kernel", COMMUNICATION, "that overlap's counters"),
     (r"nvshmem|multimem_|(one|two)_shot_all", COMMUNICATION, "NVSHMEM, and PyTorch's symmetric memory"),
     (r"^Memcpy PtoP", COMMUNICATION, "copies between GPUs: user buffers that use the copy engines"),
-    (r"^Mem(cpy|set)", MEMORY, "copies and fills by the copy engines, as CUPTI names them"),
+    (r"^Mem(cpy|set)\b", MEMORY, "copies and fills by the copy engines, as CUPTI names them"),
+    # Not multi_tensor_swizzle_..., which is fp8's, and not Hadamard, which is fp4's.
     (
-        r"multi_tensor|multitensor|adam|l2norm",
+        r"multi_?tensor_(?!swizzle)|adam(?!ard)|l2norm",
         OPTIMIZER,
-        "Adam and the gradient norm of Transformer Engine, Apex, PyTorch",
+        "Adam, the gradients' norm and their clipping, by Transformer Engine, Apex or PyTorch",
     ),
     # Before GEMM: FlashAttention 3 is a cutlass::device_kernel.
     (
@@ -56,16 +58,17 @@ _KERNELS = (
     (r"(masked|causal)_softmax", ATTENTION, "unfused attention"),
     (r"nvjet|gemm|gemv|xmma|cutlass|splitk|wgmma|triton_(mm|tem)", GEMM, "cuBLAS, cuBLASLt, CUTLASS, Triton"),
     (r"rms_?norm|layer_?norm|\bln_(fwd|bwd)|group_?norm", NORMALISATION, "Transformer Engine, Apex, PyTorch, Triton"),
-    (r"swiglu|silu|gelu|glu\b|gated_act|sigmoid", ACTIVATION, "also where the cast to fp8 is fused with it"),
+    (r"swiglu|silu|[gr]elu|glu\b|gated_act|sigmoid", ACTIVATION, "also where the cast to fp8 is fused with it"),
     (
-        r"(?<![a-z])(de)?(cast|quantize)|transpose|amax|delayed_scaling|current_scaling|swizzle|mxfp8|nvfp4",
+        r"(?<![a-z])(de)?(cast|quantize)|transpose|swap_first_dims|amax|delayed_scaling|scaling_recipe|scale_inv|swizzle"
+        r"|hadamard|padding_kernel|identity|nvfp4|mxfp8",
         CAST,
-        "fp8: casts, their transposes and their scales, by Transformer Engine",
+        "fp8 and fp4: casts, their transposes and their scales, by Transformer Engine",
     ),
     (r"copy_kernel|CatArray|chunk_cat|split_with_sizes|to_copy", CAST, "PyTorch's changes of type and layout"),
     (
-        r"elementwise|pointwise|triton_|reduce_kernel|rope|embedding|index|gather|scatter|softmax|cross_?entropy|dropout"
-        r"|unary|fill|cub::|distribution|scan|sort|at::native",
+        r"elementwise|element_|pointwise|triton_|reduce_|rope|embedding|index|gather|scatter|softmax|cross_?entropy"
+        r"|dropout|unary|fill|memset|cub::|distribution|scan|sort|at::native",
         ELEMENTWISE,
         "residuals, RoPE, embedding, loss, masks, sums",
     ),
@@ -114,12 +117,10 @@ def operation_class(name: str) -> str:
     return _first(_OPERATIONS, name)
 
 
-def short_name(name: str, width: int = 72) -> str:
-    """A kernel's name for people: without return type, arguments and the innermost template arguments."""
-    text = re.sub(r"\(anonymous namespace\)::", "", name)
-    text = re.sub(r"^void ", "", text)
-    text = re.sub(r"(at::native|transformer_engine|cutlass|cuda|std)::", "", text)
-    # Arguments stand in the last parentheses; those of a template (`(int)4`) stay.
-    text = re.sub(r"\((?!int\)|bool\)|unsigned)[^()]*\)(\s*const)?$", "", text)
-    text = re.sub(r"\((int|bool|unsigned int|long|unsigned long)\)(?=\d)", "", text)
-    return text if len(text) <= width else f"{text[: width - 24]}...{text[-21:]}"
+def short_name(name: str, width: int = 80) -> str:
+    """A kernel's name for people: without return type, namespaces and arguments, and cut at `width`."""
+    text = re.sub(r"^void ", "", name)
+    text = re.sub(r"\(anonymous namespace\)::|(at::native|at|transformer_engine|cutlass|cuda|std)::", "", text)
+    # Its arguments stand in the last parentheses; those within, as in `(int)4`, are a template's.
+    text = re.sub(r"(?<=[\w>])\([^()]*\)$", "", text)
+    return text if len(text) <= width else f"{text[: width - 3]}..."

@@ -191,7 +191,11 @@ KERNELS = [
     ("triton_red_fused__to_copy_add_rms_norm_0", classes.NORMALISATION),
     ("void transformer_engine::transpose::cast_transpose_general_kernel<16, 8, __nv_bfloat16>(X)", classes.CAST),
     ("void transformer_engine::(anonymous namespace)::transpose_optimized_kernel<8>(X)", classes.CAST),
-    ("void transformer_engine::delayed_scaling_recipe::kernel_bulk(X)", classes.CAST),
+    ("void transformer_engine::delayed_scaling_recipe::amax_and_scale_update_impl::kernel_bulk(X)", classes.CAST),
+    ("void transformer_engine::dispatch::fp8::quantize_2D_kernel::cast_fp8_2D_kernel<false, X>(X)", classes.CAST),
+    ("void transformer_engine::multi_tensor_swizzle_row_scaling_kernel<4, 32, 1>(X)", classes.CAST),
+    ("void transformer_engine::HadamardAmaxTmaKernel<X, 16>(X)", classes.CAST),
+    ("void transformer_engine::update_tensor_scale_inv_kernel(X)", classes.CAST),
     ("void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(X)>(int)", classes.CAST),
     ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<X, 2u>(X)", classes.CAST),
     (
@@ -199,6 +203,11 @@ KERNELS = [
         classes.ACTIVATION,
     ),
     ("triton_poi_fused_mul_silu_split_0", classes.ACTIVATION),
+    (
+        "void transformer_engine::unary_kernel<16, true, float, X, &(float transformer_engine::srelu<float>(X))>(X)",
+        classes.ACTIVATION,
+    ),
+    ("void transformer_engine::reduce_dbias_kernel<8, float, __nv_bfloat16>(X)", classes.ELEMENTWISE),
     ("void transformer_engine::fused_rope_forward_kernel<__nv_bfloat16>(X)", classes.ELEMENTWISE),
     ("triton_poi_fused_add_0", classes.ELEMENTWISE),
     ("void at::native::reduce_kernel<512, 1, X>(X)", classes.ELEMENTWISE),
@@ -213,6 +222,7 @@ KERNELS = [
     ("ncclDevKernel_Broadcast_RING_LL(X)", classes.COMMUNICATION),
     ("void userbuffers_fp16_sum_inplace_gpu_rr_rs_oop<8>(X)", classes.COMMUNICATION),
     ("kuserbuffers_pushsend(X)", classes.COMMUNICATION),
+    ("consumer_kernel(void*, int)", classes.COMMUNICATION),
     ("Memcpy PtoP (Device -> Device)", classes.COMMUNICATION),
     (COPY, classes.MEMORY),
     ("Memset (Device)", classes.MEMORY),
@@ -250,10 +260,18 @@ def test_what_no_pattern_knows_is_shown_by_name(tmp_path: Path) -> None:
     assert "somebodys_own_thing<3>" in shown and "(float*, int)" not in shown and "void" not in shown
 
 
-def test_long_names_keep_both_ends() -> None:
-    name = "begin_" + "x" * 200 + "_end"
-    assert len(classes.short_name(name)) == 72
-    assert classes.short_name(name).startswith("begin_") and classes.short_name(name).endswith("_end")
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "ncclDevKernel_AllGather_RING_LL"),
+        ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD (Device -> Device)"),
+        ("void transformer_engine::f<(int)4>(int, float*)", "f<(int)4>"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<X, 2u>(X, int)", "CatArrayBatchedCopy<X, 2u>"),
+        ("nvjet_" + "x" * 100, "nvjet_" + "x" * 71 + "..."),
+    ],
+)
+def test_names_for_people(name: str, short: str) -> None:
+    assert classes.short_name(name) == short
 
 
 # --- files --------------------------------------------------------------------------------------------------
