@@ -132,3 +132,62 @@ def test_nsys_and_its_rank_end_with_the_launcher_and_with_each_other(stage: Path
     output, _ = run.process.communicate(timeout=60)
     assert run.process.returncode == 1 and "rank 1 of 2 failed" in output
     assert run.processes() == []
+
+
+# CUDA's part is played by a list; the callbacks are the ones that the program builds, copied as NeMo copies them.
+RANGE = """
+import copy, json, sys, types
+from pathlib import Path
+import megatron.core.utils, torch
+from nemo_bench.config import ProfileConfig, TrainConfig
+from nemo_bench.results.record import EventLog
+from nemo_bench.training.profiling import build_profiling
+calls = []
+note = lambda what: calls.append(what + (" with Megatron's names" if megatron.core.utils._nvtx_enabled else ""))
+cudart = types.SimpleNamespace(cudaProfilerStart=lambda: note("start"), cudaProfilerStop=lambda: note("stop"))
+torch.cuda.cudart = lambda: cudart
+torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = note, lambda: note("end")
+cfg = TrainConfig(profile=ProfileConfig(kind="nsys", start_step=2, end_step=3, ranks=[0]))
+run_dir = Path(sys.argv[1])
+assert build_profiling(cfg, run_dir, 1, EventLog(run_dir, enabled=False)) == []
+callbacks = copy.deepcopy(build_profiling(cfg, run_dir, 0, EventLog(run_dir)))
+for step in range(6):
+    trainer = types.SimpleNamespace(global_step=step)
+    note(f"step {step}")
+    [callback.on_train_batch_start(trainer, None, None, step) for callback in callbacks]
+    [callback.on_before_optimizer_step(trainer, None, None) for callback in callbacks]
+    trainer.global_step += 1
+    [callback.on_train_batch_end(trainer, None, None, None, step) for callback in callbacks]
+print(json.dumps(calls))
+"""
+
+
+def test_nsys_is_told_where_the_steps_begin_and_end(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RANGE, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    named = " with Megatron's names"
+    profiled = [f"nemo_bench {part}{named}" for part in ("step 2", "optimizer", "step 3", "optimizer")]
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        "step 0",
+        "step 1",
+        "step 2",
+        f"start{named}",
+        *profiled[:2],
+        f"end{named}",
+        f"end{named}",
+        f"step 3{named}",
+        *profiled[2:],
+        f"end{named}",
+        f"end{named}",
+        f"stop{named}",
+        "step 4",
+        "step 5",
+    ]
+    events, _ = record.read_lines(tmp_path / record.EVENTS)
+    assert [(event["event"], event["after_step"]) for event in events] == [("profile", after) for after in range(4)]
