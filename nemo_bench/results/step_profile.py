@@ -391,7 +391,6 @@ def _own_times(
         leave(begin)
         if running:
             spend(begin, running[-1][1])
-            finish = min(finish, running[-1][0])
         at = max(at, begin)
         running.append((finish, row))
     leave(float("inf"))

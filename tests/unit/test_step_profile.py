@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -323,12 +324,15 @@ def test_only_a_part_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
     assert path.stat().st_size > 100 * 8192 / 2 and max(sizes) < 3 * 8192
 
 
+@pytest.mark.parametrize("orjson", [True, False])
 @pytest.mark.parametrize("chunk_bytes", [97, 4096, 1 << 20])
 def test_what_the_profiler_writes_though_it_is_no_json(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, orjson: bool
 ) -> None:
     """Seen in PyTorch's and Kineto's issues: inf, nothing at all, unescaped quotation marks, line ends, odd bytes."""
     monkeypatch.setattr(trace, "_CHUNK_BYTES", chunk_bytes)
+    if not orjson:
+        monkeypatch.setitem(sys.modules, "orjson", None)  # importing it fails
     functions = [{**mark("FUNCTION", 10 * at, 10 * at + 1), "cat": "python_function"} for at in range(3)]
     content = text([*many(60), *functions, *many(30)[1:], kernel("ODD", 595, 600)]).encode()
     content = content.replace(b'"context": 1', b'"context": inf', 5).replace(b'"context": 1', b'"context": ', 5)
