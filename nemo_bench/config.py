@@ -233,6 +233,23 @@ class CheckpointConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Which steps are profiled, where, and with what."""
+
+    kind: str = "none"  # none; torch: PyTorch's profiler; nsys: NVIDIA Nsight Systems
+    start_step: int = 10  # first profiled step, counted from 0; the one before it warms the profiler up
+    end_step: int = 12  # last profiled step
+    ranks: list[int] = field(default_factory=lambda: [0])
+    # kind=torch; each makes the trace larger and the profiled steps slower
+    record_shapes: bool = False
+    with_stack: bool = False  # Python's call stacks
+    profile_memory: bool = False
+    # kind=nsys
+    trace: str = "cuda,nvtx"  # nsys --trace
+    nsys_args: list[str] = field(default_factory=list)  # further options of `nsys profile`
+
+
+@dataclass
 class TrainConfig:
     """One benchmark point."""
 
@@ -244,6 +261,7 @@ class TrainConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     entrypoint: EntrypointConfig = field(default_factory=EntrypointConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     launch: Launch = Launch.run
     stage_path: str = MISSING
     results_version: str = MISSING

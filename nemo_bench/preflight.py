@@ -68,11 +68,13 @@ def _nearest(value: int, works: Callable[[int], bool], highest: int = 1 << 20) -
 
 def configuration_problems(cfg: TrainConfig) -> list[Problem]:
     """Every rule about the numbers themselves. An empty list: the configuration can be laid out."""
+    from nemo_bench.profile_checks import profile_problems
+
     problems = _positive(cfg) + _ranges(cfg) + _words(cfg)
     # The rules below divide by these numbers.
     if not problems:
         problems = [*_layout(cfg), *_batch(cfg)]
-    return problems + _device(cfg) + _performance(cfg) + _data(cfg) + _checkpoint(cfg)
+    return problems + _device(cfg) + _performance(cfg) + _data(cfg) + _checkpoint(cfg) + profile_problems(cfg)
 
 
 def _positive(cfg: TrainConfig) -> list[Problem]:
@@ -632,8 +634,10 @@ def _checkpoint(cfg: TrainConfig) -> list[Problem]:
 
 
 def machine_problems(cfg: TrainConfig) -> list[Problem]:
-    """What this machine lacks to run `cfg` here and now: GPUs, dataset and tokenizer files, checkpoints."""
-    found: list[Problem] = []
+    """What this machine lacks to run `cfg` here and now: GPUs, dataset and tokenizer files, checkpoints, profilers."""
+    from nemo_bench.profile_checks import profile_machine_problems
+
+    found = profile_machine_problems(cfg)
     if cfg.gpu.device == "cuda":
         present = count_gpus()
         if present < cfg.trainer.devices:

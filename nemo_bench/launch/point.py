@@ -23,6 +23,7 @@ from nemo_bench.config import (
 )
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.preflight import ConfigurationRefused, configuration_problems, machine_problems
+from nemo_bench.profile_checks import profile_plan
 from nemo_bench.results import record
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def plan(cfg: TrainConfig) -> str:
         "(the recipe's convention)",
         f"  steps      {cfg.trainer.max_steps}",
         f"  data       {cfg.data.name}: {', '.join(cfg.data.paths) or cfg.data.folder or 'random tokens'}",
+        *profile_plan(cfg),
         f"  results    {results_dir(cfg)}/<run>/",
     ]
     return "\n".join(lines)
@@ -123,6 +125,9 @@ def _run_here(cfg: TrainConfig) -> None:
     with Follower(cfg, run_dir, console) as follower:
         execute(cfg, run_dir, follower.tick)
     print_summary(console, summarise(run_dir))
+    if (run_dir / record.PROFILE).is_dir():
+        names = ", ".join(sorted(path.name for path in (run_dir / record.PROFILE).iterdir()))
+        console.print(f"profile:  {run_dir / record.PROFILE}: {names}", soft_wrap=True, highlight=False)
 
 
 def execute(cfg: TrainConfig, run_dir: Path, tick: Callable[[], None]) -> None:

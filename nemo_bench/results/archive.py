@@ -82,7 +82,7 @@ def _pack(path: Path, runs: list[Run], extra: dict[str, str]) -> dict[str, Any]:
         ):
             for place, run in _places(runs):
                 for source in _sources(Path(run.path)):
-                    name = place if run.source == "log" else f"{place}/{source.name}"
+                    name = place if run.source == "log" else f"{place}/{source.relative_to(run.path)}"
                     if source.suffix in _TEXT and source.is_file() and not source.is_symlink():
                         files[name] = _add(tar, name, source, literal)
                     else:
@@ -115,7 +115,10 @@ def _places(runs: list[Run]) -> Iterator[tuple[str, Run]]:
 
 
 def _sources(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(path.iterdir())
+    if path.is_file():
+        return [path]
+    profile = path / record.PROFILE
+    return sorted([*(each for each in path.iterdir() if each != profile), *profile.glob("rank*")])
 
 
 def _own_secrets() -> list[bytes]:

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Sequence
 
-from nemo_bench.results import plots
+from nemo_bench.results import plots, step_profile
 from nemo_bench.results.markup import Child, el
 from nemo_bench.results.page_parts import (
     NONE,
@@ -27,6 +27,7 @@ from nemo_bench.results.page_parts import (
     whole,
 )
 from nemo_bench.results.report_model import INCOMPLETE, PASS, Numbers, Point, Run
+from nemo_bench.results.step_profile import StepProfile
 from nemo_bench.results.summary import LAST_LOSSES, counted, tokens_text, unit_name
 
 # More runs than this are closed, and opened at a click.
@@ -34,6 +35,7 @@ OPEN_RUNS = 4
 # More events than this (checkpoints, for the most part) are counted rather than listed.
 SHOWN_EVENTS = 20
 SHOWN_RANKS = 24
+SHOWN_KERNELS = 2
 
 
 def section_of(anchor: str, heading: str, runs: Sequence[Run], points: Sequence[Point]) -> ET.Element | None:
@@ -104,6 +106,7 @@ def _run(anchor: str, run: Run, point: str | None, *, opened: bool) -> ET.Elemen
         _statistics(run),
         _numbers(run),
         _ranks(run),
+        [_profile(profile) for profile in run.profiles],
         _record(run),
         id=anchor,
         class_="run",
@@ -229,6 +232,30 @@ def _ranks(run: Run) -> Child:
     if len(run.ranks) > SHOWN_RANKS:
         told += f"; the slowest {SHOWN_RANKS} of {len(run.ranks):,}"
     return table(told, columns, [el("tbody", rows)])
+
+
+def _profile(profile: StepProfile) -> Child:
+    """The time by kernel class of one rank."""
+    columns = (
+        Column("class"),
+        Column("time", "ms a step", number=True),
+        Column("of the step", number=True),
+        Column("sum", "ms a step", number=True),
+        Column("kernels" if profile.kind == step_profile.GPU else "calls", "a step", number=True),
+        Column("most of it", "ms a step"),
+    )
+    rows = []
+    for each in profile.classes:
+        top = ", ".join(f"{kernel.name} {four(kernel.total_ms)}" for kernel in each.top[:SHOWN_KERNELS])
+        numbers = [four(each.ms), percent(each.share, 1), four(each.total_ms), f"{each.count:,.0f}"]
+        rows.append(row(columns, [each.name, *numbers, top]))
+    for name, ms in (("idle", profile.idle_ms), ("step", profile.step_ms)):
+        rows.append(row(columns, [name, four(ms), percent(ms / profile.step_ms, 1), NONE, NONE, ""]))
+    notes = [note for note in (step_profile.communication(profile), *profile.notes) if note]
+    return [
+        table(f"Profile of {step_profile.title(profile)}", columns, [el("tbody", rows)], "wordy"),
+        el("p", "; ".join(notes), class_="muted") if notes else None,
+    ]
 
 
 # --- the record ---------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ job.json                  of a submitted run: the job's id and when it was submi
 exit.json                 of a Slurm job: its exit status, by its batch script
 node.json                 rank 0's machine: host, devices, driver, package versions, environment without secrets
 steps.jsonl               a line a step (`step`, `loss`, `train_step_timing_s`, ...), flushed at once
-events.jsonl              a line a phase, with its time: importing, building, training, validation, done (or requeue)
+events.jsonl              a line a phase, with its time: importing, building, training, validation, profile, done, ...
 rank<N>.out               everything rank N printed, NeMo's own `train_step_timing in s` lines on rank 0
 rank<N>.error.json        the exception that ended rank N
 peak_rank<N>.json         the measured matrix rate, on devices without a published peak
 checkpoints/              where checkpoint.every_n_steps is set
+profile/                  of a profiled run: rank<N>.trace.json.gz, and its time by kernel class: rank<N>.json, .txt;
+                          or rank<N>.nsys-rep
 ========================  ============================================================================================
 """
 
@@ -42,6 +44,7 @@ NODE = "node.json"
 STEPS = "steps.jsonl"
 EVENTS = "events.jsonl"
 CHECKPOINTS = "checkpoints"
+PROFILE = "profile"
 REQUEUE = "requeue"  # by rank 0 once a last checkpoint is safe; its batch script then asks for the requeue
 EXIT = "exit.json"  # of a Slurm job, by its batch script
 
@@ -334,6 +337,19 @@ def read_rank_errors(run_dir: Path) -> list[dict[str, Any]]:
 def write_peak(run_dir: Path, rank: int, peak: dict[str, object]) -> None:
     """The matrix rate that `rank` measured."""
     write_json(run_dir / f"peak_rank{rank}.json", peak)
+
+
+def read_profiles(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Where the time of profiled steps went, as step_profile.py wrote it: file name -> content; damaged ones are {}."""
+    found: dict[str, dict[str, Any]] = {}
+    paths = (run_dir / PROFILE).glob("rank*.json")
+    for path in sorted(paths, key=lambda path: (len(path.name), path.name)):  # rank10 after rank9
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            content = {}
+        found[path.name] = content if isinstance(content, dict) else {}
+    return found
 
 
 def last_checkpoint(folder: Path) -> Path | None:

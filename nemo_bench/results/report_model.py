@@ -29,6 +29,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nemo_bench.errors import BenchError
 from nemo_bench.results.statistics import Interval, StepTimes
+from nemo_bench.results.step_profile import StepProfile
 
 T = TypeVar("T")
 
@@ -172,6 +173,7 @@ class Run:
         packages: version of each package.
         hardware: host, cpu, cpu_cores, memory_gib, gpus, system, python, as the record has them.
         environment: environment variables, without secrets.
+        profiles: where the time of profiled steps went, one a profiled rank.
         events: what happened beside the steps: {"event", "after_step" or None, "time" in seconds since 1970 or None}.
         warnings: what a reader should know about this run's record.
     """
@@ -218,6 +220,7 @@ class Run:
     environment: dict[str, str]
     events: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...]
+    profiles: tuple[StepProfile, ...] = ()
 
 
 @dataclass(frozen=True)

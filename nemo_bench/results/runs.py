@@ -18,7 +18,7 @@ from yaml import YAMLError
 from nemo_bench import flops
 from nemo_bench.errors import BenchError
 from nemo_bench.project import PROJECT
-from nemo_bench.results import record
+from nemo_bench.results import record, step_profile
 from nemo_bench.results.logs import Log, read_log
 from nemo_bench.results.redaction import redact, redact_values
 from nemo_bench.results.report_model import RankTimes, Run, Steps
@@ -272,6 +272,7 @@ def _load_run(run_dir: Path, total_tokens: float | None) -> Run:
         events=tuple(
             {"event": e.get("event"), "after_step": e.get("after_step"), "time": e.get("time")} for e in events
         ),
+        profiles=_profiles(run_dir, warnings),
         warnings=warnings + ([f"started {len(started)} times: see the events"] if len(started) > 1 else []),
     )
 
@@ -290,6 +291,16 @@ def _peaks(run_dir: Path) -> dict[int, dict[str, Any]]:
     found = {int(match[1]): path for path in run_dir.glob("peak_rank*.json") if (match := _PEAK_FILE.match(path.name))}
     peaks = {rank: _json(found[rank]) for rank in sorted(found)}
     return {rank: peak for rank, peak in peaks.items() if isinstance(peak.get("tflops"), (int, float))}
+
+
+def _profiles(run_dir: Path, warnings: list[str]) -> tuple[step_profile.StepProfile, ...]:
+    found = []
+    for name, content in record.read_profiles(run_dir).items():
+        try:
+            found.append(step_profile.from_dict(content))
+        except _DAMAGE:
+            warnings.append(f"{record.PROFILE}/{name} is damaged and left out")
+    return tuple(found)
 
 
 def _rank0_log(run_dir: Path) -> Log | None:
@@ -330,7 +341,7 @@ def _series(run_dir: Path, events: list[dict[str, Any]], warnings: list[str]) ->
             paused[int(event["after_step"])] = str(event["event"])
     series.restarts = sorted({*series.restarts, *starts[1:]})
     # NeMo's timer stops before callbacks save and Lightning validates: the step that feels it is the next one.
-    following = dict(zip(series.steps, series.steps[1:]))
+    following = dict(zip([-1, *series.steps], series.steps))
     series.paused = {following[after]: reason for after, reason in paused.items() if after in following}
     return series, peak_gib or None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.config import TrainConfig, load
-from nemo_bench.launch import lifeline, preemption_signal
+from nemo_bench.launch import lifeline, nsys, preemption_signal
 from nemo_bench.results import record
 
 
@@ -26,7 +26,6 @@ def main(run_dir: Path) -> None:
     """Trains as `run_dir/config.yaml` says; an exception ends in this rank's error file and exit status 1."""
     _take_place_from_slurm()
     rank = int(os.environ["RANK"])
-    lifeline.watch(lambda: _killed_with_launcher(run_dir))
     events = record.EventLog(run_dir, enabled=rank == 0)
     try:
         cfg = load(run_dir / record.CONFIG)
@@ -34,6 +33,9 @@ def main(run_dir: Path) -> None:
         saves = cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None
         if saves:
             preemption_signal.listen()
+        # After listen(): what is blocked stays blocked in nsys, which Slurm's warning would end. Before any thread.
+        nsys.wrap(cfg.profile, run_dir, rank)
+        lifeline.watch(lambda: _killed_with_launcher(run_dir))
         if rank == 0:
             record.write_node(run_dir)
         events.write("importing")
@@ -92,6 +94,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
     from nemo_bench.training.model import build_model
     from nemo_bench.training.optimizer import build_optimizer
     from nemo_bench.training.preemption import CheckpointOnSignal
+    from nemo_bench.training.profiling import build_profiling
     from nemo_bench.training.trainer import build_strategy, build_trainer
 
     if cfg.gpu.device == "cpu":
@@ -113,6 +116,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
     callbacks: list[Any] = [
         timing,
         GarbageCollectionCallback(cfg.trainer.gc_interval, cfg.trainer.gc_interval),
+        *build_profiling(cfg, run_dir, rank, events),
     ]
     if rank == 0:
         callbacks.append(StepRecorder(cfg, timing, record.StepLog(run_dir), events))

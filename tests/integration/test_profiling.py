@@ -1,0 +1,193 @@
+"""Profiled training, for real: traces and tables on the CPU, and ranks that run under `nsys`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_bench.config import typed
+from nemo_bench.launch.point import absolute_paths
+from nemo_bench.results import kernel_classes as classes
+from nemo_bench.results import record, step_profile
+from nemo_bench.results.runs import load_run
+
+from ..nsys import calls, install
+from .conftest import PROJECT, SMALL, Run, environment, wait_for
+
+pytestmark = pytest.mark.train
+
+
+def test_profiled_steps_leave_a_trace_and_a_table_and_do_not_count(train: Callable[..., Run]) -> None:
+    """Two ranks, of which one that does not write the record is profiled."""
+    window = ("profile.start_step=4", "profile.end_step=5", "profile.ranks=[1]")
+    ran = train("profile=torch", *window, "trainer.max_steps=12", "trainer.devices=2")
+    folder = ran.run_dir / record.PROFILE
+    assert sorted(path.name for path in folder.iterdir()) == ["rank1.json", "rank1.trace.json.gz", "rank1.txt"]
+    assert f"profile:  {folder}: rank1.json, rank1.trace.json.gz, rank1.txt" in ran.stdout
+    run = load_run(ran.run_dir)
+    (profile,) = run.profiles
+    assert (profile.kind, profile.rank, profile.steps) == (step_profile.CPU, 1, (4, 5))
+    found = {each.name: each for each in profile.classes}
+    # Four layers, two passes and more: the products of one step, and the gradients' reduction and the norm's.
+    for name in (classes.GEMM, classes.OPTIMIZER, classes.COMMUNICATION, classes.ACTIVATION, classes.NORMALISATION):
+        assert found[name].ms > 0 and found[name].count >= 1, name
+    assert any(kernel.name == "aten::mm" for kernel in found[classes.GEMM].top)
+    assert any("gloo" in kernel.name for kernel in found[classes.COMMUNICATION].top)
+    assert sum(each.ms for each in profile.classes) + profile.idle_ms == pytest.approx(profile.step_ms)
+    # The table can be made again of the trace.
+    assert step_profile.measure(folder / "rank1.trace.json.gz") == profile
+    # Those that were profiled, the one in which the profiler warmed up, and the one in which rank 0 waited.
+    excluded = dict(zip(run.steps.step, run.steps.excluded))
+    assert [step for step, why in excluded.items() if why == "profile"] == [3, 4, 5, 6]
+    assert run.final and run.times is not None and "4 (profile)" in ran.stdout
+
+
+# Starts the ranks of the run folder as train.py does, and says how they ended.
+LAUNCHER = """
+import sys
+from pathlib import Path
+from nemo_bench.config import load
+from nemo_bench.launch import point
+from nemo_bench.results import record
+run_dir = Path(sys.argv[1])
+record.set_running(run_dir)
+point.execute(load(run_dir / record.CONFIG), run_dir, lambda: None)
+"""
+
+
+class Launched:
+    """A run of two ranks of which rank 1 runs under `nsys`: the program's own path, but for the refusal on a CPU."""
+
+    def __init__(self, stage: Path, folder: Path, *overrides: str) -> None:
+        install(folder)
+        self.folder = folder
+        self.run_dir = folder / "run"
+        self.run_dir.mkdir()
+        chosen = (*SMALL, "data=mock", "trainer.devices=2", "trainer.max_steps=3", "profile=nsys", "profile.ranks=[1]")
+        with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+            cfg = absolute_paths(typed(compose("train", [*chosen, f"stage_path={stage}", *overrides])))
+        text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
+        record.create(self.run_dir, config_yaml=text, command=["test"], overrides=[], ranks=2)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, str(self.run_dir)],
+            env={**environment(stage), "PYTHONPATH": str(PROJECT), "PATH": f"{folder}:{os.environ['PATH']}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def processes(self) -> list[int]:
+        """Ranks and their `nsys`, by the run folder on their command line."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != self.process.pid:
+                try:
+                    arguments = (entry / "cmdline").read_bytes().split(b"\0")
+                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                except OSError:
+                    continue
+                if str(self.run_dir).encode() in arguments and state != "Z":
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def wait_until_wrapped(self) -> int:
+        """The process number of `nsys`, once rank 1 runs under it."""
+        wait_for(lambda: calls(self.folder) and len(self.processes()) == 3, "rank 1 under nsys", 60)
+        return next(iter(calls(self.folder)))
+
+
+def test_a_rank_trains_under_nsys(stage: Path, tmp_path: Path) -> None:
+    run = Launched(stage, tmp_path / "bin")
+    output, _ = run.process.communicate(timeout=200)
+    assert run.process.returncode == 0, output + (run.run_dir / "rank1.out").read_text()
+    ((_, arguments),) = calls(run.folder).items()
+    assert f"--output={run.run_dir}/profile/rank1" in arguments
+    assert arguments[-3:] == ["-m", "nemo_bench.training.rank", str(run.run_dir)]
+    assert (run.run_dir / "profile/rank1.nsys-rep").exists()
+    assert record.read_status(run.run_dir).finished
+    assert len((run.run_dir / record.STEPS).read_text().splitlines()) == 3
+
+
+def test_nsys_and_its_rank_end_with_the_launcher_and_with_each_other(stage: Path, tmp_path: Path) -> None:
+    run = Launched(stage, tmp_path / "launcher")
+    run.wait_until_wrapped()
+    run.process.kill()
+    run.process.wait()
+    wait_for(lambda: not run.processes(), "the end of all processes", 30)
+    assert json.loads((run.run_dir / record.RUN).read_text())["status"]["state"] == "killed"
+
+    run = Launched(stage, tmp_path / "rank")
+    wrapper = run.wait_until_wrapped()
+    (rank,) = (pid for pid in run.processes() if os.getpgid(pid) == wrapper and pid != wrapper)
+    os.kill(rank, signal.SIGKILL)
+    output, _ = run.process.communicate(timeout=60)
+    assert run.process.returncode == 1 and "rank 1 of 2 failed" in output
+    assert run.processes() == []
+
+
+# CUDA's part is played by a list; the callbacks are the ones that the program builds, copied as NeMo copies them.
+RANGE = """
+import copy, json, sys, types
+from pathlib import Path
+import megatron.core.utils, torch
+from nemo_bench.config import ProfileConfig, TrainConfig
+from nemo_bench.results.record import EventLog
+from nemo_bench.training.profiling import build_profiling
+calls = []
+note = lambda what: calls.append(what + (" with Megatron's names" if megatron.core.utils._nvtx_enabled else ""))
+cudart = types.SimpleNamespace(cudaProfilerStart=lambda: note("start"), cudaProfilerStop=lambda: note("stop"))
+torch.cuda.cudart = lambda: cudart
+torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = note, lambda: note("end")
+cfg = TrainConfig(profile=ProfileConfig(kind="nsys", start_step=2, end_step=3, ranks=[0]))
+run_dir = Path(sys.argv[1])
+assert build_profiling(cfg, run_dir, 1, EventLog(run_dir, enabled=False)) == []
+callbacks = copy.deepcopy(build_profiling(cfg, run_dir, 0, EventLog(run_dir)))
+for step in range(6):
+    trainer = types.SimpleNamespace(global_step=step)
+    note(f"step {step}")
+    [callback.on_train_batch_start(trainer, None, None, step) for callback in callbacks]
+    [callback.on_before_optimizer_step(trainer, None, None) for callback in callbacks]
+    trainer.global_step += 1
+    [callback.on_train_batch_end(trainer, None, None, None, step) for callback in callbacks]
+print(json.dumps(calls))
+"""
+
+
+def test_nsys_is_told_where_the_steps_begin_and_end(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RANGE, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    named = " with Megatron's names"
+    profiled = [f"nemo_bench {part}{named}" for part in ("step 2", "optimizer", "step 3", "optimizer")]
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        "step 0",
+        "step 1",
+        "step 2",
+        f"start{named}",
+        *profiled[:2],
+        f"end{named}",
+        f"end{named}",
+        f"step 3{named}",
+        *profiled[2:],
+        f"end{named}",
+        f"end{named}",
+        f"stop{named}",
+        "step 4",
+        "step 5",
+    ]
+    events, _ = record.read_lines(tmp_path / record.EVENTS)
+    assert [(event["event"], event["after_step"]) for event in events] == [("profile", after) for after in range(4)]

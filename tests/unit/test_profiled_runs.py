@@ -1,0 +1,88 @@
+"""A run folder with a profile: what the report shows of it, and what goes into the bundle."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nemo_bench.results import archive, page, record, step_profile
+from nemo_bench.results.report import build_report
+from nemo_bench.results.report_model import from_json, to_json
+from nemo_bench.results.runs import load_run
+
+from ..traces import ALL_GATHER, GEMM, kernel, mark, write
+from .test_archive import unpack
+
+PLAIN = Path(__file__).parents[1] / "runs/nemo-2.7.3/fp32/tiny/1/20261122-165153-d39a"
+
+
+@pytest.fixture
+def profiled(tmp_path: Path) -> Path:
+    """A real run folder, with the profiles of ranks 2 and 10 as profile=torch leaves them."""
+    run = Path(shutil.copytree(PLAIN, tmp_path / "run"))
+    folder = run / record.PROFILE
+    folder.mkdir()
+    for rank in (10, 2):
+        events = [
+            mark(f"{step_profile.STEP_MARK}10", 0, 100_000),
+            kernel(GEMM, 0, 60_000),
+            kernel(ALL_GATHER, 50_000, 75_000, stream=9),
+        ]
+        trace = write(folder / f"rank{rank}.trace.json.gz", events, rank=rank)
+        step_profile.write(step_profile.measure(trace), folder / f"rank{rank}")
+    return run
+
+
+def test_the_record_holds_each_ranks_profile(profiled: Path) -> None:
+    run = load_run(profiled)
+    assert [profile.rank for profile in run.profiles] == [2, 10]
+    assert run.profiles[0].exposed_communication_ms == pytest.approx(15.0)
+    assert not any(record.PROFILE in warning for warning in run.warnings)
+    report = build_report([profiled])
+    assert from_json(to_json(report)).runs[0].profiles == run.profiles
+
+
+@pytest.mark.parametrize("first", [0, 9])
+def test_what_a_profile_disturbs_does_not_count(profiled: Path, first: int) -> None:
+    """`first`: the step in which the profiler warms up, perhaps the very first."""
+    events = [{"event": "training", "first_step": 0, "time": 1.0}]
+    events += [{"event": "profile", "after_step": step - 1, "time": 2.0} for step in range(first, first + 5)]
+    (profiled / record.EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events))
+    run = load_run(profiled)
+    excluded = [step for step, why in zip(run.steps.step, run.steps.excluded) if why == "profile"]
+    assert excluded == list(range(first, first + 5))
+    assert run.final and run.times is not None and run.times.excluded == {"profile": 5}
+
+
+def test_a_damaged_profile_is_said_and_left_out(profiled: Path) -> None:
+    (profiled / record.PROFILE / "rank2.json").write_text('{"kind": "GPU')
+    run = load_run(profiled)
+    assert [profile.rank for profile in run.profiles] == [10]
+    assert "profile/rank2.json is damaged and left out" in run.warnings
+    assert run.final
+
+
+def test_the_page_shows_the_table(profiled: Path) -> None:
+    shown = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.render(build_report([profiled]))))
+    assert "Profile of rank 2, NVIDIA H200, step 10: GPU kernels" in shown and "Profile of rank 10" in shown
+    assert "60.00 60.0% 60.00 1 nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT" in shown
+    assert "exposed 15.00 ms, 15.0% of the step" in shown
+    assert "idle 25.00 25.0%" in shown
+    assert "Profile of" not in page.render(build_report([PLAIN]))
+
+
+def test_the_bundle_holds_the_tables_and_names_the_traces(profiled: Path, tmp_path: Path) -> None:
+    path = tmp_path / "share.tar.zst"
+    archive.write(build_report([profiled]), path, {})
+    files = unpack(path)
+    names = {name.partition("run/")[2] for name in files}
+    assert {"profile/rank2.json", "profile/rank2.txt", "profile/rank10.json", "steps.jsonl"} <= names
+    left_out = json.loads(files["MANIFEST.json"])["left_out"]
+    assert [name.partition("run/")[2] for name in left_out] == [
+        "profile/rank10.trace.json.gz",
+        "profile/rank2.trace.json.gz",
+    ]

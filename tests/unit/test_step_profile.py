@@ -1,0 +1,398 @@
+"""The table of time by kernel class, from traces whose every interval is known."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_bench.errors import BenchError
+from nemo_bench.results import kernel_classes as classes
+from nemo_bench.results import step_profile, trace
+from nemo_bench.results.step_profile import StepProfile, from_dict, main, measure
+
+from ..traces import ADAM, ADD, ALL_GATHER, COPY, GEMM, Event, kernel, launched, mark, operation, text, write
+
+STEP = step_profile.STEP_MARK
+
+
+def times(profile: StepProfile) -> dict[str, tuple[float, float, float]]:
+    """Class -> counted microseconds, summed microseconds, kernels, of all steps together."""
+    steps = len(profile.steps)
+    return {
+        each.name: (round(each.ms * 1e3 * steps, 6), round(each.total_ms * 1e3 * steps, 6), each.count * steps)
+        for each in profile.classes
+    }
+
+
+# --- counting ----------------------------------------------------------------------------------------------
+
+
+def test_overlap_exposed_communication_and_idle_time(tmp_path: Path) -> None:
+    events = [
+        mark(f"{STEP}10", 0, 100),
+        kernel(GEMM, 10, 40),
+        kernel(GEMM, 60, 65),
+        kernel(ALL_GATHER, 30, 70, stream=20),  # 10 beside the first product, 5 beside the second
+        kernel(COPY, 65, 80, stream=21),  # 5 of it beside the all-gather
+    ]
+    profile = measure(write(tmp_path / "t.json", events))
+    assert times(profile) == {
+        classes.GEMM: (35, 35, 2),
+        classes.COMMUNICATION: (25, 40, 1),
+        classes.MEMORY: (10, 15, 1),
+    }
+    assert profile.idle_ms == pytest.approx(0.030)  # 0 to 10 and 80 to 100
+    assert profile.communication_ms == pytest.approx(0.040)
+    assert profile.exposed_communication_ms == pytest.approx(0.025)
+    assert (profile.kind, profile.rank, profile.device, profile.steps) == (step_profile.GPU, 0, "NVIDIA H200", (10,))
+    assert [each.share for each in profile.classes] == pytest.approx([0.35, 0.25, 0.10])
+
+
+def test_kernels_of_one_class_side_by_side_count_once(tmp_path: Path) -> None:
+    events = [mark(f"{STEP}1", 0, 100), *(kernel(GEMM, 10, 30, stream=stream) for stream in range(4))]
+    (found,) = measure(write(tmp_path / "t.json", events)).classes
+    assert (found.ms, found.total_ms, found.count) == pytest.approx((0.020, 0.080, 4))
+
+
+def test_means_over_the_steps_and_nothing_of_what_lies_between(tmp_path: Path) -> None:
+    events = [
+        mark(f"{STEP}10", 0, 100),
+        mark(f"{STEP}11", 200, 400),
+        kernel(GEMM, 50, 60),
+        kernel(GEMM, 120, 180),  # between the steps
+        kernel(ADD, 190, 210),  # began before the step: its part of the time counts, in the step that it began in not
+        kernel(GEMM, 300, 330),
+    ]
+    profile = measure(write(tmp_path / "t.json", events))
+    assert profile.steps == (10, 11) and profile.step_ms == pytest.approx(0.150)
+    assert times(profile) == {classes.GEMM: (40, 40, 2), classes.ELEMENTWISE: (10, 10, 0)}
+    assert profile.idle_ms == pytest.approx((300 - 50) / 2 / 1e3)
+
+
+def test_what_the_optimizer_launches_is_the_optimizers(tmp_path: Path) -> None:
+    events = [
+        mark(f"{STEP}3", 0, 100),
+        mark(step_profile.OPTIMIZER_MARK, 50, 60),
+        launched(1, 20),
+        launched(2, 55),
+        launched(3, 56),
+        kernel(ADD, 60, 65, launch=1),  # queued before, though it ran after
+        kernel(ADD, 65, 75, launch=2),
+        kernel(ALL_GATHER, 75, 80, launch=3),  # of the parameters: communication all the same
+        kernel(ADAM, 80, 90, launch=99),  # by its name, its launch being unknown
+    ]
+    assert times(measure(write(tmp_path / "t.json", events))) == {
+        classes.ELEMENTWISE: (5, 5, 1),
+        classes.OPTIMIZER: (20, 20, 2),
+        classes.COMMUNICATION: (5, 5, 1),
+    }
+
+
+def test_traces_of_others(tmp_path: Path) -> None:
+    """ProfilerStep and torch's own optimizer range in place of ours; or no steps at all."""
+    events = [
+        mark("ProfilerStep#7", 0, 100),
+        mark("ProfilerStep#8", 100, 200),
+        mark("Optimizer.step#FusedAdam.step", 150, 200),
+        launched(1, 160),
+        kernel(ADD, 170, 180, launch=1),
+        kernel(GEMM, 90, 120),  # over the border of the steps: a part in each
+    ]
+    profile = measure(write(tmp_path / "t.json", events))
+    assert profile.steps == (7, 8) and profile.step_ms == pytest.approx(0.1)
+    assert times(profile) == {classes.GEMM: (30, 30, 1), classes.OPTIMIZER: (10, 10, 1)}
+    profile = measure(write(tmp_path / "t.json", [kernel(GEMM, 10, 20), kernel(ADD, 25, 30)]))
+    assert profile.step_ms == pytest.approx(0.020) and profile.idle_ms == pytest.approx(0.005)
+    assert any("no steps are marked" in note for note in profile.notes)
+
+
+def test_several_gpus_in_a_trace(tmp_path: Path) -> None:
+    events = [mark(f"{STEP}1", 0, 100), kernel(GEMM, 0, 10), kernel(GEMM, 0, 50, device=3), kernel(ADD, 60, 70)]
+    profile = measure(write(tmp_path / "t.json", events))
+    assert times(profile) == {classes.GEMM: (50, 50, 1)}
+    assert any("GPU 3, the busiest" in note for note in profile.notes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([GEMM, ADD, ALL_GATHER, COPY]), st.integers(0, 45), st.integers(1, 20)), min_size=1
+    )
+)
+def test_every_instant_counts_once(tmp_path_factory: pytest.TempPathFactory, work: list[tuple[str, int, int]]) -> None:
+    """Against counting microsecond by microsecond."""
+    path = tmp_path_factory.mktemp("trace") / "t.json"
+    kernels = [kernel(name, begin, begin + length, stream=at) for at, (name, begin, length) in enumerate(work)]
+    profile = measure(write(path, [mark(f"{STEP}0", 5, 50), *kernels]))
+    order = list(classes.CLASSES)
+    expected: dict[str | None, int] = {}
+    communicating = 0
+    for moment in range(5, 50):
+        running = {classes.kernel_class(name) for name, begin, length in work if begin <= moment < begin + length}
+        first = min(running, key=order.index) if running else None
+        expected[first] = expected.get(first, 0) + 1
+        communicating += classes.COMMUNICATION in running
+    assert profile.idle_ms * 1e3 == pytest.approx(expected.pop(None, 0))
+    assert {name: found[0] for name, found in times(profile).items() if found[0]} == expected
+    assert profile.communication_ms * 1e3 == pytest.approx(communicating)
+    assert sum(each.ms for each in profile.classes) + profile.idle_ms == pytest.approx(profile.step_ms)
+
+
+def test_cpu_operations_by_the_time_that_each_spends_itself(tmp_path: Path) -> None:
+    events = [
+        mark(f"{STEP}2", 0, 100),
+        operation("aten::linear", 10, 40),
+        operation("aten::addmm", 15, 35),
+        operation("aten::copy_", 30, 34),
+        operation("aten::add", 50, 60),
+        operation("gloo:all_reduce", 55, 80, thread=2),
+        mark(step_profile.OPTIMIZER_MARK, 85, 95),
+        operation("aten::mul_", 86, 90),
+    ]
+    profile = measure(write(tmp_path / "t.json", events))
+    assert profile.kind == step_profile.CPU and profile.device is None
+    assert times(profile) == {
+        classes.GEMM: (26, 26, 2),
+        classes.CAST: (4, 4, 1),
+        classes.ELEMENTWISE: (10, 10, 1),
+        classes.OPTIMIZER: (4, 4, 1),
+        classes.COMMUNICATION: (20, 25, 1),
+    }
+    assert profile.exposed_communication_ms == pytest.approx(0.020)
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+KERNELS = [
+    ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT", classes.GEMM),
+    ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas", classes.GEMM),
+    ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::tuple<int>>>(X)", classes.GEMM),
+    ("void cublasLt::splitKreduce_kernel<32, 16, int, float>(X)", classes.GEMM),
+    ("ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_nn", classes.GEMM),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1", classes.ATTENTION),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x", classes.ATTENTION),
+    ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>(X)", classes.ATTENTION),
+    ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<flash::CollectiveMainloopFwdSm90>>(X)", classes.ATTENTION),
+    ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(X)", classes.ATTENTION),
+    ("void transformer_engine::context_parallel::thd_lse_kernel<double>(X)", classes.ATTENTION),
+    ("void scaled_upper_triang_masked_softmax_warp_forward<__half>(X)", classes.ATTENTION),
+    (
+        "void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel<Kernel_traits<__nv_bfloat16>>(X)",
+        classes.NORMALISATION,
+    ),
+    ("void transformer_engine::normalization::ln_bwd_finalize_tuned_kernel<X>(X)", classes.NORMALISATION),
+    ("triton_red_fused__to_copy_add_rms_norm_0", classes.NORMALISATION),
+    ("void transformer_engine::transpose::cast_transpose_general_kernel<16, 8, __nv_bfloat16>(X)", classes.CAST),
+    ("void transformer_engine::(anonymous namespace)::transpose_optimized_kernel<8>(X)", classes.CAST),
+    ("void transformer_engine::delayed_scaling_recipe::amax_and_scale_update_impl::kernel_bulk(X)", classes.CAST),
+    ("void transformer_engine::dispatch::fp8::quantize_2D_kernel::cast_fp8_2D_kernel<false, X>(X)", classes.CAST),
+    ("void transformer_engine::multi_tensor_swizzle_row_scaling_kernel<4, 32, 1>(X)", classes.CAST),
+    ("void transformer_engine::HadamardAmaxTmaKernel<X, 16>(X)", classes.CAST),
+    ("void transformer_engine::update_tensor_scale_inv_kernel(X)", classes.CAST),
+    ("void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(X)>(int)", classes.CAST),
+    ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<X, 2u>(X)", classes.CAST),
+    (
+        "void transformer_engine::gated_act_kernel<8, float, transformer_engine::Empty, &transformer_engine::silu>(X)",
+        classes.ACTIVATION,
+    ),
+    ("triton_poi_fused_mul_silu_split_0", classes.ACTIVATION),
+    (
+        "void transformer_engine::unary_kernel<16, true, float, X, &(float transformer_engine::srelu<float>(X))>(X)",
+        classes.ACTIVATION,
+    ),
+    ("void transformer_engine::reduce_dbias_kernel<8, float, __nv_bfloat16>(X)", classes.ELEMENTWISE),
+    ("void transformer_engine::fused_rope_forward_kernel<__nv_bfloat16>(X)", classes.ELEMENTWISE),
+    ("triton_poi_fused_add_0", classes.ELEMENTWISE),
+    ("void at::native::reduce_kernel<512, 1, X>(X)", classes.ELEMENTWISE),
+    ("void at::native::unrolled_elementwise_kernel<X, at::native::memory::LoadWithCast<1>>(int)", classes.ELEMENTWISE),
+    (ADD, classes.ELEMENTWISE),
+    (ADAM, classes.OPTIMIZER),
+    ("void multi_tensor_apply_kernel<2, L2NormFunctor<float>, float*>(long)", classes.OPTIMIZER),
+    ("void at::native::multi_tensor_apply_kernel<X, FusedAdamMathFunctor<float, 4>>(X)", classes.OPTIMIZER),
+    ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", classes.COMMUNICATION),
+    ("ncclSymkDevKernel_AllGather_STMC", classes.COMMUNICATION),
+    ("ncclKernel_AllReduce_RING_LL_Sum_half(X)", classes.COMMUNICATION),
+    ("ncclDevKernel_Broadcast_RING_LL(X)", classes.COMMUNICATION),
+    ("void userbuffers_fp16_sum_inplace_gpu_rr_rs_oop<8>(X)", classes.COMMUNICATION),
+    ("kuserbuffers_pushsend(X)", classes.COMMUNICATION),
+    ("consumer_kernel(void*, int)", classes.COMMUNICATION),
+    ("Memcpy PtoP (Device -> Device)", classes.COMMUNICATION),
+    (COPY, classes.MEMORY),
+    ("Memset (Device)", classes.MEMORY),
+    ("void somebodys_own_thing<3>(X)", classes.OTHER),
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), KERNELS, ids=[name[:50] for name, _ in KERNELS])
+def test_kernels_are_told_by_their_names(name: str, expected: str) -> None:
+    assert classes.kernel_class(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("aten::mm", classes.GEMM),
+        ("aten::addmm", classes.GEMM),
+        ("aten::baddbmm", classes.GEMM),
+        ("aten::rms_norm", classes.NORMALISATION),
+        ("aten::_to_copy", classes.CAST),
+        ("aten::mul", classes.ELEMENTWISE),
+        ("aten::native_dropout", classes.ELEMENTWISE),
+        ("gloo:all_reduce", classes.COMMUNICATION),
+        ("c10d::allreduce_", classes.COMMUNICATION),
+        ("autograd::engine::evaluate_function: MulBackward0", classes.OTHER),
+    ],
+)
+def test_operations_are_told_by_their_names(name: str, expected: str) -> None:
+    assert classes.operation_class(name) == expected
+
+
+def test_what_no_pattern_knows_is_shown_by_name(tmp_path: Path) -> None:
+    events = [mark(f"{STEP}1", 0, 100), kernel("void somebodys_own_thing<3>(float*, int)", 0, 10)]
+    shown = step_profile.text(measure(write(tmp_path / "t.json", events)))
+    assert "somebodys_own_thing<3>" in shown and "(float*, int)" not in shown and "void" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "ncclDevKernel_AllGather_RING_LL"),
+        ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD (Device -> Device)"),
+        ("void transformer_engine::f<(int)4>(int, float*)", "f<(int)4>"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<X, 2u>(X, int)", "CatArrayBatchedCopy<X, 2u>"),
+        ("nvjet_" + "x" * 100, "nvjet_" + "x" * 71 + "..."),
+    ],
+)
+def test_names_for_people(name: str, short: str) -> None:
+    assert classes.short_name(name) == short
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+# A name that looks like the end of one event and the beginning of another.
+LAMBDAS = 'void at::native::elementwise_kernel<{lambda(int)#1}, {lambda(int)#2}, "}, {">(int)'
+
+
+def many(count: int) -> list[Event]:
+    names = [GEMM, ADD, LAMBDAS]
+    kernels = [kernel(names[at % 3], 10 * at, 10 * at + 5) for at in range(count)]
+    return [mark(f"{STEP}1", 0, 10 * count), *kernels]
+
+
+def test_a_trace_is_read_in_parts_whatever_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = many(300)
+    nested = [{**event, "args": {**event["args"], "list": [{"a": 1}, {"b": 2}]}} for event in events]
+    layouts: dict[str, bytes] = {
+        "as the profiler": text(events).encode(),
+        "in one line": json.dumps({"traceEvents": events}).encode(),
+        "indented, lists within": json.dumps({"a": [{"b": 1}], "traceEvents": nested}, indent=1).encode(),
+        "a bare list": json.dumps(events, indent=2).encode(),
+    }
+    expected = times(measure(write(tmp_path / "whole.json", events)))
+    assert expected[classes.GEMM] == (500, 500, 100)
+    for chunk_bytes in (97, 4096):
+        monkeypatch.setattr(trace, "_CHUNK_BYTES", chunk_bytes)
+        for layout, content in layouts.items():
+            for packed in (False, True):
+                path = tmp_path / "t.json"
+                path.write_bytes(gzip.compress(content) if packed else content)
+                assert times(measure(path)) == expected, (layout, chunk_bytes, packed)
+
+
+def test_only_a_part_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import orjson
+
+    sizes: list[int] = []
+    real = orjson.loads
+
+    def loads(part: bytes) -> Any:
+        sizes.append(len(part))
+        return real(part)
+
+    monkeypatch.setattr(trace, "_CHUNK_BYTES", 8192)
+    monkeypatch.setattr(orjson, "loads", loads)
+    path = write(tmp_path / "t.json", many(3000))
+    measure(path)
+    assert path.stat().st_size > 100 * 8192 / 2 and max(sizes) < 3 * 8192
+
+
+@pytest.mark.parametrize("orjson", [True, False])
+@pytest.mark.parametrize("chunk_bytes", [97, 4096, 1 << 20])
+def test_what_the_profiler_writes_though_it_is_no_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, orjson: bool
+) -> None:
+    """Seen in PyTorch's and Kineto's issues: inf, nothing at all, unescaped quotation marks, line ends, odd bytes."""
+    monkeypatch.setattr(trace, "_CHUNK_BYTES", chunk_bytes)
+    if not orjson:
+        monkeypatch.setitem(sys.modules, "orjson", None)  # importing it fails
+    functions = [{**mark("FUNCTION", 10 * at, 10 * at + 1), "cat": "python_function"} for at in range(3)]
+    content = text([*many(60), *functions, *many(30)[1:], kernel("ODD", 595, 600)]).encode()
+    content = content.replace(b'"context": 1', b'"context": inf', 5).replace(b'"context": 1', b'"context": ', 5)
+    content = content.replace(b"FUNCTION", b'Library("_test", "IMPL")\n(1): <module>', 2)
+    content = content.replace(b"ODD", b"odd \xff bytes", 1)
+    assert content.count(b"inf") == 5 and content.count(b'"context": ,') == 5
+    path = tmp_path / "t.json"
+    path.write_bytes(content)
+    profile = measure(path)
+    assert times(profile) == {
+        classes.GEMM: (100, 150, 30),  # the second 30 beside the first 60
+        classes.ELEMENTWISE: (200, 300, 60),
+        classes.OTHER: (5, 5, 1),
+    }
+    assert any(note.startswith("2 events are no JSON") for note in profile.notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no trace"),
+        (b"hello", "no trace"),
+        (b'{"a": 1}', "no traceEvents"),
+        (text(many(50)).encode()[:-100], "cut off"),
+        (gzip.compress(text(many(50)).encode())[:-20], "cut off"),
+        (
+            json.dumps({"traceEvents": [{"ph": "X", "cat": "kernel", "name": "x", "ts": 1}]}).encode(),
+            "KeyError: 'args'",
+        ),
+        (json.dumps({"traceEvents": [1]}).encode(), "not as PyTorch's profiler"),
+        (json.dumps({"traceEvents": []}).encode(), "neither GPU kernels nor CPU operations"),
+    ],
+    ids=["empty", "text", "other JSON", "cut off", "gzip cut off", "no args", "a number", "no events"],
+)
+def test_what_is_no_trace_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    path = tmp_path / "t.json"
+    path.write_bytes(content)
+    with pytest.raises(BenchError, match=message):
+        measure(path)
+    assert main([str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.json.gz", many(30), rank=5)
+    assert main([str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "rank 5, NVIDIA H200, step 1" in shown and "GEMM" in shown and "idle" in shown
+    assert main([]) == 2 and main([str(tmp_path / "none.json")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    events = [mark(f"{STEP}1", 0, 100), kernel(GEMM, 0, 50), kernel(ALL_GATHER, 40, 60, stream=9)]
+    profile = measure(write(tmp_path / "t.json", events), rank=8)
+    step_profile.write(profile, tmp_path / "rank8")
+    content: dict[str, Any] = json.loads((tmp_path / "rank8.json").read_text())
+    assert from_dict(content) == profile and content == json.loads(json.dumps(asdict(profile)))
+    shown = (tmp_path / "rank8.txt").read_text()
+    assert "exposed 0.01 ms, 10.0% of the step" in shown and "GEMM" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank8.json", "rank8.txt", "t.json"]
