@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.config import TrainConfig, load
+from nemo_bench.errors import BenchError
 from nemo_bench.launch import lifeline, preemption_signal
 from nemo_bench.results import record
 
@@ -43,7 +44,10 @@ def main(run_dir: Path) -> None:
             _leave(0)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk: the launching process looks for that itself
-            traceback.print_exc()
+            if isinstance(error, BenchError):
+                print(error)
+            else:
+                traceback.print_exc()
             record.write_rank_error(run_dir, rank, error)
         # Another rank may wait in a collective for this one: no destructor that would wait too.
         _leave(1)
@@ -76,6 +80,11 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
         from nemo_bench.training import cpu_device
 
         cpu_device.install()
+    else:
+        from nemo_bench.training.gpu_check import check_gpu
+
+        # Ahead of NeMo: its imports take longer, and Transformer Engine's would fail first.
+        check_gpu(cfg, int(os.environ["LOCAL_RANK"]))
 
     # About 20 s on a CPU: torch, Transformer Engine, megatron-core, Lightning and NeMo.
     from nemo import lightning as nl
@@ -88,6 +97,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
     from nemo_bench.training.model import build_model
     from nemo_bench.training.optimizer import build_optimizer
     from nemo_bench.training.preemption import CheckpointOnSignal
+    from nemo_bench.training.telemetry import RankTelemetry
     from nemo_bench.training.trainer import build_strategy, build_trainer
 
     if cfg.gpu.device == "cpu":
@@ -98,15 +108,22 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
         from nemo_bench.training.peak import measure_peak
 
         record.write_peak(run_dir, rank, measure_peak(cfg.precision.name).as_dict())
+    matrix_tflops = None
+    if cfg.gpu.device == "cuda":
+        from nemo_bench.training.peak import measure_gpu_rate
+
+        matrix_tflops = measure_gpu_rate(int(os.environ["LOCAL_RANK"]))
 
     tokenizer = build_tokenizer(cfg)
     timing = build_timing(cfg)
+    telemetry = RankTelemetry(cfg, run_dir, rank, timing, matrix_tflops)
     callbacks: list[Any] = [
         timing,
         GarbageCollectionCallback(cfg.trainer.gc_interval, cfg.trainer.gc_interval),
+        telemetry,
     ]
     if rank == 0:
-        callbacks.append(StepRecorder(cfg, timing, record.StepLog(run_dir), events))
+        callbacks.append(StepRecorder(cfg, timing, telemetry, run_dir, events))
     if cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None:
         callbacks.append(CheckpointOnSignal(run_dir))
     strategy = build_strategy(cfg)
