@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from nemo.utils.exp_manager import TimingCallback
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.results.devices import gathered, write_ranks
 from nemo_bench.training.gpu_sampler import GpuSampler, open_sampler
+
+if TYPE_CHECKING:
+    from nemo.utils.exp_manager import TimingCallback
 
 STEP_TIMING = "train_step_timing"
 
