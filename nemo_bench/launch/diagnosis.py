@@ -205,13 +205,24 @@ _STATUS = re.compile(
 )
 
 
+# In the logs of ranks that did not see a time-out themselves, before torch ends them.
+_TOLD = "Received a dump signal due to a collective timeout from"
+_STUCK = re.compile(r"ProcessGroupNCCL's watchdog got stuck for (\d+) seconds")
+# Lines that end a log without saying what the rank was doing.
+_ABORT = re.compile(r"ProcessGroupNCCL|^\s*frame #|terminate called|what\(\):|most recent call first|^\s*$")
+
+
 def _collective_timeout(evidence: Evidence) -> str | None:
-    rank, first = evidence.rank, _TIMEOUT.search(evidence.text)
-    if first is None:
+    if not _TIMEOUT.search(evidence.text) and _TOLD not in evidence.text:
+        return _stuck(evidence)
+    reports = {rank: match for rank, log in evidence.logs.items() if (match := _TIMEOUT.search(log))}
+    if match := _TIMEOUT.search(evidence.text):
+        reports[evidence.rank] = match
+    if not reports:
         return None
-    reports = {rank: first}
-    reports |= {each: match for each, log in evidence.logs.items() if (match := _TIMEOUT.search(log))}
-    states = {rank: match for rank, log in evidence.logs.items() if (match := _STATUS.search(log))}
+    rank = evidence.rank if evidence.rank in reports else min(reports)
+    first = reports[rank]
+    states = {each: match for each, log in evidence.logs.items() if (match := _STATUS.search(log))}
     group = f" of process group {states[rank]['group']}" if rank in states else ""
     numel = f" of {int(first['numel']):,} elements" if first["numel"] else ""
     lines = [
@@ -222,9 +233,8 @@ def _collective_timeout(evidence: Evidence) -> str | None:
     behind = _behind(states)
     if missing:
         lines.append(f"not reported by {_ranks(missing)}, for which the others may have waited: look there first")
-        lines += [
-            f"  {record.rank_log(Path('.'), each)} ends: {_last_line(evidence.logs.get(each))}" for each in missing[:3]
-        ]
+        for each in missing[:3]:
+            lines.append(f"  {record.rank_log(Path('.'), each)} ends: {_last_line(evidence.logs.get(each))}")
     elif behind:
         lines.append(f"{_ranks(behind)} had begun fewer collectives than the others: look there first")
     else:
@@ -234,6 +244,17 @@ def _collective_timeout(evidence: Evidence) -> str | None:
         "collective's caller; on the nodes: dmesg (Xid), ibstat, nvidia-smi"
     )
     return "\n".join(lines)
+
+
+def _stuck(evidence: Evidence) -> str | None:
+    match = _STUCK.search(evidence.text)
+    if match is None:
+        return None
+    return (
+        f"a call of CUDA or NCCL hangs on rank {evidence.rank}: NCCL's watchdog stood still for {match[1]} s\n"
+        "`dmesg | grep -i xid` and `nvidia-smi` on that node say whether the GPU still answers; where the wait is "
+        "legitimate, TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC allows for more"
+    )
 
 
 def _behind(states: Mapping[int, re.Match[str]]) -> list[int]:
@@ -253,7 +274,8 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _last_line(log: str | None) -> str:
-    return log.splitlines()[-1][:160] if log else "(no log)"
+    lines = [line for line in (log or "").splitlines() if not _ABORT.search(line)]
+    return lines[-1][:160] if lines else "(nothing)"
 
 
 _NCCL = re.compile(r"(nccl(?:UnhandledCudaError|SystemError|InternalError|InvalidArgument|InvalidUsage|RemoteError)): ")

@@ -63,7 +63,7 @@ def _check_kernels(name: str, capability: tuple[int, int]) -> None:
 
 
 def _check_fp8(recipe: str, name: str, capability: tuple[int, int]) -> None:
-    needed = _FP8_CAPABILITY[recipe]
+    needed = _FP8_CAPABILITY.get(recipe, _FP8_CAPABILITY["delayed"])
     if capability < needed:
         works = [f"precision.fp8_recipe={each}" for each, least in _FP8_CAPABILITY.items() if capability >= least]
         raise BenchError(

@@ -116,9 +116,10 @@ class GpuSampler:
 
     def _run(self) -> None:
         while True:
+            now = time.monotonic()  # the energy counter is read first
             sample = self._sample()
             with self._lock:
-                self._window.add(time.monotonic(), sample)
+                self._window.add(now, sample)
             if self._ended.wait(self._interval_s):
                 return
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from nemo.utils.exp_manager import TimingCallback
 
 STEP_TIMING = "train_step_timing"
+# The summary is of the last so many steps: a longer run does not grow.
+MAX_STEPS = 10_000
 
 
 def _log(text: str) -> None:
@@ -37,7 +40,7 @@ class RankTelemetry(pl.Callback):
         self.cfg, self.run_dir, self.rank, self.timing = cfg, run_dir, rank, timing
         self.matrix_tflops = matrix_tflops
         self.sampler: GpuSampler | None = None
-        self.rows: list[dict[str, Any]] = []
+        self.rows: deque[dict[str, Any]] = deque(maxlen=MAX_STEPS)
         self.step: dict[str, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -69,7 +72,7 @@ class RankTelemetry(pl.Callback):
             about["gpu_uuid"] = f"GPU-{str(properties.uuid).removeprefix('GPU-')}"
         if self.matrix_tflops is not None:
             about["matrix_tflops"] = round(self.matrix_tflops, 1)
-        mine = about | gathered(self.rows)
+        mine = about | gathered(list(self.rows))
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
         try:
             torch.distributed.all_gather_object(ranks, mine)

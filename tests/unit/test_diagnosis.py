@@ -172,7 +172,7 @@ def test_a_rank_of_a_process_group_is_told_by_whose_log_it_is(eight: TrainConfig
     }
     text = told(eight, logs[4], 4, logs)
     assert "of process group 12(TENSOR_MODEL_PARALLEL_GROUP)) did not end within 600 s on ranks 4, 6" in text
-    assert "not reported by ranks 0, 1, 2, 3, 5, 7," in text and "rank5.out ends: (no log)" not in text
+    assert "not reported by ranks 0, 1, 2, 3, 5, 7," in text and "rank0.out ends: (nothing)" in text
 
 
 def test_where_all_reported_it_the_one_behind_is_named(eight: TrainConfig) -> None:
@@ -180,6 +180,37 @@ def test_where_all_reported_it_the_one_behind_is_named(eight: TrainConfig) -> No
     assert "\nrank 3 had begun fewer collectives than the others: look there first\n" in told(eight, logs[0], 0, logs)
     alike = {rank: timed_out(rank) for rank in range(8)}
     assert "the network or a GPU more likely than one process" in told(eight, alike[0], 0, alike)
+
+
+def test_a_rank_that_was_only_told_of_the_time_out(eight: TrainConfig) -> None:
+    """It may be the first to be ended, and it is one of those that did not report."""
+    told_of = (
+        "reading shard 7\n[rank5]:[E703 21:51:54.112142364 ProcessGroupNCCL.cpp:1987] [PG ID 0 PG GUID "
+        "0(default_pg) Rank 5] "
+        "Received a dump signal due to a collective timeout from  rank 2 and we will try our best to dump the "
+        "debug info. "
+        "Last enqueued NCCL work: 2634, last completed NCCL work: 2634.This is most likely caused by incorrect "
+        "usages of "
+        "collectives\nterminate called after throwing an instance of 'c10::DistBackendError'\n"
+    )
+    logs = {2: timed_out(2), 5: told_of}
+    text = told(eight, told_of, 5, logs)
+    assert text.startswith("NCCL time-out: ALLREDUCE") and "within 600 s on rank 2\n" in text
+    assert "rank5.out ends: reading shard 7" not in text  # after ranks 0, 1 and 3
+    all_but_5 = {rank: timed_out(rank) for rank in range(8) if rank != 5}
+    assert "  rank5.out ends: reading shard 7\n" in told(eight, told_of, 5, {**all_but_5, 5: told_of})
+
+
+def test_a_watchdog_that_stands_still(eight: TrainConfig) -> None:
+    text = told(
+        eight,
+        "[rank1]:[E1111 17:10:53.1 ProcessGroupNCCL.cpp:1536] [PG ID 0 PG GUID 0(default_pg) Rank 1] "
+        "ProcessGroupNCCL's "
+        "watchdog got stuck for 480 seconds without making progress in monitoring enqueued collectives. This typically "
+        "indicates a NCCL/CUDA API (e.g., CudaEventDestroy) hang blocking the watchdog",
+        1,
+    )
+    assert text.startswith("a call of CUDA or NCCL hangs on rank 1: NCCL's watchdog stood still for 480 s\n")
 
 
 def test_many_ranks_are_counted() -> None:
