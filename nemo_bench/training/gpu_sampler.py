@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 SAMPLE_INTERVAL_S = 0.1
+STOP_S = 2.0
 
 # NVML's bits (nvml.h, nvmlClocksEventReasons) that hold clocks back. Not among them: an idle GPU, and clocks that
 # somebody has set.
@@ -104,9 +105,9 @@ class GpuSampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; returns when it is gone."""
+        """Ends the thread; returns when it is gone, or hangs in the driver, as it may where a GPU has failed."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(STOP_S)
 
     def take(self) -> dict[str, Any]:
         """What was sampled since the last call, by the names of steps.jsonl; empty where nothing was. Starts anew."""

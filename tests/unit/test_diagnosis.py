@@ -201,6 +201,11 @@ def test_a_rank_that_was_only_told_of_the_time_out(eight: TrainConfig) -> None:
     assert "  rank5.out ends: reading shard 7\n" in told(eight, told_of, 5, {**all_but_5, 5: told_of})
 
 
+def test_an_exception_that_holds_the_time_out_needs_no_log(eight: TrainConfig) -> None:
+    text = told(eight, f"DistBackendError: {timed_out(3)}", 3)
+    assert "within 600 s on rank 3\nnot reported by ranks 0, 1, 2, 4, 5, 6, 7," in text
+
+
 def test_a_watchdog_that_stands_still(eight: TrainConfig) -> None:
     text = told(
         eight,
