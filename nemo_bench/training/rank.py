@@ -76,15 +76,15 @@ def _take_place_from_slurm() -> None:
 
 def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -> None:
     """Builds model, data, optimizer and trainer, and runs NeMo's `llm.pretrain`."""
-    if cfg.gpu.device == "cpu":
-        from nemo_bench.training import cpu_device
-
-        cpu_device.install()
-    else:
+    if cfg.gpu.device == "cuda":
         from nemo_bench.training.gpu_check import check_gpu
 
         # Ahead of NeMo: its imports take longer, and Transformer Engine's would fail first.
         check_gpu(cfg, int(os.environ["LOCAL_RANK"]))
+    if cfg.gpu.device == "cpu":
+        from nemo_bench.training import cpu_device
+
+        cpu_device.install()
 
     # About 20 s on a CPU: torch, Transformer Engine, megatron-core, Lightning and NeMo.
     from nemo import lightning as nl
