@@ -140,9 +140,11 @@ def _estimated(estimate: MemoryEstimate) -> str:
         "logits": estimate.logits_bytes,
     }
     told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    if estimate.optimizer_step_bytes:
+        told += f"; in the optimizer's step {estimate.optimizer_step_bytes / GIB:.1f} instead of the last two"
     return (
-        f"{estimate.total_bytes / GIB:.1f} GiB on a GPU of pipeline stage {estimate.stage} ({told}; in the optimizer's "
-        f"step {estimate.optimizer_step_bytes / GIB:.1f} instead of these two), and some 2 to 4 for CUDA and NCCL"
+        f"{estimate.total_bytes / GIB:.1f} GiB on a GPU of pipeline stage {estimate.stage} ({told}), "
+        "and some 2 to 4 for CUDA and NCCL"
     )
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from nemo_bench.config import TrainConfig, load
 from nemo_bench.errors import BenchError
+from nemo_bench.launch import point
+from nemo_bench.launch.local import Outcome
+from nemo_bench.results import record
 
 torch = pytest.importorskip("torch")
 
@@ -133,3 +141,32 @@ def test_a_rank_must_see_its_gpu(machine: Machine, bf16: TrainConfig, monkeypatc
 def test_a_torch_without_cuda(machine: Machine, bf16: TrainConfig) -> None:
     machine.has(H100, cuda=None)
     assert "is built without CUDA: install a CUDA build (pytorch.org), or choose gpu=cpu" in refusal(bf16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_rank_without_a_gpu_ends_with_one_message(tmp_path: Path, fp8: TrainConfig) -> None:
+    """The rank itself, as it is started, and the message that its launcher makes of it."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    fp8.stage_path = str(tmp_path)
+    text = OmegaConf.to_yaml(OmegaConf.structured(fp8))
+    record.create(run_dir, config_yaml=text, command=["python", "train.py"], overrides=[], ranks=1)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0"}
+    with open(record.rank_log(run_dir, 0), "wb") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "nemo_bench.training.rank", str(run_dir)],
+            env={**os.environ, **place},
+            cwd=Path(__file__).resolve().parents[2],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+        )
+    assert done.returncode == 1
+    message = point._record_failure(fp8, run_dir, Outcome(0, 1, seen_at=time.time()))
+    printed = record.rank_log(run_dir, 0).read_text()
+    if torch.version.cuda is None:
+        assert message.startswith("rank 0 of 1 failed: torch") and "is built without CUDA" in message
+        assert "Traceback" not in message + printed
+    else:
+        assert "CUDA sees no GPU" in message or "driver is too old" in message
