@@ -211,7 +211,7 @@ _STATUS = re.compile(
 _TOLD = "Received a dump signal due to a collective timeout from"
 _STUCK = re.compile(r"ProcessGroupNCCL's watchdog got stuck for (\d+) seconds")
 # Lines that end a log without saying what the rank was doing.
-_ABORT = re.compile(r"ProcessGroupNCCL|^\s*frame #|terminate called|what\(\):|most recent call first|^\s*$")
+_ABORT = re.compile(r"ProcessGroupNCCL|TCPStore|^\s*frame #|terminate called|what\(\):|most recent call first|^\s*$")
 
 
 def _collective_timeout(evidence: Evidence) -> str | None:
