@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_bench.config import load
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.launch import background
+from nemo_bench.launch.diagnosis import diagnose
 from nemo_bench.launch.point import point_name
 from nemo_bench.results import record
 
@@ -237,12 +238,19 @@ def find(stage: Path, job_id: str) -> Path:
 
 
 def log_text(run_dir: Path) -> str:
-    """What a reader of a failed job looks for: its first error, then the end of the logs."""
+    """What a reader of a failed job looks for: its first error, what that means, then the end of the logs."""
     parts = []
-    for error in record.read_rank_errors(run_dir)[:1]:
+    errors = record.read_rank_errors(run_dir)[:1]
+    for error in errors:
         parts.append(f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}")
+    if errors or record.read_status(run_dir).state == "failed":
+        # A rank that a signal ended left no error: which one it was, its log may tell.
+        first = errors[0] if errors else None
+        found = diagnose(load(run_dir / record.CONFIG), run_dir, int(first["rank"]) if first else None, first)
+        if found is not None and not (parts and found in parts[-1]):
+            parts.append(found)
     logs = sorted(run_dir.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
-    failed = [int(error["rank"]) for error in record.read_rank_errors(run_dir)[:1]]
+    failed = [int(error["rank"]) for error in errors]
     logs += [record.rank_log(run_dir, rank) for rank in (failed or [0])]
     for log in logs:
         if log.exists():

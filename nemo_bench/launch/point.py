@@ -22,6 +22,7 @@ from nemo_bench.config import (
     world_size,
 )
 from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.launch.diagnosis import diagnose
 from nemo_bench.preflight import ConfigurationRefused, configuration_problems, machine_problems
 from nemo_bench.profile_checks import profile_plan
 from nemo_bench.results import record
@@ -193,26 +194,33 @@ def prepare_data(cfg: TrainConfig) -> str:
 
 
 def _record_failure(cfg: TrainConfig, run_dir: Path, outcome: Outcome) -> str:
-    """Writes the failed state and returns the message: which rank, why, and its last lines."""
+    """Writes the failed state and returns the message: which rank, why, what to do, and its last lines."""
     rank, exit_code, state = outcome.failed_rank or 0, outcome.exit_code, "failed"
     errors = [error for error in record.read_rank_errors(run_dir) if error["time"] <= outcome.seen_at]
+    # A signal is no consequence of an exception.
+    first = errors[0] if errors and exit_code > 0 else None
+    if first is not None:
+        rank = int(first["rank"])
+    refused = first is not None and first["type"] == BenchError.__name__
+    headline, *advice = (diagnose(cfg, run_dir, rank, first) or "").splitlines() or [""]
     if exit_code < 0:
         state = "killed"
         reason = f"killed by {signal.Signals(-exit_code).name}"
-        if -exit_code == signal.SIGKILL:
+        if headline:
+            reason += f": {headline}"
+        elif -exit_code == signal.SIGKILL:
             reason += " (from outside, or by the kernel for want of memory: `dmesg` says)"
-    elif errors:
-        first = errors[0]
-        rank = int(first["rank"])
+    elif first is not None:
         lines = str(first["message"]).strip().splitlines() or [""]
-        reason = f"{first['type']}: {lines[0]}"
+        reason = headline if refused else f"{first['type']}: {headline or lines[0]}"
     else:
-        reason = f"exit status {exit_code}"
+        reason = f"exit status {exit_code}" + (f": {headline}" if headline else "")
     if shutil.disk_usage(run_dir).free < FULL_DISK_BYTES:
         # Said by whoever looks, since a rank may have had no room left to say it.
         reason = f"no space left on the disk of {cfg.stage_path}: free some, or set STAGE_PATH ({reason})"
     record.set_status(run_dir, record.Status(state, exit_code=exit_code, reason=reason, rank=rank))
-    log = record.rank_log(run_dir, rank)
-    return f"rank {rank} of {world_size(cfg)} failed: {reason}\nthe last lines of {log}:\n" + "\n".join(
-        f"  | {line}" for line in record.tail(log, LOG_TAIL_LINES)
-    )
+    message = [f"rank {rank} of {world_size(cfg)} failed: {reason}", *(f"  {line}" for line in advice)]
+    if not refused:
+        log = record.rank_log(run_dir, rank)
+        message += [f"the last lines of {log}:", *(f"  | {line}" for line in record.tail(log, LOG_TAIL_LINES))]
+    return "\n".join(message)

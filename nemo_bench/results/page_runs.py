@@ -26,7 +26,7 @@ from nemo_bench.results.page_parts import (
     table,
     whole,
 )
-from nemo_bench.results.report_model import INCOMPLETE, PASS, Numbers, Point, Run
+from nemo_bench.results.report_model import INCOMPLETE, PASS, DeviceUse, Numbers, Point, Run
 from nemo_bench.results.step_profile import StepProfile
 from nemo_bench.results.summary import LAST_LOSSES, counted, tokens_text, unit_name
 
@@ -106,6 +106,7 @@ def _run(anchor: str, run: Run, point: str | None, *, opened: bool) -> ET.Elemen
         _statistics(run),
         _numbers(run),
         _ranks(run),
+        _devices(run),
         [_profile(profile) for profile in run.profiles],
         _record(run),
         id=anchor,
@@ -256,6 +257,47 @@ def _profile(profile: StepProfile) -> Child:
         table(f"Profile of {step_profile.title(profile)}", columns, [el("tbody", rows)], "wordy"),
         el("p", "; ".join(notes), class_="muted") if notes else None,
     ]
+
+
+def _devices(run: Run) -> Child:
+    """The GPUs that were measured: those held back first."""
+    used = [each for each in run.devices if each.power_w is not None or each.sm_clock_mhz is not None]
+    if not used:
+        return None
+    columns = (
+        Column("rank", number=True),
+        Column("host"),
+        Column("power", "W", number=True),
+        Column("SM clock", "MHz", number=True),
+        Column("lowest", "MHz", number=True),
+        Column("temperature", "°C, highest", number=True),
+        Column("peak memory", "GiB", number=True),
+        Column("clocks held back", "share of its steps"),
+    )
+
+    def blamed(each: DeviceUse) -> float:
+        return max((share for reason, share in each.throttled.items() if reason != "sw_power_cap"), default=0.0)
+
+    ordered = sorted(used, key=lambda each: (-blamed(each), each.sm_clock_mhz or 0))
+    rows = [
+        row(
+            columns,
+            [
+                str(each.rank),
+                each.host or NONE,
+                whole(each.power_w),
+                whole(each.sm_clock_mhz),
+                whole(each.sm_clock_min_mhz),
+                whole(each.temperature_max_c),
+                NONE if each.peak_memory_gib is None else f"{each.peak_memory_gib:.1f}",
+                ", ".join(f"{reason.replace('_', ' ')} {share:.0%}" for reason, share in each.throttled.items())
+                or "no",
+            ],
+        )
+        for each in ordered[:SHOWN_RANKS]
+    ]
+    told = "GPUs while they trained" + (f"; {SHOWN_RANKS} of {len(used):,}" if len(used) > SHOWN_RANKS else "")
+    return table(told, columns, [el("tbody", rows)])
 
 
 # --- the record ---------------------------------------------------------------------------------------------

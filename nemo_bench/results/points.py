@@ -17,6 +17,7 @@ from nemo_bench.results.summary import numbers_at, unit_name
 # Beyond these, a run's steps are worth a word beside its verdict.
 DRIFT = 0.02
 SPREAD = 0.05
+SHOWN_FAULTS = 5
 
 _PERCENT = re.compile(r"\d+(?:\.\d+)?%")
 
@@ -319,18 +320,32 @@ def _reasons_of(run: Run) -> list[str]:
         if times.spread_s > SPREAD * times.median_s:
             found.append(f"steps spread by {times.spread_s / times.median_s:.0%} of their median")
     slow = [rank for rank in run.ranks if rank.straggler]
-    for rank in slow[:5]:
+    for rank in slow[:SHOWN_FAULTS]:
         by = "" if rank.slower is None else f", {rank.slower:.0%} slower than the others"
         found.append(f"straggling {unit_name(run)}: rank {rank.rank} ({rank.measure}{by})")
-    if len(slow) > 5:
-        found.append(f"and {len(slow) - 5} more stragglers")
+    if len(slow) > SHOWN_FAULTS:
+        found.append(f"and {len(slow) - SHOWN_FAULTS} more stragglers")
     return found + list(throttling(run))
 
 
 def throttling(run: Run) -> list[str]:
-    """What the driver said of clocks held back, as far as the record has it."""
+    """What the driver said of clocks held back: where it was asked during the steps, else as node.json has it.
+
+    The power cap is no fault: at full load it is what ends the clocks' rise. It is shown elsewhere, not blamed.
+    """
+    faults = [
+        (max(shares.values()), each, shares)
+        for each in run.devices
+        if (shares := {reason: share for reason, share in each.throttled.items() if reason != "sw_power_cap"})
+    ]
+    faults.sort(key=lambda fault: (-fault[0], fault[1].rank))
     found = []
-    for i, gpu in enumerate(run.hardware.get("gpus") or ()):
+    for _, each, shares in faults[:SHOWN_FAULTS]:
+        told = ", ".join(f"{reason.replace('_', ' ')} in {share:.0%} of its steps" for reason, share in shares.items())
+        found.append(f"clocks of rank {each.rank}'s GPU{f' on {each.host}' if each.host else ''} held back: {told}")
+    if len(faults) > SHOWN_FAULTS:
+        found.append(f"and of {len(faults) - SHOWN_FAULTS} more ranks' GPUs")
+    for i, gpu in enumerate(() if run.devices else run.hardware.get("gpus") or ()):
         held = [
             key.rpartition(".")[2].replace("_", " ")
             for key, value in gpu.items()

@@ -8,6 +8,7 @@ exit.json                 of a Slurm job: its exit status, by its batch script
 node.json                 rank 0's machine: host, devices, driver, package versions, environment without secrets
 steps.jsonl               a line a step (`step`, `loss`, `train_step_timing_s`, ...), flushed at once
 events.jsonl              a line a phase, with its time: importing, building, training, validation, profile, done, ...
+ranks.json                what each rank's device did, gathered after the last step (devices.py)
 rank<N>.out               everything rank N printed, NeMo's own `train_step_timing in s` lines on rank 0
 rank<N>.error.json        the exception that ended rank N
 peak_rank<N>.json         the measured matrix rate, on devices without a published peak
@@ -337,6 +338,11 @@ def read_rank_errors(run_dir: Path) -> list[dict[str, Any]]:
 def write_peak(run_dir: Path, rank: int, peak: dict[str, object]) -> None:
     """The matrix rate that `rank` measured."""
     write_json(run_dir / f"peak_rank{rank}.json", peak)
+
+
+def read_peaks(run_dir: Path) -> list[dict[str, Any]]:
+    """The matrix rates that the ranks measured; empty where the peak is a published one."""
+    return [json.loads(path.read_text()) for path in sorted(run_dir.glob("peak_rank*.json"))]
 
 
 def read_profiles(run_dir: Path) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import math
 import types
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -128,6 +128,43 @@ class RankTimes:
 
 
 @dataclass(frozen=True)
+class DeviceUse:
+    """What one rank's device did over its steps, without the first few; None for what was not measured.
+
+    Attributes:
+        rank: its global rank.
+        host: where it ran.
+        gpu_name, gpu_uuid: the driver's name of the GPU, and its identity.
+        steps: steps that the numbers are of.
+        step_time_median_s, step_time_max_s: NeMo's `train_step_timing` as this rank saw it. Ranks that wait for each
+            other see nearly the same.
+        matrix_tflops: rate of a bf16 matrix product of this GPU by itself, before the training.
+        power_w: mean over the steps.
+        sm_clock_mhz, sm_clock_min_mhz: mean over the steps, and the smallest sample.
+        temperature_max_c: of the GPU.
+        peak_memory_gib, reserved_memory_gib: largest allocation, and what PyTorch held.
+        throttled: share of the steps in which the driver named each reason to hold clocks back (sw_power_cap,
+            hw_slowdown, sync_boost, sw_thermal, hw_thermal, hw_power_brake).
+    """
+
+    rank: int
+    host: str | None
+    gpu_name: str | None
+    gpu_uuid: str | None
+    steps: int
+    step_time_median_s: float | None
+    step_time_max_s: float | None
+    matrix_tflops: float | None
+    power_w: float | None
+    sm_clock_mhz: float | None
+    sm_clock_min_mhz: float | None
+    temperature_max_c: float | None
+    peak_memory_gib: float | None
+    reserved_memory_gib: float | None
+    throttled: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Run:
     """One run.
 
@@ -176,6 +213,7 @@ class Run:
         profiles: where the time of profiled steps went, one a profiled rank.
         events: what happened beside the steps: {"event", "after_step" or None, "time" in seconds since 1970 or None}.
         warnings: what a reader should know about this run's record.
+        devices: what each rank's device did; empty where nothing measured it.
     """
 
     name: str
@@ -220,6 +258,7 @@ class Run:
     environment: dict[str, str]
     events: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...]
+    devices: tuple[DeviceUse, ...] = ()
     profiles: tuple[StepProfile, ...] = ()
 
 
@@ -519,5 +558,7 @@ def _typed(value: Any, kind: Any) -> Any:
     if origin is dict:
         return {key: _typed(item, get_args(kind)[1]) for key, item in value.items()}
     if is_dataclass(kind) and isinstance(kind, type):
-        return kind(**{field.name: _typed(value[field.name], _hints(kind)[field.name]) for field in fields(kind)})
+        # A field with a default was added after reports had been written without it.
+        known = [field.name for field in fields(kind) if field.name in value or field.default is MISSING]
+        return kind(**{name: _typed(value[name], _hints(kind)[name]) for name in known})
     return float(value) if kind is float else value

@@ -19,9 +19,10 @@ from nemo_bench import flops
 from nemo_bench.errors import BenchError
 from nemo_bench.project import PROJECT
 from nemo_bench.results import record, step_profile
+from nemo_bench.results.devices import read_devices
 from nemo_bench.results.logs import Log, read_log
 from nemo_bench.results.redaction import redact, redact_values
-from nemo_bench.results.report_model import RankTimes, Run, Steps
+from nemo_bench.results.report_model import DeviceUse, RankTimes, Run, Steps
 from nemo_bench.results.series import CHECKPOINT, PROFILE, VALIDATION, Row, StepSeries
 from nemo_bench.results.statistics import StepTimes, exclusions, step_times
 from nemo_bench.results.summary import LAST_LOSSES, numbers_at, too_few
@@ -215,7 +216,9 @@ def _load_run(run_dir: Path, total_tokens: float | None) -> Run:
     lines, _ = record.read_lines(run_dir / record.EVENTS)
     events = [line for line in lines if isinstance(line, dict)]
     log = _rank0_log(run_dir)
-    series, steps_peak_gib = _series(run_dir, events, warnings)
+    rows, _ = record.read_lines(run_dir / record.STEPS)
+    series, steps_peak_gib = _series(rows, events, warnings)
+    devices = _devices(run_dir, rows, warnings)
     if not series.steps and log is not None and log.step:
         # Other entrypoints write no steps.jsonl; what they print is in the rank's log.
         series = _series_of(log)
@@ -260,8 +263,12 @@ def _load_run(run_dir: Path, total_tokens: float | None) -> Run:
         started_at=about.get("created_at"),
         ended_at=status.ended_at,
         max_steps=max_steps,
-        peak_memory_gib=steps_peak_gib or (log.peak_memory_gib if log else None),
-        ranks=_matrix_rates(peaks) + (_log_ranks(log) if log else ()),
+        peak_memory_gib=max((each.peak_memory_gib or 0 for each in devices), default=0)
+        or steps_peak_gib
+        or (log.peak_memory_gib if log else None),
+        ranks=_matrix_rates({rank: float(peak["tflops"]) for rank, peak in peaks.items()})
+        + _device_ranks(devices)
+        + (_log_ranks(log) if log else ()),
         command=redact(about.get("command") or "") or None,
         overrides=tuple(redact(str(override)) for override in about.get("overrides") or ()),
         git=about.get("git"),
@@ -272,6 +279,7 @@ def _load_run(run_dir: Path, total_tokens: float | None) -> Run:
         events=tuple(
             {"event": e.get("event"), "after_step": e.get("after_step"), "time": e.get("time")} for e in events
         ),
+        devices=devices,
         profiles=_profiles(run_dir, warnings),
         warnings=warnings + ([f"started {len(started)} times: see the events"] if len(started) > 1 else []),
     )
@@ -310,10 +318,19 @@ def _rank0_log(run_dir: Path) -> Log | None:
         return None
 
 
-def _series(run_dir: Path, events: list[dict[str, Any]], warnings: list[str]) -> tuple[StepSeries, float | None]:
+def _devices(run_dir: Path, rows: list[dict[str, Any]], warnings: list[str]) -> tuple[DeviceUse, ...]:
+    try:
+        return read_devices(run_dir, rows)
+    except (OSError, *_DAMAGE) as error:
+        warnings.append(f"what the devices did cannot be read ({type(error).__name__}: {error})")
+        return ()
+
+
+def _series(
+    rows: list[dict[str, Any]], events: list[dict[str, Any]], warnings: list[str]
+) -> tuple[StepSeries, float | None]:
     """The steps of steps.jsonl with what events.jsonl says went on between them, and the peak memory in GiB."""
     series = StepSeries()
-    rows, _ = record.read_lines(run_dir / record.STEPS)
     damaged, peak_gib = 0, 0.0
     for row in rows:
         try:
@@ -588,10 +605,15 @@ def _problems(series: StepSeries, times: StepTimes | None) -> list[str]:
     return found
 
 
-def _matrix_rates(peaks: dict[int, dict[str, Any]]) -> tuple[RankTimes, ...]:
-    """The matrix rates that CPU ranks measured all at once, before they trained."""
-    rates = {rank: float(peak["tflops"]) for rank, peak in peaks.items()}
+def _matrix_rates(rates: dict[int, float]) -> tuple[RankTimes, ...]:
+    """The matrix rates that ranks measured before they trained: all at once on a CPU, each its own GPU's."""
     return _beside("matrix rate (TFLOP/s)", rates, lambda value, others: others / value - 1)
+
+
+def _device_ranks(devices: tuple[DeviceUse, ...]) -> tuple[RankTimes, ...]:
+    rates = {each.rank: each.matrix_tflops for each in devices if each.matrix_tflops}
+    times = {each.rank: each.step_time_median_s for each in devices if each.step_time_median_s}
+    return _matrix_rates(rates) + _beside("step time (s)", times, lambda value, others: value / others - 1)
 
 
 def _log_ranks(log: Log) -> tuple[RankTimes, ...]:

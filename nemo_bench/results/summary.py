@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemo_bench import flops
-from nemo_bench.config import TrainConfig
+from nemo_bench.config import TrainConfig, world_size
 from nemo_bench.results.report_model import Numbers, Run
 from nemo_bench.results.statistics import MIN_STEADY_STEPS, StepTimes
 
@@ -74,6 +77,48 @@ def numbers_at(
     )
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What a step time means for one GPU (one process, on CPU), as rates at a step time of a second.
+
+    MFU is the recipe's; None without a peak.
+    """
+
+    tokens_per_s_per_gpu: float
+    tflops_per_gpu: float
+    mfu: float | None
+
+    def at(self, step_time_s: float) -> dict[str, float]:
+        """The rates of a step, by the names of steps.jsonl; none of a step without a time."""
+        if not step_time_s > 0:
+            return {}
+        return {name: value / step_time_s for name, value in asdict(self).items() if value is not None}
+
+
+def rates(cfg: TrainConfig, measured_peaks: Sequence[float]) -> Rates:
+    """The rates of a configuration.
+
+    Args:
+        cfg: the configuration.
+        measured_peaks: TFLOP/s of each rank, for a device without a published peak.
+    """
+    peak = cfg.gpu.peak_tflops.get(cfg.precision.name)
+    if peak is None and measured_peaks:
+        peak = statistics.fmean(measured_peaks)
+    at = numbers_at(
+        1.0,
+        seq_length=cfg.model.seq_length,
+        global_batch_size=cfg.model.global_batch_size,
+        gpus=world_size(cfg),
+        sizes=architecture(cfg),
+        peak_tflops=peak,
+        peak_source=None,
+        total_tokens=cfg.total_tokens,
+    )
+    assert at.tflops_per_gpu is not None
+    return Rates(at.tokens_per_s_per_gpu, at.tflops_per_gpu, at.mfu)
+
+
 def summarise(run_dir: Path) -> Run:
     """The run in `run_dir`, with its numbers at the token budget that its configuration names.
 
@@ -117,8 +162,44 @@ def rows(run: Run) -> list[tuple[str, str, str]]:
             shown.insert(-1, ("  of a peak of", f"{n.peak_tflops:.4g} TFLOP/s", n.peak_source or ""))
     if run.peak_memory_gib is not None:
         shown.append(("peak memory (GiB)", f"{run.peak_memory_gib:.1f}", f"of one {unit}"))
+    shown += device_rows(run)
     if not run.final:
         shown.append(("no result", "", run.why_not_final or ""))
+    return shown
+
+
+def device_rows(run: Run) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of what the GPUs did: power, energy, clocks, and what held these back."""
+    shown = []
+    asked = "" if len(run.devices) == 1 else f"of {len(run.devices)} GPUs"
+    powers = [each.power_w for each in run.devices if each.power_w is not None]
+    if powers:
+        power_w = statistics.fmean(powers)
+        energy = ""
+        if run.numbers is not None:
+            per_joule = run.numbers.tokens_per_s_per_gpu / power_w
+            energy = f"{power_w * run.numbers.step_time_s:,.0f} J a step and GPU, {per_joule:.3g} tokens/J"
+        shown.append(
+            ("power (W)", f"{power_w:,.0f}", ", ".join(text for text in (f"mean {asked}".strip(), energy) if text))
+        )
+    clocks = [each.sm_clock_mhz for each in run.devices if each.sm_clock_mhz is not None]
+    lowest = [(each.sm_clock_min_mhz, each.rank) for each in run.devices if each.sm_clock_min_mhz is not None]
+    if clocks and lowest:
+        low, rank = min(lowest)
+        remark = f"mean {asked}".strip() + f", lowest {low:,.0f}" + (f" (rank {rank})" if len(lowest) > 1 else "")
+        shown.append(("SM clock (MHz)", f"{statistics.fmean(clocks):,.0f}", remark))
+    hottest = [(each.temperature_max_c, each.rank) for each in run.devices if each.temperature_max_c is not None]
+    if hottest:
+        degrees, rank = max(hottest)
+        shown.append(("temperature (°C)", f"{degrees:.0f}", "highest" + (f", rank {rank}" if len(hottest) > 1 else "")))
+    reasons: dict[str, list[float]] = {}
+    for each in run.devices:
+        for reason, share in each.throttled.items():
+            reasons.setdefault(reason, []).append(share)
+    for reason, shares in sorted(reasons.items()):
+        where = f" on {len(shares)} of {len(run.devices)} GPUs" if len(run.devices) > 1 else ""
+        usual = ", usual at full load" if reason == "sw_power_cap" else ""
+        shown.append((f"  {reason.replace('_', ' ')}", f"{max(shares):.0%}", f"of the steps{where}{usual}"))
     return shown
 
 

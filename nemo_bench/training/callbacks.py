@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from nemo.utils.exp_manager import TimingCallback
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.results.record import EventLog, StepLog
-
-STEP_TIMING = "train_step_timing"
+from nemo_bench.results.record import EventLog, StepLog, read_peaks
+from nemo_bench.results.summary import rates
+from nemo_bench.training.telemetry import STEP_TIMING, RankTelemetry
 
 
 class StepRecorder(pl.Callback):
-    """Writes each step's loss, time and learning rate to `steps.jsonl`, on global rank 0.
+    """Writes each step's loss, time, rates and device measurements to `steps.jsonl`, on global rank 0.
 
     Loss and step time are NeMo's own (`reduced_train_loss`, TimingCallback), in full precision; the lines that NeMo
     prints, with four digits, stay in the rank's log. `step` counts from 0, as NeMo's `global_step` does there.
     """
 
-    def __init__(self, cfg: TrainConfig, timing: TimingCallback, steps: StepLog, events: EventLog) -> None:
-        self.cfg, self.timing, self.steps, self.events = cfg, timing, steps, events
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        timing: TimingCallback,
+        telemetry: RankTelemetry,
+        run_dir: Path,
+        events: EventLog,
+    ) -> None:
+        self.cfg, self.timing, self.telemetry = cfg, timing, telemetry
+        self.run_dir, self.steps, self.events = run_dir, StepLog(run_dir), events
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.events.write("training", first_step=trainer.global_step)
+        # By now every rank has measured its peak, where it is not a published one.
+        self.rates = rates(self.cfg, [float(peak["tflops"]) for peak in read_peaks(self.run_dir)])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -33,18 +43,17 @@ class StepRecorder(pl.Callback):
         metrics = trainer.callback_metrics
         step = trainer.global_step - 1  # Lightning has counted this one already
         batch_size = self.cfg.model.global_batch_size
+        seconds = float(self.timing.timer[STEP_TIMING])
         row: dict[str, Any] = {
             "step": step,
             "loss": float(metrics["reduced_train_loss"]),
-            "train_step_timing_s": float(self.timing.timer[STEP_TIMING]),
+            "train_step_timing_s": seconds,
             "consumed_samples": (step + 1) * batch_size,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
         }
         if "grad_norm" in metrics:
             row["grad_norm"] = float(metrics["grad_norm"])
-        if torch.cuda.is_available():
-            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.steps.write(row)
+        self.steps.write({**row, **self.rates.at(seconds), **self.telemetry.step})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.events.write("validation", after_step=trainer.global_step - 1)

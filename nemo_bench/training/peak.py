@@ -1,7 +1,8 @@
-"""The matrix rate of a device that has no published peak: a short, timed matrix product."""
+"""The matrix rate of a device by itself: a short, timed matrix product."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import asdict, dataclass
 
@@ -43,3 +44,29 @@ def measure_peak(precision: str, *, size: int = 1536, seconds: float = 1.0) -> M
         repeats=repeats,
         threads=torch.get_num_threads(),
     )
+
+
+def measure_gpu_rate(device: int, *, size: int = 8192, seconds: float = 0.3, warmup_seconds: float = 0.1) -> float:
+    """TFLOP/s of a bf16 matrix product on CUDA device number `device`, the median of several; all it used is freed.
+
+    Ranks that train together wait for each other, and their step times do not show which of them is slow. This does.
+    """
+    with torch.cuda.device(device):
+        a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        result = torch.empty_like(a)
+        moments = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        times_s: list[float] = []
+        torch.mm(a, b, out=result)  # the first makes cuBLAS ready
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        while (spent := time.perf_counter() - began) < warmup_seconds + seconds:
+            moments[0].record()
+            for _ in range(4):
+                torch.mm(a, b, out=result)
+            moments[1].record()
+            moments[1].synchronize()
+            if spent >= warmup_seconds:  # clocks have come up
+                times_s.append(moments[0].elapsed_time(moments[1]) / 1000 / 4)
+        del a, b, result
+        torch.cuda.empty_cache()
+    return 2 * size**3 / statistics.median(times_s) / 1e12

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.config import TrainConfig, load
+from nemo_bench.errors import BenchError
 from nemo_bench.launch import lifeline, nsys, preemption_signal
 from nemo_bench.results import record
 
@@ -45,7 +46,10 @@ def main(run_dir: Path) -> None:
             _leave(0)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk: the launching process looks for that itself
-            traceback.print_exc()
+            if isinstance(error, BenchError):
+                print(error)
+            else:
+                traceback.print_exc()
             record.write_rank_error(run_dir, rank, error)
         # Another rank may wait in a collective for this one: no destructor that would wait too.
         _leave(1)
@@ -74,6 +78,11 @@ def _take_place_from_slurm() -> None:
 
 def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -> None:
     """Builds model, data, optimizer and trainer, and runs NeMo's `llm.pretrain`."""
+    if cfg.gpu.device == "cuda":
+        from nemo_bench.training.gpu_check import check_gpu
+
+        # Ahead of NeMo: its imports take longer, and Transformer Engine's would fail first.
+        check_gpu(cfg, int(os.environ["LOCAL_RANK"]))
     if cfg.gpu.device == "cpu":
         from nemo_bench.training import cpu_device
 
@@ -95,6 +104,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
     from nemo_bench.training.optimizer import build_optimizer
     from nemo_bench.training.preemption import CheckpointOnSignal
     from nemo_bench.training.profiling import build_profiling
+    from nemo_bench.training.telemetry import RankTelemetry
     from nemo_bench.training.trainer import build_strategy, build_trainer
 
     if cfg.gpu.device == "cpu":
@@ -110,16 +120,23 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
         from nemo_bench.training.peak import measure_peak
 
         record.write_peak(run_dir, rank, measure_peak(cfg.precision.name).as_dict())
+    matrix_tflops = None
+    if cfg.gpu.device == "cuda":
+        from nemo_bench.training.peak import measure_gpu_rate
+
+        matrix_tflops = measure_gpu_rate(int(os.environ["LOCAL_RANK"]))
 
     tokenizer = build_tokenizer(cfg)
     timing = build_timing(cfg)
+    telemetry = RankTelemetry(cfg, run_dir, rank, timing, matrix_tflops)
     callbacks: list[Any] = [
         timing,
         GarbageCollectionCallback(cfg.trainer.gc_interval, cfg.trainer.gc_interval),
         *build_profiling(cfg, run_dir, rank, events),
+        telemetry,
     ]
     if rank == 0:
-        callbacks.append(StepRecorder(cfg, timing, record.StepLog(run_dir), events))
+        callbacks.append(StepRecorder(cfg, timing, telemetry, run_dir, events))
     if cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None:
         callbacks.append(CheckpointOnSignal(run_dir))
     if cfg.model.tp_comm_overlap and cfg.model.tensor_model_parallel_size > 1:

@@ -6,18 +6,20 @@ all these runs together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_bench.config import quoted_path
 from nemo_bench.preflight import count_gpus
 from nemo_bench.results import record
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Tests on forked ranks go first: others initialise CUDA here, and then nothing can be forked any more.
+    items.sort(key=lambda item: "gpu" in item.keywords and "trained" not in getattr(item, "fixturenames", ()))
     if count_gpus() == 0:
         for item in items:
             if "gpu" in item.keywords:
@@ -89,32 +91,35 @@ class Trained:
         return [float(step[key]) for step in self.steps]
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Trained]]:
+def train_all(stage: Path, gpus: int) -> dict[str, Trained]:
+    """Every run of the tests, as many side by side as there are GPUs for."""
     from benchmarks import gpu_speed
 
-    stage = tmp_path_factory.mktemp("stage")
-    gpus = count_gpus()
     found: dict[str, Trained] = {}
 
     def run(cases: dict[str, str], *more: str) -> None:
         def done(result: dict[str, Any]) -> None:
-            error = "\n".join(result["failed"]) if "failed" in result else None
-            found[result["case"]] = Trained(Path(result["run"]), error)
+            run_dir = Path(result["run"])
+            # A run too short for a measurement has its steps all the same.
+            error = None if record.read_status(run_dir).finished else "\n".join(result["failed"])
+            found[result["case"]] = Trained(run_dir, error)
 
-        given = {name: f"{SMALL} {overrides} {' '.join(more)}".split() for name, overrides in cases.items()}
+        given = {name: [*SMALL.split(), *overrides.split(), *more] for name, overrides in cases.items()}
         gpu_speed.run_all(given, stage, gpus, 120, done)
 
-    gpu_speed.preload(gpu_speed.compose(f"{SMALL} scale=1gpu".split(), stage).entrypoint.env)
+    gpu_speed.preload(gpu_speed.compose([*SMALL.split(), "scale=1gpu"], stage).entrypoint.env)
     run(
         {
             "whole": "scale=1gpu trainer.max_steps=16 checkpoint.every_n_steps=8",
             "long_bf16": "scale=1gpu trainer.max_steps=60",
             "long_fp8": "scale=1gpu trainer.max_steps=60 precision=fp8",
+            "profiled": "scale=1gpu trainer.max_steps=8 profile=torch profile.start_step=4 profile.end_step=5",
             **{f"layers{n}": f"scale=1gpu trainer.max_steps=6 model.num_layers={n}" for n in (2, 4, 6)},
         }
     )
-    start = found["whole"].run_dir / record.CHECKPOINTS / "step=7"
+    start = quoted_path(found["whole"].run_dir / record.CHECKPOINTS / "step=7")
+    if found["whole"].error is not None:
+        return found
     run(
         {
             "one_gpu": "scale=1gpu",
@@ -124,11 +129,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Trai
         "trainer.max_steps=8",
         f"checkpoint.weights_from={start}",
     )
-    run({"resumed": "scale=1gpu trainer.max_steps=16"}, f"checkpoint.resume_from={start}")
-    if gpus > 1:
-        # Saved by one GPU, continued by two.
-        run(
-            {"resumed_tp2": "scale=2gpu trainer.max_steps=16 model.tensor_model_parallel_size=2"},
-            f"checkpoint.resume_from={start}",
-        )
-    yield found
+    resumed = {"resumed": "scale=1gpu trainer.max_steps=16"}
+    if gpus > 1:  # saved by one GPU, continued by two
+        resumed["resumed_tp2"] = "scale=2gpu trainer.max_steps=16 model.tensor_model_parallel_size=2"
+    run(resumed, f"checkpoint.resume_from={start}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    return train_all(tmp_path_factory.mktemp("stage"), count_gpus())

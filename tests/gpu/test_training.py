@@ -6,8 +6,11 @@ Tolerances are of losses near 6: bf16 rounds to three digits, and layouts add up
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from nemo_bench.results.devices import RANKS
 from tests.gpu.conftest import LAYOUTS, OPTIONS, RECIPES, Trained
 
 pytestmark = pytest.mark.gpu
@@ -27,6 +30,7 @@ def ratios(one: list[float], other: list[float]) -> list[float]:
 
 
 def of(trained: dict[str, Trained], name: str) -> Trained:
+    assert trained["whole"].error is None, trained["whole"].error  # the others start from its checkpoint
     if name not in trained:
         pytest.skip(f"{name} needs more GPUs")
     return trained[name]
@@ -35,23 +39,23 @@ def of(trained: dict[str, Trained], name: str) -> Trained:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_has_the_losses_of_one_gpu(trained: dict[str, Trained], name: str) -> None:
     run = of(trained, name)
-    assert furthest(run.of("loss"), trained["one_gpu"].of("loss")) < BF16_TOLERANCE
-    for ratio in ratios(run.of("grad_norm"), trained["one_gpu"].of("grad_norm")):
+    assert furthest(run.of("loss"), of(trained, "one_gpu").of("loss")) < BF16_TOLERANCE
+    for ratio in ratios(run.of("grad_norm"), of(trained, "one_gpu").of("grad_norm")):
         assert ratio == pytest.approx(1, abs=GRAD_NORM_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_changes_no_loss(trained: dict[str, Trained], name: str) -> None:
-    assert furthest(trained[name].of("loss"), trained["one_gpu"].of("loss")) < BF16_TOLERANCE
-    for ratio in ratios(trained[name].of("grad_norm"), trained["one_gpu"].of("grad_norm")):
+    assert furthest(of(trained, name).of("loss"), of(trained, "one_gpu").of("loss")) < BF16_TOLERANCE
+    for ratio in ratios(of(trained, name).of("grad_norm"), of(trained, "one_gpu").of("grad_norm")):
         assert ratio == pytest.approx(1, abs=GRAD_NORM_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_fp8_follows_bf16(trained: dict[str, Trained], name: str) -> None:
-    assert furthest(trained[name].of("loss"), trained["one_gpu"].of("loss")) < FP8_TOLERANCE
+    assert furthest(of(trained, name).of("loss"), of(trained, "one_gpu").of("loss")) < FP8_TOLERANCE
     # Delayed scaling knows nothing of its tensors at the first step.
-    for ratio in ratios(trained[name].of("grad_norm")[1:], trained["one_gpu"].of("grad_norm")[1:]):
+    for ratio in ratios(of(trained, name).of("grad_norm")[1:], of(trained, "one_gpu").of("grad_norm")[1:]):
         assert ratio == pytest.approx(1, abs=GRAD_NORM_TOLERANCE)
 
 
@@ -76,3 +80,20 @@ def test_a_resumed_run_continues_where_it_stopped(trained: dict[str, Trained], n
 def test_a_slice_takes_its_share_of_the_memory_of_the_whole(trained: dict[str, Trained]) -> None:
     peaks = [trained[f"layers{n}"].of("peak_memory_gib")[-1] for n in (2, 4, 6)]
     assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.05)
+
+
+def test_a_profile_tells_the_kernels_apart(trained: dict[str, Trained]) -> None:
+    run = trained["profiled"]
+    assert run.error is None, run.error
+    profile = json.loads((run.run_dir / "profile" / "rank0.json").read_text())
+    times = {each["name"]: each["ms"] for each in profile["classes"]}
+    assert times["GEMM"] > 0 and times["attention"] > 0 and times["optimizer"] > 0
+    assert sum(times.values()) + profile["idle_ms"] == pytest.approx(profile["step_ms"], rel=0.02)
+    assert times.get("other", 0) < 0.05 * profile["step_ms"], profile["classes"]
+
+
+def test_every_rank_was_measured(trained: dict[str, Trained]) -> None:
+    rows = of(trained, "one_gpu").steps
+    assert all(row["mfu"] > 0 and row["tflops_per_gpu"] > 0 and row["reserved_memory_gib"] > 0 for row in rows)
+    ranks = json.loads((of(trained, "dp2").run_dir / RANKS).read_text())
+    assert len(ranks["ranks"]) == 2

@@ -65,3 +65,12 @@ def test_the_numbers_follow_from_the_record(bare: Run) -> None:
     assert numbers.tokens_per_s * numbers.days_to_train * 86400 == pytest.approx(1e12)
     assert numbers.mfu is not None and numbers.mfu_causal is not None and 0 < numbers.mfu_causal < numbers.mfu < 1
     assert numbers.peak_source is not None and numbers.peak_source.startswith("measured")
+
+
+def test_each_step_has_the_rates_of_the_report_and_no_gpus_measurements(bare: Run) -> None:
+    numbers, last = summarise(bare.run_dir).numbers_last, bare.steps[-1]
+    assert numbers is not None and numbers.step_time_s == last["train_step_timing_s"]
+    assert last["tokens_per_s_per_gpu"] == pytest.approx(numbers.tokens_per_s_per_gpu)
+    assert last["tflops_per_gpu"] == pytest.approx(numbers.tflops_per_gpu)
+    assert last["mfu"] == pytest.approx(numbers.mfu)
+    assert not {"power_w", "sm_clock_mhz", "peak_memory_gib", "throttle_reasons"} & {*last}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def test_losses_of_a_parallel_run_are_the_single_process_ones(
     parallel = train(f"checkpoint.weights_from='{weights}'", *LAYOUTS[layout])
     assert len(parallel.losses) == 20
     assert parallel.losses == pytest.approx(single.losses, rel=1e-3)
+    ranks = json.loads((parallel.run_dir / "ranks.json").read_text())["ranks"]
+    assert [rank["rank"] for rank in ranks] == [0, 1]
+    assert all(rank["steps"] == 17 and 0 < rank["step_time_median_s"] <= rank["step_time_max_s"] for rank in ranks)
 
 
 def test_weights_from_starts_with_the_checkpoints_weights(saved: Run, single: Run) -> None:

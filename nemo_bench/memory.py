@@ -1,0 +1,158 @@
+"""An estimate of the GPU memory that a configuration needs: arithmetic alone, each rule with its source.
+
+A step has two moments that can need most: the backward pass of the first micro-batch, with all activations alive, and
+the optimizer's step, without them but with copies of its own. The estimate is the larger, on the pipeline stage where
+it is largest. Sources:
+
+* bytes a parameter: megatron-core 0.15's buffers and distributed optimizer (`param_and_grad_buffer.py`,
+  `distrib_optimizer.py`), Transformer Engine 2's `cast_master_weights_to_fp8`;
+* activations: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", with its terms
+  taken anew for SwiGLU, grouped queries, RMSNorm, no dropout, and an attention kernel that keeps no scores;
+* micro-batches in flight: the same paper, and megatron-core's `schedules.py` for the later stages.
+
+Not in it: what CUDA, cuDNN and NCCL take outside of PyTorch (some 2 to 4 GiB), workspaces, fragmentation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nemo_bench.config import TrainConfig, num_micro_batches, padded_vocab_size, world_size
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one GPU of pipeline stage `stage` (from 0), the one that needs most.
+
+    Attributes:
+        parameters_bytes: weights as the matrix products read them, with what fp8 keeps beside them.
+        gradients_bytes: Megatron's gradient buffer.
+        optimizer_bytes: main weights and Adam's two moments, this GPU's share.
+        activations_bytes: what the backward pass still needs, at its largest.
+        logits_bytes: the output layer's, of one micro-batch.
+        optimizer_step_bytes: copies that only the optimizer's step holds.
+    """
+
+    stage: int
+    parameters_bytes: float
+    gradients_bytes: float
+    optimizer_bytes: float
+    activations_bytes: float
+    logits_bytes: float
+    optimizer_step_bytes: float
+
+    @property
+    def total_bytes(self) -> float:
+        """The larger of the two moments."""
+        kept = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
+        return kept + max(self.activations_bytes + self.logits_bytes, self.optimizer_step_bytes)
+
+
+def estimate_memory(cfg: TrainConfig) -> MemoryEstimate:
+    """The memory that one GPU needs to train as `cfg` says, which the checks of the layout have passed."""
+    stages = range(cfg.model.pipeline_model_parallel_size)
+    return max((_stage(cfg, stage) for stage in stages), key=lambda each: each.total_bytes)
+
+
+def _stage(cfg: TrainConfig, stage: int) -> MemoryEstimate:
+    m = cfg.model
+    tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    h, key_values = m.hidden_size, m.num_query_groups / m.num_attention_heads
+    layers = math.ceil(m.num_layers / pp)
+    last = stage == pp - 1
+    matrices = layers * (h * h * (2 + 2 * key_values) + 3 * h * m.ffn_hidden_size) / tp
+    embedding = padded_vocab_size(cfg) * h / tp
+    others = layers * 2 * h + (embedding if stage == 0 else 0) + (embedding + h if last else 0)
+    weights = [_weight_bytes(cfg, matrix=True), _weight_bytes(cfg, matrix=False)]
+    parameters, gradients, optimizer, in_step = (
+        matrices * of_matrix + others * of_other for of_matrix, of_other in zip(*weights)
+    )
+    return MemoryEstimate(
+        stage=stage,
+        parameters_bytes=parameters,
+        gradients_bytes=gradients,
+        optimizer_bytes=optimizer,
+        activations_bytes=_activations(cfg, stage, layers),
+        logits_bytes=_logits(cfg) if last else 0.0,
+        optimizer_step_bytes=in_step,
+    )
+
+
+def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, float, float]:
+    """Bytes a parameter: weight, gradient, optimizer state, and what the optimizer's step adds for its duration.
+
+    `matrix`: a weight of a layer's matrix product, which fp8 is for; embeddings and norms stay in bf16.
+    """
+    o, p, m = cfg.model.optim, cfg.precision, cfg.model
+    # Megatron shards over the context-parallel ranks too: they hold the same weights.
+    copies = world_size(cfg) // (m.tensor_model_parallel_size * m.pipeline_model_parallel_size)
+    share = 1 / copies if o.use_distributed_optimizer else 1.0
+    if p.trainer_precision != "bf16-mixed":
+        return 4, 4, 8 * share, 0
+    gradient = 4 if o.grad_reduce_in_fp32 else 2
+    in_fp8 = matrix and p.fp8 is not None
+    # In fp8 a weight is kept twice, as it is and transposed; beside its bf16 self unless the parameter itself is fp8.
+    weight = (2 if not in_fp8 or not p.fp8_param_gather else 0) + (2 if in_fp8 else 0)
+    main, step = 4, 0 if o.grad_reduce_in_fp32 else 4  # the step reads gradients in fp32
+    moments = 8
+    if o.use_precision_aware_optimizer:
+        # Gradients are read as they are, and of a main weight only what its bf16 weight lacks may be kept.
+        main, step = (2 if o.store_param_remainders else 4), 0
+        moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (o.exp_avg_dtype, o.exp_avg_sq_dtype))
+    elif in_fp8 and p.fp8_param_gather:
+        step += 2  # all main weights in bf16 at once, on their way to fp8
+    return weight, gradient, (main + moments) * share, step * share
+
+
+def _activations(cfg: TrainConfig, stage: int, layers: int) -> float:
+    m = cfg.model
+    tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    vp = m.virtual_pipeline_model_parallel_size or 1
+    h, f, kv = m.hidden_size, m.ffn_hidden_size, m.num_query_groups / m.num_attention_heads
+    tokens = m.seq_length / m.context_parallel_size * m.micro_batch_size
+    size = 2 if cfg.precision.trainer_precision == "bf16-mixed" else 4
+    product = 1 if cfg.precision.fp8 else size  # a matrix product keeps its input in its own format
+    # Both norms' inputs and the products' inputs behind them: whole on every GPU without sequence parallelism.
+    outside = tokens * 2 * h * (size + product) / (tp if m.sequence_parallel else 1)
+    attention = (1 + 2 * kv) * size + size + (product if cfg.precision.fp8 else 0)  # q, k, v; its output, and in fp8
+    inside = tokens * (h * attention + 2 * f * size + f * product) / tp
+    layer = outside + inside
+    # Chunks of layers (one a virtual stage) whose forward pass is done and whose backward pass is not.
+    in_flight = (pp - stage - 1) * 2 + (vp - 1) * pp + 1 if vp > 1 else pp - stage
+    kept = min(in_flight, num_micro_batches(cfg) * vp) * layers / vp
+    working = tokens * 3 * f * size / tp  # gradients of the MLP's inner activations, of the layer at work
+    return _recomputed(cfg, kept, layers / vp, layer, tokens / tp) + working
+
+
+def _recomputed(cfg: TrainConfig, kept: float, chunk: float, layer: float, tokens: float) -> float:
+    """Bytes of `kept` layers of `layer` bytes each, less what is computed again.
+
+    `chunk` are the layers of one virtual stage, `tokens` those of a micro-batch that one tensor rank holds.
+    """
+    m = cfg.model
+    granularity = m.recompute_granularity
+    size = 2 if cfg.precision.trainer_precision == "bf16-mixed" else 4
+    if granularity == "full":
+        entry = tokens * m.hidden_size * size * (1 if m.sequence_parallel else m.tensor_model_parallel_size)
+        number = m.recompute_num_layers or 1
+        if m.recompute_method == "block":
+            share = min(number / chunk, 1)
+            return kept * (share * entry + (1 - share) * layer) + layer
+        return kept / number * entry + number * layer
+    if granularity == "selective" and "mlp" in m.recompute_modules:
+        product = 1 if cfg.precision.fp8 else size
+        without = layer - tokens * m.ffn_hidden_size * (2 * size + product)
+        return kept * without + layer - without
+    return kept * layer
+
+
+def _logits(cfg: TrainConfig) -> float:
+    m = cfg.model
+    # Megatron's cross entropy works on an fp32 copy; Transformer Engine's in place.
+    in_place = m.cross_entropy_loss_fusion and m.cross_entropy_fusion_impl == "te"
+    each = (2 if in_place else 6) if cfg.precision.trainer_precision == "bf16-mixed" else (4 if in_place else 8)
+    tokens = m.seq_length / m.context_parallel_size * m.micro_batch_size
+    return tokens * padded_vocab_size(cfg) / m.tensor_model_parallel_size * each

@@ -1,0 +1,172 @@
+"""What a rank refuses of a GPU; torch's questions to the driver are answered here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from nemo_bench.config import TrainConfig, load
+from nemo_bench.errors import BenchError
+from nemo_bench.launch import point
+from nemo_bench.launch.local import Outcome
+from nemo_bench.results import record
+
+torch = pytest.importorskip("torch")
+
+CONFIGS = Path(__file__).resolve().parents[2] / "benchmarks/results/h200"
+A100, L40, H100, B200 = (
+    ("NVIDIA A100", (8, 0)),
+    ("NVIDIA L40", (8, 9)),
+    ("NVIDIA H100", (9, 0)),
+    ("NVIDIA B200", (10, 0)),
+)
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.fixture
+def fp8() -> TrainConfig:
+    return load(CONFIGS / "fp8_4layers_2140/config.yaml")
+
+
+@pytest.fixture
+def bf16() -> TrainConfig:
+    return load(CONFIGS / "bf16_4layers_5f1a/config.yaml")
+
+
+class Machine:
+    """A machine with one kind of GPU, and the torch on it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+
+    def has(
+        self, gpu: tuple[str, tuple[int, int]], *, cuda: str | None = "13.0", built: list[str] = CUDA_13, count: int = 1
+    ) -> None:
+        answers = {
+            "init": lambda: None,
+            "device_count": lambda: count,
+            "get_device_name": lambda device: gpu[0],
+            "get_device_capability": lambda device: gpu[1],
+            "get_arch_list": lambda: built,
+        }
+        for name, answer in answers.items():
+            self._patch.setattr(torch.cuda, name, answer)
+        self._patch.setattr(torch.version, "cuda", cuda)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def refusal(cfg: TrainConfig, local_rank: int = 0) -> str:
+    from nemo_bench.training.gpu_check import check_gpu
+
+    with pytest.raises(BenchError) as error:
+        check_gpu(cfg, local_rank)
+    return str(error.value)
+
+
+def accepts(cfg: TrainConfig) -> None:
+    from nemo_bench.training.gpu_check import check_gpu
+
+    check_gpu(cfg, 0)
+
+
+def test_fp8_needs_a_gpu_that_has_it(machine: Machine, fp8: TrainConfig, bf16: TrainConfig) -> None:
+    machine.has(A100)
+    assert refusal(fp8) == (
+        "NVIDIA A100 (compute capability 8.0) has no fp8 as precision.fp8_recipe=delayed needs it (8.9 or later); "
+        "what works here: precision=bf16"
+    )
+    accepts(bf16)
+    for gpu in (L40, H100, B200):
+        machine.has(gpu)
+        accepts(fp8)
+
+
+def test_blockwise_scaling_needs_hopper_and_cuda_12_9(machine: Machine, fp8: TrainConfig) -> None:
+    fp8.precision.fp8_recipe = "blockwise"
+    machine.has(L40)
+    assert refusal(fp8).endswith(
+        "what works here: precision.fp8_recipe=delayed, precision.fp8_recipe=tensorwise, precision=bf16"
+    )
+    machine.has(H100, cuda="12.8")
+    assert refusal(fp8).startswith(
+        f"precision.fp8_recipe=blockwise needs CUDA 12.9, and torch {torch.__version__} has 12.8"
+    )
+    for cuda in ("12.9", "12.10", "13.0"):
+        machine.has(H100, cuda=cuda)
+        accepts(fp8)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "built", "works"),
+    [
+        (H100, ["sm_80", "sm_90"], True),
+        (L40, ["sm_80", "sm_90"], True),  # machine code of its generation
+        (B200, ["sm_80", "sm_90"], False),
+        (B200, ["sm_80", "compute_90"], True),  # PTX is translated
+        (A100, ["sm_86", "sm_90"], False),
+        (H100, ["sm_90a"], True),
+        (H100, [], True),  # it does not say
+    ],
+)
+def test_torch_must_hold_kernels_for_the_gpu(
+    gpu: tuple[str, tuple[int, int]], built: list[str], works: bool, machine: Machine, bf16: TrainConfig
+) -> None:
+    machine.has(gpu, built=built)
+    if works:
+        accepts(bf16)
+    else:
+        said = refusal(bf16)
+        assert (
+            f"holds no kernels for {gpu[0]} (sm_{gpu[1][0]}{gpu[1][1]}), only for {', '.join(built)}: install" in said
+        )
+
+
+def test_a_rank_must_see_its_gpu(machine: Machine, bf16: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    machine.has(H100)
+    said = refusal(bf16, local_rank=3)
+    assert "number 3 of its node, and sees 1 GPUs (CUDA_VISIBLE_DEVICES=3)" in said and "trainer.devices=1" in said
+
+
+def test_a_torch_without_cuda(machine: Machine, bf16: TrainConfig) -> None:
+    machine.has(H100, cuda=None)
+    assert "is built without CUDA: install a CUDA build (pytorch.org), or choose gpu=cpu" in refusal(bf16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_rank_without_a_gpu_ends_with_one_message(tmp_path: Path, fp8: TrainConfig) -> None:
+    """The rank itself, as it is started, and the message that its launcher makes of it."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    fp8.stage_path = str(tmp_path)
+    text = OmegaConf.to_yaml(OmegaConf.structured(fp8))
+    record.create(run_dir, config_yaml=text, command=["python", "train.py"], overrides=[], ranks=1)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0"}
+    with open(record.rank_log(run_dir, 0), "wb") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "nemo_bench.training.rank", str(run_dir)],
+            env={**os.environ, **place},
+            cwd=Path(__file__).resolve().parents[2],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+        )
+    assert done.returncode == 1
+    message = point._record_failure(fp8, run_dir, Outcome(0, 1, seen_at=time.time()))
+    printed = record.rank_log(run_dir, 0).read_text()
+    if torch.version.cuda is None:
+        assert message.startswith("rank 0 of 1 failed: torch") and "is built without CUDA" in message
+        assert "Traceback" not in message + printed
+    else:
+        assert "CUDA sees no GPU" in message or "driver is too old" in message

@@ -1,0 +1,409 @@
+"""What torch, NCCL and CUDA print when a rank fails, and what the user is told of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_bench.config import TrainConfig, load, typed
+from nemo_bench.errors import BenchError
+from nemo_bench.launch import jobs, point
+from nemo_bench.launch.diagnosis import Evidence, diagnose, explain
+from nemo_bench.launch.local import Outcome
+from nemo_bench.results import record
+
+PROJECT = Path(__file__).resolve().parents[2]
+FOUR_LAYERS = PROJECT / "benchmarks/results/h200/bf16_4layers_5f1a/config.yaml"
+
+# torch 2.6 to 2.11
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 3.91 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.02 GiB "
+    "is free. "
+    "Including non-PyTorch memory, this process has 78.07 GiB memory in use. Of the allocated memory 68.10 GiB is "
+    "allocated by PyTorch, and 8.35 GiB is reserved by PyTorch but unallocated. If reserved but unallocated memory is "
+    "large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See documentation for "
+    "Memory Management  (https://pytorch.org/docs/stable/notes/cuda.html#environment-variables)"
+)
+# torch 2.1 to 2.5 write "capacty"; another process holds most of the GPU
+OLDER_OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 1002.00 MiB. GPU 0 has a total capacty of 79.11 GiB of which 512.00 KiB is "
+    "free. Process 4242 has 70.00 GiB memory in use. Including non-PyTorch memory, this process has 9.05 GiB memory in "
+    "use. Of the allocated memory 8.50 GiB is allocated by PyTorch, and 12.34 MiB is reserved by PyTorch but "
+    "unallocated."
+)
+NCCL_OUT_OF_MEMORY = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, unhandled cuda error (run with "
+    "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nFailed to CUDA calloc 6291456 bytes"
+)
+NCCL_REMOTE = (
+    "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1970, remote process exited or there was a "
+    "network error, NCCL version 2.19.3\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
+    "Last error:\nNET/IB : Got completion from peer 10.42.0.2<47534> with error 5, opcode 48, len 32764, vendor err 244"
+)
+
+
+def timed_out(rank: int, *, enqueued: int = 2635, group: str = "0(default_pg)", group_rank: int | None = None) -> str:
+    """A rank's log as torch 2.6 and later write it."""
+    inner = rank if group_rank is None else group_rank
+    said = (
+        f"[Rank {inner}] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=2635, OpType=ALLREDUCE, "
+        "NumelIn=1259621, NumelOut=1259621, Timeout(ms)=600000) ran for 600024 milliseconds before timing out."
+    )
+    head, where = (
+        f"[rank{rank}]:[E1118 20:32:23.955028747 ProcessGroupNCCL.cpp:",
+        f"[PG ID 0 PG GUID {group} Rank {inner}]",
+    )
+    return "\n".join(
+        [
+            "[NeMo I 2026-11-18 20:22:20 nemo_logging:393] Training epoch 0, iteration 12/49",
+            f"{head}629] {said}",
+            f"{head}2168] {where}  failure detected by watchdog at work sequence id: 2635 PG status: last "
+            "enqueued work: "
+            f"{enqueued}, last completed work: 2634",
+            f"{head}667] Stack trace of the failed collective not found, potentially because FlightRecorder is "
+            "disabled. "
+            "You can enable it by setting TORCH_NCCL_TRACE_BUFFER_SIZE to a non-zero value.",
+            f"{head}681] [Rank {inner}] Some NCCL operations have failed or timed out.",
+            f"{head}1895] {where} Process group watchdog thread terminated with exception: {said}",
+            "Exception raised from checkTimeout at /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:632 (most "
+            "recent call first):",
+            *(f"frame #{i}: c10d::ProcessGroupNCCL::watchdogHandler() + 0x{i:x} (0x7f8)" for i in range(60)),
+            "terminate called after throwing an instance of 'c10::DistBackendError'",
+            f"  what():  {where} Process group watchdog thread terminated with exception: {said}",
+        ]
+    )
+
+
+def point_of(*overrides: str) -> TrainConfig:
+    with initialize_config_dir(str(PROJECT / "conf"), version_base=None):
+        return typed(compose("train", overrides=list(overrides)))
+
+
+def four_layers() -> TrainConfig:
+    """As that run was, whatever the defaults are by now."""
+    cfg = load(FOUR_LAYERS)
+    vars(cfg.model).update(cross_entropy_fusion_impl="native")
+    vars(cfg.model.optim).update(use_precision_aware_optimizer=False)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def eight() -> TrainConfig:
+    return point_of("scale=8gpu", "model=8b", "data=mock")
+
+
+def told(cfg: TrainConfig, text: str, rank: int = 0, logs: dict[int, str] | None = None, software: str = "") -> str:
+    found = explain(Evidence(cfg, rank, text, logs or {}, software))
+    assert found is not None
+    return found
+
+
+# --- memory ---
+
+
+def test_out_of_memory_says_what_there_was_what_is_needed_and_what_helps() -> None:
+    text = told(four_layers(), f"OutOfMemoryError: {OUT_OF_MEMORY}")
+    headline, needed, less, fragmented = text.splitlines()
+    assert headline == (
+        "out of GPU memory; asked for 3.91 GiB; the GPU has 79.11 GiB; free 1.02 GiB; this process holds 78.07 GiB; "
+        "in PyTorch's tensors 68.10 GiB; reserved by PyTorch, unused 8.35 GiB"
+    )
+    assert needed.startswith("needed by this configuration, estimated: 102.9 GiB on a GPU of pipeline stage 0 (")
+    for part in ("parameters 10.3", "gradients 10.3", "optimizer state 61.7", "activations ", "logits "):
+        assert part in needed
+    # one GPU has no room for a parallel size: twice the GPUs are named with it
+    assert "trainer.devices=2 model.tensor_model_parallel_size=2 (51 GiB)" in less
+    assert less.index("tensor") < less.index("pipeline") < less.index("context") < less.index("num_layers=2")
+    assert "expandable_segments" in fragmented
+
+
+def test_what_takes_less_is_what_the_checks_let_through() -> None:
+    text = told(point_of("scale=64gpu", "data=mock"), OUT_OF_MEMORY)
+    assert "model.tensor_model_parallel_size=8 (" in text and "model.context_parallel_size=4 (" in text
+    assert "trainer." not in text and "micro_batch_size" not in text
+    assert "model.micro_batch_size=2" in told(
+        point_of("scale=64gpu", "data=mock", "model.micro_batch_size=4"), OUT_OF_MEMORY
+    )
+
+
+def test_another_process_on_the_gpu_is_named() -> None:
+    text = told(four_layers(), OLDER_OUT_OF_MEMORY)
+    assert "asked for 1002.00 MiB; the GPU has 79.11 GiB; free 512.00 KiB" in text
+    assert "held by other processes 70.00 GiB" in text and "nvidia-smi names them" in text
+    assert "expandable_segments" not in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        NCCL_OUT_OF_MEMORY,
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "node07:11:99 [0] include/alloc.h:228 NCCL WARN Cuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_asked_for_outside_of_pytorch(text: str) -> None:
+    headline = told(four_layers(), text).splitlines()[0]
+    assert headline == "out of GPU memory (asked for outside of PyTorch: NCCL, cuBLAS, cuDNN or CUDA itself)"
+
+
+# --- collectives ---
+
+
+def test_the_rank_that_the_others_waited_for_is_named(eight: TrainConfig) -> None:
+    logs = {rank: timed_out(rank) for rank in range(8) if rank != 5}
+    logs[5] = "[NeMo I 2026-11-18 20:22:20 nemo_logging:393] Training epoch 0, iteration 12/49\nreading shard 7\n"
+    headline, missing, its_end, advice = told(eight, logs[2], 2, logs).splitlines()
+    assert headline == (
+        "NCCL time-out: ALLREDUCE of 1,259,621 elements (number 2635 of process group 0(default_pg)) did not "
+        "end within "
+        "600 s on ranks 0, 1, 2, 3, 4, 6, 7"
+    )
+    assert missing == "not reported by rank 5, for which the others may have waited: look there first"
+    assert its_end == "  rank5.out ends: reading shard 7"
+    assert "NCCL_DEBUG=INFO" in advice
+
+
+def test_a_rank_of_a_process_group_is_told_by_whose_log_it_is(eight: TrainConfig) -> None:
+    """In the message of a tensor-parallel group the ranks count from 0 in each group."""
+    logs = {
+        4: timed_out(4, group="12(TENSOR_MODEL_PARALLEL_GROUP)", group_rank=0),
+        6: timed_out(6, group="12(TENSOR_MODEL_PARALLEL_GROUP)", group_rank=2),
+    }
+    text = told(eight, logs[4], 4, logs)
+    assert "of process group 12(TENSOR_MODEL_PARALLEL_GROUP)) did not end within 600 s on ranks 4, 6" in text
+    assert "not reported by ranks 0, 1, 2, 3, 5, 7," in text and "rank0.out ends: (nothing)" in text
+
+
+def test_where_all_reported_it_the_one_behind_is_named(eight: TrainConfig) -> None:
+    logs = {rank: timed_out(rank, enqueued=2633 if rank == 3 else 2640) for rank in range(8)}
+    assert "\nrank 3 had begun fewer collectives than the others: look there first\n" in told(eight, logs[0], 0, logs)
+    alike = {rank: timed_out(rank) for rank in range(8)}
+    assert "the network or a GPU more likely than one process" in told(eight, alike[0], 0, alike)
+
+
+def test_a_rank_that_was_only_told_of_the_time_out(eight: TrainConfig) -> None:
+    """It may be the first to be ended, and it is one of those that did not report."""
+    told_of = (
+        "reading shard 7\n[rank5]:[E703 21:51:54.112142364 ProcessGroupNCCL.cpp:1987] [PG ID 0 PG GUID "
+        "0(default_pg) Rank 5] "
+        "Received a dump signal due to a collective timeout from  rank 2 and we will try our best to dump the "
+        "debug info. "
+        "Last enqueued NCCL work: 2634, last completed NCCL work: 2634.This is most likely caused by incorrect "
+        "usages of "
+        "collectives\nterminate called after throwing an instance of 'c10::DistBackendError'\n"
+    )
+    logs = {2: timed_out(2), 5: told_of}
+    text = told(eight, told_of, 5, logs)
+    assert text.startswith("NCCL time-out: ALLREDUCE") and "within 600 s on rank 2\n" in text
+    assert "rank5.out ends: reading shard 7" not in text  # after ranks 0, 1 and 3
+    all_but_5 = {rank: timed_out(rank) for rank in range(8) if rank != 5}
+    assert "  rank5.out ends: reading shard 7\n" in told(eight, told_of, 5, {**all_but_5, 5: told_of})
+
+
+def test_an_exception_that_holds_the_time_out_needs_no_log(eight: TrainConfig) -> None:
+    text = told(eight, f"DistBackendError: {timed_out(3)}", 3)
+    assert "within 600 s on rank 3\nnot reported by ranks 0, 1, 2, 4, 5, 6, 7," in text
+
+
+def test_a_watchdog_that_stands_still(eight: TrainConfig) -> None:
+    text = told(
+        eight,
+        "[rank1]:[E1111 17:10:53.1 ProcessGroupNCCL.cpp:1536] [PG ID 0 PG GUID 0(default_pg) Rank 1] "
+        "ProcessGroupNCCL's "
+        "watchdog got stuck for 480 seconds without making progress in monitoring enqueued collectives. This typically "
+        "indicates a NCCL/CUDA API (e.g., CudaEventDestroy) hang blocking the watchdog",
+        1,
+    )
+    assert text.startswith("a call of CUDA or NCCL hangs on rank 1: NCCL's watchdog stood still for 480 s\n")
+
+
+def test_many_ranks_are_counted() -> None:
+    cfg = point_of("scale=2048gpu", "data=mock")
+    logs = {rank: timed_out(rank) for rank in range(2000)}
+    text = told(cfg, logs[0], 0, logs)
+    assert "on ranks 0, 1, 2, 3, 4, 5, 6, 7 and 1992 more" in text
+    assert "not reported by ranks 2000, 2001, 2002, 2003, 2004, 2005, 2006, 2007 and 40 more" in text
+    assert len(text.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        # torch 2.4
+        "[rank0]:[E1206 18:44:12.715298746 ProcessGroupNCCL.cpp:607] [Rank 0] Watchdog caught collective operation "
+        "timeout: WorkNCCL(SeqNum=7753, OpType=_REDUCE_SCATTER_BASE, NumelIn=544997376, NumelOut=68124672, "
+        "Timeout(ms)=600000) ran for 600061 milliseconds before timing out.\n"
+        "[rank0]:[E1206 18:44:12.715588844 ProcessGroupNCCL.cpp:1664] [PG 1 Rank 0] Exception (either an error "
+        "or timeout) "
+        "detected by watchdog at work: 7753, last enqueued NCCL work: 7755, last completed NCCL work: 7752.\n",
+        # torch 2.5
+        "[rank0]:[E626 06:24:44.159932949 ProcessGroupNCCL.cpp:616] [Rank 0] Watchdog caught collective "
+        "operation timeout: "
+        "WorkNCCL(SeqNum=7753, OpType=_REDUCE_SCATTER_BASE, NumelIn=544997376, NumelOut=68124672, "
+        "Timeout(ms)=600000) ran "
+        "for 600030 milliseconds before timing out.\n"
+        "[rank0]:[E626 06:24:44.160366013 ProcessGroupNCCL.cpp:1785] [PG ID 0 PG GUID 1 Rank 0] Exception "
+        "(either an error "
+        "or timeout) detected by watchdog at work: 7753, last enqueued NCCL work: 7755, last completed NCCL "
+        "work: 7752.\n",
+    ],
+)
+def test_the_formats_of_older_versions(lines: str, eight: TrainConfig) -> None:
+    behind = {rank: lines.replace("work: 7755", "work: 7753") if rank == 6 else lines for rank in range(8)}
+    text = told(eight, lines, 0, behind)
+    assert text.startswith(
+        "NCCL time-out: _REDUCE_SCATTER_BASE of 544,997,376 elements (number 7753 of process group 1) did not end"
+    )
+    assert "\nrank 6 had begun fewer" in text
+
+
+def test_a_broken_connection_says_what_nccl_said(eight: TrainConfig) -> None:
+    headline, advice = told(eight, f"DistBackendError: {NCCL_REMOTE}").splitlines()
+    assert headline.startswith(
+        "NCCL: the connection to another rank broke: that rank ended, or the network did (ncclRemote"
+    )
+    assert "NET/IB : Got completion from peer" in headline and "NCCL_SOCKET_IFNAME" in advice
+
+
+# --- the GPU ---
+
+
+@pytest.mark.parametrize(
+    ("text", "headline"),
+    [
+        (
+            "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be",
+            "torch, Transformer Engine or another library holds no kernels for this GPU (torch 2.11.0, driver 580.1)",
+        ),
+        (
+            "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver",
+            "the GPU driver is too old for this torch: it offers CUDA 12.4 (torch 2.11.0, driver 580.1)",
+        ),
+        (
+            "CUDA error: CUDA driver version is insufficient for CUDA runtime version",
+            "the GPU driver is too old for a library's CUDA (torch 2.11.0, driver 580.1)",
+        ),
+        (
+            "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver",
+            "CUDA sees no GPU (torch 2.11.0, driver 580.1): `nvidia-smi` on that node, ",
+        ),
+        ("CUDA error: uncorrectable ECC error encountered", "the GPU's memory has an uncorrectable error"),
+        ("CUDA error: an illegal memory access was encountered", "a kernel read or wrote outside of its memory"),
+        (
+            "CUDA error: device-side assert triggered",
+            "a kernel's assertion failed: often a token id outside of the vocabulary; this model has 128,256 of them",
+        ),
+    ],
+)
+def test_cudas_own_errors(text: str, headline: str, eight: TrainConfig) -> None:
+    said = told(eight, f"AcceleratorError: {text}", software="torch 2.11.0, driver 580.1")
+    assert said.splitlines()[0].startswith(headline)
+
+
+@pytest.mark.parametrize(
+    "text", ["AssertionError: an unspecified launch failure of ours", "ValueError: no", "", "[NeMo W] NCCL 2.28"]
+)
+def test_what_is_not_known_is_left_to_its_own_words(text: str, eight: TrainConfig) -> None:
+    assert explain(Evidence(eight, 0, text, {0: text})) is None
+
+
+# --- a run folder ---
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, eight: TrainConfig) -> Path:
+    eight.stage_path = str(tmp_path)
+    path = record.new_run_dir(tmp_path / "results")
+    text = OmegaConf.to_yaml(OmegaConf.structured(eight))
+    record.create(path, config_yaml=text, command=["python", "train.py"], overrides=[], ranks=8)
+    return path
+
+
+def failed(run_dir: Path, rank: int, error: BaseException, at: float = 1.0) -> None:
+    record.write_rank_error(run_dir, rank, error)
+    path = run_dir / f"rank{rank}.error.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "time": at}))
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    found = record.read_run(run_dir)["status"]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_watchdogs_abort_is_explained_from_the_logs(run_dir: Path, eight: TrainConfig) -> None:
+    for rank in range(8):
+        record.rank_log(run_dir, rank).write_text("step 12\n" if rank == 5 else timed_out(rank))
+    # an exception that another rank had because of it
+    failed(run_dir, 5, RuntimeError("Connection closed by peer"))
+    message = point._record_failure(eight, run_dir, Outcome(2, -6, seen_at=2.0))
+    lines = message.splitlines()
+    assert lines[0].startswith("rank 2 of 8 failed: killed by SIGABRT: NCCL time-out: ALLREDUCE of 1,259,621 elements")
+    assert lines[1] == "  not reported by rank 5, for which the others may have waited: look there first"
+    assert f"the last lines of {record.rank_log(run_dir, 2)}:" in lines
+    assert status(run_dir)["state"] == "killed" and "NCCL time-out" in status(run_dir)["reason"]
+
+
+def test_an_exception_is_explained_in_the_message_and_in_the_record(run_dir: Path, eight: TrainConfig) -> None:
+    record.rank_log(run_dir, 3).write_text("Traceback (most recent call last):\n")
+    record.write_json(run_dir / record.NODE, {"packages": {"torch": "2.11.0"}, "gpus": [{"driver_version": "580.1"}]})
+    failed(run_dir, 3, RuntimeError("CUDA error: no kernel image is available for execution on the device"))
+    message = point._record_failure(eight, run_dir, Outcome(0, 1, seen_at=2.0))
+    assert message.startswith(
+        "rank 3 of 8 failed: RuntimeError: torch, Transformer Engine or another library holds no "
+    )
+    assert "(torch 2.11.0, driver 580.1)" in message
+    assert status(run_dir)["rank"] == 3
+
+
+def test_what_a_rank_refuses_is_said_as_it_stands(run_dir: Path, eight: TrainConfig) -> None:
+    record.rank_log(run_dir, 0).write_text("one\ntwo\n")
+    failed(run_dir, 0, BenchError("NVIDIA A100 has no fp8\nwhat works here: precision=bf16"))
+    message = point._record_failure(eight, run_dir, Outcome(0, 1, seen_at=2.0))
+    assert message == "rank 0 of 8 failed: NVIDIA A100 has no fp8\n  what works here: precision=bf16"
+
+
+def test_an_unknown_failure_keeps_its_words_and_its_last_lines(run_dir: Path, eight: TrainConfig) -> None:
+    record.rank_log(run_dir, 1).write_text("one\ntwo\n")
+    failed(run_dir, 1, ValueError("no such thing\nat all"))
+    message = point._record_failure(eight, run_dir, Outcome(1, 1, seen_at=2.0))
+    log = record.rank_log(run_dir, 1)
+    assert message == f"rank 1 of 8 failed: ValueError: no such thing\nthe last lines of {log}:\n  | one\n  | two"
+
+
+def test_the_kernels_kill_is_still_told(run_dir: Path, eight: TrainConfig) -> None:
+    record.rank_log(run_dir, 0).write_text("one\n")
+    assert "killed by SIGKILL (from outside, or by the kernel" in point._record_failure(
+        eight, run_dir, Outcome(0, -9, seen_at=2.0)
+    )
+
+
+def test_jobs_log_explains_a_job_that_left_no_exception(run_dir: Path, eight: TrainConfig) -> None:
+    """A rank that a signal ended in a Slurm job: which one it was, only the logs tell."""
+    for rank in range(8):
+        record.rank_log(run_dir, rank).write_text("step 12\n" if rank == 0 else timed_out(rank))
+    record.set_status(run_dir, record.Status("submitted"))
+    record.write_json(run_dir / record.EXIT, {"exit_code": 134, "ended_at": record.timestamp()})
+    shown = jobs.log_text(run_dir)
+    assert shown.startswith("NCCL time-out: ALLREDUCE") and "not reported by rank 0" in shown
+
+
+def test_missing_logs_are_no_failure(run_dir: Path, eight: TrainConfig) -> None:
+    assert diagnose(eight, run_dir, 0, None) is None
+    assert diagnose(eight, run_dir, None, None) is None
+
+
+def test_every_override_that_is_named_is_one(eight: TrainConfig) -> None:
+    text = told(four_layers(), OUT_OF_MEMORY)
+    named = re.findall(r"((?:model|trainer)\.\w+)=(\w+)", text)
+    assert len(named) > 5
+    point_of(*(f"{key}={value}" for key, value in named))  # Hydra refuses a key that there is not
