@@ -130,23 +130,27 @@ def run_all(
 ) -> None:
     """Runs every case, as many side by side as there are GPUs for, and calls `done` with the numbers of each."""
     waiting, running, free = list(cases.items()), list[Case](), list(range(gpus))
-    while waiting or running:
-        while waiting and (needed := compose(waiting[0][1], stage).trainer.devices) <= len(free):
-            name, overrides = waiting.pop(0)
-            running.append(start(name, overrides, stage, [free.pop(0) for _ in range(needed)]))
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        time.sleep(0 if pid else 0.1)
-        for case in list(running):
-            if pid in case.ranks:
-                case.ranks.discard(pid)
-                case.failed = case.failed or status != 0
-            late = time.monotonic() > case.started + timeout_s
-            if not case.ranks or case.failed or late:
-                _end(case)
-                running.remove(case)
-                free += case.gpus
-                found = {"case": case.name, "run": str(case.run_dir), **numbers(case.run_dir)}
-                done({**found, "wall_s": round(time.monotonic() - case.started, 1)})
+    try:
+        while waiting or running:
+            while waiting and (needed := compose(waiting[0][1], stage).trainer.devices) <= len(free):
+                name, overrides = waiting.pop(0)
+                running.append(start(name, overrides, stage, [free.pop(0) for _ in range(needed)]))
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            time.sleep(0 if pid else 0.1)
+            for case in list(running):
+                if pid in case.ranks:
+                    case.ranks.discard(pid)
+                    case.failed = case.failed or status != 0
+                late = time.monotonic() > case.started + timeout_s
+                if not case.ranks or case.failed or late:
+                    _end(case)
+                    running.remove(case)
+                    free += case.gpus
+                    found = {"case": case.name, "run": str(case.run_dir), **numbers(case.run_dir)}
+                    done({**found, "wall_s": round(time.monotonic() - case.started, 1)})
+    finally:
+        for case in running:
+            _end(case)
 
 
 def _end(case: Case) -> None:
