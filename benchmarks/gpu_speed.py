@@ -116,6 +116,7 @@ def _fork(run_dir: Path, environment: dict[str, str]) -> int:
     with open(record.rank_log(run_dir, int(environment["RANK"])), "wb", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))  # a test runner has others
     os.environ.update(environment)
     from nemo_bench.training import rank as rank_program
 

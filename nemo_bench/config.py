@@ -93,7 +93,6 @@ class ModelConfig:
     cross_entropy_fusion_impl: str = "te"  # Transformer Engine's kernel; native: Megatron's own
     persist_layer_norm: bool = True
     fused_single_qkv_rope: bool = False  # RoPE on queries, keys and values where they lie, without splitting them first
-    use_te_activation_func: bool = False  # SwiGLU by Transformer Engine, in place of bias_activation_fusion
     use_transformer_engine_op_fuser: bool = False  # the MLP as Transformer Engine's fused operations
     gradient_accumulation_fusion: bool = True  # the weight gradient's product adds to the gradient of the step so far
     # communication and the pipeline

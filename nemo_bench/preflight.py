@@ -338,7 +338,6 @@ def _device(cfg: TrainConfig) -> list[Problem]:
             "persist_layer_norm",
             "masked_softmax_fusion",
             "fused_single_qkv_rope",
-            "use_te_activation_func",
             "use_transformer_engine_op_fuser",
             "gradient_accumulation_fusion",
             "tp_comm_overlap",
@@ -454,6 +453,8 @@ def _performance(cfg: TrainConfig) -> list[Problem]:
         hindrances = {
             "gpu=cpu": cfg.gpu.device == "cpu",
             f"model.recompute_granularity={granularity}": granularity is not None,
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment": "expandable_segments:True"
+            in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
         }
         found += [
             Problem("model.cuda_graph_impl", m.cuda_graph_impl, f"cannot be with {name}", "the value that works: none")

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy
 from nemo import lightning as nl
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.results.record import CHECKPOINTS, last_checkpoint
+
+if not hasattr(numpy, "product"):  # numpy 2 dropped it, and megatron-core 0.15 reads checkpoints with it
+    numpy.product = numpy.prod  # type: ignore[attr-defined]
 
 
 def build_checkpoint_callback(cfg: TrainConfig, run_dir: Path) -> Any | None:

@@ -1,9 +1,8 @@
-"""Megatron's transformer layers: with Transformer Engine's modules, and without, which is what a CPU can compute.
+"""Megatron's transformer layer without Transformer Engine: what a CPU can compute.
 
-Of the latter, Megatron's own local specification refuses sequence parallelism ("not supported by torch LayerNorm"),
-because the gradients of a norm's weights are then partial sums that must be added up over the tensor-parallel ranks,
-and torch.nn.RMSNorm does not mark its weight so. This one does, with the mark Megatron's gradient finalisation looks
-for.
+Megatron's own local specification refuses sequence parallelism ("not supported by torch LayerNorm"), because the
+gradients of a norm's weights are then partial sums that must be added up over the tensor-parallel ranks, and
+torch.nn.RMSNorm does not mark its weight so. This one does, with the mark Megatron's gradient finalisation looks for.
 """
 
 from __future__ import annotations
@@ -11,21 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-
-
-def te_layer_spec(config: Any) -> ModuleSpec:
-    """Transformer Engine's layer; NeMo's own choice of it does not pass the activation function on."""
-    return get_gpt_layer_with_transformer_engine_spec(
-        qk_layernorm=config.qk_layernorm,
-        use_te_op_fuser=config.use_transformer_engine_op_fuser,
-        use_te_activation_func=config.use_te_activation_func,
-    )
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -29,10 +29,6 @@ def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
             # interleaved stages then train on what happens to lie there.
             "deallocate_pipeline_outputs": False,
         }
-    else:
-        from nemo_bench.training.layers import te_layer_spec
-
-        device_settings = {"transformer_layer_spec": te_layer_spec}
     config = Llama31Config(
         num_layers=m.num_layers,
         hidden_size=m.hidden_size,
@@ -48,8 +44,7 @@ def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
         layernorm_epsilon=m.layernorm_epsilon,
         attention_backend=AttnBackend[m.attention_backend],
         apply_rope_fusion=m.apply_rope_fusion,
-        bias_activation_fusion=m.bias_activation_fusion and not m.use_te_activation_func,
-        use_te_activation_func=m.use_te_activation_func,
+        bias_activation_fusion=m.bias_activation_fusion,
         bias_dropout_fusion=m.bias_dropout_fusion,
         masked_softmax_fusion=m.masked_softmax_fusion,
         cross_entropy_loss_fusion=m.cross_entropy_loss_fusion,
@@ -64,9 +59,11 @@ def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
         recompute_num_layers=m.recompute_num_layers,
         cuda_graph_impl=m.cuda_graph_impl,
         use_te_rng_tracker=m.cuda_graph_impl != "none",  # a graph cannot record the other one's CPU side
-        **pipeline_communication(cfg),
         **device_settings,
     )
+    for name, value in pipeline_communication(cfg).items():
+        # Not given above: Megatron checks them against the pipeline's size, which MegatronStrategy copies in later.
+        setattr(config, name, value)
     return llm.LlamaModel(config, tokenizer=tokenizer)
 
 

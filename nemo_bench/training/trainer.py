@@ -41,6 +41,9 @@ def build_strategy(cfg: TrainConfig) -> nl.MegatronStrategy:
         gradient_as_bucket_view=True,
         use_te_rng_tracker=m.cuda_graph_impl != "none",
         ckpt_async_save=False,
+        # A checkpoint that another layout can continue. With Megatron's other format its own loading of the
+        # precision-aware optimizer fails ('bool' object has no attribute 'dtype', megatron-core 0.15.3).
+        ckpt_optim_fully_reshardable=True,
         process_group_backend="nccl" if on_gpu else "gloo",
     )
 

@@ -63,7 +63,6 @@ RECIPES = {
 OPTIONS = {
     "recompute_selective": "model.recompute_granularity=selective",
     "recompute_full": "model.recompute_granularity=full model.recompute_method=uniform model.recompute_num_layers=1",
-    "te_activation": "model.use_te_activation_func=true",
     "op_fuser": "model.use_transformer_engine_op_fuser=true",
     "fused_qkv_rope": "model.fused_single_qkv_rope=true",
     "no_accumulation_fusion": "model.gradient_accumulation_fusion=false",
@@ -127,6 +126,8 @@ def train_all(stage: Path, gpus: int) -> dict[str, Trained]:
             **{name: f"scale={n}gpu {overrides}" for name, (n, overrides) in LAYOUTS.items() if n <= gpus},
         },
         "trainer.max_steps=8",
+        # Small steps: large ones drive any two runs apart, whatever their number formats.
+        *("model.optim.lr=1e-4", "model.optim.min_lr=1e-5"),
         f"checkpoint.weights_from={start}",
     )
     resumed = {"resumed": "scale=1gpu trainer.max_steps=16"}

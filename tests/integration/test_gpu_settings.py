@@ -1,0 +1,66 @@
+"""What GPU points hand to NeMo and Megatron, as far as it can be built without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nemo_bench.project import PROJECT
+
+POINTS = {
+    "70b": "scale=64gpu",
+    "70b fp8": "scale=64gpu precision=fp8",
+    "405b": "scale=576gpu model=405b",
+    "8b": "scale=8gpu model=8b",
+    "slice": "scale=1gpu model=70b_slice",
+    "slice PP2 VP2": "scale=2gpu model=70b_slice model.pipeline_model_parallel_size=2 "
+    "model.virtual_pipeline_model_parallel_size=2",
+}
+# NeMo fills the sizes in after the model's configuration was made, and Megatron checks all of it again on the GPU.
+PROGRAM = """
+import json, sys
+import hydra
+import nemo_bench.config as config
+from nemo_bench.training.model import build_model
+from nemo_bench.training.trainer import build_precision, build_strategy
+from nemo.lightning import _strategy_lib
+from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
+
+found = {}
+for name, overrides in json.loads(sys.argv[1]).items():
+    with hydra.initialize_config_dir(sys.argv[2], version_base="1.3"):
+        # This one kernel is asked for at once, of Transformer Engine.
+        cfg = config.typed(hydra.compose("train", [*overrides.split(), "model.apply_rope_fusion=false"]))
+    model, strategy = build_model(cfg, None), build_strategy(cfg)
+    _strategy_lib.set_model_parallel_attributes(model, strategy.parallelism)
+    made = update_config_with_dtype_overrides(build_precision(cfg).dtype_config, model.config)
+    made.__post_init__()
+    keys = ("defer_embedding_wgrad_compute", "wgrad_deferral_limit", "overlap_p2p_comm", "batch_p2p_comm", "fp8",
+            "fp8_param", "gradient_accumulation_fusion", "cross_entropy_fusion_impl", "recompute_granularity")
+    found[name] = {key: getattr(made, key) for key in keys} | {"bucket_size": strategy.ddp_config.bucket_size}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.train
+def test_megatron_takes_the_settings_of_every_size() -> None:
+    command = [sys.executable, "-c", PROGRAM, json.dumps(POINTS), str(PROJECT / "conf")]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name for name, made in found.items() if made["defer_embedding_wgrad_compute"]} == {
+        "70b",
+        "70b fp8",
+        "405b",
+        "slice PP2 VP2",
+    }
+    assert {name for name, made in found.items() if made["fp8_param"]} == {"70b fp8"}
+    for made in found.values():
+        assert made["gradient_accumulation_fusion"] is True
+        assert made["cross_entropy_fusion_impl"] == "te"
+        assert made["recompute_granularity"] is None
+        assert made["bucket_size"] == 128 << 20
+        assert not (made["overlap_p2p_comm"] and made["batch_p2p_comm"])
