@@ -182,6 +182,7 @@ class EntrypointConfig:
     version: str = MISSING  # default folder name under results/
     container: str = ""  # registry reference of its container image
     image: str = MISSING  # file name of its container image in the stage folder
+    program: str | None = None  # nemo_24_09: path of its program, inside the container; nemo2 is a module of ours
     env: dict[str, str] = field(default_factory=dict)  # environment of every rank
 
 

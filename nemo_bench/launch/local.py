@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.launch import lifeline
+from nemo_bench.launch import entrypoint, lifeline
 from nemo_bench.results.record import rank_log
 
 # A rank that waits in a collective ignores SIGTERM; it gets this long to write its logs all the same.
@@ -93,7 +93,7 @@ def started(cfg: TrainConfig, run_dir: Path) -> Iterator[ProcessGroup]:
             with open(rank_log(run_dir, rank), "wb") as log:
                 group.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "nemo_bench.training.rank", str(run_dir)],
+                        entrypoint.rank_command(cfg, run_dir, sys.executable),
                         env=environment,
                         stdin=subprocess.DEVNULL,
                         stdout=log,
@@ -139,7 +139,7 @@ def _rank_environment(cfg: TrainConfig, rank: int, ranks: int, port: int) -> dic
     project = str(Path(__file__).resolve().parents[2])
     inherited = os.environ.get("PYTHONPATH")
     return {
-        **cfg.entrypoint.env,
+        **entrypoint.environment(cfg),
         **os.environ,  # what the user exports wins over the recipe's environment
         **cfg.cluster.env,
         "PYTHONPATH": f"{project}{os.pathsep}{inherited}" if inherited else project,

@@ -238,6 +238,12 @@ def set_running(run_dir: Path) -> None:
     write_json(run_dir / RUN, content)
 
 
+def set_killed_with_launcher(run_dir: Path) -> None:
+    """Records that the process that launched the run is gone, unless an end is recorded already."""
+    if read_run(run_dir)["status"]["state"] == "running":
+        set_status(run_dir, Status("killed", reason="the process that launched the run was killed"))
+
+
 def _this_process() -> dict[str, Any]:
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "started": process_start(pid)}

@@ -17,16 +17,11 @@ from nemo_bench.launch import lifeline, preemption_signal
 from nemo_bench.results import record
 
 
-def _killed_with_launcher(run_dir: Path) -> None:
-    if record.read_run(run_dir)["status"]["state"] == "running":
-        record.set_status(run_dir, record.Status("killed", reason="the process that launched the run was killed"))
-
-
 def main(run_dir: Path) -> None:
     """Trains as `run_dir/config.yaml` says; an exception ends in this rank's error file and exit status 1."""
     _take_place_from_slurm()
     rank = int(os.environ["RANK"])
-    lifeline.watch(lambda: _killed_with_launcher(run_dir))
+    lifeline.watch(lambda: record.set_killed_with_launcher(run_dir))
     events = record.EventLog(run_dir, enabled=rank == 0)
     try:
         cfg = load(run_dir / record.CONFIG)

@@ -1,0 +1,50 @@
+"""One rank of a program that is not ours: `python program_rank.py RUN_FOLDER COMMAND...`.
+
+Rank 0 writes the machine's record first; then the command runs with this process's environment, its output and its exit
+status. Called by path, not as a module: inside a container the program keeps the import path that its image gives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+# In place of this file's folder, whose modules have names that others may have too.
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from nemo_bench.launch import lifeline  # noqa: E402
+from nemo_bench.results import logs, record  # noqa: E402
+
+
+class ProgramError(Exception):
+    """The program ended with an exit status; the message is what its log says last of an error."""
+
+
+def main(run_dir: Path, command: list[str]) -> int:
+    """Runs the command and returns its exit status; ends by the signal that ended it."""
+    rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
+    lifeline.watch(lambda: record.set_killed_with_launcher(run_dir))
+    if rank == 0:
+        record.write_node(run_dir)
+    status = subprocess.call(command)
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    if status:
+        record.write_rank_error(run_dir, rank, ProgramError(_last_error(record.rank_log(run_dir, rank), status)))
+    return status
+
+
+def _last_error(log: Path, status: int) -> str:
+    with contextlib.suppress(OSError):
+        if said := logs.read_log(log).last_error:
+            return said
+    return f"exit status {status}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
