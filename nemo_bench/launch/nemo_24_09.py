@@ -3,9 +3,9 @@
 The program is a Hydra application inside nvcr.io/nvidia/nemo:24.09 (NeMo 2.0.0, megatron-core 0.9.0). The run folder
 gets its whole configuration, `nemo_24_09.yaml`; the command line repeats what the recipe gave there: places, scale,
 number format. Both come from one dictionary. Values that our configuration does not hold are those of NVIDIA's 24.09
-recipe (github.com/NVIDIA/dgxc-benchmarking, llama3.1/configure.sh at commit 143b90dd) and of the files that its yaml was
-made from (github.com/NVIDIA/NeMo-Framework-Launcher, launcher_scripts/conf/training/llama/llama3_1_{8b,70b,405b}.yaml at
-commits dbdb2355, 1ab2c781, 072ecc47), Apache-2.0.
+recipe (github.com/NVIDIA/dgxc-benchmarking, llama3.1/configure.sh at commit 143b90dd) and of the files that its yaml
+was made from (github.com/NVIDIA/NeMo-Framework-Launcher, launcher_scripts/conf/training/llama/
+llama3_1_{8b,70b,405b}.yaml at commits dbdb2355, 1ab2c781, 072ecc47), Apache-2.0.
 
 What the recipe had otherwise: it mounted the dataset as /dataset, here every path is the same inside and outside of the
 container; it passed `--dependency=singleton`, which serialises a sweep; it took the bf16 user-buffer table for fp8.

@@ -57,6 +57,8 @@ _PACKAGES = (
     "megatron-core",
     "transformer-engine",
     "lightning",
+    "pytorch-lightning",
+    "apex",
     "transformers",
     "tokenizers",
     "numpy",
