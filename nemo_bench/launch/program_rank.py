@@ -28,14 +28,18 @@ def main(run_dir: Path, command: list[str]) -> int:
     """Runs the command and returns its exit status; ends by the signal that ended it."""
     rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
     lifeline.watch(lambda: record.set_killed_with_launcher(run_dir))
+    events = record.EventLog(run_dir, enabled=rank == 0)
     if rank == 0:
         record.write_node(run_dir)
+    events.write("importing")
     status = subprocess.call(command)
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     if status:
         record.write_rank_error(run_dir, rank, ProgramError(_last_error(record.rank_log(run_dir, rank), status)))
+    else:
+        events.write("done")
     return status
 
 

@@ -8,6 +8,7 @@ exit.json                 of a Slurm job: its exit status, by its batch script
 node.json                 rank 0's machine: host, devices, driver, package versions, environment without secrets
 steps.jsonl               a line a step (`step`, `loss`, `train_step_timing_s`, ...), flushed at once
 events.jsonl              a line a phase, with its time: importing, building, training, validation, done (or requeue)
+nemo_24_09.yaml           entrypoint=nemo_24_09: the whole configuration of its program, which logs in nemo/
 rank<N>.out               everything rank N printed, NeMo's own `train_step_timing in s` lines on rank 0
 rank<N>.error.json        the exception that ended rank N
 peak_rank<N>.json         the measured matrix rate, on devices without a published peak
