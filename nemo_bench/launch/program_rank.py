@@ -34,7 +34,8 @@ def main(run_dir: Path, command: list[str]) -> int:
     events.write("importing")
     status = subprocess.call(command)
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL has no other handler
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     if status:
         record.write_rank_error(run_dir, rank, ProgramError(_last_error(record.rank_log(run_dir, rank), status)))
