@@ -48,8 +48,8 @@ def srun_options(cfg: TrainConfig) -> list[str]:
 
 
 def uses_own_import_path(cfg: TrainConfig) -> bool:
-    """Whether the program brings its own PYTHONPATH and must not be given this project's."""
-    return cfg.entrypoint.name == nemo_24_09.NAME
+    """Whether the program keeps the PYTHONPATH of its image: it needs nothing of this project where there is a GPU."""
+    return cfg.entrypoint.name == nemo_24_09.NAME and cfg.gpu.device == "cuda"
 
 
 def write_files(cfg: TrainConfig, run_dir: Path) -> None:

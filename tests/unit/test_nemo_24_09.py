@@ -291,6 +291,8 @@ def test_the_container_is_the_entrypoints_and_keeps_its_own_import_path() -> Non
     assert f"--container-image={STAGE}/nvidia+nemo+24.09.sqsh" in words
     assert cfg.entrypoint.container == "nvcr.io/nvidia/nemo:24.09"
     assert "PYTHONPATH" not in slurm.rank_environment(cfg)
+    # On a CPU a module of this project stands before the program.
+    assert slurm.rank_environment(composed("scale=local", "cluster=slurm"))["PYTHONPATH"] == str(PROJECT)
     assert words[words.index("-u") - 1] == "python3"
 
 
