@@ -1,18 +1,27 @@
 # make train   sets up and runs the main job on this machine's CPU
 # make test    sets up and passes the tests
+# make test-nemo-1   trains with NeMo 1's program too (Python 3.11)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: train test lint setup clean
+.PHONY: train test test-nemo-1 lint setup clean
 
 train: $(STAMP)
 	$(BIN)/python train.py
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
+
+# NeMo 2.0.0, of the container that entrypoint=nemo_24_09 runs in, in an environment of its own.
+test-nemo-1: $(STAMP) build/nemo-1/.complete
+	NEMO_BENCH_NEMO_1=$(CURDIR)/build/nemo-1/bin/python $(BIN)/python -m pytest tests/integration/test_nemo_24_09.py
+
+build/nemo-1/.complete: tests/nemo_24_09/environment.sh tests/nemo_24_09/requirements.txt
+	tests/nemo_24_09/environment.sh build/nemo-1 $(PYTHON)
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

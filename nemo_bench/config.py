@@ -49,7 +49,9 @@ class OptimConfig:
     grad_reduce_in_fp32: bool = False  # the recipe reduces gradients in bf16
     # Adam (Transformer Engine's) reads gradients in the format they are reduced in: no fp32 copies of them. Not with
     # fp8 parameters: after the first step their layers got hardly any gradient (H200, megatron-core 0.15.3).
-    use_precision_aware_optimizer: bool = field(default=II("not:${precision.fp8_param_gather}"))
+    use_precision_aware_optimizer: bool = field(
+        default=II("precision_aware:${precision.fp8_param_gather},${model.optim.use_distributed_optimizer}")
+    )
     # With it: keep of each fp32 main weight only the 16 bits that the bf16 parameter lacks. 2 bytes a parameter less,
     # and a slower kernel.
     store_param_remainders: bool = False
@@ -218,6 +220,7 @@ class EntrypointConfig:
     version: str = MISSING  # default folder name under results/
     container: str = ""  # registry reference of its container image
     image: str = MISSING  # file name of its container image in the stage folder
+    program: str | None = None  # nemo_24_09: path of its program, inside the container; nemo2 is a module of ours
     env: dict[str, str] = field(default_factory=dict)  # environment of every rank
 
 
@@ -275,6 +278,11 @@ def weak_scaling_batch(sequences: int, per_gpus: int, num_nodes: int, devices: i
     return math.ceil(sequences * num_nodes * devices / per_gpus)
 
 
+def precision_aware(fp8_parameters: bool, distributed_optimizer: bool) -> bool:
+    """Whether Megatron's precision-aware optimizer can be used (`OptimConfig.use_precision_aware_optimizer`)."""
+    return distributed_optimizer and not fp8_parameters
+
+
 def default_stage_path() -> str:
     """`STAGE_PATH`, or `outputs` where it is not set or empty; absolute."""
     return os.path.abspath(os.environ.get("STAGE_PATH") or "outputs")
@@ -296,7 +304,7 @@ def register() -> None:
     """Makes the schema and the resolvers known to Hydra. Calling it twice does no harm."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
-    OmegaConf.register_new_resolver("not", lambda value: not value, replace=True)
+    OmegaConf.register_new_resolver("precision_aware", precision_aware, replace=True)
     OmegaConf.register_new_resolver("weak_scaling_batch", weak_scaling_batch, replace=True)
     OmegaConf.register_new_resolver("default_stage_path", default_stage_path, replace=True)
     OmegaConf.register_new_resolver("temporary_folder", temporary_folder, replace=True)

@@ -663,7 +663,8 @@ def stage_problems(cfg: TrainConfig) -> list[Problem]:
                 "cluster.container.image",
                 container.image,
                 "is not there: the container image as a squash file",
-                "`python setup_stage.py 'parts=[image]'` brings it; cluster.container=null runs bare on the nodes",
+                f"`python setup_stage.py entrypoint={cfg.entrypoint.name} 'parts=[image]'` brings it; "
+                "cluster.container=null runs bare on the nodes",
             )
         )
     stage = Path(cfg.stage_path)

@@ -23,6 +23,7 @@ from nemo_bench.launch import background
 from nemo_bench.launch.diagnosis import diagnose
 from nemo_bench.launch.point import point_name
 from nemo_bench.results import record
+from nemo_bench.results.logs import read_log
 
 # Slurm's words for a job that will run (again) without anybody's help, or runs.
 ACTIVE = (
@@ -115,7 +116,7 @@ def look(run_dirs: list[Path]) -> list[Job]:
 def _job(run_dir: Path, job: dict[str, Any], states: dict[str, str]) -> Job:
     job_id = job["id"]
     cfg = load(run_dir / record.CONFIG)
-    steps, _ = record.read_lines(run_dir / record.STEPS)
+    step, step_time_s = _last_step(run_dir)
     status = record.read_status(run_dir)
     state = states.get(job_id)
     if job_id.startswith(background.JOB_PREFIX):
@@ -131,10 +132,22 @@ def _job(run_dir: Path, job: dict[str, Any], states: dict[str, str]) -> Job:
         run_dir=run_dir,
         point=point_name(cfg),
         max_steps=cfg.trainer.max_steps,
-        steps=int(steps[-1]["step"]) + 1 if steps else 0,
-        step_time_s=float(steps[-1]["train_step_timing_s"]) if steps else None,
+        steps=step + 1,
+        step_time_s=step_time_s,
         reason=status.reason,
     )
+
+
+def _last_step(run_dir: Path) -> tuple[int, float | None]:
+    """Number and time of the last step so far; -1 before the first one."""
+    rows, _ = record.read_lines(run_dir / record.STEPS)
+    if rows:
+        return int(rows[-1]["step"]), float(rows[-1]["train_step_timing_s"])
+    try:
+        log = read_log(record.rank_log(run_dir, 0))  # of a program that writes no record of ours
+    except OSError:
+        return -1, None
+    return (log.step[-1], log.time_s[-1]) if log.step else (-1, None)
 
 
 def table(jobs: list[Job]) -> Any:

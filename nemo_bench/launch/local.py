@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.launch import lifeline
+from nemo_bench.launch import entrypoint, lifeline
 from nemo_bench.project import python_path
 from nemo_bench.results.record import rank_log
 
@@ -94,7 +94,7 @@ def started(cfg: TrainConfig, run_dir: Path) -> Iterator[ProcessGroup]:
             with open(rank_log(run_dir, rank), "wb") as log:
                 group.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "nemo_bench.training.rank", str(run_dir)],
+                        entrypoint.rank_command(cfg, run_dir, sys.executable),
                         env=environment,
                         stdin=subprocess.DEVNULL,
                         stdout=log,
@@ -138,7 +138,7 @@ def termination_raises() -> Iterator[None]:
 
 def _rank_environment(cfg: TrainConfig, rank: int, ranks: int, port: int) -> dict[str, str]:
     return {
-        **cfg.entrypoint.env,
+        **entrypoint.environment(cfg),
         **os.environ,  # what the user exports wins over the recipe's environment
         **cfg.cluster.env,
         "PYTHONPATH": python_path(os.environ.get("PYTHONPATH")),

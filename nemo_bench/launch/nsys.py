@@ -20,7 +20,7 @@ from nemo_bench.results.record import PROFILE
 VARIABLE = "NEMO_BENCH_UNDER_NSYS"
 
 
-def command(profile: ProfileConfig, run_dir: Path, rank: int) -> list[str]:
+def command(profile: ProfileConfig, run_dir: Path, rank: int | str) -> list[str]:
     """`nsys profile` and its options; it writes `<run>/profile/rank<N>.nsys-rep`."""
     return [
         "nsys",

@@ -22,6 +22,7 @@ from nemo_bench.config import (
     world_size,
 )
 from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.launch import entrypoint
 from nemo_bench.launch.diagnosis import diagnose
 from nemo_bench.preflight import ConfigurationRefused, configuration_problems, machine_problems
 from nemo_bench.profile_checks import profile_plan
@@ -44,15 +45,19 @@ def run_point(raw: DictConfig) -> None:
     """
     cfg = absolute_paths(typed(raw))
     dry = cfg.launch is Launch.dry
-    problems = configuration_problems(cfg)
+    problems = configuration_problems(cfg) + entrypoint.problems(cfg)
     if not dry and cfg.cluster.scheduler == "none":
-        problems += machine_problems(cfg)
+        problems += machine_problems(cfg) + entrypoint.machine_problems(cfg)
     if problems:
         raise ConfigurationRefused(problems)
     if dry:
         print(plan(cfg))
-        print(f"  each rank  {shlex.join([sys.executable, '-m', 'nemo_bench.training.rank', '<run>'])}")
-        print("             " + " ".join(f"{key}={shlex.quote(value)}" for key, value in cfg.entrypoint.env.items()))
+        run_dir = results_dir(cfg) / "<run>"
+        print(f"  each rank  {shlex.join(entrypoint.rank_command(cfg, run_dir, sys.executable))}")
+        environment = entrypoint.environment(cfg)
+        print("             " + " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items()))
+        if files := entrypoint.files(cfg, run_dir):
+            print(files)
         print("launch=dry: nothing was started.")
         return
     if cfg.cluster.scheduler != "none":
@@ -139,6 +144,7 @@ def execute(cfg: TrainConfig, run_dir: Path, tick: Callable[[], None]) -> None:
     """
     from nemo_bench.launch import local
 
+    entrypoint.write_files(cfg, run_dir)
     try:
         with local.termination_raises(), local.started(cfg, run_dir) as group:
             outcome = local.wait(group, tick)

@@ -25,6 +25,7 @@ from typing import Any
 
 from nemo_bench.config import ClusterConfig, TrainConfig, gpus_per_node, world_size
 from nemo_bench.errors import BenchError
+from nemo_bench.launch import entrypoint
 from nemo_bench.project import PROJECT, python_path
 from nemo_bench.results.record import EXIT, REQUEUE
 
@@ -144,6 +145,7 @@ def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
         f"--output={run_dir}/rank%t.out",
         "--open-mode=append",
         "--unbuffered",
+        *entrypoint.srun_options(cfg),
     ]
     if c.cpus_per_task is not None:
         command.append(f"--cpus-per-task={c.cpus_per_task}")  # srun does not inherit it
@@ -158,7 +160,7 @@ def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
             command.append("--no-container-mount-home")
         # By default the image's own values win over those of the job.
         command.append(f"--container-env={','.join(rank_environment(cfg))}")
-    return [*command, *c.srun_args, python, "-u", "-m", "nemo_bench.training.rank", str(run_dir)]
+    return [*command, *c.srun_args, *entrypoint.rank_command(cfg, run_dir, python)]
 
 
 def _mounted_paths(cfg: TrainConfig) -> list[str]:
@@ -174,7 +176,8 @@ def _mounted_paths(cfg: TrainConfig) -> list[str]:
 
 def rank_environment(cfg: TrainConfig) -> dict[str, str]:
     """Environment of every rank, besides what Slurm sets."""
-    return {**cfg.entrypoint.env, **cfg.cluster.env, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"}
+    path = {} if entrypoint.uses_own_import_path(cfg) else {"PYTHONPATH": str(PROJECT)}
+    return {**entrypoint.environment(cfg), **cfg.cluster.env, **path, "PYTHONUNBUFFERED": "1"}
 
 
 def batch_script(cfg: TrainConfig, run_dir: Path) -> str:

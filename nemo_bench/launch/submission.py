@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_bench.config import Launch, TrainConfig, typed, world_size
 from nemo_bench.errors import BenchError
 from nemo_bench.files import dated_name
-from nemo_bench.launch import slurm
+from nemo_bench.launch import entrypoint, slurm
 from nemo_bench.launch.point import absolute_paths, plan, point_name, prepare_data, results_dir
 from nemo_bench.preflight import Problem, configuration_problems, machine_problems, stage_problems
 from nemo_bench.results import record
@@ -90,7 +90,7 @@ def submit_points(points: list[Point], *, wait: bool, to_slurm: bool) -> None:
 
 
 def _problems(cfg: TrainConfig, *, dry: bool, to_slurm: bool) -> list[Problem]:
-    found = configuration_problems(cfg)
+    found = configuration_problems(cfg) + entrypoint.problems(cfg)
     if (cfg.cluster.scheduler == "slurm") != to_slurm:
         found.append(
             Problem(
@@ -107,7 +107,9 @@ def _problems(cfg: TrainConfig, *, dry: bool, to_slurm: bool) -> list[Problem]:
     # launch=dry also serves to plan on a laptop, where no stage folder and no GPU is.
     if dry:
         return found
-    return found + (stage_problems(cfg) if to_slurm else machine_problems(cfg))
+    if to_slurm:
+        return found + stage_problems(cfg)
+    return found + machine_problems(cfg) + entrypoint.machine_problems(cfg)
 
 
 def _all_problems(problems: dict[str, list[Problem]], points: int) -> str:
@@ -132,6 +134,8 @@ def _print_dry(point: Point, cfg: TrainConfig) -> None:
     if cfg.cluster.scheduler == "slurm":
         script = slurm.batch_script(cfg, run_dir)
         print(script)
+        if files := entrypoint.files(cfg, run_dir):
+            print(files)
         if slurm.have_sbatch():
             answer = slurm.test_only(script)
             print(f"sbatch --test-only: {'accepted' if answer.accepted else 'REFUSED'}: {answer.message}")
@@ -196,6 +200,7 @@ def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> Submitt
         BenchError: the scheduler refused.
     """
     try:
+        entrypoint.write_files(cfg, run_dir)
         job_id = slurm.submit(slurm.batch_script(cfg, run_dir), slurm.job_name(cfg), run_dir)
     except BenchError as error:
         record.set_status(run_dir, record.Status("failed", reason=str(error).splitlines()[0]))

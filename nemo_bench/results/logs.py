@@ -7,6 +7,8 @@ Read are the lines that carry `train_step_timing`:
       Epoch 0: : 100%|...| 100/100 [20:15<00:00, reduced_train_loss=6.370, global_step=99.00, consumed_samples=12800.0,
       train_step_timing in s=11.20]
 
+  which shows three digits; at the end all times are listed with two decimals, `train_step_timing in s: [11.31, ...]`;
+
 * NeMo 2's line a step::
 
       Training epoch 0, iteration 49/49 | lr: 0.0003 | global_batch_size: 8 | global_step: 49 |
@@ -59,6 +61,7 @@ _BAR = re.compile(r"\| *(\d{1,12})/(\d{1,12}) \[")
 _LABEL = re.compile(r"\s*(?:(\d{1,6}):|\[?rank[ :]?(\d{1,6})\]?:|\[default(\d{1,6})\]:)\s*$")
 _NUMBER = r"[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|nan|inf)"
 _FIELD = re.compile(rf"([A-Za-z]\w*(?: in s)?) *[:=] *({_NUMBER})(?=[\s,|\]]|$)")
+_ALL_TIMES = re.compile(rf"{_TIMING}: \[({_NUMBER}(?:, {_NUMBER})*)\]")
 _EXPONENT = re.compile(rb"[0-9]e[+-]?[0-9]")
 _STRAGGLER = re.compile(r"StragglerId\(rank=(\d{1,6})\b")
 _REACHED = re.compile(r"`?Trainer\.fit`? stopped: `?max_steps=(\d{1,12})`? reached")
@@ -208,6 +211,7 @@ class _Reader:
         self.series: dict[int | None, StepSeries] = {}  # by rank; None: lines without a label
         self.template: _Template | None = None
         self.unreadable = 0
+        self.all_times: list[float] = []  # as NeMo 1 lists them at the end
         self.progress: tuple[int, int] | None = None
         self.bar = False
         self.bar_offset: int | None = None  # 1: a bar counts finished steps, and shows step 99 at 100/100
@@ -386,6 +390,10 @@ class _Reader:
 
     def _steps(self, line: str, cut_off: bool) -> None:
         """Reads a line with at least one step; ranks that share a file may put several into it."""
+        if f"{_TIMING}: [" in line:
+            listed = _ALL_TIMES.search(line)
+            self.all_times = [float(text) for text in listed[1].split(",")] if listed else []
+            return
         starts = list(_START.finditer(line))
         edges = [start.start() for start in starts] or [0]
         for i, (begin, end) in enumerate(zip(edges, [*edges[1:], len(line)])):
@@ -475,7 +483,7 @@ class _Reader:
         return Log(
             size_bytes=size_bytes,
             step=tuple(series.steps),
-            time_s=tuple(series.times),
+            time_s=tuple(_finer(series.times, self.all_times)),
             loss=tuple(series.losses),
             grad_norm=tuple(series.norms),
             paused=series.paused,
@@ -501,6 +509,16 @@ def _ascending(numbers: list[int]) -> bool:
     """Whether each is as much more than the one before."""
     stride = numbers[1] - numbers[0] if len(numbers) > 1 else 1
     return stride > 0 and numbers == list(range(numbers[0], numbers[0] + stride * len(numbers), stride))
+
+
+def _finer(shown: list[float], listed: list[float]) -> list[float]:
+    """A bar's times, three digits each, with the two decimals of NeMo 1's list where those say more.
+
+    The list must be of the same steps: as many, and equal as far as the bar shows them.
+    """
+    if len(listed) != len(shown) or any(abs(a - b) > 0.006 + 0.006 * b for a, b in zip(listed, shown)):
+        return shown
+    return [fine if coarse >= 10 else coarse for coarse, fine in zip(shown, listed)]
 
 
 def _rounded(text: str) -> bool:

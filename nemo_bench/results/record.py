@@ -9,6 +9,7 @@ node.json                 rank 0's machine: host, devices, driver, package versi
 steps.jsonl               a line a step (`step`, `loss`, `train_step_timing_s`, ...), flushed at once
 events.jsonl              a line a phase, with its time: importing, building, training, validation, profile, done, ...
 ranks.json                what each rank's device did, gathered after the last step (devices.py)
+nemo_24_09.yaml           entrypoint=nemo_24_09: the whole configuration of its program, which logs in nemo/
 rank<N>.out               everything rank N printed, NeMo's own `train_step_timing in s` lines on rank 0
 rank<N>.error.json        the exception that ended rank N
 peak_rank<N>.json         the measured matrix rate, on devices without a published peak
@@ -63,6 +64,8 @@ _PACKAGES = (
     "megatron-core",
     "transformer-engine",
     "lightning",
+    "pytorch-lightning",
+    "apex",
     "transformers",
     "tokenizers",
     "numpy",
@@ -241,6 +244,12 @@ def set_running(run_dir: Path) -> None:
     content["launcher"] = _this_process()
     content["status"] = asdict(Status("running"))
     write_json(run_dir / RUN, content)
+
+
+def set_killed_with_launcher(run_dir: Path) -> None:
+    """Records that the process that launched the run is gone, unless an end is recorded already."""
+    if read_run(run_dir)["status"]["state"] == "running":
+        set_status(run_dir, Status("killed", reason="the process that launched the run was killed"))
 
 
 def _this_process() -> dict[str, Any]:

@@ -222,7 +222,12 @@ def _load_run(run_dir: Path, total_tokens: float | None) -> Run:
     if not series.steps and log is not None and log.step:
         # Other entrypoints write no steps.jsonl; what they print is in the rank's log.
         series = _series_of(log)
-        warnings.append("the steps are read from the log: four digits each")
+        if (config.get("entrypoint") or {}).get("name") == "nemo_24_09":
+            warnings.append(
+                "each step time is the mean of that step and the four before it: the recipe's setting of NeMo"
+            )
+        else:
+            warnings.append("the steps are read from the log: four digits each")
         warnings += _log_warnings(log)
     peaks = _peaks(run_dir)
     peak, peak_source = _peak(config["gpu"], precision, peaks)

@@ -18,11 +18,6 @@ from nemo_bench.launch import lifeline, nsys, preemption_signal
 from nemo_bench.results import record
 
 
-def _killed_with_launcher(run_dir: Path) -> None:
-    if record.read_run(run_dir)["status"]["state"] == "running":
-        record.set_status(run_dir, record.Status("killed", reason="the process that launched the run was killed"))
-
-
 def main(run_dir: Path) -> None:
     """Trains as `run_dir/config.yaml` says; an exception ends in this rank's error file and exit status 1."""
     _take_place_from_slurm()
@@ -36,7 +31,7 @@ def main(run_dir: Path) -> None:
             preemption_signal.listen()
         # After listen(): what is blocked stays blocked in nsys, which Slurm's warning would end. Before any thread.
         nsys.wrap(cfg.profile, run_dir, rank)
-        lifeline.watch(lambda: _killed_with_launcher(run_dir))
+        lifeline.watch(lambda: record.set_killed_with_launcher(run_dir))
         if rank == 0:
             record.write_node(run_dir)
         events.write("importing")

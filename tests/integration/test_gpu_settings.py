@@ -35,8 +35,10 @@ for name, overrides in json.loads(sys.argv[1]).items():
         # This one kernel is asked for at once, of Transformer Engine.
         cfg = config.typed(hydra.compose("train", [*overrides.split(), "model.apply_rope_fusion=false"]))
     model, strategy = build_model(cfg, None), build_strategy(cfg)
+    precision = build_precision(cfg)
+    strategy._precision_plugin = precision  # Lightning's trainer connects the two
     _strategy_lib.set_model_parallel_attributes(model, strategy.parallelism)
-    made = update_config_with_dtype_overrides(build_precision(cfg).dtype_config, model.config)
+    made = update_config_with_dtype_overrides(precision.dtype_config, model.config)
     made.__post_init__()
     keys = ("defer_embedding_wgrad_compute", "wgrad_deferral_limit", "overlap_p2p_comm", "batch_p2p_comm", "fp8",
             "fp8_param", "gradient_accumulation_fusion", "cross_entropy_fusion_impl", "recompute_granularity")

@@ -384,3 +384,42 @@ def test_the_corpus_reads_the_same_in_small_blocks(
     monkeypatch.setattr(logs, "BLOCK_BYTES", block_bytes)
     # NaN is not equal to itself
     assert repr(read_log(path)) == repr(whole)
+
+
+NEMO_1_LIST = (
+    "[NeMo I 2024-10-20 10:00:00 perf_metrics:0] train_step_timing in s: [40.12, 13.24, 11.41, 11.18]\n"
+    "[NeMo I 2024-10-20 10:00:00 perf_metrics:0] TFLOPs per sec per GPU=696.12\n"
+)
+
+
+def nemo_1_log(tmp_path: Path, shown: list[str], listed: str) -> Log:
+    bars = [
+        f"Epoch 0: : {25 * done}%|█| {done}/4 [00:10<00:07, reduced_train_loss=6.000, global_step={done - 1}.000, "
+        f"consumed_samples={128 * done}.0, train_step_timing in s={time}]"
+        for done, time in enumerate(shown, start=1)
+    ]
+    (tmp_path / "job.out").write_text("\r".join(bars) + "`Trainer.fit` stopped: `max_steps=4` reached.\n" + listed)
+    return read_log(tmp_path / "job.out")
+
+
+def test_nemo_1_shows_three_digits_and_lists_two_decimals_at_the_end(tmp_path: Path) -> None:
+    log = nemo_1_log(tmp_path, ["40.10", "13.20", "11.40", "11.20"], NEMO_1_LIST)
+    assert log.time_s == (40.12, 13.24, 11.41, 11.18)
+    assert (log.unreadable, log.max_steps, log.step) == (0, 4, (0, 1, 2, 3))
+
+
+def test_times_below_ten_seconds_stay_as_shown(tmp_path: Path) -> None:
+    log = nemo_1_log(
+        tmp_path,
+        ["1.230", "0.774", "0.893", "0.800"],
+        NEMO_1_LIST.replace("40.12, 13.24, 11.41, 11.18", "1.23, 0.77, 0.89, 0.8"),
+    )
+    assert log.time_s == (1.23, 0.774, 0.893, 0.8)
+
+
+@pytest.mark.parametrize("times", ["40.12, 13.24, 11.41", "40.12, 13.24, 11.41, 12.9", "a, b, c, d"])
+def test_a_list_of_other_steps_is_no_help(times: str, tmp_path: Path) -> None:
+    listed = NEMO_1_LIST.replace("40.12, 13.24, 11.41, 11.18", times)
+    log = nemo_1_log(tmp_path, ["40.10", "13.20", "11.40", "11.20"], listed)
+    assert log.time_s == (40.1, 13.2, 11.4, 11.2)
+    assert log.unreadable == 0

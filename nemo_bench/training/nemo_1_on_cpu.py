@@ -1,0 +1,67 @@
+"""NeMo 1's program on a machine without GPU: `python -m nemo_bench.training.nemo_1_on_cpu PROGRAM ARGUMENTS`.
+
+Answers for the missing device (cpu_device.py) and for what NeMo 2.0.0 and megatron-core 0.9 import without asking
+whether it is there: Apex and Transformer Engine. The program itself runs unchanged.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from typing import Any
+
+from nemo_bench.training import cpu_device
+
+
+def main() -> None:
+    """Runs the program named by the first argument as `__main__`."""
+    cpu_device.install()
+    # NeMo compares it with versions of NVIDIA's container, and fails where there is none; this is nemo:24.09's.
+    os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "24.07")
+    _do_without_apex_and_transformer_engine()
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _do_without_apex_and_transformer_engine() -> None:
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
+    from nemo.collections.nlp.models import nlp_model
+    from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
+    from nemo.collections.nlp.modules.common.megatron import build_model, utils
+    from nemo.collections.nlp.parts import nlp_overrides
+
+    from nemo_bench.training.layers import RMSNorm
+
+    # The strategy asks for Apex, and its optimizers use it; a CPU takes megatron-core's, which does without.
+    nlp_overrides.HAVE_APEX = True
+    # megatron-core's distributed optimizer works with torch's Adam too.
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    # Two functions of Apex, the first a copy of megatron-core's, that are imported together with the rest of it.
+    build_model.set_defaults_if_not_set_tensor_model_parallel_attributes = (
+        set_defaults_if_not_set_tensor_model_parallel_attributes
+    )
+    utils.listify_model = lambda model: model if isinstance(model, list) else [model]
+    # The norms, whose weights do not decay.
+    utils.FusedLayerNorm = utils.FastLayerNorm = utils.MixedFusedRMSNorm = RMSNorm
+    # Every NeMo model lists the BERT models, whose layers are Transformer Engine's.
+    nlp_model.get_megatron_pretrained_bert_models = list
+    # The table of layer specifications is built whole before one is chosen.
+    megatron_gpt_model.get_specs = _local_specification
+
+
+def _local_specification(name: str, config: Any, *_: Any) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    from nemo_bench.training.layers import RMSNorm
+
+    layer = get_gpt_layer_local_spec()
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""`entrypoint=nemo_24_09` through a real Slurm; what stands in is the program alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_bench.results import record
+from nemo_bench.results.runs import load_run
+
+from .cluster import SlurmCluster
+from .test_submission import SHARED, Scripts
+
+PROGRAM = Path(__file__).parent / "nemo_1_program.py"
+POINT = (
+    *("entrypoint=nemo_24_09", f"entrypoint.program={PROGRAM}", "model=8b", "scale=8gpu", "data=mock"),
+    *("trainer.num_nodes=2", "trainer.devices=2", "model.global_batch_size=8", "trainer.max_steps=20"),
+)
+
+
+@pytest.fixture
+def scripts(slurm: SlurmCluster, tmp_path: Path) -> Scripts:
+    stage = tmp_path / "a stage's = $HOME"
+    stage.mkdir()
+    return Scripts(slurm, stage)
+
+
+def test_a_job_leaves_a_run_folder_like_any_other(scripts: Scripts) -> None:
+    shown = scripts.submit(*POINT, *SHARED, "hydra.launcher.wait=true")
+    assert "all 1 jobs completed" in shown and "step 20/20" in shown
+    _, run_dir = scripts.last()
+    assert run_dir.parent == scripts.stage / "results" / "24.09" / "bf16" / "8b" / "4"
+    assert sorted(path.name for path in run_dir.glob("rank*")) == [f"rank{rank}.out" for rank in range(4)]
+    assert json.loads((run_dir / "node.json").read_text())["environment"]["SLURM_NTASKS"] == "4"
+    run = load_run(run_dir)
+    assert run.final and run.times is not None and run.times.median_s == 11.18
+    assert (run.model, run.precision, run.gpus, run.entrypoint, run.version) == ("8b", "bf16", 4, "nemo_24_09", "24.09")
+    assert any("the mean of that step and the four before it" in warning for warning in run.warnings)
+    assert "20/20" in scripts.jobs() and "COMPLETED" in scripts.jobs()
+
+
+def test_the_failing_rank_is_named_with_its_error(scripts: Scripts, slurm: SlurmCluster) -> None:
+    scripts.submit(*POINT, *SHARED, "+cluster.env={FAIL_RANK: '2'}")
+    job_id, run_dir = scripts.last()
+    assert slurm.wait_for_end(job_id) == "FAILED"
+    status = record.read_status(run_dir)
+    assert (status.state, status.rank) == ("failed", 2)
+    assert status.reason is not None and "ValueError: no user buffers on n" in status.reason
+    assert "ValueError: no user buffers" in scripts.jobs("log", job_id)
+
+
+def test_resubmitted_it_has_its_configuration_again(scripts: Scripts, slurm: SlurmCluster) -> None:
+    scripts.submit(*POINT, *SHARED, "cluster.partition=closed")
+    job_id, run_dir = scripts.last()
+    scripts.jobs("cancel", job_id)
+    again = scripts.jobs("resubmit", job_id).split()[1].rstrip(":")
+    (new,) = {path.parent for path in scripts.stage.glob("results/**/run.json")} - {run_dir}
+    old_text = (run_dir / "nemo_24_09.yaml").read_text()
+    assert (new / "nemo_24_09.yaml").read_text() == old_text.replace(run_dir.name, new.name)
+    scripts.jobs("cancel", again)

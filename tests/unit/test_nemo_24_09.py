@@ -1,0 +1,371 @@
+"""entrypoint=nemo_24_09: its NeMo 1 configuration against what NeMo 2.0.0 knows, its command line, its batch script.
+
+`NEMO_BENCH_WRITE_GOLDEN=1 pytest tests/unit/test_nemo_24_09.py` writes the golden files anew; read the diff.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_bench.config import TrainConfig, typed
+from nemo_bench.launch import entrypoint, nemo_24_09, slurm
+from nemo_bench.launch.point import absolute_paths
+from nemo_bench.preflight import configuration_problems
+
+PROJECT = Path(__file__).resolve().parents[2]
+GOLDEN = PROJECT / "tests" / "golden"
+SCHEMA: dict[str, Any] = yaml.safe_load((PROJECT / "tests" / "nemo_24_09" / "schema.yaml").read_text())
+STAGE = "/lustre/nemo"
+GPUS = (64, 128, 256, 512, 1024, 2048)
+POINTS = [
+    *(f"llama31_70b_{precision}_64gpu" for precision in ("bf16", "fp8")),
+    *(f"llama31_8b_{precision}_8gpu" for precision in ("bf16", "fp8")),
+    *(f"llama31_405b_{precision}_{gpus}gpu" for precision, gpus in product(("bf16", "fp8"), (32, 96, 192, 576))),
+]
+# Keys that NeMo's own files do not name, and why they are given all the same.
+NOT_IN_NEMO = {
+    "run.results_dir": "the recipe's; read by nobody, printed at the top of the log",
+}
+# Transformer Engine's own, in NVIDIA's tables.
+USER_BUFFERS = {
+    "method": {"bulk", "ring_exchange", "pipeline"},
+    "num_sm": range(1, 33),
+    "cga_size": {2},
+    "set_sm_margin": {0, 1},
+    "num_splits": {4},
+    "aggregate": {0, 1},
+    "fp8_buf": {0, 1},
+    "atomic_gemm": {0},
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "SBATCH_")):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("GSW_VERSION", raising=False)
+    monkeypatch.setenv("STAGE_PATH", STAGE)
+
+
+def composed(*overrides: str) -> TrainConfig:
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        return absolute_paths(typed(compose("train", ["entrypoint=nemo_24_09", *overrides])))
+
+
+def run_dir(cfg: TrainConfig) -> Path:
+    gpus = str(cfg.trainer.num_nodes * cfg.trainer.devices)
+    return Path(STAGE, "results", "24.09", cfg.precision.name, cfg.model.name, gpus, "20261122-120000-abcd")
+
+
+def nemo(*overrides: str) -> dict[str, Any]:
+    cfg = composed(*overrides)
+    assert configuration_problems(cfg) + entrypoint.problems(cfg) == []
+    return nemo_24_09.configuration(cfg, run_dir(cfg))
+
+
+def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and f"{prefix}{key}" != "model.ub_tp_comm_overlap_cfg":
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def unknown(content: dict[str, Any]) -> list[str]:
+    """Keys that neither NeMo 2.0.0 nor what it hands them on to has."""
+    example, read = SCHEMA["example"], SCHEMA["read"]
+    known = set(NOT_IN_NEMO)
+    known |= {f"run.{key}" for key in read["run"]}
+    known |= {f"trainer.{key}" for key in SCHEMA["trainer"]}
+    for key, inner in SCHEMA["exp_manager"].items():
+        known |= {f"exp_manager.{key}"} | {f"exp_manager.{key}.{name}" for name in inner or ()}
+    known |= {f"model.{key}" for key in (*example["model"], *read["model"], *SCHEMA["megatron"])}
+    for section in ("tokenizer", "data", "nsys_profile", "optim"):
+        known |= {f"model.{section}.{key}" for key in (*example["model"][section], *read[section])}
+    known |= {f"model.optim.{key}" for key in SCHEMA["apex_adam"]}
+    known |= {f"model.optim.sched.{key}" for key in SCHEMA["scheduler"]}
+    return [key for key, _ in leaves(content) if key not in known]
+
+
+CONFIGURATIONS = [
+    *([f"experiment={name}"] for name in POINTS),
+    ["scale=local"],
+    ["scale=8gpu", "model=8b", "data=mock"],
+    ["scale=64gpu", "model.optim.use_distributed_optimizer=false", "model.optim.overlap_param_gather=false"],
+]
+
+
+@pytest.mark.parametrize("overrides", CONFIGURATIONS, ids=" ".join)
+def test_nemo_knows_every_key_and_what_it_holds(overrides: list[str]) -> None:
+    content = nemo(*overrides)
+    assert unknown(content) == []
+    defaults = {key: value for key, value in leaves(SCHEMA["example"]) if isinstance(value, (bool, int, float))}
+    for key, value in leaves(content):
+        if (default := defaults.get(key)) is not None and value is not None:
+            assert isinstance(value, bool) == isinstance(default, bool), key
+            assert isinstance(value, (int, float)), key
+    for product_name, entry in (content["model"]["ub_tp_comm_overlap_cfg"] or {}).items():
+        assert product_name.rpartition("_")[2] in ("fprop", "dgrad", "wgrad")
+        for key, value in entry.items():
+            assert value in USER_BUFFERS[key], (product_name, key)
+
+
+def test_a_key_that_nemo_does_not_know_is_found() -> None:
+    content = nemo("scale=64gpu")
+    content["model"]["optim"]["overlap_grad_reduce"] = True  # NeMo 2's name
+    content["trainer"]["replace_sampler_ddp"] = False  # an older Lightning's
+    assert unknown(content) == ["trainer.replace_sampler_ddp", "model.optim.overlap_grad_reduce"]
+
+
+@pytest.mark.parametrize(("precision", "gpus"), list(product(("bf16", "fp8"), GPUS)))
+def test_the_recipes_70b(precision: str, gpus: int) -> None:
+    content = nemo(f"precision={precision}", f"scale={gpus}gpu")
+    trainer, model, fp8 = content["trainer"], content["model"], precision == "fp8"
+    assert (trainer["num_nodes"], trainer["devices"], trainer["max_steps"]) == (gpus // 8, 8, 50)
+    assert (trainer["val_check_interval"], trainer["limit_val_batches"], trainer["num_sanity_val_steps"]) == (50, 1, 0)
+    assert trainer["precision"] == "bf16-mixed"
+    sizes = ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context")
+    assert [model[f"{size}_parallel_size"] for size in sizes] == [4, 4, 5, 2]
+    assert model["global_batch_size"] == gpus // 8 * 16
+    assert (model["micro_batch_size"], model["num_layers"], model["hidden_size"]) == (1, 80, 8192)
+    assert (model["ffn_hidden_size"], model["num_attention_heads"], model["num_query_groups"]) == (28672, 64, 8)
+    assert [model[name] for name in ("fp8", "fp8_hybrid", "fp8_params", "fp8_e4m3")] == [fp8, fp8, fp8, False]
+    assert (model["fp8_amax_history_len"], model["fp8_amax_compute_algo"], model["fp8_margin"]) == (1024, "max", 0)
+    assert model["sequence_parallel"] and model["ub_tp_comm_overlap"] and model["overlap_p2p_comm"]
+    assert not model["batch_p2p_comm"]
+    assert model["defer_embedding_wgrad_compute"] and model["wgrad_deferral_limit"] == 22
+    assert model["ub_tp_comm_overlap_cfg"]["proj_fprop"].get("fp8_buf") == (1 if fp8 else None)
+    assert model["gc_interval"] == 25
+    assert content["exp_manager"]["step_timing_kwargs"]["sync_cuda"]
+    assert not content["exp_manager"]["create_checkpoint_callback"]
+    optim = model["optim"]
+    assert optim["name"] == "distributed_fused_adam"
+    assert (optim["lr"], optim["weight_decay"], optim["betas"]) == (3e-4, 0.1, [0.9, 0.95])
+    assert (optim["overlap_grad_sync"], optim["overlap_param_sync"], optim["grad_sync_dtype"]) == (True, True, "bf16")
+    assert optim["sched"] == {"name": "CosineAnnealing", "warmup_steps": 2000, "constant_steps": 0, "min_lr": 3e-5}
+    data = model["data"]
+    prefix = f"{STAGE}/llama3.1-dataset/my-llama_0"
+    assert data["data_prefix"] == [0.5, f"{prefix}0_text_document", 0.5, f"{prefix}1_text_document"]
+    assert data["index_mapping_dir"] == f"{STAGE}/index_mapping"
+    assert model["tokenizer"]["type"] == f"{STAGE}/llama3.1-dataset/llama"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "layers", "pp", "vp", "batch"),
+    [(32, 7, 1, None, 126), (96, 21, 3, 7, 126), (192, 42, 3, 7, 252), (576, 126, 9, 7, 252)],
+)
+def test_the_recipes_405b(gpus: int, layers: int, pp: int, vp: int | None, batch: int) -> None:
+    cfg = composed(f"experiment=llama31_405b_fp8_{gpus}gpu")
+    model = nemo_24_09.configuration(cfg, run_dir(cfg))["model"]
+    assert (model["num_layers"], model["global_batch_size"]) == (layers, batch)
+    assert (model["pipeline_model_parallel_size"], model["virtual_pipeline_model_parallel_size"]) == (pp, vp)
+    assert (model["tensor_model_parallel_size"], model["context_parallel_size"]) == (8, 2)
+    # Deferral and overlapped sends are of a pipeline, and Megatron refuses them without one.
+    assert model["defer_embedding_wgrad_compute"] == (pp > 1)
+    assert model["overlap_p2p_comm"] == (vp is not None)
+    assert model["wgrad_deferral_limit"] == 50
+    assert model["data"]["data_impl"] == "mock" and model["data"]["data_prefix"] == []
+    # Random tokens bring no vocabulary: the configured one is laid out all the same.
+    assert model["override_vocab_size"] == 129024
+    assert slurm.rank_environment(cfg)["NCCL_P2P_NET_CHUNKSIZE"] == "262144"
+
+
+def test_the_8b_has_no_tensor_parallel_overlap() -> None:
+    model = nemo("experiment=llama31_8b_bf16_8gpu")["model"]
+    assert (model["ub_tp_comm_overlap"], model["ub_tp_comm_overlap_cfg"], model["overlap_p2p_comm"]) == (
+        False,
+        None,
+        False,
+    )
+    assert model["context_parallel_size"] == 2
+
+
+AWKWARD = [
+    "a b",
+    "a=b,c",
+    "it's",
+    'say "hi"',
+    "$HOME",
+    "${oc.env:HOME}",
+    "\\${x}",
+    "größe",
+    "[x]{y}",
+    "a\\",
+    "x: y # z",
+    "~!@%&*()",
+]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_any_path_survives_yaml_shell_and_hydras_grammar(name: str, tmp_path: Path) -> None:
+    cfg = composed("scale=64gpu")
+    folder = tmp_path / name / "run"
+    folder.mkdir(parents=True)
+    cfg.stage_path = str(tmp_path / name)
+    cfg.data.tokenizer = f"{cfg.stage_path}/tokenizer"
+    cfg.data.paths = [f"{cfg.stage_path}/{part}" for part in ("one", "two")]
+    entrypoint.write_files(cfg, folder)
+    expected = nemo_24_09.configuration(cfg, folder)
+    # The file alone, and the command line as a shell takes it apart and NeMo's Hydra reads it.
+    loaded = OmegaConf.load(folder / nemo_24_09.CONFIG_FILE)
+    assert OmegaConf.to_container(loaded, resolve=True) == expected
+    script = slurm.batch_script(cfg, folder)
+    (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    shown = subprocess.run(["bash", "-c", f"set -- {line}\nprintf '%s\\0' \"$@\""], capture_output=True, check=True)
+    words = shown.stdout.decode().split("\0")[:-1]
+    assert cfg.entrypoint.program is not None
+    at = words.index(cfg.entrypoint.program)
+    assert words[at + 1] == f"--config-path={folder}" and words[at + 2] == "--config-name=nemo_24_09.yaml"
+    with initialize_config_dir(str(folder), version_base=None):
+        again = compose("nemo_24_09", words[at + 3 :])
+    assert OmegaConf.to_container(again, resolve=True) == expected
+
+
+def test_the_programs_own_command_line_reads_it_back(tmp_path: Path) -> None:
+    folder = tmp_path / 'it\'s a $HOME, "größe"=${oc.env:HOME} [x]'
+    folder.mkdir()
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import hydra\nfrom omegaconf import OmegaConf\n"
+        "@hydra.main(config_path='conf', config_name='megatron_gpt_config', version_base='1.3')\n"
+        "def main(cfg):\n    OmegaConf.save(cfg, 'read.yaml', resolve=True)\nmain()\n"
+    )
+    cfg = composed("scale=64gpu")
+    cfg.stage_path, cfg.entrypoint.program = str(folder), str(program)
+    entrypoint.write_files(cfg, folder)
+    # As NeMo's hydra_runner calls it.
+    extra = ["hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=."]
+    subprocess.run([*nemo_24_09.command(cfg, folder, sys.executable), *extra], cwd=tmp_path, check=True)
+    assert yaml.safe_load((tmp_path / "read.yaml").read_text()) == nemo_24_09.configuration(cfg, folder)
+
+
+def test_the_command_line_changes_what_the_file_says(tmp_path: Path) -> None:
+    cfg = composed("scale=64gpu")
+    entrypoint.write_files(cfg, tmp_path)
+    larger = composed("scale=128gpu", "precision=fp8", "trainer.max_steps=20")
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        content = compose("nemo_24_09", nemo_24_09.overrides(larger, tmp_path))
+    assert (content.trainer.num_nodes, content.trainer.max_steps, content.trainer.val_check_interval) == (16, 20, 20)
+    assert (content.model.global_batch_size, content.model.fp8, content.model.fp8_params) == (256, True, True)
+
+
+@pytest.mark.parametrize("gpus", [64, 2048])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_script_and_configuration_are_the_golden_ones(
+    gpus: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_ACCOUNT", "account_name")
+    monkeypatch.setenv("SLURM_PARTITION", "batch")
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
+    cfg = composed(f"scale={gpus}gpu", f"precision={precision}")
+    texts = {"sbatch": slurm.batch_script(cfg, run_dir(cfg)), "yaml": nemo_24_09.yaml_text(cfg, run_dir(cfg))}
+    for suffix, text in texts.items():
+        text = text.replace(str(PROJECT), "/home/user/nemo-bench")
+        golden = GOLDEN / f"nemo_24_09_70b_{precision}_{gpus}gpu.{suffix}"
+        if os.environ.get("NEMO_BENCH_WRITE_GOLDEN"):
+            golden.write_text(text)
+        assert text == golden.read_text()
+
+
+def words_of(script: str) -> list[str]:
+    (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    return shlex.split(line)
+
+
+def test_the_container_is_the_entrypoints_and_keeps_its_own_import_path() -> None:
+    cfg = composed("scale=64gpu")
+    words = words_of(slurm.batch_script(cfg, run_dir(cfg)))
+    assert f"--container-image={STAGE}/nvidia+nemo+24.09.sqsh" in words
+    assert cfg.entrypoint.container == "nvcr.io/nvidia/nemo:24.09"
+    assert "PYTHONPATH" not in slurm.rank_environment(cfg)
+    # On a CPU a module of this project stands before the program.
+    assert slurm.rank_environment(composed("scale=local", "cluster=slurm"))["PYTHONPATH"] == str(PROJECT)
+    assert words[words.index("-u") - 1] == "python3"
+
+
+def test_attention_is_chosen_by_the_environment() -> None:
+    def chosen(*overrides: str) -> tuple[str | None, ...]:
+        environment = slurm.rank_environment(composed("scale=64gpu", *overrides))
+        return tuple(environment.get(f"NVTE_{name}_ATTN") for name in ("FLASH", "FUSED"))
+
+    assert chosen() == ("0", "1")  # the recipe's
+    assert chosen("model.attention_backend=flash") == ("1", "0")
+    assert chosen("model.attention_backend=unfused") == ("0", "0")
+    assert chosen("model.attention_backend=auto") == (None, None)
+
+
+def test_user_buffers_meet_through_mpi() -> None:
+    assert "--mpi=pmix" in words_of(slurm.batch_script(composed("scale=64gpu"), Path("/run")))
+    eight = composed("scale=8gpu", "model=8b")
+    assert "--mpi=pmix" not in words_of(slurm.batch_script(eight, Path("/run")))
+    other = words_of(slurm.batch_script(composed("scale=64gpu", "cluster.srun_args=['--mpi=pmi2']"), Path("/run")))
+    assert other.index("--mpi=pmi2") > other.index("--mpi=pmix")  # srun takes the last
+
+
+def test_a_profile_is_nsys_on_its_ranks_around_the_steps(tmp_path: Path) -> None:
+    cfg = composed("scale=64gpu", "profile=nsys", "profile.start_step=20", "profile.end_step=22", "profile.ranks=[0,8]")
+    block = nemo_24_09.configuration(cfg, tmp_path)["model"]["nsys_profile"]
+    assert block == {"enabled": True, "start_step": 20, "end_step": 22, "ranks": [0, 8], "gen_shape": False}
+    assert set(block) == set(SCHEMA["example"]["model"]["nsys_profile"])
+    words = entrypoint.rank_command(cfg, tmp_path, "python3")
+    at = words.index("--on-ranks")
+    assert words[at + 1 : at + 4] == ["0,8", "nsys", "profile"]
+    assert f"--output={tmp_path}/profile/rank{{rank}}" in words[at : words.index("--")]
+    assert words[words.index("--") + 1] == "python3"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "fix"),
+    [
+        (["scale=64gpu", "precision=fp8", "precision.fp8_recipe=tensorwise"], "precision.fp8_recipe", "delayed"),
+        (["scale=64gpu", "precision=fp8", "precision.fp8=e5m2"], "precision.fp8", "hybrid, e4m3"),
+        (["scale=64gpu", "checkpoint.every_n_steps=10"], "checkpoint.every_n_steps", "entrypoint=nemo2"),
+        (["scale=64gpu", "checkpoint.resume_from=/x"], "checkpoint.resume_from", "null"),
+        (["scale=64gpu", "model.attention_backend=local"], "model.attention_backend", "fused, flash, unfused, auto"),
+        (["scale=local", "data=mock"], "model.vocab_size", "4096"),
+        (["scale=64gpu", "entrypoint.program=null"], "entrypoint.program", "megatron_gpt_pretraining.py"),
+        (["scale=64gpu", "entrypoint.name=nemo_3"], "entrypoint.name", "nemo2, nemo_24_09"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(overrides: list[str], key: str, fix: str) -> None:
+    (problem,) = entrypoint.problems(composed(*overrides))
+    assert problem.key == key and fix in problem.fix
+
+
+def test_a_program_that_is_not_here_is_refused_here() -> None:
+    (problem,) = entrypoint.machine_problems(composed("scale=local"))
+    assert problem.key == "entrypoint.program" and "cluster=slurm" in problem.fix
+    assert entrypoint.machine_problems(composed("scale=local", f"entrypoint.program='{__file__}'")) == []
+
+
+def test_a_dry_sweep_prints_each_points_script_configuration_and_command() -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "train.py", "entrypoint=nemo_24_09", "hydra/launcher=submitit_slurm", "launch=dry"),
+            *("precision=bf16,fp8", f"scale={','.join(f'{gpus}gpu' for gpus in GPUS)}"),
+        ],
+        cwd=PROJECT,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("#!/bin/bash") == 12
+    assert done.stdout.count("/<run>/nemo_24_09.yaml\n") == 12
+    assert done.stdout.count("program_rank.py") == 12
+    for gpus in GPUS:
+        assert done.stdout.count(f"#SBATCH --nodes={gpus // 8}\n") == 2
+        assert done.stdout.count(f"  global_batch_size: {gpus * 2}\n") == 2

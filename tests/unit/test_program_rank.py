@@ -1,0 +1,86 @@
+"""The process around each rank of a program that is not ours: record, exit status, signals, and its launcher's end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_bench.launch import lifeline
+from nemo_bench.results import record
+
+WRAPPER = Path(record.__file__).parents[1] / "launch" / "program_rank.py"
+
+
+def wrapped(run_dir: Path, script: str, rank: str = "0") -> subprocess.Popen[bytes]:
+    # -S: no installed packages, as in a container that has none of ours.
+    return subprocess.Popen(
+        [sys.executable, "-S", str(WRAPPER), str(run_dir), "/bin/sh", "-c", script],
+        env={"PATH": os.environ["PATH"], "SLURM_PROCID": rank},
+    )
+
+
+def test_rank_0_records_its_machine_and_the_programs_phases(tmp_path: Path) -> None:
+    assert wrapped(tmp_path, "exit 0").wait(60) == 0
+    assert json.loads((tmp_path / "node.json").read_text())["python"].startswith("3.")
+    events, _ = record.read_lines(tmp_path / record.EVENTS)
+    assert [event["event"] for event in events] == ["importing", "done"]
+
+
+def test_another_rank_writes_nothing(tmp_path: Path) -> None:
+    assert wrapped(tmp_path, "exit 0", rank="3").wait(60) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_exit_status_and_the_last_error_of_the_log_are_kept(tmp_path: Path) -> None:
+    record.rank_log(tmp_path, 2).write_text("ImportError: no apex\nValueError: bad table\nbye\n")
+    assert wrapped(tmp_path, "exit 7", rank="2").wait(60) == 7
+    (error,) = record.read_rank_errors(tmp_path)
+    assert (error["rank"], error["type"], error["message"]) == (2, "ProgramError", "ValueError: bad table")
+
+
+def test_without_a_log_the_status_is_named(tmp_path: Path) -> None:
+    assert wrapped(tmp_path, "exit 7", rank="1").wait(60) == 7
+    (error,) = record.read_rank_errors(tmp_path)
+    assert error["message"] == "exit status 7"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_it_ends_by_the_signal_that_ended_the_program(number: signal.Signals, tmp_path: Path) -> None:
+    assert wrapped(tmp_path, f"kill -{number.value} $$", rank="1").wait(60) == -number
+
+
+def test_program_and_wrapper_end_with_the_launching_process(tmp_path: Path) -> None:
+    record.create(tmp_path, config_yaml="{}\n", command=["train.py"], overrides=[], ranks=1)
+    read_fd, write_fd = os.pipe()
+    started = subprocess.Popen(
+        [sys.executable, str(WRAPPER), str(tmp_path), "/bin/sh", "-c", "echo up; sleep 600"],
+        env={**os.environ, "RANK": "0", lifeline.VARIABLE: str(read_fd)},
+        stdout=subprocess.PIPE,
+        pass_fds=[read_fd],
+        start_new_session=True,
+    )
+    assert started.stdout is not None and started.stdout.readline() == b"up\n"
+    os.close(read_fd)
+    os.close(write_fd)
+    assert started.wait(60) == -signal.SIGKILL
+    assert started.stdout.read() == b""  # its end: the program, which held the other side, is gone too
+    assert record.read_status(tmp_path).state == "killed"
+
+
+def test_a_profiler_stands_in_front_of_the_program_on_its_ranks_alone(tmp_path: Path) -> None:
+    profiler = ["--on-ranks", "0,8", "/bin/sh", "-c", 'echo "rank {rank}"; exec "$@"', "sh", "--"]
+    for rank, printed in ((8, b"rank 8\nprogram\n"), (1, b"program\n")):
+        done = subprocess.run(
+            [sys.executable, "-S", str(WRAPPER), str(tmp_path), *profiler, "/bin/echo", "program"],
+            env={"PATH": os.environ["PATH"], "SLURM_PROCID": str(rank)},
+            capture_output=True,
+            check=True,
+        )
+        assert done.stdout == printed
+    assert (tmp_path / record.PROFILE).is_dir()
