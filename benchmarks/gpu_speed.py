@@ -208,13 +208,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
 
+    given = OmegaConf.to_container(OmegaConf.load(HERE / "gpu_speed.yaml"))
+    assert isinstance(given, dict)
     cases = {
-        str(name): case["overrides"].split()
-        for name, case in OmegaConf.to_container(OmegaConf.load(HERE / "gpu_speed.yaml")).items()  # type: ignore[union-attr]
-        if case["gpus"] == options.gpus and re.search(options.only, str(name))
+        name: [f"scale={options.gpus}gpu", *given["common"].split(), *case["overrides"].split()]
+        for name, case in given["cases"].items()
+        if case["gpus"] == options.gpus and re.search(options.only, name)
     }
     if options.case:
         cases = {name: overrides.split() for name, _, overrides in (case.partition(":") for case in options.case)}
+    if not cases:
+        sys.exit(f"no case of gpu_speed.yaml is for {options.gpus} GPUs and matches {options.only!r}")
     stage = options.output.absolute()
     stage.mkdir(parents=True, exist_ok=True)
     checked = {name: [*overrides, *options.override] for name, overrides in cases.items()}

@@ -51,7 +51,7 @@ _KERNELS = (
     ),
     # Before GEMM: FlashAttention 3 is a cutlass::device_kernel.
     (
-        r"sdpa|flash|fmha|attention|attn|thd_|mha_",
+        r"sdpa|flash|fmha|attention|attn|thd_|mha_|compute_dot_do_o|convert_dq_to",
         ATTENTION,
         "cuDNN, FlashAttention, and what joins context-parallel parts",
     ),

@@ -105,10 +105,13 @@ def changed_sizes(run: Run) -> dict[str, int]:
 
 
 def _choice(group: str, name: str) -> dict[str, Any]:
+    """A file of a configuration group, over the files of the group that it starts from."""
     content = OmegaConf.load(_CONF / group / f"{name}.yaml")
     plain = OmegaConf.to_container(content, resolve=False)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    own = {str(key): value for key, value in plain.items()}
+    started_from = [_choice(group, above) for above in own.pop("defaults", []) if above != "_self_"]
+    return {key: value for each in [*started_from, own] for key, value in each.items()}
 
 
 def check(given: Given) -> None:

@@ -152,3 +152,25 @@ def test_a_quoted_path_is_read_as_it_was(path: str) -> None:
 
 def test_a_plain_path_is_not_quoted() -> None:
     assert config.quoted_path(Path("/data/my-llama_00")) == "/data/my-llama_00"
+
+
+def test_every_case_of_the_gpu_benchmark_passes_the_checks() -> None:
+    content = OmegaConf.to_container(OmegaConf.load(PROJECT / "benchmarks" / "gpu_speed.yaml"))
+    assert isinstance(content, dict)
+    for name, case in content["cases"].items():
+        cfg = composed(f"scale={case['gpus']}gpu", *content["common"].split(), *case["overrides"].split())
+        assert configuration_problems(cfg) == [], name
+        assert config.world_size(cfg) == case["gpus"]
+
+
+def test_a_slice_is_the_70b_but_for_its_layers_and_layout() -> None:
+    whole, part = vars(composed("scale=64gpu").model), vars(composed("scale=1gpu", "model=70b_slice").model)
+    assert {key for key in whole if whole[key] != part[key]} == {
+        "name",
+        "num_layers",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "context_parallel_size",
+        "global_batch_size",
+    }

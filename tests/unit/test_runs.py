@@ -305,7 +305,7 @@ def test_a_straggling_rank_of_a_log() -> None:
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        (Given(model="7b"), "model=7b.*valid: 405b, 70b, 8b, tiny"),
+        (Given(model="7b"), "model=7b.*valid: 405b, 70b, 70b_slice, 8b, tiny"),
         (Given(gpu="v100"), "gpu=v100.*h100"),
         (Given(precision="int8"), "precision=int8.*bf16"),
         (Given(gpus=0), "gpus=0: must be at least 1"),
