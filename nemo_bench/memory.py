@@ -97,11 +97,11 @@ def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, floa
     # In fp8 a weight is kept twice, as it is and transposed; beside its bf16 self unless the parameter itself is fp8.
     weight = (2 if not in_fp8 or not p.fp8_param_gather else 0) + (2 if in_fp8 else 0)
     main, step = 4, 0 if o.grad_reduce_in_fp32 else 4  # the step reads gradients in fp32
-    moments = 8
-    if o.use_precision_aware_optimizer:
-        # Gradients are read as they are, and of a main weight only what its bf16 weight lacks may be kept.
+    moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (o.exp_avg_dtype, o.exp_avg_sq_dtype))
+    if o.use_precision_aware_optimizer and (p.fp8 is None or p.fp8_recipe == "delayed"):
+        # Gradients are read as they are, and of a main weight only what its bf16 weight lacks may be kept. With other
+        # fp8 recipes megatron-core takes its usual way.
         main, step = (2 if o.store_param_remainders else 4), 0
-        moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (o.exp_avg_dtype, o.exp_avg_sq_dtype))
     elif in_fp8 and p.fp8_param_gather:
         step += 2  # all main weights in bf16 at once, on their way to fp8
     return weight, gradient, (main + moments) * share, step * share
