@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +68,87 @@ def test_megatron_takes_the_settings_of_every_size() -> None:
         assert made["recompute_granularity"] is None
         assert made["bucket_size"] == 128 << 20
         assert not (made["overlap_p2p_comm"] and made["batch_p2p_comm"])
+
+
+# Transformer Engine's product as its documentation has it, for what stands around it; the real one runs in tests/gpu.
+GENERAL_GEMM = """
+def general_gemm(A, B, *, layout, grad, accumulate, out, out_dtype, use_split_accumulator):
+    assert layout == "NT" and grad and accumulate and out_dtype == out.dtype
+    out += (B.float().T @ A.float()).to(out.dtype)
+"""
+FUSION = """
+import sys
+import torch
+from nemo_bench.training import weight_gradient
+print(weight_gradient.install())
+if len(sys.argv) > 1:
+    import fused_weight_gradient_mlp_cuda as fused
+    tokens, inputs, outputs = 6, 4, 3
+    total_input, grad_output = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
+    for name in ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16"):
+        main_grad = torch.ones(outputs, inputs)
+        getattr(fused, name)(total_input, grad_output, main_grad)
+        assert torch.allclose(main_grad, 1 + grad_output.T @ total_input)
+"""
+
+
+def fusion(path: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{path}"}
+    command = [sys.executable, "-c", FUSION, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_gradient_accumulation_fusion_is_apexs_or_transformer_engines_or_missing(tmp_path: Path) -> None:
+    assert fusion(tmp_path) == "none"
+    engine = tmp_path / "transformer_engine" / "pytorch"
+    engine.mkdir(parents=True)
+    for package in (engine.parent, engine):
+        (package / "__init__.py").touch()
+    (engine / "cpp_extensions.py").write_text(GENERAL_GEMM)
+    assert fusion(tmp_path, "multiply") == "transformer_engine"
+    (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
+    assert fusion(tmp_path) == "apex"
+
+
+CAST = """
+from nemo_bench.training import fp8_weights
+
+class Float8Quantizer:
+    columnwise_usage = True
+    def set_usage(self, *, columnwise):
+        self.columnwise_usage = columnwise
+
+class Float8BlockQuantizer(Float8Quantizer):
+    pass
+
+class Parameter:
+    def __init__(self, quantizer):
+        self.quantizer = quantizer
+    def _get_quantizer(self):
+        return self.quantizer
+
+seen = []
+def cast(model_params, main_params, start_offsets, group):
+    seen.append([param.quantizer.columnwise_usage for param in model_params])
+    if group == "broken":
+        raise RuntimeError("broken")
+
+fp8_weights._original = cast
+fp8_weights.install()
+params = [Parameter(Float8Quantizer()), Parameter(Float8BlockQuantizer())]
+fp8_weights.distrib_optimizer.quantize_param_shard(params, [], [], "group")
+try:
+    fp8_weights.distrib_optimizer.quantize_param_shard(params, [], [], "broken")
+except RuntimeError:
+    pass
+print(seen, [param.quantizer.columnwise_usage for param in params])
+"""
+
+
+@pytest.mark.train
+def test_fp8_parameters_are_cast_without_a_transposed_copy_and_keep_their_use() -> None:
+    done = subprocess.run([sys.executable, "-c", CAST], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "[[False, True], [False, True]] [True, True]"
