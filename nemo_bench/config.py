@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import II, MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nemo_bench.errors import BenchError
 
@@ -49,9 +49,7 @@ class OptimConfig:
     grad_reduce_in_fp32: bool = False  # the recipe reduces gradients in bf16
     # Adam (Transformer Engine's) reads gradients in the format they are reduced in: no fp32 copies of them. Not with
     # fp8 parameters: after the first step their layers got hardly any gradient (H200, megatron-core 0.15.3).
-    use_precision_aware_optimizer: bool = field(
-        default=II("precision_aware:${precision.fp8_param_gather},${model.optim.use_distributed_optimizer}")
-    )
+    use_precision_aware_optimizer: bool | None = None  # null: where it can be, see precision_aware_optimizer()
     # With it: keep of each fp32 main weight only the 16 bits that the bf16 parameter lacks. 2 bytes a parameter less,
     # and a slower kernel.
     store_param_remainders: bool = False
@@ -278,11 +276,6 @@ def weak_scaling_batch(sequences: int, per_gpus: int, num_nodes: int, devices: i
     return math.ceil(sequences * num_nodes * devices / per_gpus)
 
 
-def precision_aware(fp8_parameters: bool, distributed_optimizer: bool) -> bool:
-    """Whether Megatron's precision-aware optimizer can be used (`OptimConfig.use_precision_aware_optimizer`)."""
-    return distributed_optimizer and not fp8_parameters
-
-
 def default_stage_path() -> str:
     """`STAGE_PATH`, or `outputs` where it is not set or empty; absolute."""
     return os.path.abspath(os.environ.get("STAGE_PATH") or "outputs")
@@ -304,7 +297,6 @@ def register() -> None:
     """Makes the schema and the resolvers known to Hydra. Calling it twice does no harm."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
-    OmegaConf.register_new_resolver("precision_aware", precision_aware, replace=True)
     OmegaConf.register_new_resolver("weak_scaling_batch", weak_scaling_batch, replace=True)
     OmegaConf.register_new_resolver("default_stage_path", default_stage_path, replace=True)
     OmegaConf.register_new_resolver("temporary_folder", temporary_folder, replace=True)
@@ -376,6 +368,14 @@ def data_parallel_size(cfg: TrainConfig) -> int:
 def num_micro_batches(cfg: TrainConfig) -> int:
     """Micro-batches each copy of the model works through in a step (gradient accumulation, GA)."""
     return cfg.model.global_batch_size // (cfg.model.micro_batch_size * data_parallel_size(cfg))
+
+
+def precision_aware_optimizer(cfg: TrainConfig) -> bool:
+    """Whether Adam reads gradients in the format they are reduced in (`optim.use_precision_aware_optimizer`)."""
+    o = cfg.model.optim
+    if o.use_precision_aware_optimizer is not None:
+        return o.use_precision_aware_optimizer
+    return cfg.gpu.device == "cuda" and o.use_distributed_optimizer and not cfg.precision.fp8_param_gather
 
 
 def padded_vocab_size(cfg: TrainConfig) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nemo_bench.config import TrainConfig, num_micro_batches, padded_vocab_size, world_size
+from nemo_bench.config import TrainConfig, num_micro_batches, padded_vocab_size, precision_aware_optimizer, world_size
 
 GIB = 1 << 30
 
@@ -98,7 +98,7 @@ def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, floa
     weight = (2 if not in_fp8 or not p.fp8_param_gather else 0) + (2 if in_fp8 else 0)
     main, step = 4, 0 if o.grad_reduce_in_fp32 else 4  # the step reads gradients in fp32
     moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (o.exp_avg_dtype, o.exp_avg_sq_dtype))
-    if o.use_precision_aware_optimizer and (p.fp8 is None or p.fp8_recipe == "delayed"):
+    if precision_aware_optimizer(cfg) and (p.fp8 is None or p.fp8_recipe == "delayed"):
         # Gradients are read as they are, and of a main weight only what its bf16 weight lacks may be kept. With other
         # fp8 recipes megatron-core takes its usual way.
         main, step = (2 if o.store_param_remainders else 4), 0

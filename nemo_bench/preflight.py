@@ -20,6 +20,7 @@ from nemo_bench.config import (
     gpus_per_node,
     model_parallel_size,
     num_micro_batches,
+    precision_aware_optimizer,
     world_size,
 )
 from nemo_bench.errors import BenchError
@@ -464,7 +465,7 @@ def _performance(cfg: TrainConfig) -> list[Problem]:
     for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
         value = getattr(m.optim, name)
         found += _one_of(f"model.optim.{name}", value, ("fp32", "bf16"), "number format of a moment")
-        if value == "bf16" and not m.optim.use_precision_aware_optimizer:
+        if value == "bf16" and not precision_aware_optimizer(cfg):
             found.append(
                 Problem(
                     f"model.optim.{name}",
