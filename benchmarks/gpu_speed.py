@@ -35,21 +35,32 @@ sys.path.insert(0, str(PROJECT))
 
 from omegaconf import OmegaConf  # noqa: E402
 
-from nemo_bench.config import TrainConfig, typed, world_size  # noqa: E402
+from nemo_bench.config import TrainConfig, quoted_path, typed, world_size  # noqa: E402
 from nemo_bench.errors import BenchError  # noqa: E402
-from nemo_bench.launch import local, point  # noqa: E402
+from nemo_bench.launch import lifeline, local, point  # noqa: E402
 from nemo_bench.preflight import ConfigurationRefused, configuration_problems, machine_problems  # noqa: E402
 from nemo_bench.results import record  # noqa: E402
 from nemo_bench.results.summary import summarise  # noqa: E402
 
 
 def compose(overrides: list[str], stage: Path) -> TrainConfig:
-    """A case's configuration, checked as train.py checks it."""
-    import hydra
+    """A case's configuration, checked as train.py checks it.
 
-    with hydra.initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        raw = hydra.compose("train", [*overrides, f"stage_path={stage}", "results_version=gpu_speed"])
-    cfg = point.absolute_paths(typed(raw))
+    Raises:
+        BenchError: it cannot be composed, or run in forked ranks.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with hydra.initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+            raw = hydra.compose("train", [*overrides, f"stage_path={quoted_path(stage)}", "results_version=gpu_speed"])
+        cfg = point.absolute_paths(typed(raw))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise BenchError(f"{' '.join(overrides)}\n  {error}") from None
+    if cfg.entrypoint.name != "nemo2" or cfg.profile.kind == "nsys":
+        raise BenchError("ranks are forked from NeMo 2: no other entrypoint and no nsys here; train.py runs them")
     if problems := configuration_problems(cfg) + machine_problems(cfg):
         raise ConfigurationRefused(problems)
     return cfg
@@ -73,6 +84,9 @@ def preload(environment: dict[str, str]) -> None:
 
     if torch.cuda.is_initialized():
         raise SystemExit("an import has initialised CUDA: ranks cannot be forked from here")
+
+
+_LIFELINE = os.pipe()
 
 
 @dataclass
@@ -112,6 +126,8 @@ def _fork(run_dir: Path, environment: dict[str, str]) -> int:
     pid = os.fork()
     if pid:
         return pid
+    os.close(_LIFELINE[1])  # the benchmark alone holds that end: ranks see it go, however it goes
+    environment[lifeline.VARIABLE] = str(_LIFELINE[0])
     os.setsid()
     with open(record.rank_log(run_dir, int(environment["RANK"])), "wb", buffering=0) as log:
         os.dup2(log.fileno(), 1)
@@ -218,18 +234,22 @@ def main() -> None:
     if options.case:
         cases = {name: overrides.split() for name, _, overrides in (case.partition(":") for case in options.case)}
     if not cases:
-        sys.exit(f"no case of gpu_speed.yaml is for {options.gpus} GPUs and matches {options.only!r}")
+        parser.error(f"no case of gpu_speed.yaml is for {options.gpus} GPUs and matches {options.only!r}")
     stage = options.output.absolute()
     stage.mkdir(parents=True, exist_ok=True)
     checked = {name: [*overrides, *options.override] for name, overrides in cases.items()}
+    gpus = options.side_by_side or options.gpus
     try:
         composed = [compose(case, stage) for case in checked.values()]
     except BenchError as error:
-        sys.exit(str(error))
+        parser.error(str(error))
+    if needed := [name for name, cfg in zip(checked, composed) if cfg.trainer.devices > gpus]:
+        parser.error(f"{', '.join(needed)}: more GPUs than --gpus or --side-by-side give ({gpus})")
+    given_environment = dict(os.environ)  # of the programs beside ours, which what ours imports must not change
 
     results: dict[str, Any] = {"command": " ".join(sys.argv), "cases": []}
     if not options.no_matrix_rate:
-        results["matrix_rate_before"] = script("matrix_rate.py")
+        results["matrix_rate_before"] = script("matrix_rate.py", environment=given_environment)
     started = time.monotonic()
     preload(composed[0].entrypoint.env)
     print(f"imports: {time.monotonic() - started:.0f} s", flush=True)
@@ -239,9 +259,13 @@ def main() -> None:
         print(json.dumps({key: value for key, value in found.items() if key != "run"}), flush=True)
         (stage / "gpu_speed.json").write_text(json.dumps(results, indent=2) + "\n")
 
-    run_all(checked, stage, options.side_by_side or options.gpus, options.timeout, done)
+    try:
+        with local.termination_raises():
+            run_all(checked, stage, gpus, options.timeout, done)
+    except local.Terminated as ended:
+        sys.exit(128 + ended.signum)
     if options.peers:
-        peers = {**os.environ, "PYTHONPATH": options.peers_path}
+        peers = given_environment | ({"PYTHONPATH": options.peers_path} if options.peers_path else {})
         for name, program, precision in (
             ("torchtitan bf16", "torchtitan_slice.py", "bf16"),
             ("torchtitan fp8", "torchtitan_slice.py", "fp8"),
@@ -251,7 +275,7 @@ def main() -> None:
             results.setdefault("peers", []).append(found)
             print(json.dumps(found)[:600], flush=True)
     if not options.no_matrix_rate:
-        results["matrix_rate_after"] = script("matrix_rate.py")
+        results["matrix_rate_after"] = script("matrix_rate.py", environment=given_environment)
     (stage / "gpu_speed.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

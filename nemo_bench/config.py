@@ -96,7 +96,9 @@ class ModelConfig:
     use_transformer_engine_op_fuser: bool = False  # the MLP as Transformer Engine's fused operations
     gradient_accumulation_fusion: bool = True  # the weight gradient's product adds to the gradient of the step so far
     # communication and the pipeline
-    defer_embedding_wgrad_compute: bool = True  # the output layer's weight gradients fill the bubble at a step's end
+    # The output layer's weight gradients fill the bubble at a step's end; null: where they are right, see
+    # defers_embedding_wgrad(); true: as the recipe has it.
+    defer_embedding_wgrad_compute: bool | None = None
     wgrad_deferral_limit: int = 22  # micro-batches deferred at most; 0: all
     tp_comm_overlap: bool = False  # tensor-parallel communication under the matrix products (user buffers)
     # NeMo's table of user buffers: a name, auto (the one made for these sizes) or null (Transformer Engine's defaults)
@@ -368,6 +370,21 @@ def data_parallel_size(cfg: TrainConfig) -> int:
 def num_micro_batches(cfg: TrainConfig) -> int:
     """Micro-batches each copy of the model works through in a step (gradient accumulation, GA)."""
     return cfg.model.global_batch_size // (cfg.model.micro_batch_size * data_parallel_size(cfg))
+
+
+def defers_embedding_wgrad(cfg: TrainConfig) -> bool:
+    """Whether the output layer's weight gradients wait for the end of a step (`defer_embedding_wgrad_compute`).
+
+    There must be a bubble, and the fusion that Megatron asks for. And where gradients are reduced over several ranks
+    while the backward pass goes on, megatron-core begins the reduction before it adds what was deferred
+    (github.com/NVIDIA/Megatron-LM/issues/1012): each rank then keeps its own share of it. The recipe's timing has it;
+    `true` measures that.
+    """
+    m, wanted = cfg.model, cfg.model.defer_embedding_wgrad_compute
+    if m.pipeline_model_parallel_size == 1 or not m.gradient_accumulation_fusion:
+        return False
+    reduced_meanwhile = m.optim.overlap_grad_reduce and data_parallel_size(cfg) * m.context_parallel_size > 1
+    return not reduced_meanwhile if wanted is None else wanted
 
 
 def precision_aware_optimizer(cfg: TrainConfig) -> bool:

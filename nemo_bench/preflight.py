@@ -455,7 +455,7 @@ def _performance(cfg: TrainConfig) -> list[Problem]:
             "gpu=cpu": cfg.gpu.device == "cpu",
             f"model.recompute_granularity={granularity}": granularity is not None,
             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment": "expandable_segments:True"
-            in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+            in (cfg.entrypoint.env | dict(os.environ) | cfg.cluster.env).get("PYTORCH_CUDA_ALLOC_CONF", ""),
         }
         found += [
             Problem("model.cuda_graph_impl", m.cuda_graph_impl, f"cannot be with {name}", "the value that works: none")
@@ -492,6 +492,15 @@ def _performance(cfg: TrainConfig) -> list[Problem]:
                 "the value that works: false; or model.sequence_parallel=true",
             )
         )
+    elif m.tp_comm_overlap and m.tensor_model_parallel_size > 1 and p.fp8:
+        for key, value, what, differs in (
+            ("fp8_recipe", p.fp8_recipe, "delayed", p.fp8_recipe == "blockwise"),
+            ("first_last_layers_bf16", "true", "false", p.first_last_layers_bf16),
+        ):
+            if differs:
+                rule = "is not possible with Transformer Engine's user buffers (model.tp_comm_overlap=true)"
+                fix = f"the value that works: {what}; or model.tp_comm_overlap=false"
+                found.append(Problem(f"precision.{key}", value, rule, fix))
     if m.optim.bucket_size is not None and m.optim.bucket_size < 1:
         found.append(
             Problem(
@@ -523,10 +532,25 @@ def _performance(cfg: TrainConfig) -> list[Problem]:
                 "the value that works: false; or precision.fp8_param_gather=false",
             )
         )
+    formats = ("32", "bf16-mixed")  # of Lightning's words, those that parameters here follow
+    found += _one_of("precision.trainer_precision", p.trainer_precision, formats, "number format of the training")
+    for name, least in (
+        ("fp8_amax_history_len", 1),
+        ("num_layers_at_start_in_bf16", 0),
+        ("num_layers_at_end_in_bf16", 0),
+    ):
+        if getattr(p, name) < least:
+            found.append(
+                Problem(
+                    f"precision.{name}", getattr(p, name), f"must be {least} or more", f"nearest that works: {least}"
+                )
+            )
     if p.fp8:
+        algorithms = ("max", "most_recent")
+        found += _one_of("precision.fp8_amax_compute_algo", p.fp8_amax_compute_algo, algorithms, "choice of an amax")
         found += _one_of("precision.fp8", p.fp8, ("hybrid", "e4m3"), "fp8 format")
         recipes = ("delayed", "tensorwise", "blockwise")
-        found += _one_of("precision.fp8_recipe", p.fp8_recipe, recipes, "fp8 recipe that Hopper computes in")
+        found += _one_of("precision.fp8_recipe", p.fp8_recipe, recipes, "fp8 recipe")
         if p.first_last_layers_bf16 and p.fp8_recipe == "delayed":
             found.append(
                 Problem(
@@ -686,6 +710,9 @@ def _needed_files(cfg: TrainConfig) -> list[Problem]:
     found: list[Problem] = []
     if cfg.data.kind == "megatron":
         found += _dataset_files(cfg)
+    from nemo_bench.profile_checks import resumed_profile_problems
+
+    found += resumed_profile_problems(cfg)
     for name in ("resume_from", "weights_from"):
         folder = getattr(cfg.checkpoint, name)
         if folder is not None:

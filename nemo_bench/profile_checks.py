@@ -50,14 +50,15 @@ def profile_machine_problems(cfg: TrainConfig) -> list[Problem]:
     if p.kind == "nsys" and shutil.which("nsys") is None:
         fix = "install NVIDIA Nsight Systems, or name its folder in PATH; profile=torch needs nothing"
         found.append(Problem("profile", "nsys", "there is no `nsys` on PATH here", fix))
-    return found + _resumed(cfg)
+    return found
 
 
-def _resumed(cfg: TrainConfig) -> list[Problem]:
+def resumed_profile_problems(cfg: TrainConfig) -> list[Problem]:
+    """A continued run must come to the profiled steps."""
     from nemo_bench.results.record import last_checkpoint
 
     folder = cfg.checkpoint.resume_from
-    checkpoint = last_checkpoint(Path(folder)) if folder is not None else None
+    checkpoint = last_checkpoint(Path(folder)) if folder is not None and cfg.profile.kind != "none" else None
     if checkpoint is None:
         return []
     first = int(checkpoint.name.partition("=")[2]) + 1  # the step that it goes on with
@@ -79,5 +80,5 @@ def profile_plan(cfg: TrainConfig) -> list[str]:
     ]
     if p.kind == "nsys":
         command = nsys.command(cfg.profile, Path("<run>"), p.ranks[0])
-        lines.append(f"             {shlex.join(command)} python -m nemo_bench.training.rank <run>")
+        lines.append(f"             around the rank's command: {shlex.join(command)}")
     return lines

@@ -113,12 +113,13 @@ def _out_of_memory(evidence: Evidence) -> str | None:
     found = {name: match[1] for name, seen in _TORCH_MEMORY.items() if (match := seen.search(evidence.text))}
     by = "" if found else " (asked for outside of PyTorch: NCCL, cuBLAS, cuDNN or CUDA itself)"
     lines = [f"out of GPU memory{by}" + "".join(f"; {name} {size}" for name, size in found.items())]
-    estimate = estimate_memory(cfg)
-    lines.append(f"needed by this configuration, estimated: {_estimated(estimate)}")
     if "held by other processes" in found:
         lines.append("other processes use this GPU: nvidia-smi names them")
-    fits = [f"{change} ({total / GIB:.0f} GiB)" for change, total in _smaller(cfg, estimate)]
-    lines.append("what takes less, by the same estimate: " + ("; ".join(fits) or "no single change"))
+    if cfg.entrypoint.name == "nemo2":  # the estimate is of its optimizer
+        estimate = estimate_memory(cfg)
+        lines.append(f"needed by this configuration, estimated: {_estimated(estimate)}")
+        fits = [f"{change} ({total / GIB:.0f} GiB)" for change, total in _smaller(cfg, estimate)]
+        lines.append("what takes less, by the same estimate: " + ("; ".join(fits) or "no single change"))
     if _bytes(found.get("reserved by PyTorch, unused", "0 bytes")) > FRAGMENTED_BYTES:
         lines.append(
             "much reserved and unused is fragmentation: export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
@@ -165,9 +166,8 @@ def _smaller(cfg: TrainConfig, now: MemoryEstimate) -> Iterator[tuple[str, float
                 yield _overrides(cfg, each), total
                 break
     others: list[dict[str, Any]] = [{"model.micro_batch_size": m.micro_batch_size // 2}]
-    if hasattr(m, "recompute_granularity"):
-        recompute = {"granularity": "full", "method": "uniform", "num_layers": 1}
-        others.insert(0, {f"model.recompute_{name}": value for name, value in recompute.items()})
+    recompute = {"granularity": "full", "method": "uniform", "num_layers": 1}
+    others.insert(0, {f"model.recompute_{name}": value for name, value in recompute.items()})
     others.append({"model.num_layers": m.num_layers // 2})
     for each in others:
         if total := _bytes_after(cfg, each, now):

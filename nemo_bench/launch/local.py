@@ -137,11 +137,12 @@ def termination_raises() -> Iterator[None]:
 
 
 def _rank_environment(cfg: TrainConfig, rank: int, ranks: int, port: int) -> dict[str, str]:
+    own_path = {} if entrypoint.uses_own_import_path(cfg) else {"PYTHONPATH": python_path(os.environ.get("PYTHONPATH"))}
     return {
         **entrypoint.environment(cfg),
         **os.environ,  # what the user exports wins over the recipe's environment
         **cfg.cluster.env,
-        "PYTHONPATH": python_path(os.environ.get("PYTHONPATH")),
+        **own_path,
         "PYTHONUNBUFFERED": "1",  # a killed rank's log holds its last lines
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -13,6 +13,7 @@ container; it passed `--dependency=singleton`, which serialises a sweep; it took
 
 from __future__ import annotations
 
+import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,30 @@ _ON_THE_COMMAND_LINE = (
 )
 
 
+# Settings that nemo:24.09 does not know, or has no choice in: sections and their keys.
+_NOT_THERE = {
+    "model": (
+        *("cuda_graph_impl", "use_transformer_engine_op_fuser", "fused_single_qkv_rope", "cross_entropy_fusion_impl"),
+        "tp_comm_overlap_cfg",
+    ),
+    "model.optim": (
+        *("use_precision_aware_optimizer", "store_param_remainders", "exp_avg_dtype", "exp_avg_sq_dtype"),
+        "bucket_size",
+    ),
+    "precision": ("fp8_dot_product_attention", "first_last_layers_bf16"),
+}
+
+
 def problems(cfg: TrainConfig) -> list[Problem]:
     """What this entrypoint cannot do of what the configuration asks for."""
     found: list[Problem] = []
+    default = TrainConfig()
+    for section, names in _NOT_THERE.items():
+        for name in names:
+            value, usual = (operator.attrgetter(f"{section}.{name}")(each) for each in (cfg, default))
+            if value != usual:
+                rule = f"is a setting of entrypoint=nemo2; with entrypoint={NAME} it would change nothing"
+                found.append(Problem(f"{section}.{name}", value, rule, f"leave it out ({usual})"))
     m, precision, c = cfg.model, cfg.precision, cfg.checkpoint
     here = f"entrypoint={NAME}"
     if precision.fp8 is not None and precision.fp8_recipe != "delayed":
@@ -182,7 +204,7 @@ def _model(cfg: TrainConfig) -> dict[str, Any]:
     accumulation_fusion = cuda and half and m.gradient_accumulation_fusion
     tp_comm_overlap = _tp_comm_overlap(cfg)
     # While its pipeline drains, the last stage catches up on the embedding's.
-    defer_embedding_wgrad = m.defer_embedding_wgrad_compute and pp > 1 and accumulation_fusion
+    defer_embedding_wgrad = m.defer_embedding_wgrad_compute is not False and pp > 1 and accumulation_fusion
     return {
         "mcore_gpt": True,
         "transformer_engine": cuda,

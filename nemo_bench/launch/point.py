@@ -53,6 +53,9 @@ def run_point(raw: DictConfig) -> None:
     if dry:
         print(plan(cfg))
         run_dir = results_dir(cfg) / "<run>"
+        if cfg.cluster.scheduler != "none":
+            print("hydra/launcher=submitit_slurm prints the batch script. launch=dry: nothing was started.")
+            return
         print(f"  each rank  {shlex.join(entrypoint.rank_command(cfg, run_dir, sys.executable))}")
         environment = entrypoint.environment(cfg)
         print("             " + " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items()))
@@ -113,10 +116,20 @@ def plan(cfg: TrainConfig) -> str:
         "(the recipe's convention)",
         f"  steps      {cfg.trainer.max_steps}",
         f"  data       {cfg.data.name}: {', '.join(cfg.data.paths) or cfg.data.folder or 'random tokens'}",
+        *_memory_plan(cfg),
         *profile_plan(cfg),
         f"  results    {results_dir(cfg)}/<run>/",
     ]
     return "\n".join(lines)
+
+
+def _memory_plan(cfg: TrainConfig) -> list[str]:
+    if cfg.gpu.device == "cpu" or cfg.entrypoint.name != entrypoint.NEMO2:
+        return []
+    from nemo_bench.memory import GIB, estimate_memory
+
+    has = "" if cfg.gpu.memory_gib is None else f"; {cfg.gpu.name} has {cfg.gpu.memory_gib:g}"
+    return [f"  memory     about {estimate_memory(cfg).total_bytes / GIB:.0f} GiB a GPU, by an estimate{has}"]
 
 
 def _run_here(cfg: TrainConfig) -> None:

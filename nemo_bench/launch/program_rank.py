@@ -41,7 +41,12 @@ def main(run_dir: Path, command: list[str]) -> int:
     if rank == 0:
         record.write_node(run_dir)
     events.write("importing")
-    status = subprocess.call(command)
+    try:
+        status = subprocess.call(command)
+    except OSError as error:  # the program, or the profiler in front of it, is not there
+        print(error, flush=True)
+        record.write_rank_error(run_dir, rank, error)
+        return 1
     if status < 0:
         with contextlib.suppress(OSError):  # SIGKILL has no other handler
             signal.signal(-status, signal.SIG_DFL)

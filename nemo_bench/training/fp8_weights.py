@@ -2,8 +2,9 @@
 
 After the optimizer's step Megatron has Transformer Engine cast each parameter's shard, seen as a matrix of one row. Its
 quantizer is set up to give the transposed copy too, which a product on Hopper needs of the whole parameter. Of the one
-row nobody reads it, and a transposing kernel is slow at it: with four layers of the 70B on one H200 the step took
-1.41 s instead of 1.14 s. Whole parameters get their transposed copies in the next forward pass, as before.
+row nobody reads it, and a transposing kernel is slow at it: with four layers of the 70B a step took 1.41 s with it and
+1.18 s without, each on one GPU of another H200 machine (benchmarks/results/gpu_speed/variants.json). Whole parameters
+get their transposed copies in the next forward pass, as before.
 """
 
 from __future__ import annotations

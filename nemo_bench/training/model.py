@@ -8,7 +8,7 @@ from megatron.core.transformer.enums import AttnBackend
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.llama import Llama31Config
 
-from nemo_bench.config import TrainConfig, padded_vocab_size
+from nemo_bench.config import TrainConfig, defers_embedding_wgrad, padded_vocab_size
 
 
 def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
@@ -77,7 +77,6 @@ def pipeline_communication(cfg: TrainConfig) -> dict[str, Any]:
         # give wrong losses in silence on CPU (gloo); so they are no settings of ours.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": stages and not interleaved,
-        # Megatron refuses it without pipeline stages, where there is no bubble to fill, and without the fusion.
-        "defer_embedding_wgrad_compute": m.defer_embedding_wgrad_compute and stages and m.gradient_accumulation_fusion,
+        "defer_embedding_wgrad_compute": defers_embedding_wgrad(cfg),
         "wgrad_deferral_limit": m.wgrad_deferral_limit,
     }

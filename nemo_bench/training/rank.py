@@ -127,8 +127,8 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
     callbacks: list[Any] = [
         timing,
         GarbageCollectionCallback(cfg.trainer.gc_interval, cfg.trainer.gc_interval),
+        telemetry,  # ahead of a profiler, which takes its time to write
         *build_profiling(cfg, run_dir, rank, events),
-        telemetry,
     ]
     if rank == 0:
         callbacks.append(StepRecorder(cfg, timing, telemetry, run_dir, events))

@@ -40,6 +40,8 @@ LAYOUTS = {
     "pp2": (2, "model.pipeline_model_parallel_size=2"),
     "pp2_vp2": (2, "model.pipeline_model_parallel_size=2 model.virtual_pipeline_model_parallel_size=2"),
     "cp2": (2, "model.context_parallel_size=2"),
+    "pp2_dp2": (4, "model.pipeline_model_parallel_size=2"),
+    "pp2_cp2": (4, "model.pipeline_model_parallel_size=2 model.context_parallel_size=2"),
     "tp2_sp_dp2": (4, "model.tensor_model_parallel_size=2 model.sequence_parallel=true"),
     "tp2_sp_cp2": (
         4,

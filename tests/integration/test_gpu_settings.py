@@ -14,6 +14,7 @@ from nemo_bench.project import PROJECT
 
 POINTS = {
     "70b": "scale=64gpu",
+    "70b as the recipe": "scale=64gpu model.defer_embedding_wgrad_compute=true",
     "70b fp8": "scale=64gpu precision=fp8",
     "405b": "scale=576gpu model=405b",
     "8b": "scale=8gpu model=8b",
@@ -55,12 +56,9 @@ def test_megatron_takes_the_settings_of_every_size() -> None:
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert {name for name, made in found.items() if made["defer_embedding_wgrad_compute"]} == {
-        "70b",
-        "70b fp8",
-        "405b",
-        "slice PP2 VP2",
-    }
+    # The 70B and the 405B reduce gradients over several ranks meanwhile, which would lose what was deferred.
+    deferring = {name for name, made in found.items() if made["defer_embedding_wgrad_compute"]}
+    assert deferring == {"70b as the recipe", "slice PP2 VP2"}
     assert {name for name, made in found.items() if made["fp8_param"]} == {"70b fp8"}
     for made in found.values():
         assert made["gradient_accumulation_fusion"] is True

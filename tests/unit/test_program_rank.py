@@ -84,3 +84,15 @@ def test_a_profiler_stands_in_front_of_the_program_on_its_ranks_alone(tmp_path: 
         )
         assert done.stdout == printed
     assert (tmp_path / record.PROFILE).is_dir()
+
+
+def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-S", str(WRAPPER), str(tmp_path), "/no/such/program"],
+        env={"PATH": os.environ["PATH"], "SLURM_PROCID": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    (error,) = record.read_rank_errors(tmp_path)
+    assert "/no/such/program" in error["message"]
