@@ -18,12 +18,12 @@ from nemo_bench.results import record
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = {item for item in items if item.get_closest_marker("gpu")}
     # Tests on forked ranks go first: others initialise CUDA here, and then nothing can be forked any more.
-    items.sort(key=lambda item: "gpu" in item.keywords and "trained" not in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: item in marked and "trained" not in getattr(item, "fixturenames", ()))
     if count_gpus() == 0:
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 # A Llama with heads of 128 as the published sizes have, and layers enough for two interleaved stages on two GPUs.

@@ -140,7 +140,7 @@ def test_an_archive(report: Report, tmp_path: Path) -> None:
         ([], "there is no such file or folder"),
         (["runs=job.out", "reference=h100"], "valid: nvidia-24.09, nvidia-24.12"),
         (["runs=job.out", "tolerance=five"], "tolerance=five"),
-        (["runs=job.out", "model=7b"], "valid: tiny, 8b, 70b, 405b"),
+        (["runs=job.out", "model=7b"], "valid: tiny, 8b, 70b, 70b_slice, 405b"),
         (["runs=job.out", "archive=a.zip"], "must end in .tar.zst"),
         (["runs=job.out", "output=job.out"], "output=job.out: cannot be written"),
         (["runs=job.out", "output="], "output is empty"),
