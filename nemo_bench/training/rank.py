@@ -29,7 +29,7 @@ def main(run_dir: Path) -> None:
         saves = cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None
         if saves:
             preemption_signal.listen()
-        # After listen(): what is blocked stays blocked in nsys, which Slurm's warning would end. Before any thread.
+        # After listen(): what is blocked stays blocked in nsys, which Slurm's warning would end.
         nsys.wrap(cfg.profile, run_dir, rank)
         lifeline.watch(lambda: record.set_killed_with_launcher(run_dir))
         if rank == 0:
