@@ -6,6 +6,7 @@ import gzip
 import os
 import shutil
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,15 @@ class ProfileEvents(pl.Callback):
 
 
 class _Profile(pl.Callback):
-    """Marks each profiled step, and in it the optimizer's part, from device idle to device idle."""
+    """Marks each profiled step, and in it the optimizer's part, from device idle to device idle.
 
-    def __init__(self, profile: ProfileConfig) -> None:
-        self.profile = profile
+    `mark` is a context that names a part of the profile.
+    """
+
+    def __init__(self, profile: ProfileConfig, mark: Callable[[str], Any]) -> None:
+        self.profile, self.mark = profile, mark
         self.steps = range(profile.start_step, profile.end_step + 1)
         self.marks: ExitStack | None = None  # of the step under way
-
-    def mark(self, name: str) -> Any:
-        """A context that names a part of the profile."""
-        raise NotImplementedError
 
     def before(self, step: int) -> None:
         """Called ahead of each step."""
@@ -98,12 +98,9 @@ class TorchProfile(_Profile):
     """PyTorch's profiler; after the last step its trace and the table of time by kernel class are written."""
 
     def __init__(self, profile: ProfileConfig, run_dir: Path, rank: int) -> None:
-        super().__init__(profile)
+        super().__init__(profile, record_function)
         self.run_dir, self.rank = run_dir, rank
         self.profiler: torch.profiler.profile | None = None
-
-    def mark(self, name: str) -> Any:
-        return record_function(name)
 
     def before(self, step: int) -> None:
         p = self.profile
@@ -153,8 +150,8 @@ class NsysRange(_Profile):
     Transformer Engine's own ranges are there.
     """
 
-    def mark(self, name: str) -> Any:
-        return torch.cuda.nvtx.range(name)
+    def __init__(self, profile: ProfileConfig) -> None:
+        super().__init__(profile, torch.cuda.nvtx.range)
 
     def before(self, step: int) -> None:
         if step == self.profile.start_step:
