@@ -50,8 +50,7 @@ class OptimConfig:
     # Adam (Transformer Engine's) reads gradients in the format they are reduced in: no fp32 copies of them. Not with
     # fp8 parameters: after the first step their layers got hardly any gradient (H200, megatron-core 0.15.3).
     use_precision_aware_optimizer: bool | None = None  # null: where it can be, see precision_aware_optimizer()
-    # With it: keep of each fp32 main weight only the 16 bits that the bf16 parameter lacks. 2 bytes a parameter less,
-    # and a slower kernel.
+    # With it: keep of each fp32 main weight only the 16 bits that the bf16 parameter lacks, 2 bytes a parameter less.
     store_param_remainders: bool = False
     exp_avg_dtype: str = "fp32"  # with it: bf16 halves the first moment
     exp_avg_sq_dtype: str = "fp32"  # and the second
