@@ -37,7 +37,7 @@ from omegaconf import OmegaConf  # noqa: E402
 
 from nemo_bench.config import TrainConfig, quoted_path, typed, world_size  # noqa: E402
 from nemo_bench.errors import BenchError  # noqa: E402
-from nemo_bench.launch import lifeline, local, point  # noqa: E402
+from nemo_bench.launch import entrypoint, lifeline, local, point  # noqa: E402
 from nemo_bench.preflight import ConfigurationRefused, configuration_problems, machine_problems  # noqa: E402
 from nemo_bench.results import record  # noqa: E402
 from nemo_bench.results.summary import summarise  # noqa: E402
@@ -59,7 +59,7 @@ def compose(overrides: list[str], stage: Path) -> TrainConfig:
         cfg = point.absolute_paths(typed(raw))
     except (HydraException, OmegaConfBaseException) as error:
         raise BenchError(f"{' '.join(overrides)}\n  {error}") from None
-    if cfg.entrypoint.name != "nemo2" or cfg.profile.kind == "nsys":
+    if cfg.entrypoint.name != entrypoint.NEMO2 or cfg.profile.kind == "nsys":
         raise BenchError("ranks are forked from NeMo 2: no other entrypoint and no nsys here; train.py runs them")
     if problems := configuration_problems(cfg) + machine_problems(cfg):
         raise ConfigurationRefused(problems)
@@ -114,9 +114,9 @@ def start(name: str, overrides: list[str], stage: Path, gpus: list[int]) -> Case
         ranks=world_size(cfg),
     )
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if cfg.gpu.device == "cuda" else {}
-    port = local._free_port()
+    port = local.free_port()
     ranks = {
-        _fork(run_dir, {**local._rank_environment(cfg, rank, cfg.trainer.devices, port), **environment})
+        _fork(run_dir, {**local.rank_environment(cfg, rank, cfg.trainer.devices, port), **environment})
         for rank in range(cfg.trainer.devices)
     }
     return Case(name, run_dir, gpus, ranks, time.monotonic())
@@ -210,10 +210,19 @@ def script(name: str, *arguments: str, environment: dict[str, str] | None = None
     return content
 
 
+def _expression(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=1, help="cases of gpu_speed.yaml for this many GPUs")
-    parser.add_argument("--only", default="", help="a regular expression: of these, the cases that it finds")
+    parser.add_argument(
+        "--only", default="", type=_expression, help="a regular expression: of these, the cases that it finds"
+    )
     parser.add_argument("--case", action="append", default=[], help="'NAME: OVERRIDES', in place of gpu_speed.yaml's")
     parser.add_argument("--override", action="append", default=[], help="KEY=VALUE for every case")
     parser.add_argument("--side-by-side", type=int, default=0, metavar="GPUS", help="run cases side by side on these")
@@ -229,14 +238,13 @@ def main() -> None:
     cases = {
         name: [f"scale={options.gpus}gpu", *given["common"].split(), *case["overrides"].split()]
         for name, case in given["cases"].items()
-        if case["gpus"] == options.gpus and re.search(options.only, name)
+        if case["gpus"] == options.gpus and options.only.search(name)
     }
     if options.case:
         cases = {name: overrides.split() for name, _, overrides in (case.partition(":") for case in options.case)}
     if not cases:
-        parser.error(f"no case of gpu_speed.yaml is for {options.gpus} GPUs and matches {options.only!r}")
+        parser.error(f"no case of gpu_speed.yaml is for {options.gpus} GPUs and matches {options.only.pattern!r}")
     stage = options.output.absolute()
-    stage.mkdir(parents=True, exist_ok=True)
     checked = {name: [*overrides, *options.override] for name, overrides in cases.items()}
     gpus = options.side_by_side or options.gpus
     try:
@@ -245,6 +253,10 @@ def main() -> None:
         parser.error(str(error))
     if needed := [name for name, cfg in zip(checked, composed) if cfg.trainer.devices > gpus]:
         parser.error(f"{', '.join(needed)}: more GPUs than --gpus or --side-by-side give ({gpus})")
+    try:
+        stage.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: {error}")
     given_environment = dict(os.environ)  # of the programs beside ours, which what ours imports must not change
 
     results: dict[str, Any] = {"command": " ".join(sys.argv), "cases": []}

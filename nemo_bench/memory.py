@@ -10,7 +10,7 @@ it is largest. Sources:
   taken anew for SwiGLU, grouped queries, RMSNorm, no dropout, and an attention kernel that keeps no scores;
 * micro-batches in flight: the same paper, and megatron-core's `schedules.py` for the later stages.
 
-Not in it: what CUDA, cuDNN and NCCL take outside of PyTorch (some 2 to 4 GiB), workspaces, fragmentation.
+Not in it: what CUDA, cuDNN and NCCL take outside of PyTorch, workspaces, fragmentation.
 """
 
 from __future__ import annotations

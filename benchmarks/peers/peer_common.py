@@ -90,6 +90,17 @@ def stop(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+def prepare(run: Slice) -> None:
+    """Sets PyTorch's allocator as torchtitan's own run_train.sh does, before PyTorch is imported.
+
+    Ends the process with code 2 where there is no such device, or float8 on a CPU would have to be compiled.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if run.device == "cpu" and run.precision == "fp8" and run.compile:
+        stop("float8 is emulated on a CPU without compilation only: add --no-compile", 2)
+    check_device(run.device)
+
+
 def check_device(device: str) -> None:
     """Ends the process with code 2 where there is no such device."""
     import torch

@@ -168,11 +168,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     run = common.slice_of(parser, arguments)
-    if run.device == "cpu" and run.precision == "fp8" and run.compile:
-        parser.error("torchtitan emulates float8 on a CPU without compilation only: add --no-compile")
-    # As torchtitan's own run_train.sh does; PyTorch reads it when it is imported.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    common.check_device(run.device)
+    common.prepare(run)
     filter_fqns = [name for name in arguments.float8_filter.split(",") if name]
 
     start = time.perf_counter()

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -186,11 +185,7 @@ def main() -> None:
     parser.add_argument("--masters", choices=("copies", "autocast"), default="copies")
     arguments = parser.parse_args()
     run = common.slice_of(parser, arguments)
-    if run.device == "cpu" and run.precision == "fp8" and run.compile:
-        parser.error("torchao emulates float8 on a CPU without compilation only: add --no-compile")
-    # The same allocator setting as torchtitan has; PyTorch reads it when it is imported.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    common.check_device(run.device)
+    common.prepare(run)
 
     start = time.perf_counter()
     if arguments.attention == "causal":

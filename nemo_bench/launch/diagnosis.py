@@ -17,6 +17,7 @@ from typing import Any
 
 from nemo_bench.config import TrainConfig, padded_vocab_size, world_size
 from nemo_bench.errors import BenchError
+from nemo_bench.launch import entrypoint
 from nemo_bench.memory import GIB, MemoryEstimate, estimate_memory
 from nemo_bench.results import record
 
@@ -115,7 +116,7 @@ def _out_of_memory(evidence: Evidence) -> str | None:
     lines = [f"out of GPU memory{by}" + "".join(f"; {name} {size}" for name, size in found.items())]
     if "held by other processes" in found:
         lines.append("other processes use this GPU: nvidia-smi names them")
-    if cfg.entrypoint.name == "nemo2":  # the estimate is of its optimizer
+    if cfg.entrypoint.name == entrypoint.NEMO2:  # the estimate is of its optimizer
         estimate = estimate_memory(cfg)
         lines.append(f"needed by this configuration, estimated: {_estimated(estimate)}")
         fits = [f"{change} ({total / GIB:.0f} GiB)" for change, total in _smaller(cfg, estimate)]
@@ -145,7 +146,7 @@ def _estimated(estimate: MemoryEstimate) -> str:
         told += f"; in the optimizer's step {estimate.optimizer_step_bytes / GIB:.1f} instead of the last two"
     return (
         f"{estimate.total_bytes / GIB:.1f} GiB on a GPU of pipeline stage {estimate.stage} ({told}), "
-        "and some 2 to 4 for CUDA and NCCL"
+        "and what CUDA and NCCL take"
     )
 
 

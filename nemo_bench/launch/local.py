@@ -86,10 +86,10 @@ def started(cfg: TrainConfig, run_dir: Path) -> Iterator[ProcessGroup]:
     read_fd, write_fd = os.pipe()  # not inherited unless passed on: the writing end stays with this process
     group = ProcessGroup(lifeline_fd=write_fd)
     ranks = cfg.trainer.devices
-    port = _free_port()
+    port = free_port()
     try:
         for rank in range(ranks):
-            environment = _rank_environment(cfg, rank, ranks, port)
+            environment = rank_environment(cfg, rank, ranks, port)
             environment[lifeline.VARIABLE] = str(read_fd)
             with open(rank_log(run_dir, rank), "wb") as log:
                 group.processes.append(
@@ -136,7 +136,7 @@ def termination_raises() -> Iterator[None]:
             signal.signal(signum, previous)
 
 
-def _rank_environment(cfg: TrainConfig, rank: int, ranks: int, port: int) -> dict[str, str]:
+def rank_environment(cfg: TrainConfig, rank: int, ranks: int, port: int) -> dict[str, str]:
     own_path = {} if entrypoint.uses_own_import_path(cfg) else {"PYTHONPATH": python_path(os.environ.get("PYTHONPATH"))}
     return {
         **entrypoint.environment(cfg),
@@ -154,7 +154,7 @@ def _rank_environment(cfg: TrainConfig, rank: int, ranks: int, port: int) -> dic
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A TCP port that nobody listens on now; rank 0 will, in a few seconds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

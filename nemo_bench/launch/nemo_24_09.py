@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.config import ProfileConfig, TrainConfig, padded_vocab_size
-from nemo_bench.launch import tp_overlap
+from nemo_bench.launch import nemo_24_09_user_buffers as user_buffers
 from nemo_bench.preflight import Problem
 
 NAME = "nemo_24_09"
@@ -280,7 +280,7 @@ def _model(cfg: TrainConfig) -> dict[str, Any]:
         "batch_p2p_comm": not interleaved,
         "ub_tp_comm_overlap": tp_comm_overlap,
         "ub_tp_comm_overlap_cfg": (
-            tp_overlap.table(hidden_size=m.hidden_size, tensor_model_parallel_size=tp, fp8=p.fp8 is not None)
+            user_buffers.table(hidden_size=m.hidden_size, tensor_model_parallel_size=tp, fp8=p.fp8 is not None)
             if tp_comm_overlap
             else None
         ),

@@ -105,7 +105,7 @@ class Trace:
 
 
 def _reader() -> Callable[[bytes], Any]:
-    """What reads JSON here: orjson, or, in a container without it, the standard library, three times slower."""
+    """What reads JSON here: orjson, or, in a container without it, the standard library, slower."""
     try:
         import orjson
     except ImportError:

@@ -122,7 +122,7 @@ def test_a_collective_that_a_rank_never_joins(tmp_path: Path, cfg: TrainConfig) 
     cfg.trainer.devices, cfg.stage_path = 2, str(tmp_path)
     text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
     record.create(tmp_path, config_yaml=text, command=["python", "train.py"], overrides=[], ranks=2)
-    ranks, port = [], str(local._free_port())
+    ranks, port = [], str(local.free_port())
     for rank in range(2):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with open(record.rank_log(tmp_path, rank), "wb") as log:

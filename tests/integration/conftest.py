@@ -115,18 +115,8 @@ class Started:
         wait_for(lambda: steps.exists() and steps.read_text().count("\n") >= count, f"step {count}", 200)
 
     def rank_pids(self) -> list[int]:
-        """Processes of this run (ranks and their data loaders), by the run folder on their command line."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    arguments = (entry / "cmdline").read_bytes().split(b"\0")
-                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                if str(self.run_dir).encode() in arguments and state != "Z":
-                    found.append(int(entry.name))
-        return sorted(found)
+        """Processes of this run: ranks and their data loaders."""
+        return processes_of(self.run_dir)
 
     def wait_until_ranks_are_gone(self) -> None:
         wait_for(lambda: not self.rank_pids(), "the end of all ranks", 30)
@@ -167,3 +157,18 @@ def start(stage: Path) -> Iterator[Callable[..., Started]]:
             except ProcessLookupError:
                 continue
         run.process.wait()
+
+
+def processes_of(run_dir: Path) -> list[int]:
+    """Living processes with the run folder on their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if str(run_dir).encode() in arguments and state != "Z":
+                found.append(int(entry.name))
+    return sorted(found)

@@ -21,7 +21,7 @@ from nemo_bench.results import record, step_profile
 from nemo_bench.results.runs import load_run
 
 from ..nsys import calls, install
-from .conftest import PROJECT, SMALL, Run, environment, wait_for
+from .conftest import PROJECT, SMALL, Run, environment, processes_of, wait_for
 
 pytestmark = pytest.mark.train
 
@@ -86,18 +86,8 @@ class Launched:
         )
 
     def processes(self) -> list[int]:
-        """Ranks and their `nsys`, by the run folder on their command line."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != self.process.pid:
-                try:
-                    arguments = (entry / "cmdline").read_bytes().split(b"\0")
-                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                if str(self.run_dir).encode() in arguments and state != "Z":
-                    found.append(int(entry.name))
-        return sorted(found)
+        """Ranks and their `nsys`."""
+        return [pid for pid in processes_of(self.run_dir) if pid != self.process.pid]
 
     def wait_until_wrapped(self) -> int:
         """The process number of `nsys`, once rank 1 runs under it."""
