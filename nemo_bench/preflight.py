@@ -458,7 +458,7 @@ def _performance(cfg: TrainConfig) -> list[Problem]:
             in (cfg.entrypoint.env | dict(os.environ) | cfg.cluster.env).get("PYTORCH_CUDA_ALLOC_CONF", ""),
         }
         found += [
-            Problem("model.cuda_graph_impl", m.cuda_graph_impl, f"cannot be with {name}", "the value that works: none")
+            Problem("model.cuda_graph_impl", m.cuda_graph_impl, f"cannot be with {name}", "change that, or none here")
             for name, hinders in hindrances.items()
             if hinders
         ]

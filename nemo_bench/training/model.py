@@ -64,6 +64,8 @@ def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
     for name, value in pipeline_communication(cfg).items():
         # Not given above: Megatron checks them against the pipeline's size, which MegatronStrategy copies in later.
         setattr(config, name, value)
+        # The second and later interleaved stages of a rank are built anew, from what NeMo noted of the first.
+        setattr(config.__io__, name, value)
     return llm.LlamaModel(config, tokenizer=tokenizer)
 
 

@@ -109,6 +109,10 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
         from nemo_bench.training import fp8_weights
 
         fp8_weights.install()
+    if cfg.gpu.device == "cuda" and cfg.model.bias_activation_fusion:
+        from nemo_bench.training import swiglu
+
+        swiglu.install()
 
     events.write("building")
     if cfg.gpu.peak_tflops.get(cfg.precision.name) is None:

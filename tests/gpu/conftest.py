@@ -6,6 +6,7 @@ all these runs together.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ def train_all(stage: Path, gpus: int) -> dict[str, Trained]:
         given = {name: [*SMALL.split(), *overrides.split(), *more] for name, overrides in cases.items()}
         gpu_speed.run_all(given, stage, gpus, 120, done)
 
+    os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)  # expandable segments, say: no CUDA graphs with them
     gpu_speed.preload(gpu_speed.compose([*SMALL.split(), "scale=1gpu"], stage).entrypoint.env)
     run(
         {

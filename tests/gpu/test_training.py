@@ -97,3 +97,19 @@ def test_every_rank_was_measured(trained: dict[str, Trained]) -> None:
     assert all(row["mfu"] > 0 and row["tflops_per_gpu"] > 0 and row["reserved_memory_gib"] > 0 for row in rows)
     ranks = json.loads((of(trained, "dp2").run_dir / RANKS).read_text())
     assert len(ranks["ranks"]) == 2
+
+
+def test_the_gradient_of_swiglu_is_that_of_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from megatron.core.fusions import fused_bias_swiglu
+
+    from nemo_bench.training import swiglu
+
+    megatrons = fused_bias_swiglu.swiglu_back
+    monkeypatch.setattr(fused_bias_swiglu, "swiglu_back", megatrons)  # and so put back behind the test
+    both_halves, grad_output = (torch.randn(64, size, device="cuda", dtype=torch.bfloat16) for size in (512, 256))
+    swiglu.install()
+    ours = fused_bias_swiglu.SwiGLUFunction.apply(both_halves.requires_grad_(), False, False)
+    ours.backward(grad_output)
+    assert fused_bias_swiglu.swiglu_back is not megatrons
+    torch.testing.assert_close(both_halves.grad, megatrons(grad_output, both_halves.detach()), rtol=0.02, atol=0.02)

@@ -29,7 +29,7 @@ import hydra
 import nemo_bench.config as config
 from nemo_bench.training.model import build_model
 from nemo_bench.training.trainer import build_precision, build_strategy
-from nemo.lightning import _strategy_lib
+from nemo.lightning import _strategy_lib, io
 from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
 found = {}
@@ -45,6 +45,8 @@ for name, overrides in json.loads(sys.argv[1]).items():
     made.__post_init__()
     keys = ("defer_embedding_wgrad_compute", "wgrad_deferral_limit", "overlap_p2p_comm", "batch_p2p_comm", "fp8",
             "fp8_param", "gradient_accumulation_fusion", "cross_entropy_fusion_impl", "recompute_granularity")
+    # What NeMo builds the second interleaved stage of a rank from.
+    assert all(getattr(io.reinit(model).config, key) == getattr(made, key) for key in keys), name
     found[name] = {key: getattr(made, key) for key in keys} | {"bucket_size": strategy.ddp_config.bucket_size}
 print(json.dumps(found))
 """
