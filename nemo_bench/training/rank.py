@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.config import TrainConfig, load
+from nemo_bench.config import TrainConfig, load, precision_aware_optimizer
 from nemo_bench.errors import BenchError
 from nemo_bench.launch import lifeline, nsys, preemption_signal
 from nemo_bench.results import record
@@ -113,6 +113,10 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
         from nemo_bench.training import swiglu
 
         swiglu.install()
+    if precision_aware_optimizer(cfg) and {cfg.model.optim.exp_avg_dtype, cfg.model.optim.exp_avg_sq_dtype} != {"fp32"}:
+        from nemo_bench.training import adam_memory
+
+        adam_memory.install()
 
     events.write("building")
     if cfg.gpu.peak_tflops.get(cfg.precision.name) is None:

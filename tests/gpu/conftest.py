@@ -73,6 +73,7 @@ OPTIONS = {
     "fp32_gradients": "model.optim.grad_reduce_in_fp32=true",
     "plain_optimizer": "model.optim.use_precision_aware_optimizer=false",
     "param_remainders": "model.optim.store_param_remainders=true",
+    "bf16_moments": "model.optim.exp_avg_dtype=bf16 model.optim.exp_avg_sq_dtype=bf16",
     "cuda_graph": "model.cuda_graph_impl=local",
 }
 
