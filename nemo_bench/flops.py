@@ -107,6 +107,17 @@ def days_to_train(*, tokens: float, tokens_per_s: float) -> float:
     return tokens / tokens_per_s / SECONDS_PER_DAY
 
 
+def pipeline_bubble(*, pipeline_stages: int, virtual_stages: int, micro_batches: int) -> float:
+    """The share of a step in which a pipeline stage waits for its first and behind its last micro-batch.
+
+    `virtual_stages` chunks of layers a stage; `micro_batches` of a step for each copy of the model. The bubble lasts
+    (p - 1) / v micro-batches' work of a stage, for m micro-batches of it; stages of unequal work lose more. Source:
+    Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", 2.2.
+    """
+    waiting = (pipeline_stages - 1) / virtual_stages
+    return waiting / (micro_batches + waiting)
+
+
 def tflops_per_gpu(*, global_batch_size: int, flops_per_sequence: float, step_time_s: float, num_gpus: int) -> float:
     """Model TFLOP/s that each GPU achieved."""
     return global_batch_size * flops_per_sequence / step_time_s / num_gpus / 1e12

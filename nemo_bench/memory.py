@@ -18,7 +18,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nemo_bench.config import TrainConfig, num_micro_batches, padded_vocab_size, precision_aware_optimizer, world_size
+from nemo_bench.config import (
+    TrainConfig,
+    defers_embedding_wgrad,
+    num_micro_batches,
+    padded_vocab_size,
+    precision_aware_optimizer,
+    world_size,
+)
 
 GIB = 1 << 30
 
@@ -32,7 +39,7 @@ class MemoryEstimate:
         gradients_bytes: Megatron's gradient buffer.
         optimizer_bytes: main weights and Adam's two moments, this GPU's share.
         activations_bytes: what the backward pass still needs, at its largest.
-        logits_bytes: the output layer's, of one micro-batch.
+        logits_bytes: the output layer's, of one micro-batch and of those whose weight gradients are deferred.
         optimizer_step_bytes: copies that only the optimizer's step holds.
     """
 
@@ -155,4 +162,11 @@ def _logits(cfg: TrainConfig) -> float:
     in_place = m.cross_entropy_loss_fusion and m.cross_entropy_fusion_impl == "te"
     each = (2 if in_place else 6) if cfg.precision.trainer_precision == "bf16-mixed" else (4 if in_place else 8)
     tokens = m.seq_length / m.context_parallel_size * m.micro_batch_size
-    return tokens * padded_vocab_size(cfg) / m.tensor_model_parallel_size * each
+    split = m.tensor_model_parallel_size
+    deferred = 0.0
+    if defers_embedding_wgrad(cfg):
+        # Until the weight gradients are computed, the logits' gradients and the output layer's inputs stay.
+        micro_batches = num_micro_batches(cfg)
+        deferred = min(m.wgrad_deferral_limit or micro_batches, micro_batches)
+        deferred *= tokens * 2 * (padded_vocab_size(cfg) + m.hidden_size) / split
+    return tokens * padded_vocab_size(cfg) / split * each + deferred

@@ -109,7 +109,7 @@ def plan(cfg: TrainConfig) -> str:
         f"{gpus} x {cfg.gpu.name} ({cfg.trainer.num_nodes} nodes x {cfg.trainer.devices}): every check passed",
         f"  layout     TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} "
         f"VP{m.virtual_pipeline_model_parallel_size or 1} CP{m.context_parallel_size} DP{data_parallel_size(cfg)}"
-        f"{' SP' if m.sequence_parallel and m.tensor_model_parallel_size > 1 else ''}",
+        f"{' SP' if m.sequence_parallel and m.tensor_model_parallel_size > 1 else ''}{_bubble(cfg)}",
         f"  batch      MBS {m.micro_batch_size}, GBS {m.global_batch_size}, GA {num_micro_batches(cfg)}, "
         f"sequence {m.seq_length}: {tokens:,} tokens a step",
         f"  work       {per_sequence:.4g} FLOPs a sequence, {per_sequence * m.global_batch_size:.4g} a step "
@@ -121,6 +121,18 @@ def plan(cfg: TrainConfig) -> str:
         f"  results    {results_dir(cfg)}/<run>/",
     ]
     return "\n".join(lines)
+
+
+def _bubble(cfg: TrainConfig) -> str:
+    m = cfg.model
+    if m.pipeline_model_parallel_size == 1:
+        return ""
+    share = flops.pipeline_bubble(
+        pipeline_stages=m.pipeline_model_parallel_size,
+        virtual_stages=m.virtual_pipeline_model_parallel_size or 1,
+        micro_batches=num_micro_batches(cfg),
+    )
+    return f": {share:.1%} of a step is pipeline bubble, where all stages have equal work"
 
 
 def _memory_plan(cfg: TrainConfig) -> list[str]:

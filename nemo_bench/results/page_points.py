@@ -75,7 +75,7 @@ def _point_rows(report: Report, number: int, point: Point, columns: Sequence[Col
     ]
     identity: list[Child] = [
         [f"{point.gpus:,}", el("span", f" {point.gpu}", class_="muted") if point.gpu else None],
-        "/".join(_size(point, key) for key in ("TP", "PP", "VP", "CP", "DP")) if point.layout else NONE,
+        _layout(point),
         f"{_size(point, 'MBS')}/{whole(point.global_batch_size)}",
         f"{len(point.final_runs)}/{len(point.runs)}",
     ]
@@ -111,6 +111,14 @@ def _point_numbers(report: Report, point: Point) -> list[Child]:
         percent(n.mfu_causal),
         decimals(n.days_to_train),
     ]
+
+
+def _layout(point: Point) -> Child:
+    if not point.layout:
+        return NONE
+    sizes = "/".join(_size(point, key) for key in ("TP", "PP", "VP", "CP", "DP"))
+    bubble = point.pipeline_bubble
+    return sizes if bubble is None else [sizes, el("br"), el("span", f"bubble {bubble:.1%}", class_="muted")]
 
 
 def _size(point: Point, key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from nemo_bench.results.summary import numbers_at, unit_name
 DRIFT = 0.02
 SPREAD = 0.05
 SHOWN_FAULTS = 5
+SHOWN_DIFFERENCES = 3
 
 _PERCENT = re.compile(r"\d+(?:\.\d+)?%")
 
@@ -42,6 +44,16 @@ _BESIDE_PERFORMANCE = (
     "entrypoint.version",
 )
 _STILL_PERFORMANCE = ("cluster.env.", "cluster.container.image", "cluster.srun_args", "cluster.setup")
+# What the name of a point says shorter.
+_TOLD_OTHERWISE = (
+    "model.global_batch_size",
+    "data.kind",
+    *("data.name", "trainer.num_nodes", "trainer.devices"),
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.context_parallel_size",
+)
 # What a scaling curve runs over.
 _SCALE = ("trainer.num_nodes", "trainer.devices", "model.global_batch_size")
 
@@ -113,26 +125,45 @@ def gather(runs: Sequence[Run]) -> list[Group]:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """`70b bf16 64gpu`, and where that is not unique, what tells the points apart."""
+    """`70b bf16 64gpu`, and where that is not unique, what tells the points apart.
+
+    Said of a point is what most others of that name do not share; where no value is the most common, it is said of all.
+    """
     short = [f"{run.model} {run.precision} {run.gpus}gpu" for run in runs]
     names = []
     for run, name in zip(runs, short):
-        twins = [_identity(other) for other, its in zip(runs, short) if its == name]
-        mine = _identity(run)
-        differing = [key for key, value in mine.items() if any(twin.get(key) != value for twin in twins)]
-        # model.global_batch_size and data.kind say again what global_batch_size and data have said
-        differing = [key for key in differing if not {*key.split(".")} & {*differing} - {key}]
-        texts = [f"{key}={mine[key]}" for key in differing[:3]] + (["..."] if len(differing) > 3 else [])
+        twins = [_told(other) for other, its in zip(runs, short) if its == name]
+        sizes_alike = [_told(other) for other in runs if (other.model, other.gpus) == (run.model, run.gpus)]
+        texts = []
+        for key, text in _told(run).items():
+            others = sizes_alike if key == "parallel" else twins  # bf16 TP2 and fp8 TP2 beside bf16 CP2
+            if Counter(other.get(key) for other in others)[text] <= len(others) / 2:
+                texts.append(text)
         # A 70b of 4 layers is none, and its name says so.
-        texts = [
-            f"{key}={value}" for key, value in changed_sizes(run).items() if f"model.{key}" not in differing
-        ] + texts
+        sizes = [f"{key}={value}" for key, value in changed_sizes(run).items()]
+        texts = sizes + [text for text in texts if text not in sizes]
+        texts[SHOWN_DIFFERENCES:] = ["..."] * (len(texts) > SHOWN_DIFFERENCES)
         names.append(f"{name} ({', '.join(texts)})" if texts else name)
-    counts: dict[str, int] = {}
+    counted: dict[str, int] = {}
     for i, name in enumerate(names):
-        counts[name] = counts.get(name, 0) + 1
-        names[i] = name if counts[name] == 1 else f"{name} #{counts[name]}"
+        counted[name] = counted.get(name, 0) + 1
+        names[i] = name if counted[name] == 1 else f"{name} #{counted[name]}"
     return names
+
+
+def _told(run: Run) -> dict[str, str]:
+    """What makes a run another point than its neighbour, in the words that a name tells it with."""
+    parallel = " ".join(
+        f"{key}{run.layout[key]}" for key in ("TP", "PP", "VP", "CP", "DP") if run.layout.get(key, 1) > 1
+    )
+    told = {"parallel": parallel or "one GPU"}
+    for key, value in _identity(run).items():
+        name = key.rpartition(".")[2]
+        if key == "global_batch_size":
+            told[key] = f"GBS {value}"
+        elif key not in _TOLD_OTHERWISE:
+            told[key] = f"{name}={value.lower() if value in ('True', 'False') else value}"
+    return told
 
 
 def estimate(group: Group) -> Estimate | None:

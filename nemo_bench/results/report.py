@@ -167,6 +167,12 @@ def methods(total_tokens: float) -> tuple[Method, ...]:
         ),
         Method("TFLOP/s a GPU", "TFLOP/s", "global batch size x model FLOPs / step time / GPUs / 1e12"),
         Method("MFU", "", "TFLOP/s a GPU / dense peak of the GPU in the run's number format, which is named beside it"),
+        Method(
+            "pipeline bubble",
+            "of a step",
+            "((PP - 1) / VP) / (GA + (PP - 1) / VP), GA micro-batches for each copy of the model: what the layout "
+            "leaves idle where all stages have equal work (Narayanan et al. 2021)",
+        ),
         Method(f"days to {tokens_text(total_tokens)} tokens", "days", "tokens / (tokens/s) / 86400"),
         Method("last loss", "", f"mean of the last {LAST_LOSSES} steps"),
         Method(

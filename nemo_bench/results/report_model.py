@@ -28,6 +28,7 @@ from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nemo_bench.errors import BenchError
+from nemo_bench.flops import pipeline_bubble
 from nemo_bench.results.statistics import Interval, StepTimes
 from nemo_bench.results.step_profile import StepProfile
 
@@ -382,6 +383,18 @@ class Point:
     step_time_interval: Interval | None
     reference: ReferencePoint | None
     verdict: Verdict
+
+    @property
+    def pipeline_bubble(self) -> float | None:
+        """The share of a step that the pipeline's bubble takes by the layout alone; None without a pipeline."""
+        return bubble_of(self.layout)
+
+
+def bubble_of(layout: dict[str, int]) -> float | None:
+    """As `Point.pipeline_bubble`, of a layout by its short names."""
+    if layout.get("PP", 1) == 1 or not layout.get("GA"):
+        return None
+    return pipeline_bubble(pipeline_stages=layout["PP"], virtual_stages=layout["VP"], micro_batches=layout["GA"])
 
 
 @dataclass(frozen=True)

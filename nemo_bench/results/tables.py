@@ -24,16 +24,19 @@ class Table:
 def points_table(report: Report) -> Table:
     """A row a point, with its verdict."""
     tokens = tokens_text(report.assumptions.total_tokens)
-    header = ("point", ">runs", ">step time (s)", ">tokens/s", ">a GPU", ">TFLOP/s a GPU", ">MFU", ">causal")
+    header = ["point", ">runs", ">step time (s)", ">tokens/s", ">a GPU", ">TFLOP/s a GPU", ">MFU", ">causal"]
+    pipelined = any(point.pipeline_bubble is not None for point in report.points)
+    if pipelined:
+        header.append(">bubble")
     judged = (">published (s)", ">of published", "verdict")
     return Table(
         "Points",
         (*header, f">days to {tokens}", *(judged if report.references else ())),
-        tuple(_point_row(point, judged=bool(report.references)) for point in report.points),
+        tuple(_point_row(point, pipelined, judged=bool(report.references)) for point in report.points),
     )
 
 
-def _point_row(point: Point, *, judged: bool) -> tuple[str, ...]:
+def _point_row(point: Point, pipelined: bool, *, judged: bool) -> tuple[str, ...]:
     n, interval = point.numbers, point.step_time_interval
     runs = f"{len(point.final_runs)}/{len(point.runs)}"
     cells = [point.name, runs, *[""] * 7]
@@ -50,6 +53,8 @@ def _point_row(point: Point, *, judged: bool) -> tuple[str, ...]:
             _text(n.mfu_causal, "{:.2%}"),
             f"{n.days_to_train:,.2f}",
         ]
+    if pipelined:
+        cells.insert(-1, _text(point.pipeline_bubble, "{:.1%}"))
     if judged:
         cells += [
             _text(point.reference.step_time_s if point.reference else None, "{:g}"),
@@ -156,7 +161,7 @@ def _cell(text: str) -> str:
 CSV_COLUMNS = (
     *("run", "point", "path", "state", "final", "why_not_final", "model", "precision", "gpus", "nodes", "gpu"),
     *("version", "entrypoint", "container", "data", "global_batch_size", "seq_length", "TP", "PP", "VP", "CP", "DP"),
-    *("MBS", "GA", "steps", "warmup_steps", "excluded_steps", "counted_steps", "step_time_last_s"),
+    *("MBS", "GA", "pipeline_bubble", "steps", "warmup_steps", "excluded_steps", "counted_steps", "step_time_last_s"),
     *("step_time_median_s", "step_time_mean_s", "step_time_p95_s", "step_time_spread_s", "step_time_low_s"),
     *("step_time_high_s", "tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "tflops_per_gpu_causal"),
     *("peak_tflops", "mfu", "mfu_causal", "total_tokens", "days_to_train", "first_loss", "last_loss"),
@@ -178,6 +183,7 @@ def csv_text(report: Report) -> str:
 def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
     row: dict[str, object] = {key: getattr(run, key, None) for key in CSV_COLUMNS}
     row |= {"run": run.name, "point": point.name if point else None, **run.layout, "steps": len(run.steps)}
+    row["pipeline_bubble"] = model.bubble_of(run.layout)
     if not run.final:
         row |= {"first_loss": None, "last_loss": None}
     t, n = run.times, run.numbers

@@ -152,3 +152,53 @@ def test_fp8_parameters_are_cast_without_a_transposed_copy_and_keep_their_use() 
     done = subprocess.run([sys.executable, "-c", CAST], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "[[False, True], [False, True]] [True, True]"
+
+
+# A FusedAdam that widens bf16 moments as Transformer Engine's does; its kernel is tested on a GPU (tests/gpu).
+NARROW_MOMENTS = """
+import torch
+from nemo_bench.training import adam_memory
+
+class FusedAdam(torch.optim.Optimizer):
+    widest = 0
+    def step(self, closure=None, grad_scaler=None):
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            narrow = {param: self.state[param].setdefault("moment", param.detach() * 0) for param in group["params"]}
+            wide = {param: moment.float() for param, moment in narrow.items()}
+            FusedAdam.widest = max(FusedAdam.widest, len(wide))
+            for param, moment in wide.items():
+                moment.mul_(0.9).add_(param.grad.float(), alpha=0.1)
+                param.data -= (group["lr"] / (1 - 0.9 ** group["step"]) * moment).bfloat16()
+                self.state[param]["moment"].copy_(moment)
+
+def trained():
+    torch.manual_seed(1)
+    params = [torch.nn.Parameter(torch.randn(size, dtype=torch.bfloat16)) for size in (3, 50, 7)]
+    given = [{"params": params[:2], "lr": 0.1}, {"params": [], "lr": 1.0}, {"params": params[2:], "lr": 0.2}]
+    optimizer = FusedAdam(given, {})
+    groups = optimizer.param_groups
+    for step in range(3):
+        for group in groups:
+            group["lr"] *= 0.9  # as a schedule does
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    assert optimizer.param_groups is groups
+    return [*params, *(optimizer.state[param]["moment"] for param in params)], [group.get("step") for group in groups]
+
+whole, widest = trained(), FusedAdam.widest
+FusedAdam.step, FusedAdam.widest = adam_memory.one_parameter_at_a_time(FusedAdam.step), 0
+single = trained()
+assert all(torch.equal(a, b) for a, b in zip(whole[0], single[0]))
+print(widest, FusedAdam.widest, whole[1], single[1])
+"""
+
+
+@pytest.mark.train
+def test_narrow_moments_are_widened_one_parameter_at_a_time() -> None:
+    done = subprocess.run([sys.executable, "-c", NARROW_MOMENTS], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "2 1 [3, None, 3] [3, None, 3]"

@@ -69,3 +69,11 @@ def test_the_recipe_counts_7_2_percent_more_than_the_causal_convention() -> None
 )
 def test_parameters_of_the_published_models(shape: dict[str, int], published: int) -> None:
     assert flops.num_parameters(num_query_groups=8, vocab_size=128256, **shape) == published
+
+
+def test_the_pipeline_bubble() -> None:
+    assert flops.pipeline_bubble(pipeline_stages=1, virtual_stages=1, micro_batches=4) == 0
+    # Narayanan et al. 2021: (p - 1) / m of the work, so 3/8 of it, or 3/11 of the step
+    assert flops.pipeline_bubble(pipeline_stages=4, virtual_stages=1, micro_batches=8) == pytest.approx(3 / 11)
+    # and interleaved v times, a v-th of it
+    assert flops.pipeline_bubble(pipeline_stages=4, virtual_stages=5, micro_batches=64) == pytest.approx(0.6 / 64.6)

@@ -27,6 +27,7 @@ from nemo_bench.results.runs import Given
 LOGS = Path(__file__).parents[1] / "logs"
 RUNS = Path(__file__).parents[1] / "runs/nemo-2.7.3"
 TINY = RUNS / "fp32/tiny"
+GPU_SPEED = Path(__file__).parents[2] / "benchmarks/results/gpu_speed"
 H100 = Given(gpu="h100")
 
 
@@ -252,7 +253,34 @@ def test_what_changes_the_work_makes_another_point(tmp_path: Path) -> None:
     copy_run("d39a", tmp_path / "b", {"tensor_model_parallel_size: 1": "tensor_model_parallel_size: 2"})
     copy_run("d39a", tmp_path / "c", {"seed: 1234": "seed: 4321", "max_steps: 30": "max_steps: 25"})
     names = [point.name for point in build_report([tmp_path]).points]
-    assert names == [f"tiny fp32 1gpu (model.tensor_model_parallel_size={size})" for size in (1, 2)]
+    assert names == [f"tiny fp32 1gpu ({layout})" for layout in ("one GPU", "TP2")]
+
+
+def test_a_name_says_what_most_others_do_not_share() -> None:
+    report = build_report([GPU_SPEED])
+    assert [point.name for point in report.points if point.model == "70b_slice"] == [
+        "70b_slice bf16 1gpu (GBS 32)",
+        "70b_slice bf16 1gpu (GBS 4)",
+        "70b_slice bf16 2gpu (CP2)",
+        "70b_slice bf16 2gpu (DP2)",
+        "70b_slice bf16 2gpu (PP2 VP2)",
+        "70b_slice bf16 2gpu (TP2)",
+        "70b_slice fp8 1gpu (fp8_param_gather=false, fp8_dot_product_attention=true)",
+        "70b_slice fp8 1gpu (fp8_param_gather=false)",
+        "70b_slice fp8 1gpu (GBS 32, fp8_param_gather=true)",
+        "70b_slice fp8 1gpu (fp8_param_gather=true)",
+        "70b_slice fp8 2gpu (TP2)",
+    ]
+
+
+def test_the_pipeline_bubble_of_a_layout() -> None:
+    report = build_report([GPU_SPEED])
+    bubbles = {point.name: point.pipeline_bubble for point in report.points if point.gpus == 2}
+    assert bubbles.pop("70b_slice bf16 2gpu (PP2 VP2)") == pytest.approx(0.5 / 8.5)
+    assert set(bubbles.values()) == {None}
+    header, rows = tables.points_table(report).header, tables.points_table(report).rows
+    assert {row[header.index(">bubble")] for row in rows} == {"", "5.9%"}
+    assert "pp2_vp2_bf16" in tables.csv_text(report) and f",{0.5 / 8.5}," in tables.csv_text(report)
 
 
 def test_the_scaling_curve_beside_the_published_one(tmp_path: Path) -> None:
