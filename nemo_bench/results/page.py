@@ -70,6 +70,7 @@ def render(report: Report) -> str:
         page_points.scaling(report),
         page_points.mfu(report),
         _comparison(report),
+        page_runs.losses(report.runs),
         page_runs.section_of("runs", "Runs", report.runs, report.points),
         page_runs.section_of("baseline-runs", "Runs of the baseline", report.baseline_runs, report.baseline_points),
         page_environment.differences(report),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -36,6 +38,8 @@ OPEN_RUNS = 4
 SHOWN_EVENTS = 20
 SHOWN_RANKS = 24
 SHOWN_KERNELS = 2
+# Losses of single steps jump with the text; the means of so many are compared.
+LOSS_WINDOW = 5
 
 
 def section_of(anchor: str, heading: str, runs: Sequence[Run], points: Sequence[Point]) -> ET.Element | None:
@@ -53,6 +57,42 @@ def section_of(anchor: str, heading: str, runs: Sequence[Run], points: Sequence[
     ]
     overview = _overview(anchor, runs) if len(runs) > 1 else None
     return section(anchor, heading, overview, el("p", buttons, class_="buttons") if len(runs) > 1 else None, parts)
+
+
+def losses(runs: Sequence[Run]) -> ET.Element | None:
+    """The losses of one model in several number formats, on the same data, in one plot; None without such runs."""
+    alike: dict[tuple[object, ...], dict[str, plots.Curve]] = {}
+    for run in runs:
+        losses = {step: loss for step, loss in zip(run.steps.step, run.steps.loss) if loss is not None}
+        if run.precision is None or run.data in (None, "mock") or not all(map(math.isfinite, losses.values())):
+            continue
+        work = (run.model, run.data, run.seq_length, run.global_batch_size, *(run.architecture or {}).items())
+        curves = alike.setdefault(work, {})
+        if len(losses) >= LOSS_WINDOW and run.precision not in curves:
+            series = len(curves) % plots.SERIES
+            curves[run.precision] = plots.Curve(run.precision, (*losses,), (*losses.values(),), series, dashed=False)
+    figures = [
+        figure(
+            plots.losses_together(f"Losses of {work[0]}", [*curves.values()]),
+            f"{work[0]} on {work[1]} data: loss by number format",
+            _apart([*curves.values()]),
+        )
+        for work, curves in alike.items()
+        if len(curves) > 1
+    ]
+    return section("losses", "Losses by number format", el("div", figures, class_="figures")) if figures else None
+
+
+def _apart(curves: Sequence[plots.Curve]) -> str:
+    """How far each curve strays from the first, over the steps that both have."""
+    told = []
+    for curve in curves[1:]:
+        ours, firsts = dict(zip(curve.x, curve.y)), dict(zip(curves[0].x, curves[0].y))
+        apart = [ours[step] - firsts[step] for step in ours if step in firsts]
+        means = [abs(statistics.fmean(apart[i : i + LOSS_WINDOW])) for i in range(len(apart) - LOSS_WINDOW + 1)]
+        if means:
+            told.append(f"{curve.label} is at most {max(means):.3f} away from {curves[0].label}")
+    return f"Means of {LOSS_WINDOW} steps: {'; '.join(told)}." if told else ""
 
 
 def _overview(anchor: str, runs: Sequence[Run]) -> ET.Element:

@@ -339,6 +339,30 @@ def losses(name: str, steps: Steps) -> Drawn | None:
     return Drawn(_svg(f"Loss of {name}", f"{len(known)} steps; {' '.join(notes)}", _HEIGHT, *parts), tuple(notes))
 
 
+def losses_together(title: str, curves: Sequence[Curve]) -> Drawn:
+    """The losses of several runs over their steps; all numbers are finite."""
+    left, right, bottom = 62, _WIDTH - 122, _HEIGHT - _BOTTOM
+    steps = [x for curve in curves for x in curve.x]
+    values = [y for curve in curves for y in curve.y]
+    margin = 0.05 * (max(values) - min(values)) or 1.0
+    low, high = min(values) - margin, max(values) + margin
+    x, y = _linear(min(steps), max(steps), left + 6, right - 6), _linear(low, high, bottom, _TOP)
+    along = [(x(value), f"{value:,.0f}") for value in ticks(min(steps), max(steps), 8) if value == int(value)]
+    up = ticks(low, high)
+    axes = _axes(left, right, along, [(y(a), text) for a, text in zip(up, _labels(up))], "step (as logged)", "loss")
+    drawn = [
+        el(
+            "path",
+            d=_polyline((x(curve.x[i]), y(curve.y[i])) for i in thin(curve.y, LINE_POINTS)),
+            class_=f"line s{curve.series}",
+        )
+        for curve in curves
+    ]
+    ends = [(x(curve.x[-1]), y(curve.y[-1]), curve) for curve in curves]
+    description = "; ".join(f"{curve.label}: {curve.y[0]:.4g} to {curve.y[-1]:.4g}" for curve in curves)
+    return Drawn(_svg(title, description, _HEIGHT, *axes, *drawn, *_direct(ends, right, bottom)))
+
+
 def _window(counted: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
     """What the axis of step times shows: what is usual, and no more than a tenth (or 8 spreads) to either side."""
     middle = statistics.median(counted)

@@ -9,6 +9,7 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,21 @@ def test_a_name_says_what_most_others_do_not_share() -> None:
         "70b_slice fp8 1gpu (fp8_param_gather=true)",
         "70b_slice fp8 2gpu (TP2)",
     ]
+
+
+def test_the_table_of_the_readme_is_that_of_the_records() -> None:
+    text = (GPU_SPEED.parents[2] / "README.md").read_text()
+    lines = text[text.index("### On this machine's GPUs") :].splitlines()
+    found = dropwhile(lambda line: not line.startswith("|"), lines)
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in takewhile(lambda line: line.startswith("|"), found)
+    ]
+    table = tables.points_table(build_report([GPU_SPEED]))
+    columns = [[name.lstrip(">") for name in table.header].index(name) for name in header]
+    assert len(rows) > 10
+    for row in rows:
+        assert row in [[made[column] for column in columns] for made in table.rows]
 
 
 def test_the_pipeline_bubble_of_a_layout() -> None:

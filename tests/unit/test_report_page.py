@@ -27,12 +27,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_bench.results import page, page_parts, plots
+from nemo_bench.results import page, page_parts, page_runs, plots
 from nemo_bench.results.report import build_report
 from nemo_bench.results.report_model import Change, Comparison, RankTimes, Report, Run, Steps
 from nemo_bench.results.runs import Given
 
 REAL_RUNS = Path(__file__).parents[1] / "runs"
+GPU_LOSSES = Path(__file__).parents[2] / "benchmarks/results/gpu_losses"
 VOID = {"meta", "br", "link", "img", "input", "hr", "wbr"}
 PUBLISHED_S = {"bf16": [14.72, 14.73, 14.8, 14.89], "fp8": [11.01, 10.93, 11.16, 11.18]}
 
@@ -394,6 +395,14 @@ def test_an_outlier_leaves_the_rest_its_axis(report: Report) -> None:
     line = next(path.get("d", "") for path in drawn.svg.iter("path") if path.get("class") == "line s0")
     heights = [float(pair.split()[1]) for pair in re.findall(r"[\d.]+ [\d.]+", line)]
     assert max(heights) - min(heights) > 40  # of 214 pixels
+
+
+def test_the_losses_of_number_formats_lie_in_one_plot(report: Report) -> None:
+    assert page_runs.losses(report.runs) is None  # of logs nobody knows the data
+    shown = html.unescape(page.render(build_report([GPU_LOSSES])))
+    assert "small on local data: loss by number format" in shown
+    assert "Means of 5 steps: fp8 is at most 0.027 away from bf16." in shown
+    assert page_runs.losses(build_report([GPU_LOSSES / "bf16"]).runs) is None
 
 
 def test_losses_that_are_no_number_are_marked_and_counted(report: Report, text: str) -> None:
