@@ -123,6 +123,9 @@ def _ranges(cfg: TrainConfig) -> list[Problem]:
         if not 0 <= value < below:  # nor is NaN
             rule = "must be 0 or more, and less than 1" if below == 1 else "must be 0 or more, and finite"
             found.append(Problem(f"model.optim.{name}", value, rule, f"the recipe's value: {getattr(recipe, name)}"))
+    if optim.min_lr > optim.lr:
+        rule = f"must not be above model.optim.lr ({optim.lr:g}), from which the schedule comes down to it"
+        found.append(Problem("model.optim.min_lr", optim.min_lr, rule, f"nearest that works: {optim.lr:g}"))
     if not 0 <= cfg.trainer.seed < 2**32:
         found.append(Problem("trainer.seed", cfg.trainer.seed, "must be 0 or more, and less than 2^32", "such as 1234"))
     positive: dict[str, float | None] = {

@@ -36,7 +36,8 @@ def profile_problems(cfg: TrainConfig) -> list[Problem]:
             fix = f"nearest that works: {min(max(p.end_step, p.start_step), last)}; or more trainer.max_steps"
             found.append(Problem("profile.end_step", p.end_step, rule, fix))
     if not p.ranks or len(set(p.ranks)) < len(p.ranks) or not all(0 <= rank < ranks for rank in p.ranks):
-        rule = f"must name ranks of 0 to {ranks - 1}, one at least, each once"
+        several = f"must name ranks of 0 to {ranks - 1}, one at least, each once"
+        rule = several if ranks > 1 else "must name the one rank, 0"
         found.append(Problem("profile.ranks", p.ranks, rule, "such as [0]"))
     return found
 

@@ -12,7 +12,7 @@ from .conftest import Run
 
 pytestmark = pytest.mark.train
 
-TWO = "trainer.devices=2"
+TWO, FOUR = "trainer.devices=2", "trainer.devices=4"
 LAYOUTS = {
     "DP2": [TWO],
     "DP2 with the distributed optimizer": [TWO, "model.optim.use_distributed_optimizer=true"],
@@ -20,6 +20,12 @@ LAYOUTS = {
     "TP2 SP": [TWO, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
     "PP2": [TWO, "model.pipeline_model_parallel_size=2"],
     "PP2 VP2": [TWO, "model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"],
+    "TP2 SP PP2 VP2": [
+        *(FOUR, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
+        *("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"),
+    ],
+    "TP2 SP DP2": [FOUR, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+    "PP2 DP2": [FOUR, "model.pipeline_model_parallel_size=2"],
 }
 
 
@@ -48,7 +54,7 @@ def test_losses_of_a_parallel_run_are_the_single_process_ones(
     assert len(parallel.losses) == 20
     assert parallel.losses == pytest.approx(single.losses, rel=1e-3)
     ranks = json.loads((parallel.run_dir / "ranks.json").read_text())["ranks"]
-    assert [rank["rank"] for rank in ranks] == [0, 1]
+    assert [rank["rank"] for rank in ranks] == [*range(4 if FOUR in LAYOUTS[layout] else 2)]
     assert all(rank["steps"] == 17 and 0 < rank["step_time_median_s"] <= rank["step_time_max_s"] for rank in ranks)
 
 

@@ -96,6 +96,7 @@ BAD = [
     (["trainer.max_steps=0"], "trainer.max_steps", "at least 1", "1"),
     (["model.optim.lr=nan"], "model.optim.lr", "0 or more, and finite", "0.0003"),
     (["model.optim.min_lr=inf"], "model.optim.min_lr", "0 or more, and finite", "3e-05"),
+    (["model.optim.lr=1e-5"], "model.optim.min_lr", "above model.optim.lr (1e-05)", "1e-05"),
     (["model.optim.warmup_steps=-1"], "model.optim.warmup_steps", "0 or more", "2000"),
     (["model.optim.clip_grad=-1"], "model.optim.clip_grad", "0 or more", "1.0"),
     (["model.optim.adam_beta2=1"], "model.optim.adam_beta2", "less than 1", "0.95"),
