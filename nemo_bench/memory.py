@@ -167,6 +167,7 @@ def _logits(cfg: TrainConfig) -> float:
     if defers_embedding_wgrad(cfg):
         # Until the weight gradients are computed, the logits' gradients and the output layer's inputs stay.
         micro_batches = num_micro_batches(cfg)
-        deferred = min(m.wgrad_deferral_limit or micro_batches, micro_batches)
-        deferred *= tokens * 2 * (padded_vocab_size(cfg) + m.hidden_size) / split
+        inputs = m.hidden_size / (split if m.sequence_parallel else 1)
+        kept = min(m.wgrad_deferral_limit or micro_batches, micro_batches)
+        deferred = kept * tokens * 2 * (padded_vocab_size(cfg) / split + inputs)
     return tokens * padded_vocab_size(cfg) / split * each + deferred

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nemo_bench.results import plots, step_profile
 from nemo_bench.results.markup import Child, el
@@ -28,6 +29,7 @@ from nemo_bench.results.page_parts import (
     table,
     whole,
 )
+from nemo_bench.results.points import flatten
 from nemo_bench.results.report_model import INCOMPLETE, PASS, DeviceUse, Numbers, Point, Run
 from nemo_bench.results.step_profile import StepProfile
 from nemo_bench.results.summary import LAST_LOSSES, counted, tokens_text, unit_name
@@ -60,39 +62,61 @@ def section_of(anchor: str, heading: str, runs: Sequence[Run], points: Sequence[
 
 
 def losses(runs: Sequence[Run]) -> ET.Element | None:
-    """The losses of one model in several number formats, on the same data, in one plot; None without such runs."""
-    alike: dict[tuple[object, ...], dict[str, plots.Curve]] = {}
-    for run in runs:
-        losses = {step: loss for step, loss in zip(run.steps.step, run.steps.loss) if loss is not None}
-        if run.precision is None or run.data in (None, "mock") or not all(map(math.isfinite, losses.values())):
-            continue
-        work = (run.model, run.data, run.seq_length, run.global_batch_size, *(run.architecture or {}).items())
-        curves = alike.setdefault(work, {})
-        if len(losses) >= LOSS_WINDOW and run.precision not in curves:
-            series = len(curves) % plots.SERIES
-            curves[run.precision] = plots.Curve(run.precision, (*losses,), (*losses.values(),), series, dashed=False)
-    figures = [
-        figure(
-            plots.losses_together(f"Losses of {work[0]}", [*curves.values()]),
-            f"{work[0]} on {work[1]} data: loss by number format",
-            _apart([*curves.values()]),
-        )
-        for work, curves in alike.items()
-        if len(curves) > 1
-    ]
+    """The losses of one training in several number formats in one plot; None without such runs.
+
+    Of several runs of a number format, a finished one is drawn, and of these the longest.
+    """
+    alike: dict[tuple[object, ...], dict[str, Run]] = {}
+    for run in sorted(runs, key=lambda run: (not run.final, -len(run.steps))):
+        if run.config is not None and run.precision is not None and run.data not in (None, "mock"):
+            alike.setdefault((run.model, run.data, *_training(run)), {}).setdefault(run.precision, run)
+    figures = []
+    for work, formats in alike.items():
+        drawn = [formats[name] for name in sorted(formats)]
+        curves = [curve for i, run in enumerate(drawn) if (curve := _loss_curve(run, i)) is not None]
+        if len(curves) > 1:
+            plot = plots.losses_together(f"Losses of {work[0]}", curves)
+            names = f"Runs: {', '.join(run.name for run in drawn)}."
+            figures.append(figure(plot, f"{work[0]} on {work[1]} data: loss by number format", *_apart(curves), names))
     return section("losses", "Losses by number format", el("div", figures, class_="figures")) if figures else None
 
 
-def _apart(curves: Sequence[plots.Curve]) -> str:
+def _training(run: Run) -> list[tuple[str, str]]:
+    """What a run's losses depend on, but for number formats."""
+    keys = (
+        "data.",
+        "model.optim.",
+        "checkpoint.resume_from",
+        "checkpoint.weights_from",
+        "trainer.seed",
+        "trainer.max_steps",
+    )
+    sizes = [f"model.{key}" for key in (run.architecture or {})]
+    flat = flatten(run.config or {})
+    wanted = (*keys, *sizes, "model.seq_length", "model.global_batch_size", "model.init_method_std")
+    without = ("data.folder", "data.num_workers")
+    return [item for item in flat.items() if item[0].startswith(wanted) and not item[0].startswith(without)]
+
+
+def _loss_curve(run: Run, series: int) -> plots.Curve | None:
+    """The losses up to the first that is no number, and a word on it; None where too few are known."""
+    known = [(step, loss) for step, loss in zip(run.steps.step, run.steps.loss) if loss is not None]
+    finite = [*itertools.takewhile(lambda pair: math.isfinite(pair[1]), known)]
+    if len(finite) < LOSS_WINDOW:
+        return None
+    broken = f" (no number from step {known[len(finite)][0]:,} on)" if len(finite) < len(known) else ""
+    steps, values = zip(*finite)
+    return plots.Curve(f"{run.precision}{broken}", steps, values, series % plots.SERIES, dashed=False)
+
+
+def _apart(curves: Sequence[plots.Curve]) -> Iterator[str]:
     """How far each curve strays from the first, over the steps that both have."""
-    told = []
     for curve in curves[1:]:
         ours, firsts = dict(zip(curve.x, curve.y)), dict(zip(curves[0].x, curves[0].y))
         apart = [ours[step] - firsts[step] for step in ours if step in firsts]
         means = [abs(statistics.fmean(apart[i : i + LOSS_WINDOW])) for i in range(len(apart) - LOSS_WINDOW + 1)]
-        if means:
-            told.append(f"{curve.label} is at most {max(means):.3f} away from {curves[0].label}")
-    return f"Means of {LOSS_WINDOW} steps: {'; '.join(told)}." if told else ""
+        told = f"at most {max(means):.3f} away from" if means else "of other steps than"
+        yield f"{curve.label} is {told} {curves[0].label} in means of {LOSS_WINDOW} steps, over {len(apart):,} steps."
 
 
 def _overview(anchor: str, runs: Sequence[Run]) -> ET.Element:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,16 +43,25 @@ _BESIDE_PERFORMANCE = (
     "entrypoint.version",
 )
 _STILL_PERFORMANCE = ("cluster.env.", "cluster.container.image", "cluster.srun_args", "cluster.setup")
-# What the name of a point says shorter.
+# What the name of a point says shorter: parallel sizes as one text, the rest by the named values.
+PARALLEL = "parallel"
 _TOLD_OTHERWISE = (
     "model.global_batch_size",
-    "data.kind",
-    *("data.name", "trainer.num_nodes", "trainer.devices"),
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
     "model.virtual_pipeline_model_parallel_size",
     "model.context_parallel_size",
+    "trainer.num_nodes",
+    "trainer.devices",
 )
+# Keys that follow from a named value, where that is told.
+_DETAILS = {
+    "data": "data.",
+    "gpu": "gpu.",
+    "entrypoint": "entrypoint.",
+    "container": "cluster.container.image",
+    "seq_length": "model.seq_length",
+}
 # What a scaling curve runs over.
 _SCALE = ("trainer.num_nodes", "trainer.devices", "model.global_batch_size")
 
@@ -134,14 +142,15 @@ def _names(runs: Sequence[Run]) -> list[str]:
     for run, name in zip(runs, short):
         twins = [_told(other) for other, its in zip(runs, short) if its == name]
         sizes_alike = [_told(other) for other in runs if (other.model, other.gpus) == (run.model, run.gpus)]
-        texts = []
-        for key, text in _told(run).items():
-            others = sizes_alike if key == "parallel" else twins  # bf16 TP2 and fp8 TP2 beside bf16 CP2
-            if Counter(other.get(key) for other in others)[text] <= len(others) / 2:
-                texts.append(text)
+        told = {}
+        for key, value in _told(run).items():
+            others = sizes_alike if key == PARALLEL else twins  # bf16 TP2 and fp8 TP2 beside bf16 CP2
+            values = [other[key] for other in others if key in other]
+            if values.count(value) <= len(values) / 2:
+                told[key] = value
         # A 70b of 4 layers is none, and its name says so.
-        sizes = [f"{key}={value}" for key, value in changed_sizes(run).items()]
-        texts = sizes + [text for text in texts if text not in sizes]
+        told = {f"model.{key}": str(value) for key, value in changed_sizes(run).items()} | told
+        texts = _texts({key: value for key, value in told.items() if not _said_already(key, told)})
         texts[SHOWN_DIFFERENCES:] = ["..."] * (len(texts) > SHOWN_DIFFERENCES)
         names.append(f"{name} ({', '.join(texts)})" if texts else name)
     counted: dict[str, int] = {}
@@ -152,18 +161,33 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _told(run: Run) -> dict[str, str]:
-    """What makes a run another point than its neighbour, in the words that a name tells it with."""
-    parallel = " ".join(
-        f"{key}{run.layout[key]}" for key in ("TP", "PP", "VP", "CP", "DP") if run.layout.get(key, 1) > 1
-    )
-    told = {"parallel": parallel or "one GPU"}
-    for key, value in _identity(run).items():
-        name = key.rpartition(".")[2]
-        if key == "global_batch_size":
-            told[key] = f"GBS {value}"
-        elif key not in _TOLD_OTHERWISE:
-            told[key] = f"{name}={value.lower() if value in ('True', 'False') else value}"
-    return told
+    """What makes a run another point than its neighbour, with parallel sizes as one."""
+    told = {}
+    if run.layout:
+        sizes = (f"{key}{run.layout[key]}" for key in ("TP", "PP", "VP", "CP", "DP") if run.layout.get(key, 1) > 1)
+        told[PARALLEL] = " ".join(sizes) or "one GPU"
+    if run.nodes is not None:
+        told["nodes"] = str(run.nodes)
+    return told | {key: value for key, value in _identity(run).items() if key not in _TOLD_OTHERWISE}
+
+
+def _said_already(key: str, told: dict[str, str]) -> bool:
+    """Whether another key that is told says the same, as the GPU's name says what its memory is."""
+    return any(name in told and key.startswith(details) for name, details in _DETAILS.items())
+
+
+def _texts(told: dict[str, str]) -> list[str]:
+    ends = [key.rpartition(".")[2] for key in told]
+    texts = []
+    for (key, value), end in zip(told.items(), ends):
+        if key == PARALLEL:
+            texts.append(value)
+        elif key == "global_batch_size":
+            texts.append(f"GBS {value}")
+        else:
+            shown = value.lower() if value in ("True", "False") else value
+            texts.append(f"{end if ends.count(end) == 1 else key}={shown}")
+    return texts
 
 
 def estimate(group: Group) -> Estimate | None:

@@ -1,7 +1,8 @@
 """SwiGLU's gradient by Transformer Engine's kernel.
 
 Megatron has torch.compile write that kernel, and it reaches less of the memory's speed: 0.87 ms against 0.55 ms for the
-70B's 8192 x 57344 on an H200 (torch 2.11, Transformer Engine 2.11), once a layer and micro-batch. Forward they agree.
+70B's 8192 x 57344 on an H200, by themselves (benchmarks/results/gpu_speed/variants.json), once a layer and micro-batch.
+Forward they agree.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import html
 import json
+import math
 import os
 import random
 import re
@@ -18,7 +19,7 @@ import xml.etree.ElementTree as ET
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -397,12 +398,30 @@ def test_an_outlier_leaves_the_rest_its_axis(report: Report) -> None:
     assert max(heights) - min(heights) > 40  # of 214 pixels
 
 
-def test_the_losses_of_number_formats_lie_in_one_plot(report: Report) -> None:
+def test_the_losses_of_number_formats_lie_in_one_plot(report: Report, tmp_path: Path) -> None:
     assert page_runs.losses(report.runs) is None  # of logs nobody knows the data
-    shown = html.unescape(page.render(build_report([GPU_LOSSES])))
-    assert "small on local data: loss by number format" in shown
-    assert "Means of 5 steps: fp8 is at most 0.027 away from bf16." in shown
-    assert page_runs.losses(build_report([GPU_LOSSES / "bf16"]).runs) is None
+    bf16, fp8 = build_report([GPU_LOSSES]).runs
+
+    def told(*runs: Run) -> str:
+        made = page_runs.losses(runs)
+        return "" if made is None else " ".join(made.itertext())
+
+    assert "small on local data: loss by number format" in told(bf16, fp8)
+    assert "fp8 is at most 0.027 away from bf16 in means of 5 steps, over 60 steps." in told(fp8, bf16)
+    assert told(bf16) == told(bf16, bf16) == ""
+    # Of a number format the finished run is drawn, wherever it stands.
+    short = replace(bf16, name="short", final=False, steps=steps_up_to(bf16, 6))
+    assert "over 60 steps" in told(short, bf16, fp8) and "short" not in told(short, bf16, fp8)
+    # One that diverges is what the plot is for; another seed is another training.
+    broken = replace(fp8, steps=replace(fp8.steps, loss=(*fp8.steps.loss[:20], *[math.nan] * 40)))
+    assert "fp8 (no number from step 20 on) is at most" in told(bf16, broken)
+    assert fp8.config is not None
+    other = {**fp8.config, "trainer": {**fp8.config["trainer"], "seed": 5}}
+    assert told(bf16, replace(fp8, config=other)) == ""
+
+
+def steps_up_to(run: Run, number: int) -> Steps:
+    return Steps(**{field.name: getattr(run.steps, field.name)[:number] for field in fields(Steps)})
 
 
 def test_losses_that_are_no_number_are_marked_and_counted(report: Report, text: str) -> None:
