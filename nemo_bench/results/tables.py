@@ -28,11 +28,12 @@ def points_table(report: Report) -> Table:
     pipelined = any(point.pipeline_bubble is not None for point in report.points)
     if pipelined:
         header.append(">bubble")
-    judged = (">published (s)", ">of published", "verdict")
+    judged = any(point.reference is not None for point in report.points)
+    verdict = (">published (s)", ">of published", "verdict") if judged else ()
     return Table(
         "Points",
-        (*header, f">days to {tokens}", *(judged if report.references else ())),
-        tuple(_point_row(point, pipelined, judged=bool(report.references)) for point in report.points),
+        (*header, f">days to {tokens}", *verdict),
+        tuple(_point_row(point, pipelined, judged=judged) for point in report.points),
     )
 
 
