@@ -6,11 +6,9 @@ exception's own words.
 
 from __future__ import annotations
 
-import copy
 import json
-import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from nemo_bench.config import TrainConfig, padded_vocab_size, world_size
 from nemo_bench.errors import BenchError
 from nemo_bench.launch import entrypoint
-from nemo_bench.memory import GIB, MemoryEstimate, estimate_memory
+from nemo_bench.memory import GIB, MemoryEstimate, estimate_memory, what_takes_less
 from nemo_bench.results import record
 
 # Of a log: a C++ stack trace of each process group stands behind what is looked for.
@@ -119,8 +117,7 @@ def _out_of_memory(evidence: Evidence) -> str | None:
     if cfg.entrypoint.name == entrypoint.NEMO2:  # the estimate is of its optimizer
         estimate = estimate_memory(cfg)
         lines.append(f"needed by this configuration, estimated: {_estimated(estimate)}")
-        fits = [f"{change} ({total / GIB:.0f} GiB)" for change, total in _smaller(cfg, estimate)]
-        lines.append("what takes less, by the same estimate: " + ("; ".join(fits) or "no single change"))
+        lines.append(f"what takes less, by the same estimate: {what_takes_less(cfg)}")
     if _bytes(found.get("reserved by PyTorch, unused", "0 bytes")) > FRAGMENTED_BYTES:
         lines.append(
             "much reserved and unused is fragmentation: export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
@@ -148,50 +145,6 @@ def _estimated(estimate: MemoryEstimate) -> str:
         f"{estimate.total_bytes / GIB:.1f} GiB on a GPU of pipeline stage {estimate.stage} ({told}), "
         "and what CUDA and NCCL take"
     )
-
-
-def _smaller(cfg: TrainConfig, now: MemoryEstimate) -> Iterator[tuple[str, float]]:
-    """Changes that the layout's rules allow and that save at least a twentieth, with the bytes then needed.
-
-    Each by itself; where a parallel size asks for more GPUs than there are, with twice as many.
-    """
-    m, t = cfg.model, cfg.trainer
-    more = {"trainer.devices": t.devices * 2} if t.num_nodes == 1 and t.devices < 8 else {}
-    more = more or {"trainer.num_nodes": t.num_nodes * 2}
-    for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-        change: dict[str, Any] = {f"model.{size}": getattr(m, size) * 2}
-        if size.startswith("tensor"):
-            change["model.sequence_parallel"] = True
-        for each in (change, {**more, **change}):
-            if total := _bytes_after(cfg, each, now):
-                yield _overrides(cfg, each), total
-                break
-    others: list[dict[str, Any]] = [{"model.micro_batch_size": m.micro_batch_size // 2}]
-    recompute = {"granularity": "full", "method": "uniform", "num_layers": 1}
-    others.insert(0, {f"model.recompute_{name}": value for name, value in recompute.items()})
-    others.append({"model.num_layers": m.num_layers // 2})
-    for each in others:
-        if total := _bytes_after(cfg, each, now):
-            yield _overrides(cfg, each), total
-
-
-def _bytes_after(cfg: TrainConfig, change: Mapping[str, Any], now: MemoryEstimate) -> float | None:
-    from nemo_bench.preflight import configuration_problems
-
-    changed = copy.deepcopy(cfg)
-    for key, value in change.items():
-        group, _, name = key.partition(".")
-        setattr(getattr(changed, group), name, value)
-    if configuration_problems(changed):
-        return None
-    total = estimate_memory(changed).total_bytes
-    return total if total < 0.95 * now.total_bytes else None
-
-
-def _overrides(cfg: TrainConfig, change: Mapping[str, Any]) -> str:
-    """What would be typed, without what is so already."""
-    differing = {key: value for key, value in change.items() if operator.attrgetter(key)(cfg) != value}
-    return " ".join(f"{key}={str(value).lower()}" for key, value in differing.items())
 
 
 # --- collectives --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import signal
@@ -138,10 +139,15 @@ def _bubble(cfg: TrainConfig) -> str:
 def _memory_plan(cfg: TrainConfig) -> list[str]:
     if cfg.gpu.device == "cpu" or cfg.entrypoint.name != entrypoint.NEMO2:
         return []
-    from nemo_bench.memory import GIB, estimate_memory
+    from nemo_bench.memory import GIB, estimate_memory, what_takes_less
 
-    has = "" if cfg.gpu.memory_gib is None else f"; {cfg.gpu.name} has {cfg.gpu.memory_gib:g}"
-    return [f"  memory     about {estimate_memory(cfg).total_bytes / GIB:.0f} GiB a GPU, by an estimate{has}"]
+    needed = estimate_memory(cfg).total_bytes / GIB
+    there = cfg.gpu.memory_gib or math.inf
+    has = "" if cfg.gpu.memory_gib is None else f"; {cfg.gpu.name} has {there:g}"
+    lines = [f"  memory     about {needed:.0f} GiB a GPU, by an estimate{has}"]
+    if needed > there:
+        lines.append(f"             this does not fit; what does: {what_takes_less(cfg, there)}")
+    return lines
 
 
 def _run_here(cfg: TrainConfig) -> None:

@@ -74,6 +74,17 @@ def test_dry_checks_prints_and_runs_nothing(train_cli: Cli, tmp_path: Path, prec
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_point_that_does_not_fit_says_what_does(train_cli: Cli) -> None:
+    eight = ("gpu=h200", "scale=1gpu", "model=8b", "model.context_parallel_size=1", "launch=dry")
+    result = train_cli(*eight)
+    assert result.returncode == 0, result.stderr  # an estimate: whoever knows better may try
+    assert "about 156 GiB a GPU, by an estimate; h200 has 141\n" in result.stdout
+    narrow = "model.optim.exp_avg_dtype=bf16 model.optim.exp_avg_sq_dtype=bf16 model.optim.store_param_remainders=true"
+    assert "this does not fit; what does: trainer.devices=2 " in result.stdout
+    assert f"; {narrow} (111 GiB)" in result.stdout  # measured: benchmarks/results/gpu_speed/8b_bf16
+    assert "does not fit" not in train_cli(*eight, *narrow.split()).stdout
+
+
 def test_a_sweep_goes_on_after_a_refused_point_and_ends_with_its_code(train_cli: Cli, tmp_path: Path) -> None:
     result = train_cli("-m", "launch=dry", "scale=64gpu,8gpu,128gpu")
     assert result.returncode == 2
