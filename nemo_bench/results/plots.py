@@ -22,6 +22,8 @@ LINE_POINTS = 1000
 MARKS = 240
 # More marks than this are one path without a tooltip each.
 TOOLTIPS = 120
+# Labels of bars that are longer are cut.
+LABEL = 64
 SERIES = 6  # colours of the style sheet: .s0 to .s5
 
 _WIDTH, _HEIGHT = 640, 270
@@ -471,9 +473,15 @@ class _Frame:
 _ROW = 25
 
 
+def _label_width(rows: Sequence[Bar | Spread]) -> int:
+    """Room for the longest label, by what a letter takes on average."""
+    return max(230, 7 * min(LABEL, max((len(row.label) for row in rows), default=0)) + 16)
+
+
 def bars(title: str, rows: Sequence[Bar]) -> Drawn:
     """Horizontal bars of fractions from 0."""
-    width, left, right = 900, 230, 900 - 270
+    left = _label_width(rows)
+    right, width = left + 400, left + 670
     top = max(0.1, *(max(row.value, row.published or 0) for row in rows))
     x = _linear(0, top, left, right)
     bottom = 8 + _ROW * len(rows)
@@ -485,7 +493,7 @@ def bars(title: str, rows: Sequence[Bar]) -> Drawn:
         ]
     for number, row in enumerate(rows):
         y = 8 + _ROW * number
-        label = _text(left - 8, y + 16, shorten(row.label, 32), "name", "end")
+        label = _text(left - 8, y + 16, shorten(row.label, LABEL), "name", "end")
         label.append(el("title", row.label))
         size = {"x": left, "y": y + 4, "width": f"{x(row.value) - left:.1f}", "height": _ROW - 9}
         parts += [label, el("rect", class_=f"bar s{row.series}", **size)]
@@ -504,7 +512,8 @@ def bars(title: str, rows: Sequence[Bar]) -> Drawn:
 
 def ratios(title: str, rows: Sequence[Spread], tolerance: float) -> Drawn:
     """Ratios with their intervals around 100%, and the tolerance as a band."""
-    width, left, right = 900, 230, 900 - 190
+    left = _label_width(rows)
+    right, width = left + 480, left + 670
     ends = [abs(end - 1) for row in rows for end in (row.ratio, row.low, row.high) if end is not None]
     # Of an interval that is wider than this, the ends say nothing.
     reach = min(0.6, max(tolerance * 1.3, 0.02, *(end for end in ends if math.isfinite(end)))) * 1.05
@@ -521,7 +530,7 @@ def ratios(title: str, rows: Sequence[Spread], tolerance: float) -> Drawn:
     parts.append(_line(x(1), 6, x(1), bottom, "axis"))
     for number, row in enumerate(rows):
         y = 8 + _ROW * (number + 0.5)
-        label = _text(left - 8, y + 4, shorten(row.label, 32), "name", "end")
+        label = _text(left - 8, y + 4, shorten(row.label, LABEL), "name", "end")
         label.append(el("title", row.label))
         parts.append(label)
         if row.low is not None and row.high is not None:
