@@ -82,20 +82,20 @@ def losses(runs: Sequence[Run]) -> ET.Element | None:
 
 
 def _training(run: Run) -> list[tuple[str, str]]:
-    """What a run's losses depend on, but for number formats."""
-    keys = (
-        "data.",
-        "model.optim.",
-        "checkpoint.resume_from",
-        "checkpoint.weights_from",
-        "trainer.seed",
-        "trainer.max_steps",
+    """What a run's losses depend on, but for number formats and layouts."""
+    optim = ("lr", "min_lr", "warmup_steps", "weight_decay", "adam_", "clip_grad")
+    sizes = ("seq_length", "global_batch_size", "init_method_std", *(run.architecture or ()))
+    wanted = (
+        *("data.", "checkpoint.resume_from", "checkpoint.weights_from", "trainer.seed", "trainer.max_steps"),
+        *(f"model.optim.{key}" for key in optim),
+        *(f"model.{key}" for key in sizes),
     )
-    sizes = [f"model.{key}" for key in (run.architecture or {})]
-    flat = flatten(run.config or {})
-    wanted = (*keys, *sizes, "model.seq_length", "model.global_batch_size", "model.init_method_std")
     without = ("data.folder", "data.num_workers")
-    return [item for item in flat.items() if item[0].startswith(wanted) and not item[0].startswith(without)]
+    return [
+        (key, value)
+        for key, value in flatten(run.config or {}).items()
+        if key.startswith(wanted) and not key.startswith(without)
+    ]
 
 
 def _loss_curve(run: Run, series: int) -> plots.Curve | None:

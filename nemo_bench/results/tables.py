@@ -33,11 +33,11 @@ def points_table(report: Report) -> Table:
     return Table(
         "Points",
         (*header, f">days to {tokens}", *verdict),
-        tuple(_point_row(point, pipelined, judged=judged) for point in report.points),
+        tuple(_point_row(point, pipelined=pipelined, judged=judged) for point in report.points),
     )
 
 
-def _point_row(point: Point, pipelined: bool, *, judged: bool) -> tuple[str, ...]:
+def _point_row(point: Point, *, pipelined: bool, judged: bool) -> tuple[str, ...]:
     n, interval = point.numbers, point.step_time_interval
     runs = f"{len(point.final_runs)}/{len(point.runs)}"
     cells = [point.name, runs, *[""] * 7]

@@ -418,6 +418,9 @@ def test_the_losses_of_number_formats_lie_in_one_plot(report: Report, tmp_path: 
     assert fp8.config is not None
     other = {**fp8.config, "trainer": {**fp8.config["trainer"], "seed": 5}}
     assert told(bf16, replace(fp8, config=other)) == ""
+    # The moments' formats are number formats too.
+    narrow = {**fp8.config["model"], "optim": {**fp8.config["model"]["optim"], "exp_avg_dtype": "bf16"}}
+    assert "over 60 steps" in told(bf16, replace(fp8, config={**fp8.config, "model": narrow}))
 
 
 def steps_up_to(run: Run, number: int) -> Steps:
