@@ -27,7 +27,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from nemo_bench.launch import command_jobs, jobs
-    from nemo_bench.results.terminal import make_console
+    from nemo_bench.report.terminal import make_console
 
     console, stage = make_console(), Path(arguments.stage).absolute()
     if not stage.is_dir() and (stage.exists() or str(stage) != default_stage_path()):

@@ -4,13 +4,13 @@ import hydra
 from omegaconf import DictConfig
 
 from nemo_bench import cli
-from nemo_bench.results.report_config import ReportConfig
+from nemo_bench.report.config import ReportConfig
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="report")
 def main(cfg: DictConfig) -> None:
     # Imported here: composing and printing a configuration needs none of it.
-    from nemo_bench.results.report_command import run_report
+    from nemo_bench.report.command import run_report
 
     cli.guard(run_report, cfg)
 

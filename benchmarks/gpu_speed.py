@@ -35,12 +35,14 @@ sys.path.insert(0, str(PROJECT))
 
 from omegaconf import OmegaConf  # noqa: E402
 
-from nemo_bench.config import TrainConfig, quoted_path, typed, world_size  # noqa: E402
-from nemo_bench.errors import BenchError  # noqa: E402
-from nemo_bench.launch import entrypoint, lifeline, local, point  # noqa: E402
-from nemo_bench.preflight import ConfigurationRefused, configuration_problems, machine_problems  # noqa: E402
-from nemo_bench.results import record  # noqa: E402
-from nemo_bench.results.summary import summarise  # noqa: E402
+from nemo_bench.checks.configuration import configuration_problems, machine_problems  # noqa: E402
+from nemo_bench.cluster import lifeline  # noqa: E402
+from nemo_bench.config import TrainConfig, quoted_path, typed  # noqa: E402
+from nemo_bench.entrypoints import entrypoint  # noqa: E402
+from nemo_bench.errors import BenchError, ConfigurationRefused  # noqa: E402
+from nemo_bench.launch import local, point  # noqa: E402
+from nemo_bench.record import folder as record  # noqa: E402
+from nemo_bench.report.numbers import summarise  # noqa: E402
 
 
 def compose(overrides: list[str], stage: Path) -> TrainConfig:
@@ -111,7 +113,7 @@ def start(name: str, overrides: list[str], stage: Path, gpus: list[int]) -> Case
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
         command=["python", "train.py", *overrides],
         overrides=overrides,
-        ranks=world_size(cfg),
+        ranks=cfg.world_size,
     )
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if cfg.gpu.device == "cuda" else {}
     port = local.free_port()

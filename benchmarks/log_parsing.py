@@ -29,7 +29,7 @@ KINDS = ("mixed", "steps", "bar", "twice")
 READ = """
 import json, os, resource, sys, time
 from pathlib import Path
-from nemo_bench.results.logs import read_log
+from nemo_bench.report.logs import read_log
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 start_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -30,7 +30,7 @@ def callbacks_us(on_gpu: bool, batches: int = 2000) -> dict[str, float]:
     import torch
 
     from nemo_bench.config import load
-    from nemo_bench.results.record import EventLog
+    from nemo_bench.record.folder import EventLog
     from nemo_bench.training.callbacks import StepRecorder
     from nemo_bench.training.telemetry import STEP_TIMING, RankTelemetry
 

@@ -49,7 +49,7 @@ class OptimConfig:
     grad_reduce_in_fp32: bool = False  # the recipe reduces gradients in bf16
     # Adam (Transformer Engine's) reads gradients in the format they are reduced in: no fp32 copies of them. Not with
     # fp8 parameters: after the first step their layers got hardly any gradient (H200, megatron-core 0.15.3).
-    use_precision_aware_optimizer: bool | None = None  # null: where it can be, see precision_aware_optimizer()
+    use_precision_aware_optimizer: bool | None = None  # null: see precision_aware_optimizer
     # With it: keep of each fp32 main weight only the 16 bits that the bf16 parameter lacks, 2 bytes a parameter less.
     store_param_remainders: bool = False
     exp_avg_dtype: str = "fp32"  # with it: bf16 halves the first moment
@@ -69,7 +69,7 @@ class ModelConfig:
     num_attention_heads: int = MISSING
     num_query_groups: int = MISSING  # key/value heads
     seq_length: int = MISSING  # tokens
-    vocab_size: int = MISSING  # the tokenizer's; padded for Megatron, see padded_vocab_size()
+    vocab_size: int = MISSING  # the tokenizer's; padded for Megatron, see TrainConfig.padded_vocab_size
     make_vocab_size_divisible_by: int = 128
     rotary_base: int = 500000
     init_method_std: float = 0.02
@@ -96,7 +96,7 @@ class ModelConfig:
     gradient_accumulation_fusion: bool = True  # the weight gradient's product adds to the gradient of the step so far
     # communication and the pipeline
     # The output layer's weight gradients fill the bubble at a step's end; null: where they are right, see
-    # defers_embedding_wgrad(); true: as the recipe has it.
+    # TrainConfig.defers_embedding_wgrad; true: as the recipe has it.
     defer_embedding_wgrad_compute: bool | None = None
     wgrad_deferral_limit: int = 22  # micro-batches deferred at most; 0: all
     tp_comm_overlap: bool = False  # tensor-parallel communication under the matrix products (user buffers)
@@ -210,6 +210,11 @@ class ClusterConfig:
     env: dict[str, str] = field(default_factory=dict)  # environment of the ranks, over entrypoint.env
     container: ContainerConfig | None = None  # null: bare on the nodes, with this interpreter
 
+    @property
+    def requested_gpus_per_node(self) -> str | None:
+        """What is asked of sbatch; the recipe's environment says "null" where nothing is to be asked."""
+        return None if self.gpus_per_node in (None, "", "null") else self.gpus_per_node
+
 
 @dataclass
 class EntrypointConfig:
@@ -267,6 +272,56 @@ class TrainConfig:
     stage_path: str = MISSING
     results_version: str = MISSING
     total_tokens: float = 1e12  # the budget behind "days to train"
+
+    @property
+    def world_size(self) -> int:
+        """Processes in the job, one a GPU."""
+        return self.trainer.num_nodes * self.trainer.devices
+
+    @property
+    def model_parallel_size(self) -> int:
+        """GPUs that hold one copy of the model and share its sequences: TP * PP * CP."""
+        m = self.model
+        return m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model (DP). The checks hold that the division has no remainder."""
+        return self.world_size // self.model_parallel_size
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches each copy of the model works through in a step (gradient accumulation, GA)."""
+        return self.model.global_batch_size // (self.model.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def defers_embedding_wgrad(self) -> bool:
+        """Whether the output layer's weight gradients wait for the end of a step (`defer_embedding_wgrad_compute`).
+
+        It needs a bubble, and the fusion that Megatron asks for. Where gradients are reduced over several ranks during
+        the backward pass, megatron-core begins the reduction before it adds what was deferred
+        (github.com/NVIDIA/Megatron-LM/issues/1012): each rank then keeps its own share. The recipe's timing has it;
+        `true` measures that.
+        """
+        m, wanted = self.model, self.model.defer_embedding_wgrad_compute
+        if m.pipeline_model_parallel_size == 1 or not m.gradient_accumulation_fusion:
+            return False
+        reduced_meanwhile = m.optim.overlap_grad_reduce and self.data_parallel_size * m.context_parallel_size > 1
+        return not reduced_meanwhile if wanted is None else wanted
+
+    @property
+    def precision_aware_optimizer(self) -> bool:
+        """Whether Adam reads gradients in the format they are reduced in (`optim.use_precision_aware_optimizer`)."""
+        o = self.model.optim
+        if o.use_precision_aware_optimizer is not None:
+            return o.use_precision_aware_optimizer
+        return self.gpu.device == "cuda" and o.use_distributed_optimizer and not self.precision.fp8_param_gather
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Vocabulary as Megatron lays it out: padded so that each tensor-parallel rank gets an equal, aligned share."""
+        multiple = self.model.make_vocab_size_divisible_by * self.model.tensor_model_parallel_size
+        return math.ceil(self.model.vocab_size / multiple) * multiple
 
 
 def weak_scaling_batch(sequences: int, per_gpus: int, num_nodes: int, devices: int) -> int:
@@ -343,58 +398,3 @@ def quoted_path(path: str | Path) -> str:
     if re.fullmatch(r"/[\w./:+@%-]*", text, re.ASCII):  # as it is, which reads better
         return text
     return QuotedString(text, Quote.single).with_quotes()
-
-
-def gpus_per_node(cluster: ClusterConfig) -> str | None:
-    """What is asked of sbatch; the recipe's environment says "null" where nothing is to be asked."""
-    return None if cluster.gpus_per_node in (None, "", "null") else cluster.gpus_per_node
-
-
-def world_size(cfg: TrainConfig) -> int:
-    """Processes in the job, one a GPU."""
-    return cfg.trainer.num_nodes * cfg.trainer.devices
-
-
-def model_parallel_size(cfg: TrainConfig) -> int:
-    """GPUs that hold one copy of the model and share its sequences: TP * PP * CP."""
-    m = cfg.model
-    return m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size
-
-
-def data_parallel_size(cfg: TrainConfig) -> int:
-    """Copies of the model (DP). The checks hold that the division has no remainder."""
-    return world_size(cfg) // model_parallel_size(cfg)
-
-
-def num_micro_batches(cfg: TrainConfig) -> int:
-    """Micro-batches each copy of the model works through in a step (gradient accumulation, GA)."""
-    return cfg.model.global_batch_size // (cfg.model.micro_batch_size * data_parallel_size(cfg))
-
-
-def defers_embedding_wgrad(cfg: TrainConfig) -> bool:
-    """Whether the output layer's weight gradients wait for the end of a step (`defer_embedding_wgrad_compute`).
-
-    There must be a bubble, and the fusion that Megatron asks for. And where gradients are reduced over several ranks
-    while the backward pass goes on, megatron-core begins the reduction before it adds what was deferred
-    (github.com/NVIDIA/Megatron-LM/issues/1012): each rank then keeps its own share of it. The recipe's timing has it;
-    `true` measures that.
-    """
-    m, wanted = cfg.model, cfg.model.defer_embedding_wgrad_compute
-    if m.pipeline_model_parallel_size == 1 or not m.gradient_accumulation_fusion:
-        return False
-    reduced_meanwhile = m.optim.overlap_grad_reduce and data_parallel_size(cfg) * m.context_parallel_size > 1
-    return not reduced_meanwhile if wanted is None else wanted
-
-
-def precision_aware_optimizer(cfg: TrainConfig) -> bool:
-    """Whether Adam reads gradients in the format they are reduced in (`optim.use_precision_aware_optimizer`)."""
-    o = cfg.model.optim
-    if o.use_precision_aware_optimizer is not None:
-        return o.use_precision_aware_optimizer
-    return cfg.gpu.device == "cuda" and o.use_distributed_optimizer and not cfg.precision.fp8_param_gather
-
-
-def padded_vocab_size(cfg: TrainConfig) -> int:
-    """Vocabulary as Megatron lays it out: padded so that each tensor-parallel rank gets an equal, aligned share."""
-    multiple = cfg.model.make_vocab_size_divisible_by * cfg.model.tensor_model_parallel_size
-    return math.ceil(cfg.model.vocab_size / multiple) * multiple

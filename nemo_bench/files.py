@@ -1,16 +1,19 @@
-"""Files that several processes, on several machines, make and read: names, locks, sizes."""
+"""Files that several processes, on several machines, write and read: written aside and renamed, locked, hashed."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from nemo_bench.errors import BenchError
 
@@ -26,6 +29,87 @@ def size_text(size_bytes: int) -> str:
         if size_bytes >= factor:
             return f"{size_bytes / factor:.1f} {unit}"
     return f"{size_bytes} bytes"
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a name next to `path` that only this process uses; reports and listings skip it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a new file that replaces `path` in one step when the block ends.
+
+    A reader, or a kill at any moment, sees the old file or the whole new one. A block that raises leaves the old one.
+
+    Args:
+        path: the file to replace; its folder must exist.
+        mode: "w" (UTF-8) or "wb".
+    """
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step."""
+    with atomic_file(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` by indented JSON in one step."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, which becomes `path` in one step when the block ends, replacing what was there.
+
+    A block that raises leaves `path` as it was. What a killed process left aside is removed by the next one that makes
+    `path`: callers hold a lock.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        shutil.rmtree(leftover)
+    temporary = temporary_path(path)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        fsync_folder(temporary)
+        if path.exists():
+            os.replace(path, outgoing := temporary_path(path.with_name(path.name + ".old")))
+            os.replace(temporary, path)
+            shutil.rmtree(outgoing)
+        else:
+            os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def explained_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn a full disk, an exceeded quota or a read-only folder into one message that names the folder and the remedy.
+
+    Raises:
+        BenchError: in place of that OSError; other errors pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BenchError(f"No space left in {folder}: {remedy}") from None
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise BenchError(f"Cannot write in {folder} ({error.strerror}): {remedy}") from None
+        raise
 
 
 def fsync_folder(folder: Path) -> None:

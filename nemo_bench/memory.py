@@ -22,14 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_bench.config import (
-    TrainConfig,
-    defers_embedding_wgrad,
-    num_micro_batches,
-    padded_vocab_size,
-    precision_aware_optimizer,
-    world_size,
-)
+from nemo_bench.config import TrainConfig
 
 GIB = 1 << 30
 
@@ -75,7 +68,7 @@ def _stage(cfg: TrainConfig, stage: int) -> MemoryEstimate:
     layers = math.ceil(m.num_layers / pp)
     last = stage == pp - 1
     matrices = layers * (h * h * (2 + 2 * key_values) + 3 * h * m.ffn_hidden_size) / tp
-    embedding = padded_vocab_size(cfg) * h / tp
+    embedding = cfg.padded_vocab_size * h / tp
     others = layers * 2 * h + (embedding if stage == 0 else 0) + (embedding + h if last else 0)
     weights = [_weight_bytes(cfg, matrix=True), _weight_bytes(cfg, matrix=False)]
     parameters, gradients, optimizer, in_step = (
@@ -99,7 +92,7 @@ def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, floa
     """
     o, p, m = cfg.model.optim, cfg.precision, cfg.model
     # Megatron shards over the context-parallel ranks too: they hold the same weights.
-    copies = world_size(cfg) // (m.tensor_model_parallel_size * m.pipeline_model_parallel_size)
+    copies = cfg.world_size // (m.tensor_model_parallel_size * m.pipeline_model_parallel_size)
     share = 1 / copies if o.use_distributed_optimizer else 1.0
     if p.trainer_precision != "bf16-mixed":
         return 4, 4, 8 * share, 0
@@ -109,7 +102,7 @@ def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, floa
     weight = (2 if not in_fp8 or not p.fp8_param_gather else 0) + (2 if in_fp8 else 0)
     main, step = 4, 0 if o.grad_reduce_in_fp32 else 4  # the step reads gradients in fp32
     moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (o.exp_avg_dtype, o.exp_avg_sq_dtype))
-    if precision_aware_optimizer(cfg) and (p.fp8 is None or p.fp8_recipe == "delayed"):
+    if cfg.precision_aware_optimizer and (p.fp8 is None or p.fp8_recipe == "delayed"):
         # Gradients are read as they are, and of a main weight only what its bf16 weight lacks may be kept. With other
         # fp8 recipes megatron-core takes its usual way.
         main, step = (2 if o.store_param_remainders else 4), 0
@@ -133,7 +126,7 @@ def _activations(cfg: TrainConfig, stage: int, layers: int) -> float:
     layer = outside + inside
     # Chunks of layers (one a virtual stage) whose forward pass is done and whose backward pass is not.
     in_flight = (pp - stage - 1) * 2 + (vp - 1) * pp + 1 if vp > 1 else pp - stage
-    kept = min(in_flight, num_micro_batches(cfg) * vp) * layers / vp
+    kept = min(in_flight, cfg.num_micro_batches * vp) * layers / vp
     working = tokens * 3 * f * size / tp  # gradients of the MLP's inner activations, of the layer at work
     return _recomputed(cfg, kept, layers / vp, layer, tokens / tp) + working
 
@@ -168,13 +161,13 @@ def _logits(cfg: TrainConfig) -> float:
     tokens = m.seq_length / m.context_parallel_size * m.micro_batch_size
     split = m.tensor_model_parallel_size
     deferred = 0.0
-    if defers_embedding_wgrad(cfg):
+    if cfg.defers_embedding_wgrad:
         # Until the weight gradients are computed, the logits' gradients and the output layer's inputs stay.
-        micro_batches = num_micro_batches(cfg)
+        micro_batches = cfg.num_micro_batches
         inputs = m.hidden_size / (split if m.sequence_parallel else 1)
         kept = min(m.wgrad_deferral_limit or micro_batches, micro_batches)
-        deferred = kept * tokens * 2 * (padded_vocab_size(cfg) / split + inputs)
-    return tokens * padded_vocab_size(cfg) / split * each + deferred
+        deferred = kept * tokens * 2 * (cfg.padded_vocab_size / split + inputs)
+    return tokens * cfg.padded_vocab_size / split * each + deferred
 
 
 def what_takes_less(cfg: TrainConfig, than_gib: float = math.inf) -> str:
@@ -214,7 +207,7 @@ def _smaller(cfg: TrainConfig, now: MemoryEstimate) -> Iterator[tuple[str, float
 
 
 def _bytes_after(cfg: TrainConfig, change: Mapping[str, Any], now: MemoryEstimate) -> float | None:
-    from nemo_bench.preflight import configuration_problems
+    from nemo_bench.checks.configuration import configuration_problems
 
     changed = copy.deepcopy(cfg)
     for key, value in change.items():

@@ -24,16 +24,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_bench.data.remote import (
-    NETWORK_HINT,
-    SHA256,
-    RemoteFile,
-    Retries,
-    Source,
-    Transient,
-    cause_of,
-    content_range,
-)
+from nemo_bench.data.remote import NETWORK_HINT, SHA256, RemoteFile, Retries, Source, Transient, cause_of, content_range
 from nemo_bench.errors import BenchError
 from nemo_bench.files import fsync_folder, locked, sha256_of, size_text
 

@@ -27,7 +27,7 @@ from nemo_bench.data.tokenization import MAX_THREADS, usable_cores
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import dated_name
 from nemo_bench.project import python_path
-from nemo_bench.results.record import tail
+from nemo_bench.record.folder import tail
 
 #: The recipe's folder for the logs of this work, under the stage folder.
 LOGS = "results.data_preparation"
@@ -355,9 +355,10 @@ def raise_failures(shards: list[Shard]) -> None:
 
 def _run_here(cfg: PreparationConfig, tasks: list[ShardTask]) -> list[ShardResult]:
     """Runs each task in a process, some at once; all end with this one, however it ends."""
+    from nemo_bench.cluster import lifeline
     from nemo_bench.data.progress_display import ShardDisplay
-    from nemo_bench.launch import lifeline, local
-    from nemo_bench.results.terminal import make_console
+    from nemo_bench.launch import local
+    from nemo_bench.report.terminal import make_console
 
     parent = new_log_folder(Path(cfg.stage_path))
     try:

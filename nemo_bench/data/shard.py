@@ -32,8 +32,7 @@ from nemo_bench.data.encoder import Backend, Encoder
 from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect, optimal_dtype
 from nemo_bench.data.tokenization import MAX_THREADS, Counts, tokenize, usable_cores
 from nemo_bench.errors import BenchError
-from nemo_bench.files import fsync_folder, locked, sha256_of
-from nemo_bench.results.record import write_atomically, write_json
+from nemo_bench.files import fsync_folder, locked, sha256_of, write_json, write_text
 
 TASK, PROGRESS, RESULT, ERROR = "task.json", "progress.json", "result.json", "error.json"
 FORMAT, FORMAT_VERSION = "nemo-bench dataset", 1
@@ -413,7 +412,7 @@ def _read_back(building: Path, encoder: Encoder, counts: Counts) -> tuple[Datase
 def _publish(building: Path, prefix: Path, manifest: dict[str, Any]) -> None:
     """Gives the verified files their names: the description first and the index last."""
     idx_path(prefix).unlink(missing_ok=True)
-    write_atomically(manifest_path(prefix), json.dumps(manifest, indent=2) + "\n")
+    write_text(manifest_path(prefix), json.dumps(manifest, indent=2) + "\n")
     os.replace(bin_path(building), bin_path(prefix))
     os.replace(idx_path(building), idx_path(prefix))
     fsync_folder(prefix.parent)
@@ -454,7 +453,7 @@ def _end(signum: int, frame: object) -> None:
 
 def main(folder: Path) -> int:
     """Does the task in `folder`; the exit code is that of a command."""
-    from nemo_bench.launch import lifeline
+    from nemo_bench.cluster import lifeline
 
     # Threads that release the interpreter lock thousands of times a second wait less for it.
     sys.setswitchinterval(0.0005)

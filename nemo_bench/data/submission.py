@@ -134,7 +134,7 @@ def _active(stage: Path) -> dict[str, CommandJob]:
 
 def _follow(shards: list[Shard], jobs: list[CommandJob]) -> None:
     from nemo_bench.data.progress_display import ShardDisplay
-    from nemo_bench.results.terminal import make_console
+    from nemo_bench.report.terminal import make_console
 
     with ShardDisplay(make_console(), shards) as display:
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from nemo_bench.config import load
 from nemo_bench.errors import RunFailed
 from nemo_bench.project import python_path
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 
 JOB_PREFIX = "local-"
 

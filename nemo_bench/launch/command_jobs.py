@@ -17,7 +17,7 @@ from typing import Any
 from nemo_bench.config import ClusterConfig
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.launch import slurm
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 
 FOLLOW_INTERVAL_S = 1.0
 # Slurm may know a job's end before the shared file system shows what it left.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.config import TrainConfig, padded_vocab_size, world_size
+from nemo_bench.config import TrainConfig
+from nemo_bench.entrypoints import entrypoint
 from nemo_bench.errors import BenchError
-from nemo_bench.launch import entrypoint
 from nemo_bench.memory import GIB, MemoryEstimate, estimate_memory, what_takes_less
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 
 # Of a log: a C++ stack trace of each process group stands behind what is looked for.
 LOG_LINES = 600
@@ -57,7 +57,7 @@ def diagnose(cfg: TrainConfig, run_dir: Path, rank: int | None, error: Mapping[s
     if error is not None and error["type"] == BenchError.__name__:
         return str(error["message"])
     logs = {}
-    for each in range(world_size(cfg)):
+    for each in range(cfg.world_size):
         try:
             logs[each] = "\n".join(record.tail(record.rank_log(run_dir, each), LOG_LINES))
         except OSError:
@@ -185,7 +185,7 @@ def _collective_timeout(evidence: Evidence) -> str | None:
         f"NCCL time-out: {first['operation']}{numel} (number {first['number']}{group}) did not end within "
         f"{int(first['limit']) / 1000:,.0f} s on {_ranks(sorted(reports))}"
     ]
-    missing = sorted(set(range(world_size(evidence.cfg))) - {*reports})
+    missing = sorted(set(range(evidence.cfg.world_size)) - {*reports})
     behind = _behind(states)
     if missing:
         lines.append(f"not reported by {_ranks(missing)}, for which the others may have waited: look there first")
@@ -307,7 +307,7 @@ def _broken_gpu(evidence: Evidence) -> str | None:
     for sign, meaning in _BROKEN.items():
         if sign in evidence.text:
             if sign == "device-side assert triggered":
-                return f"{meaning}; this model has {padded_vocab_size(evidence.cfg):,} of them"
+                return f"{meaning}; this model has {evidence.cfg.padded_vocab_size:,} of them"
             return (
                 f"{meaning}\n"
                 "`dmesg | grep -i xid` and `nvidia-smi -q` on that node say whether it is the hardware (then "

@@ -19,11 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_bench.config import load
 from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.files import write_json
 from nemo_bench.launch import background
 from nemo_bench.launch.diagnosis import diagnose
 from nemo_bench.launch.point import point_name
-from nemo_bench.results import record
-from nemo_bench.results.logs import read_log
+from nemo_bench.record import folder as record
+from nemo_bench.report.logs import read_log
 
 # Slurm's words for a job that will run (again) without anybody's help, or runs.
 ACTIVE = (
@@ -180,8 +181,8 @@ def follow(console: Any, run_dirs: list[Path]) -> None:
     """
     from rich.live import Live
 
-    from nemo_bench.results.summary import summarise
-    from nemo_bench.results.terminal import print_summary
+    from nemo_bench.report.numbers import summarise
+    from nemo_bench.report.terminal import print_summary
 
     if not run_dirs:
         console.print("no job is active")
@@ -325,7 +326,7 @@ def resubmit(run_dir: Path) -> Any:
     )
     submitted = submit_run(cfg, again, old["overrides"])
     details = record.read_job(run_dir)
-    record.write_json(run_dir / record.JOB, {**details, "resubmitted_as": submitted.job_id})
+    write_json(run_dir / record.JOB, {**details, "resubmitted_as": submitted.job_id})
     return submitted
 
 

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nemo_bench.cluster import lifeline
 from nemo_bench.config import TrainConfig
-from nemo_bench.launch import entrypoint, lifeline
+from nemo_bench.entrypoints import entrypoint
 from nemo_bench.project import python_path
-from nemo_bench.results.record import rank_log
+from nemo_bench.record.folder import rank_log
 
 # A rank that waits in a collective ignores SIGTERM; it gets this long to write its logs all the same.
 GRACE_S = 3.0

@@ -14,20 +14,13 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_bench import flops
-from nemo_bench.config import (
-    Launch,
-    TrainConfig,
-    data_parallel_size,
-    num_micro_batches,
-    typed,
-    world_size,
-)
-from nemo_bench.errors import BenchError, RunFailed
-from nemo_bench.launch import entrypoint
+from nemo_bench.checks.configuration import configuration_problems, machine_problems
+from nemo_bench.checks.profile import profile_plan
+from nemo_bench.config import Launch, TrainConfig, typed
+from nemo_bench.entrypoints import entrypoint
+from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
 from nemo_bench.launch.diagnosis import diagnose
-from nemo_bench.preflight import ConfigurationRefused, configuration_problems, machine_problems
-from nemo_bench.profile_checks import profile_plan
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 
 if TYPE_CHECKING:
     from nemo_bench.launch.local import Outcome
@@ -88,19 +81,19 @@ def absolute_paths(cfg: TrainConfig) -> TrainConfig:
 
 def point_name(cfg: TrainConfig) -> str:
     """A point in a table's words: `70b fp8 128gpu`."""
-    return f"{cfg.model.name} {cfg.precision.name} {world_size(cfg)}gpu"
+    return f"{cfg.model.name} {cfg.precision.name} {cfg.world_size}gpu"
 
 
 def results_dir(cfg: TrainConfig) -> Path:
     """`<stage>/results/<version>/<precision>/<model>/<gpus>`, the recipe's layout."""
-    gpus = str(world_size(cfg))
+    gpus = str(cfg.world_size)
     return Path(cfg.stage_path) / "results" / cfg.results_version / cfg.precision.name / cfg.model.name / gpus
 
 
 def plan(cfg: TrainConfig) -> str:
     """What a point is, in words: layout, batch, work, where its results go."""
-    m, gpus = cfg.model, world_size(cfg)
-    from nemo_bench.results.summary import architecture, model_flops
+    m, gpus = cfg.model, cfg.world_size
+    from nemo_bench.report.numbers import architecture, model_flops
 
     parameters = flops.num_parameters(**architecture(cfg))
     per_sequence = model_flops(cfg, flops.FlopsConvention.RECIPE)
@@ -109,9 +102,9 @@ def plan(cfg: TrainConfig) -> str:
         f"Llama 3.1 {m.name} ({parameters / 1e9:.3g}B parameters), {cfg.precision.name}, "
         f"{gpus} x {cfg.gpu.name} ({cfg.trainer.num_nodes} nodes x {cfg.trainer.devices}): every check passed",
         f"  layout     TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} "
-        f"VP{m.virtual_pipeline_model_parallel_size or 1} CP{m.context_parallel_size} DP{data_parallel_size(cfg)}"
+        f"VP{m.virtual_pipeline_model_parallel_size or 1} CP{m.context_parallel_size} DP{cfg.data_parallel_size}"
         f"{' SP' if m.sequence_parallel and m.tensor_model_parallel_size > 1 else ''}{_bubble(cfg)}",
-        f"  batch      MBS {m.micro_batch_size}, GBS {m.global_batch_size}, GA {num_micro_batches(cfg)}, "
+        f"  batch      MBS {m.micro_batch_size}, GBS {m.global_batch_size}, GA {cfg.num_micro_batches}, "
         f"sequence {m.seq_length}: {tokens:,} tokens a step",
         f"  work       {per_sequence:.4g} FLOPs a sequence, {per_sequence * m.global_batch_size:.4g} a step "
         "(the recipe's convention)",
@@ -131,7 +124,7 @@ def _bubble(cfg: TrainConfig) -> str:
     share = flops.pipeline_bubble(
         pipeline_stages=m.pipeline_model_parallel_size,
         virtual_stages=m.virtual_pipeline_model_parallel_size or 1,
-        micro_batches=num_micro_batches(cfg),
+        micro_batches=cfg.num_micro_batches,
     )
     return f": {share:.1%} of a step is pipeline bubble, where all stages have equal work"
 
@@ -151,8 +144,8 @@ def _memory_plan(cfg: TrainConfig) -> list[str]:
 
 
 def _run_here(cfg: TrainConfig) -> None:
-    from nemo_bench.results.summary import summarise
-    from nemo_bench.results.terminal import Follower, make_console, print_summary
+    from nemo_bench.report.numbers import summarise
+    from nemo_bench.report.terminal import Follower, make_console, print_summary
 
     console = make_console()
     if line := prepare_data(cfg):
@@ -202,7 +195,7 @@ def _new_run(cfg: TrainConfig) -> Path:
             config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
             command=["python", *sys.argv],
             overrides=list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
-            ranks=world_size(cfg),
+            ranks=cfg.world_size,
         )
     except OSError as error:
         raise BenchError(
@@ -256,7 +249,7 @@ def _record_failure(cfg: TrainConfig, run_dir: Path, outcome: Outcome) -> str:
         # Said by whoever looks, since a rank may have had no room left to say it.
         reason = f"no space left on the disk of {cfg.stage_path}: free some, or set STAGE_PATH ({reason})"
     record.set_status(run_dir, record.Status(state, exit_code=exit_code, reason=reason, rank=rank))
-    message = [f"rank {rank} of {world_size(cfg)} failed: {reason}", *(f"  {line}" for line in advice)]
+    message = [f"rank {rank} of {cfg.world_size} failed: {reason}", *(f"  {line}" for line in advice)]
     if not refused:
         log = record.rank_log(run_dir, rank)
         message += [f"the last lines of {log}:", *(f"  | {line}" for line in record.tail(log, LOG_TAIL_LINES))]

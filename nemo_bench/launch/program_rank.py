@@ -16,8 +16,9 @@ from pathlib import Path
 # In place of this file's folder, whose modules have names that others may have too.
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from nemo_bench.launch import lifeline  # noqa: E402
-from nemo_bench.results import logs, record  # noqa: E402
+from nemo_bench.cluster import lifeline  # noqa: E402
+from nemo_bench.record import folder as record  # noqa: E402
+from nemo_bench.report import logs  # noqa: E402
 
 
 class ProgramError(Exception):

@@ -23,16 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.config import ClusterConfig, TrainConfig, gpus_per_node, world_size
+from nemo_bench.config import ClusterConfig, TrainConfig
+from nemo_bench.entrypoints import entrypoint
 from nemo_bench.errors import BenchError
-from nemo_bench.launch import entrypoint
 from nemo_bench.project import PROJECT, python_path
-from nemo_bench.results.record import EXIT, REQUEUE
+from nemo_bench.record.folder import EXIT, REQUEUE
 
 
 def job_name(cfg: TrainConfig) -> str:
     """Never `bash` or `interactive`, which Lightning takes for a shell."""
-    return f"nemo-bench-{cfg.model.name}-{cfg.precision.name}-{world_size(cfg)}gpu"
+    return f"nemo-bench-{cfg.model.name}-{cfg.precision.name}-{cfg.world_size}gpu"
 
 
 def sbatch_options(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _options(
         "nodes": nodes,
         "ntasks-per-node": ntasks_per_node,
         "cpus-per-task": c.cpus_per_task,
-        "gpus-per-node": gpus_per_node(c) if c.gres is None else None,
+        "gpus-per-node": c.requested_gpus_per_node if c.gres is None else None,
         "gres": c.gres,
         "exclusive": c.exclusive or None,
         "mem": c.mem,
@@ -140,7 +140,7 @@ def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
         "--kill-on-bad-exit=1",
         # Named here too: sbatch's environment carries them, but a user's srun settings may not override them.
         f"--nodes={cfg.trainer.num_nodes}",
-        f"--ntasks={world_size(cfg)}",
+        f"--ntasks={cfg.world_size}",
         f"--ntasks-per-node={cfg.trainer.devices}",
         f"--output={run_dir}/rank%t.out",
         "--open-mode=append",

@@ -9,13 +9,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_bench.config import Launch, TrainConfig, typed, world_size
-from nemo_bench.errors import BenchError
-from nemo_bench.files import dated_name
-from nemo_bench.launch import entrypoint, slurm
+from nemo_bench.checks.configuration import configuration_problems, machine_problems, stage_problems
+from nemo_bench.config import Launch, TrainConfig, typed
+from nemo_bench.entrypoints import entrypoint
+from nemo_bench.errors import BenchError, Problem
+from nemo_bench.files import dated_name, write_json
+from nemo_bench.launch import slurm
 from nemo_bench.launch.point import absolute_paths, plan, point_name, prepare_data, results_dir
-from nemo_bench.preflight import Problem, configuration_problems, machine_problems, stage_problems
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def submit_points(points: list[Point], *, wait: bool, to_slurm: bool) -> None:
         print(line)
     folder = Path(configs[0].stage_path) / "submissions" / dated_name()
     jobs = _submit_all(points, configs, folder) if to_slurm else _start_all(points, configs, folder)
-    from nemo_bench.results.terminal import make_console
+    from nemo_bench.report.terminal import make_console
 
     console = make_console()
     _print_table(console, jobs)
@@ -182,7 +183,7 @@ def _new_run(point: Point, cfg: TrainConfig) -> Path:
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
         command=["python", *sys.argv],
         overrides=point.overrides,
-        ranks=world_size(cfg),
+        ranks=cfg.world_size,
         state="submitted",
     )
     return run_dir
@@ -190,7 +191,7 @@ def _new_run(point: Point, cfg: TrainConfig) -> Path:
 
 def _write_jobs(folder: Path, jobs: list[SubmittedJob]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    record.write_json(folder / "jobs.json", [vars(job) for job in jobs])
+    write_json(folder / "jobs.json", [vars(job) for job in jobs])
 
 
 def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> SubmittedJob:
@@ -215,7 +216,7 @@ def _submitted(cfg: TrainConfig, run_dir: Path, overrides: list[str], job_id: st
         overrides=overrides,
         job_id=job_id,
         nodes=cfg.trainer.num_nodes,
-        gpus=world_size(cfg),
+        gpus=cfg.world_size,
         run_dir=str(run_dir),
         log=str(record.rank_log(run_dir, 0)),
     )

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from nemo_bench.errors import BenchError
 from nemo_bench.files import locked, size_text
-from nemo_bench.results.record import timestamp
+from nemo_bench.record.folder import timestamp
 from nemo_bench.stage import datasets
 from nemo_bench.stage.config import PartName
 from nemo_bench.stage.files import (

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_bench.errors import BenchError
 from nemo_bench.project import PROJECT
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 from nemo_bench.stage.config import PartName
 from nemo_bench.stage.files import Room, say
 from nemo_bench.stage.manifest import Entry, project_version

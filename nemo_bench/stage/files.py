@@ -44,7 +44,7 @@ def byte_progress(title: str, total_bytes: int) -> Iterator[Advance]:
     if total_bytes < _WORTH_SHOWING_BYTES:
         yield lambda _: None
         return
-    from nemo_bench.results.terminal import make_console
+    from nemo_bench.report.terminal import make_console
 
     console = make_console()
     if not console.is_terminal:

@@ -140,7 +140,7 @@ def check(stage: Stage, parts: list[Part]) -> None:
     """
     from rich.table import Table
 
-    from nemo_bench.results.terminal import make_console
+    from nemo_bench.report.terminal import make_console
 
     states = {part: part.state(stage, contents=True) for part in parts}
     table = Table(title=f"stage folder {stage.folder}", title_justify="left")

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from nemo.utils.exp_manager import TimingCallback
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.results.record import EventLog, StepLog, read_peaks
-from nemo_bench.results.summary import rates
+from nemo_bench.record.folder import EventLog, StepLog, read_peaks
+from nemo_bench.report.numbers import rates
 from nemo_bench.training.telemetry import STEP_TIMING, RankTelemetry
 
 

@@ -9,7 +9,7 @@ import numpy
 from nemo import lightning as nl
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.results.record import CHECKPOINTS, last_checkpoint
+from nemo_bench.record.folder import CHECKPOINTS, last_checkpoint
 
 if not hasattr(numpy, "product"):  # numpy 2 dropped it, and megatron-core 0.15 reads checkpoints with it
     numpy.product = numpy.prod  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from megatron.core.transformer.enums import AttnBackend
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.llama import Llama31Config
 
-from nemo_bench.config import TrainConfig, defers_embedding_wgrad, padded_vocab_size
+from nemo_bench.config import TrainConfig
 
 
 def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
@@ -37,7 +37,7 @@ def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
         num_query_groups=m.num_query_groups,
         seq_length=m.seq_length,
         # Fixed, so that the weights do not depend on which tokenizer happens to be loaded.
-        vocab_size=padded_vocab_size(cfg),
+        vocab_size=cfg.padded_vocab_size,
         make_vocab_size_divisible_by=m.make_vocab_size_divisible_by,
         rotary_base=m.rotary_base,
         init_method_std=m.init_method_std,
@@ -79,6 +79,6 @@ def pipeline_communication(cfg: TrainConfig) -> dict[str, Any]:
         # give wrong losses in silence on CPU (gloo); so they are no settings of ours.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": stages and not interleaved,
-        "defer_embedding_wgrad_compute": defers_embedding_wgrad(cfg),
+        "defer_embedding_wgrad_compute": cfg.defers_embedding_wgrad,
         "wgrad_deferral_limit": m.wgrad_deferral_limit,
     }

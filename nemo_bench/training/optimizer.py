@@ -9,7 +9,7 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 
-from nemo_bench.config import TrainConfig, precision_aware_optimizer
+from nemo_bench.config import TrainConfig
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -18,7 +18,7 @@ def build_optimizer(cfg: TrainConfig) -> nl.MegatronOptimizerModule:
     """Adam over fp32 main weights; NeMo copies the number formats from the precision plugin."""
     o = cfg.model.optim
     formats: dict[str, Any] = {}
-    if precision_aware_optimizer(cfg):
+    if cfg.precision_aware_optimizer:
         reduced_in_bf16 = cfg.precision.trainer_precision == "bf16-mixed" and not o.grad_reduce_in_fp32
         formats = {
             "main_grads_dtype": torch.bfloat16 if reduced_in_bf16 else torch.float32,
@@ -39,7 +39,7 @@ def build_optimizer(cfg: TrainConfig) -> nl.MegatronOptimizerModule:
             bf16=cfg.precision.trainer_precision == "bf16-mixed",
             fp8_recipe=cfg.precision.fp8_recipe if cfg.precision.fp8 else None,
             use_distributed_optimizer=o.use_distributed_optimizer,
-            use_precision_aware_optimizer=precision_aware_optimizer(cfg),
+            use_precision_aware_optimizer=cfg.precision_aware_optimizer,
             **formats,
             overlap_param_gather=o.overlap_param_gather,  # must agree with the data-parallel wrapper's
         ),

@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from nemo_bench.launch import preemption_signal
-from nemo_bench.results.record import CHECKPOINTS, REQUEUE
+from nemo_bench.record.folder import CHECKPOINTS, REQUEUE
+from nemo_bench.training import preemption_signal
 
 
 class CheckpointOnSignal(pl.Callback):

@@ -16,8 +16,9 @@ import torch
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from nemo_bench.config import ProfileConfig, TrainConfig
-from nemo_bench.results import record, step_profile
-from nemo_bench.results.series import PROFILE
+from nemo_bench.record import folder as record
+from nemo_bench.report import profile as step_profile
+from nemo_bench.report.series import PROFILE
 
 
 def build_profiling(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -> list[pl.Callback]:

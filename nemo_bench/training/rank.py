@@ -12,10 +12,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.config import TrainConfig, load, precision_aware_optimizer
+from nemo_bench.cluster import lifeline, nsys
+from nemo_bench.config import TrainConfig, load
 from nemo_bench.errors import BenchError
-from nemo_bench.launch import lifeline, nsys, preemption_signal
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
+from nemo_bench.training import preemption_signal
 
 
 def main(run_dir: Path) -> None:
@@ -113,7 +114,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
         from nemo_bench.training import swiglu
 
         swiglu.install()
-    if precision_aware_optimizer(cfg) and {cfg.model.optim.exp_avg_dtype, cfg.model.optim.exp_avg_sq_dtype} != {"fp32"}:
+    if cfg.precision_aware_optimizer and {cfg.model.optim.exp_avg_dtype, cfg.model.optim.exp_avg_sq_dtype} != {"fp32"}:
         from nemo_bench.training import adam_memory
 
         adam_memory.install()

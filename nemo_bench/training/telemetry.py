@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.results.devices import gathered, write_ranks
+from nemo_bench.report.devices import gathered, write_ranks
 from nemo_bench.training.gpu_sampler import GpuSampler, open_sampler
 
 if TYPE_CHECKING:

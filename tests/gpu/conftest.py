@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from nemo_bench.checks.configuration import count_gpus
 from nemo_bench.config import quoted_path
-from nemo_bench.preflight import count_gpus
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

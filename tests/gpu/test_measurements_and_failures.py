@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_bench.checks.configuration import count_gpus
 from nemo_bench.config import TrainConfig, load
 from nemo_bench.launch import local, point
 from nemo_bench.launch.diagnosis import Evidence, explain
-from nemo_bench.preflight import count_gpus
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 
 # Not torch.cuda.is_available(): it would initialise CUDA in a process that other tests fork ranks from.
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from nemo_bench.results.devices import RANKS
+from nemo_bench.report.devices import RANKS
 from tests.gpu.conftest import LAYOUTS, OPTIONS, RECIPES, Trained
 
 pytestmark = pytest.mark.gpu

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.results.record import read_status
-from nemo_bench.results.summary import summarise
+from nemo_bench.record.folder import read_status
+from nemo_bench.report.numbers import summarise
 
 from .conftest import Run
 

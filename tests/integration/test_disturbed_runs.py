@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.results.record import read_lines, read_status
+from nemo_bench.record.folder import read_lines, read_status
 
 from .conftest import PROJECT, SMALL, Run, Started, environment, wait_for
 

@@ -15,7 +15,7 @@ from nemo_bench.config import TrainConfig, load
 from nemo_bench.errors import BenchError
 from nemo_bench.launch import point
 from nemo_bench.launch.local import Outcome
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 
 torch = pytest.importorskip("torch")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_bench.results.record import read_status
-from nemo_bench.results.report_model import Run
-from nemo_bench.results.runs import load_run
+from nemo_bench.record.folder import read_status
+from nemo_bench.report.model import Run
+from nemo_bench.report.runs import load_run
 
 from .conftest import PROJECT, SMALL, environment, run_dirs
 

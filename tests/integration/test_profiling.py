@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 
 from nemo_bench.config import typed
 from nemo_bench.launch.point import absolute_paths
-from nemo_bench.results import kernel_classes as classes
-from nemo_bench.results import record, step_profile
-from nemo_bench.results.runs import load_run
+from nemo_bench.record import folder as record
+from nemo_bench.report import kernel_classes as classes
+from nemo_bench.report import profile as step_profile
+from nemo_bench.report.runs import load_run
 
 from ..nsys import calls, install
 from .conftest import PROJECT, SMALL, Run, environment, processes_of, wait_for
@@ -57,7 +58,7 @@ import sys
 from pathlib import Path
 from nemo_bench.config import load
 from nemo_bench.launch import point
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 run_dir = Path(sys.argv[1])
 record.set_running(run_dir)
 point.execute(load(run_dir / record.CONFIG), run_dir, lambda: None)
@@ -130,7 +131,7 @@ import copy, json, sys, types
 from pathlib import Path
 import megatron.core.utils, torch
 from nemo_bench.config import ProfileConfig, TrainConfig
-from nemo_bench.results.record import EventLog
+from nemo_bench.record.folder import EventLog
 from nemo_bench.training.profiling import build_profiling
 calls = []
 note = lambda what: calls.append(what + (" with Megatron's names" if megatron.core.utils._nvtx_enabled else ""))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.results.report_model import from_json
+from nemo_bench.report.model import from_json
 
 from .conftest import PROJECT, Run
 
@@ -183,8 +183,8 @@ def test_report_py_imports_nothing_that_trains(tmp_path: Path) -> None:
 
 def test_reporting_imports_nothing_that_trains() -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom nemo_bench.results.report import build_report\n"
-        "from nemo_bench.results import archive, tables, report_command\n"
+        "import sys\nfrom pathlib import Path\nfrom nemo_bench.report.build import build_report\n"
+        "from nemo_bench.report import archive, command, tables\n"
         f"report = build_report([Path({str(TINY)!r})])\n"
         "tables.csv_text(report), tables.markdown(report)\n"
         "print({'torch', 'lightning', 'megatron', 'nemo', 'transformers', 'numpy', 'scipy'} & set(sys.modules))"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.results import record
-from nemo_bench.results.runs import load_run
+from nemo_bench.record import folder as record
+from nemo_bench.report.runs import load_run
 
 from .cluster import SlurmCluster
 from .test_submission import SHARED, Scripts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 
 from ..integration.conftest import SMALL
 from ..nsys import calls, install

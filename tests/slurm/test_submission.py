@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 
 from ..integration.conftest import SMALL
 from .cluster import SlurmCluster, wait_for

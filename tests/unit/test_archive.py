@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_bench.errors import BenchError
-from nemo_bench.results import archive, page, record, tables
-from nemo_bench.results import report_model as model
-from nemo_bench.results.redaction import REMOVED, is_secret, redact, redact_values
-from nemo_bench.results.report import build_report
+from nemo_bench.record import folder as record
+from nemo_bench.record.redaction import REMOVED, is_secret, redact, redact_values
+from nemo_bench.report import archive, model, page, tables
+from nemo_bench.report.build import build_report
 
 TINY = Path(__file__).parents[1] / "runs/nemo-2.7.3/fp32/tiny"
 LOGS = Path(__file__).parents[1] / "logs"

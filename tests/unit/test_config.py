@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_bench import config
+from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.config import TrainConfig, typed
-from nemo_bench.preflight import configuration_problems
 
 PROJECT = Path(__file__).resolve().parents[2]
 PUBLISHED = {64: 128, 128: 256, 256: 512, 512: 1024, 1024: 2048, 2048: 4096}
@@ -41,7 +41,7 @@ def test_the_recipes_twelve_points(precision: str, gpus: int) -> None:
     assert m.global_batch_size == PUBLISHED[gpus] == cfg.trainer.num_nodes * 16
     assert (m.tensor_model_parallel_size, m.pipeline_model_parallel_size) == (4, 4)
     assert (m.virtual_pipeline_model_parallel_size, m.context_parallel_size, m.micro_batch_size) == (5, 2, 1)
-    assert config.num_micro_batches(cfg) == 64  # the tables' GA
+    assert cfg.num_micro_batches == 64  # the tables' GA
     assert cfg.trainer.max_steps == 50
 
 
@@ -49,7 +49,7 @@ def test_the_recipes_twelve_points(precision: str, gpus: int) -> None:
 def test_every_experiment_is_the_point_its_name_says(name: str) -> None:
     cfg = composed(f"experiment={name}")
     assert configuration_problems(cfg) == []
-    assert name == f"llama31_{cfg.model.name}_{cfg.precision.name}_{config.world_size(cfg)}gpu"
+    assert name == f"llama31_{cfg.model.name}_{cfg.precision.name}_{cfg.world_size}gpu"
 
 
 def test_the_published_points_have_an_experiment_each() -> None:
@@ -119,8 +119,8 @@ def test_a_stored_configuration_loads_as_it_was(tmp_path: Path) -> None:
 
 
 def test_vocabulary_is_padded_for_tensor_parallelism() -> None:
-    assert config.padded_vocab_size(composed("scale=64gpu")) == 128512
-    assert config.padded_vocab_size(composed("model=8b", "scale=8gpu")) == 128256
+    assert composed("scale=64gpu").padded_vocab_size == 128512
+    assert composed("model=8b", "scale=8gpu").padded_vocab_size == 128256
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_every_case_of_the_gpu_benchmark_passes_the_checks() -> None:
     for name, case in content["cases"].items():
         cfg = composed(f"scale={case['gpus']}gpu", *content["common"].split(), *case["overrides"].split())
         assert configuration_problems(cfg) == [], name
-        assert config.world_size(cfg) == case["gpus"]
+        assert cfg.world_size == case["gpus"]
 
 
 def test_a_slice_is_the_70b_but_for_its_layers_and_layout() -> None:

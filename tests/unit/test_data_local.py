@@ -17,12 +17,7 @@ import pytest
 
 from nemo_bench.data import corpus, local, tokenizer
 from nemo_bench.data.indexed_dataset import inspect
-from nemo_bench.data.local import (
-    DATASET_NAME,
-    MANIFEST_NAME,
-    PreparedDataset,
-    prepare_local,
-)
+from nemo_bench.data.local import DATASET_NAME, MANIFEST_NAME, PreparedDataset, prepare_local
 from nemo_bench.errors import BenchError
 
 ROOT = Path(__file__).resolve().parents[2]

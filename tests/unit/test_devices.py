@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from nemo_bench.config import load
-from nemo_bench.results import page, record
-from nemo_bench.results.devices import RANKS, gathered, write_ranks
-from nemo_bench.results.points import throttling
-from nemo_bench.results.report import build_report
-from nemo_bench.results.report_model import DeviceUse, from_json, to_json
-from nemo_bench.results.runs import load_run
-from nemo_bench.results.summary import rates, rows
+from nemo_bench.record import folder as record
+from nemo_bench.report import page
+from nemo_bench.report.build import build_report
+from nemo_bench.report.devices import RANKS, gathered, write_ranks
+from nemo_bench.report.model import DeviceUse, from_json, to_json
+from nemo_bench.report.numbers import rates, rows
+from nemo_bench.report.points import throttling
+from nemo_bench.report.runs import load_run
 
 H200 = Path(__file__).parents[1] / "runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a"
 

@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 
 from nemo_bench.config import TrainConfig, load, typed
 from nemo_bench.errors import BenchError
+from nemo_bench.files import write_json
 from nemo_bench.launch import jobs, point
 from nemo_bench.launch.diagnosis import Evidence, diagnose, explain
 from nemo_bench.launch.local import Outcome
-from nemo_bench.results import record
+from nemo_bench.record import folder as record
 
 PROJECT = Path(__file__).resolve().parents[2]
 FOUR_LAYERS = PROJECT / "benchmarks/results/h200/bf16_4layers_5f1a/config.yaml"
@@ -355,7 +356,7 @@ def test_the_watchdogs_abort_is_explained_from_the_logs(run_dir: Path, eight: Tr
 
 def test_an_exception_is_explained_in_the_message_and_in_the_record(run_dir: Path, eight: TrainConfig) -> None:
     record.rank_log(run_dir, 3).write_text("Traceback (most recent call last):\n")
-    record.write_json(run_dir / record.NODE, {"packages": {"torch": "2.11.0"}, "gpus": [{"driver_version": "580.1"}]})
+    write_json(run_dir / record.NODE, {"packages": {"torch": "2.11.0"}, "gpus": [{"driver_version": "580.1"}]})
     failed(run_dir, 3, RuntimeError("CUDA error: no kernel image is available for execution on the device"))
     message = point._record_failure(eight, run_dir, Outcome(0, 1, seen_at=2.0))
     assert message.startswith(
@@ -392,7 +393,7 @@ def test_jobs_log_explains_a_job_that_left_no_exception(run_dir: Path, eight: Tr
     for rank in range(8):
         record.rank_log(run_dir, rank).write_text("step 12\n" if rank == 0 else timed_out(rank))
     record.set_status(run_dir, record.Status("submitted"))
-    record.write_json(run_dir / record.EXIT, {"exit_code": 134, "ended_at": record.timestamp()})
+    write_json(run_dir / record.EXIT, {"exit_code": 134, "ended_at": record.timestamp()})
     shown = jobs.log_text(run_dir)
     assert shown.startswith("NCCL time-out: ALLREDUCE") and "not reported by rank 0" in shown
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_bench.results import logs, series
-from nemo_bench.results.logs import Log, read_log
+from nemo_bench.report import logs, series
+from nemo_bench.report.logs import Log, read_log
 
 LOGS = Path(__file__).parents[1] / "logs"
 RUNS = Path(__file__).parents[1] / "runs"
@@ -128,7 +128,7 @@ def test_a_cancelled_job_says_so() -> None:
 
 
 def test_a_real_log_agrees_with_the_record_beside_it() -> None:
-    from nemo_bench.results import record
+    from nemo_bench.record import folder as record
 
     for path in RUNS.glob("*/*/*/*/*/rank0.out"):
         rows, _ = record.read_lines(path.with_name("steps.jsonl"))

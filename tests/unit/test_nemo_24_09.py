@@ -19,10 +19,11 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.config import TrainConfig, typed
-from nemo_bench.launch import entrypoint, nemo_24_09, slurm
+from nemo_bench.entrypoints import entrypoint, nemo_24_09
+from nemo_bench.launch import slurm
 from nemo_bench.launch.point import absolute_paths
-from nemo_bench.preflight import configuration_problems
 
 PROJECT = Path(__file__).resolve().parents[2]
 GOLDEN = PROJECT / "tests" / "golden"

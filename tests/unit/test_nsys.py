@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from nemo_bench.cluster import nsys
 from nemo_bench.config import ProfileConfig
 from nemo_bench.errors import BenchError
-from nemo_bench.launch import nsys
 
 from ..nsys import calls, install
 
@@ -25,7 +25,7 @@ RANK = """
 import json, os, signal, sys
 from pathlib import Path
 from nemo_bench.config import ProfileConfig
-from nemo_bench.launch import nsys
+from nemo_bench.cluster import nsys
 run_dir, rank, ending = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if ending == "blocked":
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from nemo_bench.checks.configuration import configuration_problems, machine_problems
 from nemo_bench.config import typed
-from nemo_bench.preflight import ConfigurationRefused, Problem, configuration_problems, machine_problems
+from nemo_bench.errors import ConfigurationRefused, Problem
 
 PROJECT = Path(__file__).resolve().parents[2]
 

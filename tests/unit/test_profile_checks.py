@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from nemo_bench.checks.configuration import configuration_problems, machine_problems
+from nemo_bench.checks.profile import profile_plan
 from nemo_bench.config import TrainConfig, typed
-from nemo_bench.preflight import configuration_problems, machine_problems
-from nemo_bench.profile_checks import profile_plan
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.results import archive, page, record, step_profile
-from nemo_bench.results.report import build_report
-from nemo_bench.results.report_model import from_json, to_json
-from nemo_bench.results.runs import load_run
+from nemo_bench.record import folder as record
+from nemo_bench.report import archive, page
+from nemo_bench.report import profile as step_profile
+from nemo_bench.report.build import build_report
+from nemo_bench.report.model import from_json, to_json
+from nemo_bench.report.runs import load_run
 
 from ..traces import ALL_GATHER, GEMM, kernel, mark, write
 from .test_archive import unpack

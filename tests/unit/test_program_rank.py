@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.launch import lifeline
-from nemo_bench.results import record
+from nemo_bench.cluster import lifeline
+from nemo_bench.record import folder as record
 
 WRAPPER = Path(record.__file__).parents[1] / "launch" / "program_rank.py"
 

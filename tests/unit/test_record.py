@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.results import record
-from nemo_bench.results.record import Status
+from nemo_bench.files import write_json, write_text
+from nemo_bench.record import folder as record
+from nemo_bench.record.folder import Status
 
 
 @pytest.fixture
@@ -43,14 +44,14 @@ def test_the_end_is_recorded(run_dir: Path) -> None:
 def test_running_without_its_launcher_is_killed(run_dir: Path) -> None:
     content = record.read_run(run_dir)
     content["launcher"]["started"] = "1"  # another process has that number now
-    record.write_json(run_dir / record.RUN, content)
+    write_json(run_dir / record.RUN, content)
     assert record.read_status(run_dir).state == "killed"
 
 
 def test_a_run_of_another_host_is_left_as_recorded(run_dir: Path) -> None:
     content = record.read_run(run_dir)
     content["launcher"] = {"host": "elsewhere", "pid": 1, "started": "1"}
-    record.write_json(run_dir / record.RUN, content)
+    write_json(run_dir / record.RUN, content)
     assert record.read_status(run_dir).state == "running"
 
 
@@ -92,7 +93,7 @@ def test_the_first_error_comes_first(run_dir: Path) -> None:
     for rank, when in ((0, 20.0), (1, 10.0)):
         record.write_rank_error(run_dir, rank, ValueError(f"of rank {rank}"))
         path = run_dir / f"rank{rank}.error.json"
-        record.write_json(path, {**json.loads(path.read_text()), "time": when})
+        write_json(path, {**json.loads(path.read_text()), "time": when})
     assert [error["rank"] for error in record.read_rank_errors(run_dir)] == [1, 0]
 
 
@@ -137,6 +138,6 @@ def test_the_last_finished_checkpoint(tmp_path: Path) -> None:
 
 
 def test_replacing_a_file_leaves_no_other(tmp_path: Path) -> None:
-    record.write_atomically(tmp_path / "a", "old")
-    record.write_atomically(tmp_path / "a", "new")
+    write_text(tmp_path / "a", "old")
+    write_text(tmp_path / "a", "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "new")]

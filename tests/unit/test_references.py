@@ -8,8 +8,8 @@ import pytest
 
 from nemo_bench import flops
 from nemo_bench.errors import BenchError
-from nemo_bench.results import references
-from nemo_bench.results.report_model import ReferencePoint
+from nemo_bench.report import references
+from nemo_bench.report.model import ReferencePoint
 
 RECIPE = references.load("nvidia-24.09")
 SIZES = RECIPE.architecture["70b"]

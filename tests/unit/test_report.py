@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_bench.errors import BenchError
-from nemo_bench.results import points, record, tables
-from nemo_bench.results import report_model as model
-from nemo_bench.results.points import flatten
-from nemo_bench.results.report import build_report
-from nemo_bench.results.report_model import Point, Report, from_json, to_json
-from nemo_bench.results.runs import Given
+from nemo_bench.record import folder as record
+from nemo_bench.report import model, points, tables
+from nemo_bench.report.build import build_report
+from nemo_bench.report.model import Point, Report, from_json, to_json
+from nemo_bench.report.points import flatten
+from nemo_bench.report.runs import Given
 
 LOGS = Path(__file__).parents[1] / "logs"
 RUNS = Path(__file__).parents[1] / "runs/nemo-2.7.3"
@@ -215,7 +215,7 @@ def test_a_contradiction_in_what_was_published_is_shown(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.floats(0.2, 5), st.floats(0, 0.5))
 def test_verdicts_follow_the_ratio(ratio: float, tolerance: float) -> None:
-    from nemo_bench.results.points import _value
+    from nemo_bench.report.points import _value
 
     value = _value(ratio, tolerance)
     assert (value == model.FAIL) == (ratio < 1 - tolerance)
@@ -529,7 +529,7 @@ def test_flattened_configurations_keep_every_value() -> None:
 
 
 def test_train_py_and_the_report_say_the_same() -> None:
-    from nemo_bench.results.summary import rows, summarise
+    from nemo_bench.report.numbers import rows, summarise
 
     run = next(run for run in build_report([TINY / "1"]).runs if run.path.endswith("d39a"))
     assert rows(run) == rows(summarise(Path(run.path)))

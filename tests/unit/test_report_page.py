@@ -28,10 +28,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_bench.results import page, page_parts, page_runs, plots
-from nemo_bench.results.report import build_report
-from nemo_bench.results.report_model import Change, Comparison, RankTimes, Report, Run, Steps
-from nemo_bench.results.runs import Given
+from nemo_bench.report import page, page_parts, page_runs, plots
+from nemo_bench.report.build import build_report
+from nemo_bench.report.model import Change, Comparison, RankTimes, Report, Run, Steps
+from nemo_bench.report.runs import Given
 
 REAL_RUNS = Path(__file__).parents[1] / "runs"
 GPU_LOSSES = Path(__file__).parents[2] / "benchmarks/results/gpu_losses"

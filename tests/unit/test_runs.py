@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from nemo_bench.errors import BenchError
-from nemo_bench.results import record, runs
-from nemo_bench.results.runs import Given, load_log, load_run
-from nemo_bench.results.summary import rows
+from nemo_bench.record import folder as record
+from nemo_bench.report import runs
+from nemo_bench.report.numbers import rows
+from nemo_bench.report.runs import Given, load_log, load_run
 
 LOGS = Path(__file__).parents[1] / "logs"
 TINY = Path(__file__).parents[1] / "runs/nemo-2.7.3/fp32/tiny"

@@ -62,7 +62,8 @@ def run(tmp_path: Path, *command: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     bare = tmp_path / "bin"  # without a scheduler, whatever this machine has
     bare.mkdir(exist_ok=True)
-    (git := bare / "git").exists() or git.symlink_to(shutil.which("git") or "git")
+    if not (bare / "git").exists():
+        (bare / "git").symlink_to(shutil.which("git") or "git")
     done = subprocess.run(
         [sys.executable, str(PROJECT / script), *arguments],
         cwd=tmp_path,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_bench.results.statistics import (
+from nemo_bench.report.statistics import (
     Estimate,
     estimate_of_repeats,
     estimate_of_steps,

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_bench.errors import BenchError
-from nemo_bench.results import kernel_classes as classes
-from nemo_bench.results import step_profile, trace
-from nemo_bench.results.step_profile import StepProfile, from_dict, main, measure
+from nemo_bench.report import kernel_classes as classes
+from nemo_bench.report import profile as step_profile
+from nemo_bench.report import trace
+from nemo_bench.report.profile import StepProfile, from_dict, main, measure
 
 from ..traces import ADAM, ADD, ALL_GATHER, COPY, GEMM, Event, kernel, launched, mark, operation, text, write
 

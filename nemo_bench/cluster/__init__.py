@@ -1,0 +1,1 @@
+"""Running commands: processes of this machine, and jobs of a Slurm cluster."""

@@ -1,0 +1,1 @@
+"""The programs that train: what each needs, and what each can do."""

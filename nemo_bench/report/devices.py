@@ -1,0 +1,93 @@
+"""What each rank's device did during a run: `ranks.json`, written once after the last step."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_bench.files import write_text
+from nemo_bench.report.model import DeviceUse
+
+RANKS = "ranks.json"
+# The first steps choose kernels, allocate, and wait for each other.
+UNSTEADY_STEPS = 3
+
+
+def gathered(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One rank's steps in numbers: those of `DeviceUse`, as far as the rows have what they follow from.
+
+    Args:
+        rows: lines of steps.jsonl in order, or the part of them that a rank other than 0 has.
+    """
+    steady = rows[min(UNSTEADY_STEPS, len(rows) - 1) :] if rows else []
+    found: dict[str, Any] = {"steps": len(steady)}
+
+    def values(name: str) -> list[float]:
+        return [float(row[name]) for row in steady if row.get(name) is not None]
+
+    for name, source, of in (
+        ("step_time_median_s", "train_step_timing_s", statistics.median),
+        ("step_time_max_s", "train_step_timing_s", max),
+        ("power_w", "power_w", statistics.fmean),
+        ("sm_clock_mhz", "sm_clock_mhz", statistics.fmean),
+        ("sm_clock_min_mhz", "sm_clock_min_mhz", min),
+        ("temperature_max_c", "temperature_max_c", max),
+        ("peak_memory_gib", "peak_memory_gib", max),
+        ("reserved_memory_gib", "reserved_memory_gib", max),
+    ):
+        if numbers := values(source):
+            found[name] = round(of(numbers), 6)  # type: ignore[operator]  # each of them takes a list of floats
+    watched = [row["throttle_reasons"] for row in steady if row.get("throttle_reasons") is not None]
+    if watched:
+        counts = Counter(reason for reasons in watched for reason in set(reasons))
+        found["throttled"] = {reason: round(counts[reason] / len(watched), 4) for reason in sorted(counts)}
+    return found
+
+
+def write_ranks(run_dir: Path, ranks: Sequence[dict[str, Any]]) -> None:
+    """Writes `ranks.json`: a line a rank, so that it can be searched by lines."""
+    lines = ",\n".join(json.dumps(rank) for rank in ranks)
+    write_text(run_dir / RANKS, f'{{"schema_version": 1, "ranks": [\n{lines}\n]}}\n')
+
+
+def read_devices(run_dir: Path, rows: Sequence[dict[str, Any]]) -> tuple[DeviceUse, ...]:
+    """The ranks of `ranks.json`; without one (a run that ended early), rank 0 by its steps.
+
+    Raises:
+        ValueError, KeyError, TypeError: the file is damaged.
+    """
+    try:
+        ranks = json.loads((run_dir / RANKS).read_text())["ranks"]
+    except FileNotFoundError:
+        if not any("power_w" in row or "sm_clock_mhz" in row for row in rows if isinstance(row, dict)):
+            return ()
+        ranks = [{"rank": 0, **gathered([row for row in rows if isinstance(row, dict)])}]
+    return tuple(
+        DeviceUse(
+            rank=int(each["rank"]),
+            host=each.get("host"),
+            gpu_name=each.get("gpu_name"),
+            gpu_uuid=each.get("gpu_uuid"),
+            steps=int(each["steps"]),
+            throttled={str(reason): float(share) for reason, share in (each.get("throttled") or {}).items()},
+            **{name: None if each.get(name) is None else float(each[name]) for name in _NUMBERS},
+        )
+        for each in ranks
+    )
+
+
+_NUMBERS = (
+    "step_time_median_s",
+    "step_time_max_s",
+    "matrix_tflops",
+    "power_w",
+    "sm_clock_mhz",
+    "sm_clock_min_mhz",
+    "temperature_max_c",
+    "peak_memory_gib",
+    "reserved_memory_gib",
+)
