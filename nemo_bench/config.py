@@ -324,6 +324,18 @@ class TrainConfig:
         return math.ceil(self.model.vocab_size / multiple) * multiple
 
 
+@dataclass(frozen=True)
+class ComposedPoint:
+    """One point of a sweep as Hydra composed it, and the overrides that made it."""
+
+    config: DictConfig
+    overrides: list[str]
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.overrides) or "the defaults"
+
+
 def weak_scaling_batch(sequences: int, per_gpus: int, num_nodes: int, devices: int) -> int:
     """Global batch size (sequences) that keeps `sequences` a batch on every `per_gpus` GPUs, rounded up.
 

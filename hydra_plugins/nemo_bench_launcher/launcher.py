@@ -36,7 +36,7 @@ class SlurmLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from importlib import import_module
 
-        from nemo_bench.launch.submission import Point
+        from nemo_bench.config import ComposedPoint
 
         points = []
         for overrides in job_overrides:
@@ -45,7 +45,7 @@ class SlurmLauncher(Launcher):
             with open_dict(config):
                 task_overrides = list(config.hydra.overrides.task)
                 del config["hydra"]
-            points.append(Point(config, task_overrides))
+            points.append(ComposedPoint(config, task_overrides))
         module, submit = SUBMITTERS[self.config.hydra.job.name]
         getattr(import_module(module), submit)(points, wait=self.wait, to_slurm=self.to_slurm)
         return [_done(point.overrides) for point in points]

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_bench.config import Launch, typed_as
+from nemo_bench.config import ComposedPoint, Launch, typed_as
 from nemo_bench.data import shard
 from nemo_bench.data.preparation import (
     Shard,
@@ -26,7 +26,6 @@ from nemo_bench.data.shard import ShardResult, ShardTask
 from nemo_bench.errors import BenchError
 from nemo_bench.launch import command_jobs
 from nemo_bench.launch.command_jobs import CommandJob
-from nemo_bench.launch.submission import Point
 
 
 @dataclass
@@ -40,7 +39,7 @@ class _Preparation:
     shards: list[Shard] = field(default_factory=list)
 
 
-def submit_preparations(points: list[Point], *, wait: bool, to_slurm: bool) -> None:
+def submit_preparations(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) -> None:
     """Submits what is missing of all points, once all were checked, and follows the jobs where `wait` is set.
 
     Raises:

@@ -7,28 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from nemo_bench.checks.configuration import configuration_problems, machine_problems, stage_problems
-from nemo_bench.config import Launch, TrainConfig, typed
+from nemo_bench.config import ComposedPoint, Launch, TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint
 from nemo_bench.errors import BenchError, Problem
 from nemo_bench.files import dated_name, write_json
 from nemo_bench.launch import slurm
 from nemo_bench.launch.point import absolute_paths, plan, point_name, prepare_data, results_dir
 from nemo_bench.record import folder as record
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point as Hydra composed it, and the overrides that made it."""
-
-    config: DictConfig
-    overrides: list[str]
-
-    @property
-    def name(self) -> str:
-        return " ".join(self.overrides) or "the defaults"
 
 
 @dataclass(frozen=True)
@@ -44,7 +32,7 @@ class SubmittedJob:
     log: str
 
 
-def submit_points(points: list[Point], *, wait: bool, to_slurm: bool) -> None:
+def submit_points(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) -> None:
     """Checks all points, then submits them (launch=run) or prints what would be submitted (launch=dry).
 
     To Slurm each point goes as a job of its own; on this machine one background process runs them in turn.
@@ -128,7 +116,7 @@ def _all_problems(problems: dict[str, list[Problem]], points: int) -> str:
     return "\n".join(lines)
 
 
-def _print_dry(point: Point, cfg: TrainConfig) -> None:
+def _print_dry(point: ComposedPoint, cfg: TrainConfig) -> None:
     run_dir = results_dir(cfg) / "<run>"
     print(f"# {point.name}")
     print(plan(cfg))
@@ -143,7 +131,7 @@ def _print_dry(point: Point, cfg: TrainConfig) -> None:
     print("launch=dry: nothing was submitted.\n")
 
 
-def _submit_all(points: list[Point], configs: list[TrainConfig], folder: Path) -> list[SubmittedJob]:
+def _submit_all(points: list[ComposedPoint], configs: list[TrainConfig], folder: Path) -> list[SubmittedJob]:
     jobs: list[SubmittedJob] = []
     try:
         for point, cfg in zip(points, configs):
@@ -161,7 +149,7 @@ def _submit_all(points: list[Point], configs: list[TrainConfig], folder: Path) -
     return jobs
 
 
-def _start_all(points: list[Point], configs: list[TrainConfig], folder: Path) -> list[SubmittedJob]:
+def _start_all(points: list[ComposedPoint], configs: list[TrainConfig], folder: Path) -> list[SubmittedJob]:
     from nemo_bench.launch import background
 
     run_dirs = [_new_run(point, cfg) for point, cfg in zip(points, configs)]
@@ -175,7 +163,7 @@ def _start_all(points: list[Point], configs: list[TrainConfig], folder: Path) ->
     return jobs
 
 
-def _new_run(point: Point, cfg: TrainConfig) -> Path:
+def _new_run(point: ComposedPoint, cfg: TrainConfig) -> Path:
     """A run folder with the point's configuration as it is now: what happens to conf/ later changes nothing in it."""
     run_dir = record.new_run_dir(results_dir(cfg))
     record.create(

@@ -6,10 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-from nemo_bench.config import Launch, quoted_path, typed_as
+from nemo_bench.config import ComposedPoint, Launch, quoted_path, typed_as
 from nemo_bench.files import dated_name
 from nemo_bench.launch import command_jobs
-from nemo_bench.launch.submission import Point
 from nemo_bench.project import PROJECT
 from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.files import require_stage_folder, writing_error
@@ -19,7 +18,7 @@ LOGS = "results.stage_setup"
 _SUBMISSION_KEYS = ("cluster", "launch")
 
 
-def submit_stage(points: list[Point], *, wait: bool, to_slurm: bool) -> None:
+def submit_stage(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) -> None:
     """Submits the command of each point, and follows the jobs to their end where `wait` is set.
 
     HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.

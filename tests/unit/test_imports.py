@@ -13,8 +13,8 @@ FLOORS = (
     ("config",),
     ("record", "memory", "cli"),
     ("report",),
-    ("cluster", "training"),
-    ("data",),
+    ("cluster",),
+    ("data", "training"),
     ("stage",),
     ("checks",),
     ("entrypoints",),
@@ -28,9 +28,11 @@ LEFT = {("stage", "launch"), ("data", "launch"), ("memory", "checks")}
 def imports(path: Path) -> set[str]:
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [f"nemo_bench.{alias.name}" for alias in node.names] if names == ["nemo_bench"] else []
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         rooms |= {name.split(".")[1] for name in names if name.startswith("nemo_bench.")}
     return rooms
 
