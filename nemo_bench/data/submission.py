@@ -71,7 +71,7 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool, to_slurm: bo
         print(summary(p.cfg, p.tasks, p.results + made))
 
 
-def _checked(point: Point, *, to_slurm: bool) -> _Preparation:
+def _checked(point: ComposedPoint, *, to_slurm: bool) -> _Preparation:
     cfg = absolute_paths(typed_as(PreparationConfig, point.config))
     command_jobs.require_slurm(cfg.cluster, to_slurm=to_slurm)
     if cfg.action is not Action.prepare:
