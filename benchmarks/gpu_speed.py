@@ -107,9 +107,8 @@ def start(name: str, overrides: list[str], stage: Path, gpus: list[int]) -> Case
     """Records a run and forks its ranks onto `gpus`."""
     cfg = compose(overrides, stage)
     point.prepare_data(cfg)
-    run_dir = record.new_run_dir(point.results_dir(cfg).parent / name)
-    record.create(
-        run_dir,
+    run_dir = record.RunFolder.new(point.results_dir(cfg).parent / name).path
+    record.RunFolder(run_dir).create(
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
         command=["python", "train.py", *overrides],
         overrides=overrides,
@@ -131,7 +130,7 @@ def _fork(run_dir: Path, environment: dict[str, str]) -> int:
     os.close(_LIFELINE[1])  # the benchmark alone holds that end: ranks see it go, however it goes
     environment[lifeline.VARIABLE] = str(_LIFELINE[0])
     os.setsid()
-    with open(record.rank_log(run_dir, int(environment["RANK"])), "wb", buffering=0) as log:
+    with open(record.RunFolder(run_dir).log(int(environment["RANK"])), "wb", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))  # a test runner has others
@@ -178,7 +177,7 @@ def _end(case: Case) -> None:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-    record.set_status(case.run_dir, record.Status("failed" if failed else "completed", exit_code=int(failed)))
+    record.RunFolder(case.run_dir).set_status(record.Status("failed" if failed else "completed", exit_code=int(failed)))
 
 
 def numbers(run_dir: Path) -> dict[str, Any]:
@@ -186,7 +185,7 @@ def numbers(run_dir: Path) -> dict[str, Any]:
     found = summarise(run_dir)
     times, derived = found.times, found.numbers
     if times is None or derived is None:
-        errors = [f"{error['type']}: {error['message']}"[:300] for error in record.read_rank_errors(run_dir)]
+        errors = [f"{error['type']}: {error['message']}"[:300] for error in record.RunFolder(run_dir).rank_errors()]
         return {"failed": [found.why_not_final or "no steps", *errors[:1]]}
     rows, _ = record.read_lines(run_dir / record.STEPS)
     return {

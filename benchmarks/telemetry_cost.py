@@ -30,7 +30,7 @@ def callbacks_us(on_gpu: bool, batches: int = 2000) -> dict[str, float]:
     import torch
 
     from nemo_bench.config import load
-    from nemo_bench.record.folder import EventLog
+    from nemo_bench.record.folder import EventLog, RunFolder
     from nemo_bench.training.callbacks import StepRecorder
     from nemo_bench.training.telemetry import STEP_TIMING, RankTelemetry
 
@@ -43,7 +43,7 @@ def callbacks_us(on_gpu: bool, batches: int = 2000) -> dict[str, float]:
     times = []
     with tempfile.TemporaryDirectory() as folder:
         telemetry = RankTelemetry(cfg, Path(folder), 0, timing, None)
-        recorder = StepRecorder(cfg, timing, telemetry, Path(folder), EventLog(Path(folder)))
+        recorder = StepRecorder(cfg, timing, telemetry, Path(folder), EventLog(RunFolder(Path(folder))))
         for callback in (telemetry, recorder):
             callback.on_train_start(trainer, trainer)
         for batch in range(batches):

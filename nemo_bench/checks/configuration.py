@@ -718,7 +718,7 @@ def _dataset_files(cfg: TrainConfig) -> list[Problem]:
 
 
 def _checkpoint_folder(key: str, folder: str, max_steps: int) -> list[Problem]:
-    from nemo_bench.record.folder import last_checkpoint
+    from nemo_bench.record.folder import RunFolder
 
     path = Path(folder)
     if not path.is_dir():
@@ -730,7 +730,7 @@ def _checkpoint_folder(key: str, folder: str, max_steps: int) -> list[Problem]:
                 "give a run folder that wrote checkpoints, or one of its checkpoints",
             )
         ]
-    checkpoint = last_checkpoint(path)
+    checkpoint = RunFolder(path).last_checkpoint()
     if checkpoint is not None:
         done = int(checkpoint.name.partition("=")[2]) + 1
         if key == "checkpoint.resume_from" and done >= max_steps:

@@ -56,10 +56,12 @@ def profile_machine_problems(cfg: TrainConfig) -> list[Problem]:
 
 def resumed_profile_problems(cfg: TrainConfig) -> list[Problem]:
     """A continued run must come to the profiled steps."""
-    from nemo_bench.record.folder import last_checkpoint
+    from nemo_bench.record.folder import RunFolder
 
     folder = cfg.checkpoint.resume_from
-    checkpoint = last_checkpoint(Path(folder)) if folder is not None and cfg.profile.kind != "none" else None
+    checkpoint = (
+        RunFolder(Path(folder)).last_checkpoint() if folder is not None and cfg.profile.kind != "none" else None
+    )
     if checkpoint is None:
         return []
     first = int(checkpoint.name.partition("=")[2]) + 1  # the step that it goes on with

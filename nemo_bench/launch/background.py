@@ -28,14 +28,14 @@ def run_in_turn(run_dirs: list[Path]) -> None:
     waiting = list(run_dirs)
     while waiting:
         run_dir = waiting.pop(0)
-        record.set_running(run_dir)
+        record.RunFolder(run_dir).set_running()
         try:
             execute(load(run_dir / record.CONFIG), run_dir, lambda: None)
         except RunFailed as failure:
             print(failure, flush=True)
             if failure.exit_code > 128:  # a signal: meant for the whole sweep
                 for other in waiting:
-                    record.set_status(other, record.Status("killed", reason="cancelled before it started"))
+                    record.RunFolder(other).set_status(record.Status("killed", reason="cancelled before it started"))
                 return
 
 

@@ -80,7 +80,7 @@ def submit(cluster: ClusterConfig, name: str, command: list[str], folder: Path) 
     """
     job_id = slurm.submit(slurm.command_script(cluster, name, command, folder), name, folder)
     given = shlex.join(["python", *sys.argv])
-    record.set_job(folder, job_id, name=name, command=given)
+    record.RunFolder(folder).set_job(job_id, name=name, command=given)
     return CommandJob(name, job_id, folder, given)
 
 
@@ -94,7 +94,7 @@ def submitted(stage: Path) -> list[CommandJob]:
         *stage.glob(f"results.stage_setup/*/{record.JOB}"),
     ]:
         try:
-            content = record.read_job(path.parent)
+            content = record.RunFolder(path.parent).job()
             job = CommandJob(content["name"], content["id"], path.parent, content["command"])
             found.append((content["submitted_at"], job))
         except (OSError, ValueError, KeyError) as error:

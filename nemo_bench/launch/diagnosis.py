@@ -18,6 +18,7 @@ from nemo_bench.entrypoints import entrypoint
 from nemo_bench.errors import BenchError
 from nemo_bench.memory import GIB, MemoryEstimate, estimate_memory, what_takes_less
 from nemo_bench.record import folder as record
+from nemo_bench.record.node import NODE
 
 # Of a log: a C++ stack trace of each process group stands behind what is looked for.
 LOG_LINES = 600
@@ -59,7 +60,7 @@ def diagnose(cfg: TrainConfig, run_dir: Path, rank: int | None, error: Mapping[s
     logs = {}
     for each in range(cfg.world_size):
         try:
-            logs[each] = "\n".join(record.tail(record.rank_log(run_dir, each), LOG_LINES))
+            logs[each] = "\n".join(record.tail(record.RunFolder(run_dir).log(each), LOG_LINES))
         except OSError:
             continue
     software = _software(run_dir)
@@ -80,7 +81,7 @@ def explain(evidence: Evidence) -> str | None:
 
 def _software(run_dir: Path) -> str:
     try:
-        node = json.loads((run_dir / record.NODE).read_text())
+        node = json.loads((run_dir / NODE).read_text())
         known = {"torch": node["packages"].get("torch"), "driver": (node["gpus"] or [{}])[0].get("driver_version")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
@@ -190,7 +191,7 @@ def _collective_timeout(evidence: Evidence) -> str | None:
     if missing:
         lines.append(f"not reported by {_ranks(missing)}, for which the others may have waited: look there first")
         for each in missing[:3]:
-            lines.append(f"  {record.rank_log(Path('.'), each)} ends: {_last_line(evidence.logs.get(each))}")
+            lines.append(f"  {record.RunFolder(Path('.')).log(each)} ends: {_last_line(evidence.logs.get(each))}")
     elif behind:
         lines.append(f"{_ranks(behind)} had begun fewer collectives than the others: look there first")
     else:

@@ -67,7 +67,7 @@ def submitted_runs(stage: Path) -> list[Path]:
     order = {}
     for path in stage.glob(f"results/*/*/*/*/*/{record.JOB}"):
         try:
-            job = record.read_job(path.parent)
+            job = record.RunFolder(path.parent).job()
             number = [int(part) for part in job["id"].removeprefix(background.JOB_PREFIX).split(".")]
             order[path.parent] = (job["submitted_at"], number)
         except (OSError, ValueError, KeyError) as error:
@@ -103,7 +103,7 @@ def slurm_states(job_ids: Iterable[str]) -> dict[str, str]:
 
 def look(run_dirs: list[Path]) -> list[Job]:
     """How these runs stand now."""
-    jobs = {run_dir: record.read_job(run_dir) for run_dir in run_dirs}
+    jobs = {run_dir: record.RunFolder(run_dir).job() for run_dir in run_dirs}
     states = slurm_states(job["id"] for job in jobs.values())
     found = []
     for run_dir, job in jobs.items():
@@ -118,7 +118,7 @@ def _job(run_dir: Path, job: dict[str, Any], states: dict[str, str]) -> Job:
     job_id = job["id"]
     cfg = load(run_dir / record.CONFIG)
     step, step_time_s = _last_step(run_dir)
-    status = record.read_status(run_dir)
+    status = record.RunFolder(run_dir).status()
     state = states.get(job_id)
     if job_id.startswith(background.JOB_PREFIX):
         state = background.state(job, status)
@@ -145,7 +145,7 @@ def _last_step(run_dir: Path) -> tuple[int, float | None]:
     if rows:
         return int(rows[-1]["step"]), float(rows[-1]["train_step_timing_s"])
     try:
-        log = read_log(record.rank_log(run_dir, 0))  # of a program that writes no record of ours
+        log = read_log(record.RunFolder(run_dir).log(0))  # of a program that writes no record of ours
     except OSError:
         return -1, None
     return (log.step[-1], log.time_s[-1]) if log.step else (-1, None)
@@ -242,9 +242,9 @@ def find(stage: Path, job_id: str) -> Path:
     """
     runs = submitted_runs(stage)
     for run_dir in runs:
-        if job_id == record.read_job(run_dir)["id"]:
+        if job_id == record.RunFolder(run_dir).job()["id"]:
             return run_dir
-    known = [record.read_job(run_dir)["id"] for run_dir in runs]
+    known = [record.RunFolder(run_dir).job()["id"] for run_dir in runs]
     raise BenchError(
         f"no run under {stage} has the job {job_id}; known: {', '.join(known) or 'none'}\n"
         "--stage (or STAGE_PATH) names another stage folder"
@@ -254,10 +254,10 @@ def find(stage: Path, job_id: str) -> Path:
 def log_text(run_dir: Path) -> str:
     """What a reader of a failed job looks for: its first error, what that means, then the end of the logs."""
     parts = []
-    errors = record.read_rank_errors(run_dir)[:1]
+    errors = record.RunFolder(run_dir).rank_errors()[:1]
     for error in errors:
         parts.append(f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}")
-    if errors or record.read_status(run_dir).state == "failed":
+    if errors or record.RunFolder(run_dir).status().state == "failed":
         # A rank that a signal ended left no error: which one it was, its log may tell.
         first = errors[0] if errors else None
         found = diagnose(load(run_dir / record.CONFIG), run_dir, int(first["rank"]) if first else None, first)
@@ -265,7 +265,7 @@ def log_text(run_dir: Path) -> str:
             parts.append(found)
     logs = sorted(run_dir.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     failed = [int(error["rank"]) for error in errors]
-    logs += [record.rank_log(run_dir, rank) for rank in (failed or [0])]
+    logs += [record.RunFolder(run_dir).log(rank) for rank in (failed or [0])]
     for log in logs:
         if log.exists():
             parts.append(f"==> {log} <==\n" + "\n".join(record.tail(log, 40)))
@@ -288,7 +288,7 @@ def cancel(run_dirs: list[Path]) -> list[str]:
     scancel(slurms)
     for job in active:
         if job.job_id not in slurms:
-            background.cancel(record.read_job(job.run_dir))
+            background.cancel(record.RunFolder(job.run_dir).job())
     return [job.job_id for job in active]
 
 
@@ -310,14 +310,15 @@ def resubmit(run_dir: Path) -> Any:
 
     (job,) = look([run_dir])
     if job.job_id.startswith(background.JOB_PREFIX):
-        raise BenchError(f"{job.job_id} ran on this machine: `{record.read_run(run_dir)['command']}` runs it again")
+        raise BenchError(
+            f"{job.job_id} ran on this machine: `{record.RunFolder(run_dir).read()['command']}` runs it again"
+        )
     if not job.ended:
         raise BenchError(f"job {job.job_id} is {job.state}: cancel it first (python jobs.py cancel {job.job_id})")
-    old = record.read_run(run_dir)
-    again = record.new_run_dir(run_dir.parent)
+    old = record.RunFolder(run_dir).read()
+    again = record.RunFolder.new(run_dir.parent).path
     cfg = load(run_dir / record.CONFIG)
-    record.create(
-        again,
+    record.RunFolder(again).create(
         config_yaml=(run_dir / record.CONFIG).read_text(),
         command=["python", "jobs.py", "resubmit", job.job_id],
         overrides=old["overrides"],
@@ -325,7 +326,7 @@ def resubmit(run_dir: Path) -> Any:
         state="submitted",
     )
     submitted = submit_run(cfg, again, old["overrides"])
-    details = record.read_job(run_dir)
+    details = record.RunFolder(run_dir).job()
     write_json(run_dir / record.JOB, {**details, "resubmitted_as": submitted.job_id})
     return submitted
 
@@ -337,5 +338,5 @@ def to_resubmit(stage: Path) -> list[Path]:
         for job in look(submitted_runs(stage))
         if job.state in FAILURES
         and not job.job_id.startswith(background.JOB_PREFIX)
-        and "resubmitted_as" not in record.read_job(job.run_dir)
+        and "resubmitted_as" not in record.RunFolder(job.run_dir).job()
     ]

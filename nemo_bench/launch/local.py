@@ -22,7 +22,7 @@ from nemo_bench.cluster import lifeline
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint
 from nemo_bench.project import python_path
-from nemo_bench.record.folder import rank_log
+from nemo_bench.record.folder import RunFolder
 
 # A rank that waits in a collective ignores SIGTERM; it gets this long to write its logs all the same.
 GRACE_S = 3.0
@@ -92,7 +92,7 @@ def started(cfg: TrainConfig, run_dir: Path) -> Iterator[ProcessGroup]:
         for rank in range(ranks):
             environment = rank_environment(cfg, rank, ranks, port)
             environment[lifeline.VARIABLE] = str(read_fd)
-            with open(rank_log(run_dir, rank), "wb") as log:
+            with open(RunFolder(run_dir).log(rank), "wb") as log:
                 group.processes.append(
                     subprocess.Popen(
                         entrypoint.rank_command(cfg, run_dir, sys.executable),

@@ -173,15 +173,15 @@ def execute(cfg: TrainConfig, run_dir: Path, tick: Callable[[], None]) -> None:
         with local.termination_raises(), local.started(cfg, run_dir) as group:
             outcome = local.wait(group, tick)
     except KeyboardInterrupt:
-        record.set_status(run_dir, record.Status("interrupted", exit_code=130, reason="Ctrl-C"))
+        record.RunFolder(run_dir).set_status(record.Status("interrupted", exit_code=130, reason="Ctrl-C"))
         raise RunFailed(f"interrupted: all ranks were ended. What was recorded is in {run_dir}", 130) from None
     except local.Terminated as ended:
         code = 128 + ended.signum
-        record.set_status(run_dir, record.Status("killed", exit_code=code, reason=f"{ended} from outside"))
+        record.RunFolder(run_dir).set_status(record.Status("killed", exit_code=code, reason=f"{ended} from outside"))
         raise RunFailed(f"ended by {ended}: all ranks were ended. What was recorded is in {run_dir}", code) from None
     if outcome.failed_rank is not None:
         raise RunFailed(_record_failure(cfg, run_dir, outcome))
-    record.set_status(run_dir, record.Status("completed", exit_code=0))
+    record.RunFolder(run_dir).set_status(record.Status("completed", exit_code=0))
 
 
 def _new_run(cfg: TrainConfig) -> Path:
@@ -189,9 +189,8 @@ def _new_run(cfg: TrainConfig) -> Path:
 
     results = results_dir(cfg)
     try:
-        run_dir = record.new_run_dir(results)
-        record.create(
-            run_dir,
+        run_dir = record.RunFolder.new(results).path
+        record.RunFolder(run_dir).create(
             config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
             command=["python", *sys.argv],
             overrides=list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
@@ -226,7 +225,7 @@ def prepare_data(cfg: TrainConfig) -> str:
 def _record_failure(cfg: TrainConfig, run_dir: Path, outcome: Outcome) -> str:
     """Writes the failed state and returns the message: which rank, why, what to do, and its last lines."""
     rank, exit_code, state = outcome.failed_rank or 0, outcome.exit_code, "failed"
-    errors = [error for error in record.read_rank_errors(run_dir) if error["time"] <= outcome.seen_at]
+    errors = [error for error in record.RunFolder(run_dir).rank_errors() if error["time"] <= outcome.seen_at]
     # A signal is no consequence of an exception.
     first = errors[0] if errors and exit_code > 0 else None
     if first is not None:
@@ -248,9 +247,9 @@ def _record_failure(cfg: TrainConfig, run_dir: Path, outcome: Outcome) -> str:
     if shutil.disk_usage(run_dir).free < FULL_DISK_BYTES:
         # Said by whoever looks, since a rank may have had no room left to say it.
         reason = f"no space left on the disk of {cfg.stage_path}: free some, or set STAGE_PATH ({reason})"
-    record.set_status(run_dir, record.Status(state, exit_code=exit_code, reason=reason, rank=rank))
+    record.RunFolder(run_dir).set_status(record.Status(state, exit_code=exit_code, reason=reason, rank=rank))
     message = [f"rank {rank} of {cfg.world_size} failed: {reason}", *(f"  {line}" for line in advice)]
     if not refused:
-        log = record.rank_log(run_dir, rank)
+        log = record.RunFolder(run_dir).log(rank)
         message += [f"the last lines of {log}:", *(f"  | {line}" for line in record.tail(log, LOG_TAIL_LINES))]
     return "\n".join(message)

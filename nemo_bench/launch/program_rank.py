@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from nemo_bench.cluster import lifeline  # noqa: E402
 from nemo_bench.record import folder as record  # noqa: E402
+from nemo_bench.record.node import write_node  # noqa: E402
 from nemo_bench.report import logs  # noqa: E402
 
 
@@ -37,23 +38,25 @@ def main(run_dir: Path, command: list[str]) -> int:
         if str(rank) in ranks:
             (run_dir / record.PROFILE).mkdir(exist_ok=True)
             command = [word.replace("{rank}", str(rank)) for word in prefix] + command
-    lifeline.watch(lambda: record.set_killed_with_launcher(run_dir))
-    events = record.EventLog(run_dir, enabled=rank == 0)
+    lifeline.watch(lambda: record.RunFolder(run_dir).set_killed_with_launcher())
+    events = record.EventLog(record.RunFolder(run_dir), enabled=rank == 0)
     if rank == 0:
-        record.write_node(run_dir)
+        write_node(run_dir)
     events.write("importing")
     try:
         status = subprocess.call(command)
     except OSError as error:  # the program, or the profiler in front of it, is not there
         print(error, flush=True)
-        record.write_rank_error(run_dir, rank, error)
+        record.RunFolder(run_dir).write_rank_error(rank, error)
         return 1
     if status < 0:
         with contextlib.suppress(OSError):  # SIGKILL has no other handler
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     if status:
-        record.write_rank_error(run_dir, rank, ProgramError(_last_error(record.rank_log(run_dir, rank), status)))
+        record.RunFolder(run_dir).write_rank_error(
+            rank, ProgramError(_last_error(record.RunFolder(run_dir).log(rank), status))
+        )
     else:
         events.write("done")
     return status

@@ -157,7 +157,7 @@ def _start_all(points: list[ComposedPoint], configs: list[TrainConfig], folder: 
     started = record.process_start(background.pid(ids[0]))
     jobs = []
     for point, cfg, run_dir, job_id in zip(points, configs, run_dirs, ids):
-        record.set_job(run_dir, job_id, started=started)
+        record.RunFolder(run_dir).set_job(job_id, started=started)
         jobs.append(_submitted(cfg, run_dir, point.overrides, job_id))
     _write_jobs(folder, jobs)
     return jobs
@@ -165,9 +165,8 @@ def _start_all(points: list[ComposedPoint], configs: list[TrainConfig], folder: 
 
 def _new_run(point: ComposedPoint, cfg: TrainConfig) -> Path:
     """A run folder with the point's configuration as it is now: what happens to conf/ later changes nothing in it."""
-    run_dir = record.new_run_dir(results_dir(cfg))
-    record.create(
-        run_dir,
+    run_dir = record.RunFolder.new(results_dir(cfg)).path
+    record.RunFolder(run_dir).create(
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
         command=["python", *sys.argv],
         overrides=point.overrides,
@@ -192,9 +191,9 @@ def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> Submitt
         entrypoint.write_files(cfg, run_dir)
         job_id = slurm.submit(slurm.batch_script(cfg, run_dir), slurm.job_name(cfg), run_dir)
     except BenchError as error:
-        record.set_status(run_dir, record.Status("failed", reason=str(error).splitlines()[0]))
+        record.RunFolder(run_dir).set_status(record.Status("failed", reason=str(error).splitlines()[0]))
         raise
-    record.set_job(run_dir, job_id)
+    record.RunFolder(run_dir).set_job(job_id)
     return _submitted(cfg, run_dir, overrides, job_id)
 
 
@@ -206,7 +205,7 @@ def _submitted(cfg: TrainConfig, run_dir: Path, overrides: list[str], job_id: st
         nodes=cfg.trainer.num_nodes,
         gpus=cfg.world_size,
         run_dir=str(run_dir),
-        log=str(record.rank_log(run_dir, 0)),
+        log=str(record.RunFolder(run_dir).log(0)),
     )
 
 

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
+from nemo_bench.record.node import NODE, kept_environment
 from nemo_bench.record.redaction import REMOVED, is_secret, redact
 from nemo_bench.report.model import Report, Run
 
@@ -134,7 +135,7 @@ def _add(tar: tarfile.TarFile, name: str, source: Path, literal: list[bytes]) ->
     """Adds a file without its secrets: by way of a temporary one, since a tar wants the size first."""
     with open(source, "rb") as file, tempfile.TemporaryFile() as clean:
         changed = 0
-        for line, dirty in _clean_lines(file, literal, environment=source.name == record.NODE):
+        for line, dirty in _clean_lines(file, literal, environment=source.name == NODE):
             clean.write(line)
             changed += dirty
         return _add_file(tar, name, clean, int(source.stat().st_mtime), changed)
@@ -186,7 +187,7 @@ def _clean_lines(file: IO[bytes], literal: list[bytes], *, environment: bool = F
 def _clean_node(data: bytes) -> bytes:
     try:
         node = json.loads(data)
-        node["environment"] = record.kept_environment(node["environment"])
+        node["environment"] = kept_environment(node["environment"])
     except (ValueError, TypeError, KeyError, AttributeError):
         return data
     return json.dumps(node, indent=2).encode() + b"\n"

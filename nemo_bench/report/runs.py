@@ -19,6 +19,7 @@ from nemo_bench import flops
 from nemo_bench.errors import BenchError
 from nemo_bench.project import PROJECT
 from nemo_bench.record import folder as record
+from nemo_bench.record.node import NODE, kept_environment
 from nemo_bench.record.redaction import redact, redact_values
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.devices import read_devices
@@ -204,8 +205,8 @@ def load_run(run_dir: Path, total_tokens: float | None = None) -> Run:
 
 
 def _load_run(run_dir: Path, total_tokens: float | None) -> Run:
-    status = record.read_status(run_dir)
-    about = record.read_run(run_dir)
+    status = record.RunFolder(run_dir).status()
+    about = record.RunFolder(run_dir).read()
     loaded = OmegaConf.to_container(OmegaConf.load(run_dir / record.CONFIG), resolve=True)
     assert isinstance(loaded, dict)
     config: dict[str, Any] = {str(key): value for key, value in loaded.items()}
@@ -216,7 +217,7 @@ def _load_run(run_dir: Path, total_tokens: float | None) -> Run:
     batch, seq_length = int(model["global_batch_size"]), int(model["seq_length"])
     precision, gpu = str(config["precision"]["name"]), str(config["gpu"]["name"])
     warnings: list[str] = []
-    node = _json(run_dir / record.NODE)
+    node = _json(run_dir / NODE)
     lines, _ = record.read_lines(run_dir / record.EVENTS)
     events = [line for line in lines if isinstance(line, dict)]
     log = _rank0_log(run_dir)
@@ -284,7 +285,7 @@ def _load_run(run_dir: Path, total_tokens: float | None) -> Run:
         config=redact_values(config),
         packages=node.get("packages") or {},
         hardware=hardware,
-        environment=redact_values(record.kept_environment(node.get("environment") or {})),
+        environment=redact_values(kept_environment(node.get("environment") or {})),
         events=tuple(
             {"event": e.get("event"), "after_step": e.get("after_step"), "time": e.get("time")} for e in events
         ),
@@ -312,7 +313,7 @@ def _peaks(run_dir: Path) -> dict[int, dict[str, Any]]:
 
 def _profiles(run_dir: Path, warnings: list[str]) -> tuple[step_profile.StepProfile, ...]:
     found = []
-    for name, content in record.read_profiles(run_dir).items():
+    for name, content in record.RunFolder(run_dir).profiles().items():
         try:
             found.append(step_profile.from_dict(content))
         except _DAMAGE:
@@ -322,7 +323,7 @@ def _profiles(run_dir: Path, warnings: list[str]) -> tuple[step_profile.StepProf
 
 def _rank0_log(run_dir: Path) -> Log | None:
     try:
-        return read_log(record.rank_log(run_dir, 0))
+        return read_log(record.RunFolder(run_dir).log(0))
     except OSError:
         return None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_bench.errors import BenchError
 from nemo_bench.project import PROJECT
-from nemo_bench.record import folder as record
+from nemo_bench.record.node import git_revision
 from nemo_bench.stage.config import PartName
 from nemo_bench.stage.files import Room, say
 from nemo_bench.stage.manifest import Entry, project_version
@@ -79,7 +79,7 @@ class CodePart(Part):
         vendored = {name: _vendor(name, made / VENDOR) for name in _PACKAGES}
         return {
             "version": project_version(),
-            "git": record.git_revision(),
+            "git": git_revision(),
             # Of the copies: a file may be edited while this goes on.
             "project_sha256": _fingerprint(made),
             "vendored": vendored,

@@ -16,7 +16,8 @@ from typing import Any
 from nemo_bench.errors import BenchError
 from nemo_bench.files import locked, write_json
 from nemo_bench.project import PROJECT
-from nemo_bench.record.folder import git_revision, timestamp
+from nemo_bench.record.folder import timestamp
+from nemo_bench.record.node import git_revision
 from nemo_bench.stage.config import PartName
 from nemo_bench.stage.files import FileRecord, byte_progress, leftovers, measure, remove, say, walk
 

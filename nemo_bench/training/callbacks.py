@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from nemo.utils.exp_manager import TimingCallback
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.record.folder import EventLog, StepLog, read_peaks
+from nemo_bench.record.folder import EventLog, RunFolder, StepLog
 from nemo_bench.report.numbers import rates
 from nemo_bench.training.telemetry import STEP_TIMING, RankTelemetry
 
@@ -30,12 +30,12 @@ class StepRecorder(pl.Callback):
         events: EventLog,
     ) -> None:
         self.cfg, self.timing, self.telemetry = cfg, timing, telemetry
-        self.run_dir, self.steps, self.events = run_dir, StepLog(run_dir), events
+        self.run_dir, self.steps, self.events = run_dir, StepLog(RunFolder(run_dir)), events
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.events.write("training", first_step=trainer.global_step)
         # By now every rank has measured its peak, where it is not a published one.
-        self.rates = rates(self.cfg, [float(peak["tflops"]) for peak in read_peaks(self.run_dir)])
+        self.rates = rates(self.cfg, [float(peak["tflops"]) for peak in RunFolder(self.run_dir).peaks()])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

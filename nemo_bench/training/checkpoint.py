@@ -9,7 +9,7 @@ import numpy
 from nemo import lightning as nl
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.record.folder import CHECKPOINTS, last_checkpoint
+from nemo_bench.record.folder import CHECKPOINTS, RunFolder
 
 if not hasattr(numpy, "product"):  # numpy 2 dropped it, and megatron-core 0.15 reads checkpoints with it
     numpy.product = numpy.prod  # type: ignore[attr-defined]
@@ -35,15 +35,15 @@ def build_checkpoint_callback(cfg: TrainConfig, run_dir: Path) -> Any | None:
 
 def build_resume(cfg: TrainConfig, run_dir: Path) -> nl.AutoResume | None:
     """How to start from a checkpoint, or None to start afresh. A requeued job goes on from its own last one."""
-    own = last_checkpoint(run_dir)
+    own = RunFolder(run_dir).last_checkpoint()
     if own is not None:
         return _Resume(resume_from_path=str(own))
     if cfg.checkpoint.resume_from is not None:
-        return _Resume(resume_from_path=str(last_checkpoint(Path(cfg.checkpoint.resume_from))))
+        return _Resume(resume_from_path=str(RunFolder(Path(cfg.checkpoint.resume_from)).last_checkpoint()))
     if cfg.checkpoint.weights_from is not None:
         return nl.AutoResume(
             restore_config=nl.RestoreConfig(
-                path=str(last_checkpoint(Path(cfg.checkpoint.weights_from))),
+                path=str(RunFolder(Path(cfg.checkpoint.weights_from)).last_checkpoint()),
                 load_model_state=True,
                 load_optim_state=False,
                 load_artifacts=False,

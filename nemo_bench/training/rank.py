@@ -16,6 +16,7 @@ from nemo_bench.cluster import lifeline, nsys
 from nemo_bench.config import TrainConfig, load
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
+from nemo_bench.record.node import write_node
 from nemo_bench.training import preemption_signal
 
 
@@ -23,7 +24,7 @@ def main(run_dir: Path) -> None:
     """Trains as `run_dir/config.yaml` says; an exception ends in this rank's error file and exit status 1."""
     _take_place_from_slurm()
     rank = int(os.environ["RANK"])
-    events = record.EventLog(run_dir, enabled=rank == 0)
+    events = record.EventLog(record.RunFolder(run_dir), enabled=rank == 0)
     try:
         cfg = load(run_dir / record.CONFIG)
         # Without checkpoints there is nothing to save, and a signal ends the rank as it does everywhere.
@@ -32,9 +33,9 @@ def main(run_dir: Path) -> None:
             preemption_signal.listen()
         # After listen(): what is blocked stays blocked in nsys, which Slurm's warning would end.
         nsys.wrap(cfg.profile, run_dir, rank)
-        lifeline.watch(lambda: record.set_killed_with_launcher(run_dir))
+        lifeline.watch(lambda: record.RunFolder(run_dir).set_killed_with_launcher())
         if rank == 0:
-            record.write_node(run_dir)
+            write_node(run_dir)
         events.write("importing")
         train(cfg, run_dir, rank, events)
         if saves:
@@ -46,7 +47,7 @@ def main(run_dir: Path) -> None:
                 print(error)
             else:
                 traceback.print_exc()
-            record.write_rank_error(run_dir, rank, error)
+            record.RunFolder(run_dir).write_rank_error(rank, error)
         # Another rank may wait in a collective for this one: no destructor that would wait too.
         _leave(1)
 
@@ -123,7 +124,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
     if cfg.gpu.peak_tflops.get(cfg.precision.name) is None:
         from nemo_bench.training.peak import measure_peak
 
-        record.write_peak(run_dir, rank, measure_peak(cfg.precision.name).as_dict())
+        record.RunFolder(run_dir).write_peak(rank, measure_peak(cfg.precision.name).as_dict())
     matrix_tflops = None
     if cfg.gpu.device == "cuda":
         from nemo_bench.training.peak import measure_gpu_rate

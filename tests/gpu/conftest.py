@@ -104,7 +104,7 @@ def train_all(stage: Path, gpus: int) -> dict[str, Trained]:
         def done(result: dict[str, Any]) -> None:
             run_dir = Path(result["run"])
             # A run too short for a measurement has its steps all the same.
-            error = None if record.read_status(run_dir).finished else "\n".join(result["failed"])
+            error = None if record.RunFolder(run_dir).status().finished else "\n".join(result["failed"])
             found[result["case"]] = Trained(run_dir, error)
 
         given = {name: [*SMALL.split(), *overrides.split(), *more] for name, overrides in cases.items()}

@@ -121,11 +121,11 @@ def test_out_of_memory(cfg: TrainConfig) -> None:
 def test_a_collective_that_a_rank_never_joins(tmp_path: Path, cfg: TrainConfig) -> None:
     cfg.trainer.devices, cfg.stage_path = 2, str(tmp_path)
     text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
-    record.create(tmp_path, config_yaml=text, command=["python", "train.py"], overrides=[], ranks=2)
+    record.RunFolder(tmp_path).create(config_yaml=text, command=["python", "train.py"], overrides=[], ranks=2)
     ranks, port = [], str(local.free_port())
     for rank in range(2):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        with open(record.rank_log(tmp_path, rank), "wb") as log:
+        with open(record.RunFolder(tmp_path).log(rank), "wb") as log:
             ranks.append(
                 subprocess.Popen(
                     [sys.executable, "-c", STUCK],
@@ -141,7 +141,7 @@ def test_a_collective_that_a_rank_never_joins(tmp_path: Path, cfg: TrainConfig) 
         for process in ranks:
             process.kill()
             process.wait()
-    assert code == -signal.SIGABRT, record.rank_log(tmp_path, 0).read_text()[-4000:]
+    assert code == -signal.SIGABRT, record.RunFolder(tmp_path).log(0).read_text()[-4000:]
     message = point._record_failure(cfg, tmp_path, local.Outcome(0, code, seen_at=time.time()))
     print(message)
     assert message.startswith(

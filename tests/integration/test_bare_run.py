@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.record.folder import read_status
+from nemo_bench.record.folder import RunFolder
 from nemo_bench.report.numbers import summarise
 
 from .conftest import Run
@@ -45,7 +45,7 @@ def test_the_recipes_grep_finds_nemos_own_lines(bare: Run, stage: Path) -> None:
 
 
 def test_the_record_is_whole(bare: Run) -> None:
-    assert read_status(bare.run_dir).finished
+    assert RunFolder(bare.run_dir).status().finished
     run = json.loads((bare.run_dir / "run.json").read_text())
     assert run["command"].endswith("train.py")
     node = json.loads((bare.run_dir / "node.json").read_text())

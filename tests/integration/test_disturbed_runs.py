@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.record.folder import read_lines, read_status
+from nemo_bench.record.folder import RunFolder, read_lines
 
 from .conftest import PROJECT, SMALL, Run, Started, environment, wait_for
 
@@ -43,7 +43,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_record_says_so(
     run.process.kill()
     run.wait_until_ranks_are_gone()
     wait_for(lambda: run.status()["state"] == "killed", "the record to say killed")
-    assert read_status(run.run_dir).reason == "the process that launched the run was killed"
+    assert RunFolder(run.run_dir).status().reason == "the process that launched the run was killed"
     # Still readable: every line that was recorded is whole.
     steps, _ = read_lines(run.run_dir / "steps.jsonl")
     assert [row["step"] for row in steps] == list(range(len(steps)))
@@ -59,7 +59,7 @@ def test_a_whole_run_killed_at_once_reads_as_killed(start: Callable[..., Started
     run.process.wait()
     run.wait_until_ranks_are_gone()
     assert run.status()["state"] == "running"
-    assert read_status(run.run_dir).state == "killed"
+    assert RunFolder(run.run_dir).status().state == "killed"
 
 
 def test_ctrl_c_ends_all_ranks(start: Callable[..., Started]) -> None:
@@ -105,7 +105,7 @@ def test_a_full_disk_is_named(small_disk: Path, stage: Path) -> None:
     )
     assert result.returncode == 1, result.stdout + result.stderr
     assert "no space left on the disk of" in result.stderr.splitlines()[0]
-    assert read_status(next(small_disk.glob("results/**/run.json")).parent).state == "failed"
+    assert RunFolder(next(small_disk.glob("results/**/run.json")).parent).status().state == "failed"
 
 
 def test_a_truncated_dataset_is_refused_before_anything_starts(

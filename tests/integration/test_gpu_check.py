@@ -150,9 +150,9 @@ def test_a_rank_without_a_gpu_ends_with_one_message(tmp_path: Path, fp8: TrainCo
     run_dir.mkdir()
     fp8.stage_path = str(tmp_path)
     text = OmegaConf.to_yaml(OmegaConf.structured(fp8))
-    record.create(run_dir, config_yaml=text, command=["python", "train.py"], overrides=[], ranks=1)
+    record.RunFolder(run_dir).create(config_yaml=text, command=["python", "train.py"], overrides=[], ranks=1)
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0"}
-    with open(record.rank_log(run_dir, 0), "wb") as log:
+    with open(record.RunFolder(run_dir).log(0), "wb") as log:
         done = subprocess.run(
             [sys.executable, "-m", "nemo_bench.training.rank", str(run_dir)],
             env={**os.environ, **place},
@@ -164,7 +164,7 @@ def test_a_rank_without_a_gpu_ends_with_one_message(tmp_path: Path, fp8: TrainCo
         )
     assert done.returncode == 1
     message = point._record_failure(fp8, run_dir, Outcome(0, 1, seen_at=time.time()))
-    printed = record.rank_log(run_dir, 0).read_text()
+    printed = record.RunFolder(run_dir).log(0).read_text()
     if torch.version.cuda is None:
         assert message.startswith("rank 0 of 1 failed: torch") and "is built without CUDA" in message
         assert "Traceback" not in message + printed

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_bench.record.folder import read_status
+from nemo_bench.record.folder import RunFolder
 from nemo_bench.report.model import Run
 from nemo_bench.report.runs import load_run
 
@@ -111,7 +111,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 
 def test_nemo_1_trains_and_its_log_reads_as_a_run(trained: Callable[..., Run]) -> None:
     run = trained()
-    assert read_status(Path(run.path)).finished
+    assert RunFolder(Path(run.path)).status().finished
     assert run.final and run.steps.step == tuple(range(20))
     assert run.first_loss is not None and run.last_loss is not None and run.last_loss < 0.9 * run.first_loss
     assert (run.entrypoint, run.model, run.version) == ("nemo_24_09", "tiny", "24.09")

@@ -60,7 +60,7 @@ from nemo_bench.config import load
 from nemo_bench.launch import point
 from nemo_bench.record import folder as record
 run_dir = Path(sys.argv[1])
-record.set_running(run_dir)
+record.RunFolder(run_dir).set_running()
 point.execute(load(run_dir / record.CONFIG), run_dir, lambda: None)
 """
 
@@ -77,7 +77,7 @@ class Launched:
         with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
             cfg = absolute_paths(typed(compose("train", [*chosen, f"stage_path={stage}", *overrides])))
         text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
-        record.create(self.run_dir, config_yaml=text, command=["test"], overrides=[], ranks=2)
+        record.RunFolder(self.run_dir).create(config_yaml=text, command=["test"], overrides=[], ranks=2)
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, str(self.run_dir)],
             env={**environment(stage), "PYTHONPATH": str(PROJECT), "PATH": f"{folder}:{os.environ['PATH']}"},
@@ -104,7 +104,7 @@ def test_a_rank_trains_under_nsys(stage: Path, tmp_path: Path) -> None:
     assert f"--output={run.run_dir}/profile/rank1" in arguments
     assert arguments[-3:] == ["-m", "nemo_bench.training.rank", str(run.run_dir)]
     assert (run.run_dir / "profile/rank1.nsys-rep").exists()
-    assert record.read_status(run.run_dir).finished
+    assert record.RunFolder(run.run_dir).status().finished
     assert len((run.run_dir / record.STEPS).read_text().splitlines()) == 3
 
 

@@ -45,7 +45,7 @@ def test_the_failing_rank_is_named_with_its_error(scripts: Scripts, slurm: Slurm
     scripts.submit(*POINT, *SHARED, "+cluster.env={FAIL_RANK: '2'}")
     job_id, run_dir = scripts.last()
     assert slurm.wait_for_end(job_id) == "FAILED"
-    status = record.read_status(run_dir)
+    status = record.RunFolder(run_dir).status()
     assert (status.state, status.rank) == ("failed", 2)
     assert status.reason is not None and "ValueError: no user buffers on n" in status.reason
     assert "ValueError: no user buffers" in scripts.jobs("log", job_id)

@@ -174,7 +174,7 @@ def test_two_nodes_of_two_tasks_train_to_the_last_step(scripts: Scripts, slurm: 
     assert "all 1 jobs completed" in shown and "step 6/6" in shown and "evidence: " in shown
     job_id, run_dir = scripts.last()
     assert slurm.job_state(job_id) == "COMPLETED"
-    assert record.read_status(run_dir).finished
+    assert record.RunFolder(run_dir).status().finished
     steps, _ = record.read_lines(run_dir / record.STEPS)
     assert [row["step"] for row in steps] == list(range(6))
     assert sorted(path.name for path in run_dir.glob("rank*.out")) == [f"rank{rank}.out" for rank in range(4)]
@@ -192,7 +192,7 @@ def test_a_killed_rank_fails_the_job_at_once(scripts: Scripts, slurm: SlurmClust
     os.kill(ranks[-1], signal.SIGKILL)
     assert slurm.wait_for_end(job_id) == "FAILED"
     wait_for(lambda: not _ranks(run_dir), "all ranks to be gone", 30)
-    assert record.read_status(run_dir).state == "failed"
+    assert record.RunFolder(run_dir).status().state == "failed"
     assert "Killed" in scripts.jobs("log", job_id)
     assert "FAILED" in scripts.jobs()
 
@@ -218,7 +218,7 @@ def test_an_error_in_a_rank_is_named_with_rank_and_host(scripts: Scripts, slurm:
     assert slurm.wait_for_end(job_id, 120) == "FAILED"
     shown = scripts.jobs("log", job_id)
     assert "rank 0 on n1: " in shown and "rank0.out" in shown
-    assert "n1" in (record.read_status(run_dir).reason or "")
+    assert "n1" in (record.RunFolder(run_dir).status().reason or "")
 
 
 def test_a_preempted_job_is_requeued_resumes_and_finishes(scripts: Scripts, slurm: SlurmCluster) -> None:
@@ -232,7 +232,7 @@ def test_a_preempted_job_is_requeued_resumes_and_finishes(scripts: Scripts, slur
         f"+cluster.additional_parameters.nodelist=n{slurm.live_nodes}",
     )
     job_id, run_dir = scripts.last()
-    wait_for(lambda: record.last_checkpoint(run_dir), "a checkpoint", 120)
+    wait_for(lambda: record.RunFolder(run_dir).last_checkpoint(), "a checkpoint", 120)
     taker = slurm.submit("-p", "high", "-w", f"n{slurm.live_nodes}", "--exclusive", script="sleep 1")
     slurm.wait_for_state(job_id, "PENDING", 60)
     slurm.wait_for_end(taker)
@@ -242,7 +242,7 @@ def test_a_preempted_job_is_requeued_resumes_and_finishes(scripts: Scripts, slur
     steps = [row["step"] for row in record.read_lines(run_dir / record.STEPS)[0]]
     assert (steps[0], steps[-1]) == (0, 29)
     assert min([after for before, after in pairwise(steps) if after <= before], default=5) >= 5
-    assert record.read_status(run_dir).finished
+    assert record.RunFolder(run_dir).status().finished
 
 
 def test_a_time_limit_is_seen(scripts: Scripts, slurm: SlurmCluster) -> None:
@@ -259,7 +259,7 @@ def test_a_cancelled_job_stays_cancelled(scripts: Scripts, slurm: SlurmCluster) 
     """Also where ranks take SIGTERM for a preemption, and save: the requeue that they ask for is not made."""
     scripts.submit("scale=local", *SHARED, *SMALL, "trainer.max_steps=100000", "checkpoint.every_n_steps=3")
     job_id, run_dir = scripts.last()
-    wait_for(lambda: record.last_checkpoint(run_dir), "a checkpoint", 120)
+    wait_for(lambda: record.RunFolder(run_dir).last_checkpoint(), "a checkpoint", 120)
     scripts.jobs("cancel", job_id)
     assert slurm.wait_for_end(job_id) == "CANCELLED"
     wait_for(lambda: not _ranks(run_dir), "all ranks to be gone", 30)

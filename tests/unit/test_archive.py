@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
+from nemo_bench.record.node import NODE
 from nemo_bench.record.redaction import REMOVED, is_secret, redact, redact_values
 from nemo_bench.report import archive, model, page, tables
 from nemo_bench.report.build import build_report
@@ -62,9 +63,9 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     about["command"] += f" +cluster.env.WANDB_API_KEY={SECRETS['named']}"
     about["overrides"].append(f"+cluster.env.WANDB_API_KEY={SECRETS['named']}")
     (run / record.RUN).write_text(json.dumps(about))
-    node = json.loads((run / record.NODE).read_text())
+    node = json.loads((run / NODE).read_text())
     node["environment"] |= {"HF_TOKEN": SECRETS["hugging face"], "HOME": "/home/somebody", "NCCL_DEBUG": "INFO"}
-    (run / record.NODE).write_text(json.dumps(node))
+    (run / NODE).write_text(json.dumps(node))
     log = (run / "rank0.out").read_text().splitlines()
     log[3:3] = [
         f"Authorization: Bearer {SECRETS['jwt']}",

@@ -18,6 +18,7 @@ from nemo_bench.launch import jobs, point
 from nemo_bench.launch.diagnosis import Evidence, diagnose, explain
 from nemo_bench.launch.local import Outcome
 from nemo_bench.record import folder as record
+from nemo_bench.record.node import NODE
 
 PROJECT = Path(__file__).resolve().parents[2]
 FOUR_LAYERS = PROJECT / "benchmarks/results/h200/bf16_4layers_5f1a/config.yaml"
@@ -323,40 +324,40 @@ def test_what_is_not_known_is_left_to_its_own_words(text: str, eight: TrainConfi
 @pytest.fixture
 def run_dir(tmp_path: Path, eight: TrainConfig) -> Path:
     eight.stage_path = str(tmp_path)
-    path = record.new_run_dir(tmp_path / "results")
+    path = record.RunFolder.new(tmp_path / "results").path
     text = OmegaConf.to_yaml(OmegaConf.structured(eight))
-    record.create(path, config_yaml=text, command=["python", "train.py"], overrides=[], ranks=8)
+    record.RunFolder(path).create(config_yaml=text, command=["python", "train.py"], overrides=[], ranks=8)
     return path
 
 
 def failed(run_dir: Path, rank: int, error: BaseException, at: float = 1.0) -> None:
-    record.write_rank_error(run_dir, rank, error)
+    record.RunFolder(run_dir).write_rank_error(rank, error)
     path = run_dir / f"rank{rank}.error.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "time": at}))
 
 
 def status(run_dir: Path) -> dict[str, Any]:
-    found = record.read_run(run_dir)["status"]
+    found = record.RunFolder(run_dir).read()["status"]
     assert isinstance(found, dict)
     return found
 
 
 def test_the_watchdogs_abort_is_explained_from_the_logs(run_dir: Path, eight: TrainConfig) -> None:
     for rank in range(8):
-        record.rank_log(run_dir, rank).write_text("step 12\n" if rank == 5 else timed_out(rank))
+        record.RunFolder(run_dir).log(rank).write_text("step 12\n" if rank == 5 else timed_out(rank))
     # an exception that another rank had because of it
     failed(run_dir, 5, RuntimeError("Connection closed by peer"))
     message = point._record_failure(eight, run_dir, Outcome(2, -6, seen_at=2.0))
     lines = message.splitlines()
     assert lines[0].startswith("rank 2 of 8 failed: killed by SIGABRT: NCCL time-out: ALLREDUCE of 1,259,621 elements")
     assert lines[1] == "  not reported by rank 5, for which the others may have waited: look there first"
-    assert f"the last lines of {record.rank_log(run_dir, 2)}:" in lines
+    assert f"the last lines of {record.RunFolder(run_dir).log(2)}:" in lines
     assert status(run_dir)["state"] == "killed" and "NCCL time-out" in status(run_dir)["reason"]
 
 
 def test_an_exception_is_explained_in_the_message_and_in_the_record(run_dir: Path, eight: TrainConfig) -> None:
-    record.rank_log(run_dir, 3).write_text("Traceback (most recent call last):\n")
-    write_json(run_dir / record.NODE, {"packages": {"torch": "2.11.0"}, "gpus": [{"driver_version": "580.1"}]})
+    record.RunFolder(run_dir).log(3).write_text("Traceback (most recent call last):\n")
+    write_json(run_dir / NODE, {"packages": {"torch": "2.11.0"}, "gpus": [{"driver_version": "580.1"}]})
     failed(run_dir, 3, RuntimeError("CUDA error: no kernel image is available for execution on the device"))
     message = point._record_failure(eight, run_dir, Outcome(0, 1, seen_at=2.0))
     assert message.startswith(
@@ -367,22 +368,22 @@ def test_an_exception_is_explained_in_the_message_and_in_the_record(run_dir: Pat
 
 
 def test_what_a_rank_refuses_is_said_as_it_stands(run_dir: Path, eight: TrainConfig) -> None:
-    record.rank_log(run_dir, 0).write_text("one\ntwo\n")
+    record.RunFolder(run_dir).log(0).write_text("one\ntwo\n")
     failed(run_dir, 0, BenchError("NVIDIA A100 has no fp8\nwhat works here: precision=bf16"))
     message = point._record_failure(eight, run_dir, Outcome(0, 1, seen_at=2.0))
     assert message == "rank 0 of 8 failed: NVIDIA A100 has no fp8\n  what works here: precision=bf16"
 
 
 def test_an_unknown_failure_keeps_its_words_and_its_last_lines(run_dir: Path, eight: TrainConfig) -> None:
-    record.rank_log(run_dir, 1).write_text("one\ntwo\n")
+    record.RunFolder(run_dir).log(1).write_text("one\ntwo\n")
     failed(run_dir, 1, ValueError("no such thing\nat all"))
     message = point._record_failure(eight, run_dir, Outcome(1, 1, seen_at=2.0))
-    log = record.rank_log(run_dir, 1)
+    log = record.RunFolder(run_dir).log(1)
     assert message == f"rank 1 of 8 failed: ValueError: no such thing\nthe last lines of {log}:\n  | one\n  | two"
 
 
 def test_the_kernels_kill_is_still_told(run_dir: Path, eight: TrainConfig) -> None:
-    record.rank_log(run_dir, 0).write_text("one\n")
+    record.RunFolder(run_dir).log(0).write_text("one\n")
     assert "killed by SIGKILL (from outside, or by the kernel" in point._record_failure(
         eight, run_dir, Outcome(0, -9, seen_at=2.0)
     )
@@ -391,8 +392,8 @@ def test_the_kernels_kill_is_still_told(run_dir: Path, eight: TrainConfig) -> No
 def test_jobs_log_explains_a_job_that_left_no_exception(run_dir: Path, eight: TrainConfig) -> None:
     """A rank that a signal ended in a Slurm job: which one it was, only the logs tell."""
     for rank in range(8):
-        record.rank_log(run_dir, rank).write_text("step 12\n" if rank == 0 else timed_out(rank))
-    record.set_status(run_dir, record.Status("submitted"))
+        record.RunFolder(run_dir).log(rank).write_text("step 12\n" if rank == 0 else timed_out(rank))
+    record.RunFolder(run_dir).set_status(record.Status("submitted"))
     write_json(run_dir / record.EXIT, {"exit_code": 134, "ended_at": record.timestamp()})
     shown = jobs.log_text(run_dir)
     assert shown.startswith("NCCL time-out: ALLREDUCE") and "not reported by rank 0" in shown

@@ -38,15 +38,15 @@ def test_another_rank_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_exit_status_and_the_last_error_of_the_log_are_kept(tmp_path: Path) -> None:
-    record.rank_log(tmp_path, 2).write_text("ImportError: no apex\nValueError: bad table\nbye\n")
+    record.RunFolder(tmp_path).log(2).write_text("ImportError: no apex\nValueError: bad table\nbye\n")
     assert wrapped(tmp_path, "exit 7", rank="2").wait(60) == 7
-    (error,) = record.read_rank_errors(tmp_path)
+    (error,) = record.RunFolder(tmp_path).rank_errors()
     assert (error["rank"], error["type"], error["message"]) == (2, "ProgramError", "ValueError: bad table")
 
 
 def test_without_a_log_the_status_is_named(tmp_path: Path) -> None:
     assert wrapped(tmp_path, "exit 7", rank="1").wait(60) == 7
-    (error,) = record.read_rank_errors(tmp_path)
+    (error,) = record.RunFolder(tmp_path).rank_errors()
     assert error["message"] == "exit status 7"
 
 
@@ -56,7 +56,7 @@ def test_it_ends_by_the_signal_that_ended_the_program(number: signal.Signals, tm
 
 
 def test_program_and_wrapper_end_with_the_launching_process(tmp_path: Path) -> None:
-    record.create(tmp_path, config_yaml="{}\n", command=["train.py"], overrides=[], ranks=1)
+    record.RunFolder(tmp_path).create(config_yaml="{}\n", command=["train.py"], overrides=[], ranks=1)
     read_fd, write_fd = os.pipe()
     started = subprocess.Popen(
         [sys.executable, str(WRAPPER), str(tmp_path), "/bin/sh", "-c", "echo up; sleep 600"],
@@ -70,7 +70,7 @@ def test_program_and_wrapper_end_with_the_launching_process(tmp_path: Path) -> N
     os.close(write_fd)
     assert started.wait(60) == -signal.SIGKILL
     assert started.stdout.read() == b""  # its end: the program, which held the other side, is gone too
-    assert record.read_status(tmp_path).state == "killed"
+    assert record.RunFolder(tmp_path).status().state == "killed"
 
 
 def test_a_profiler_stands_in_front_of_the_program_on_its_ranks_alone(tmp_path: Path) -> None:
@@ -94,5 +94,5 @@ def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
         text=True,
     )
     assert process.returncode == 1 and "Traceback" not in process.stderr
-    (error,) = record.read_rank_errors(tmp_path)
+    (error,) = record.RunFolder(tmp_path).rank_errors()
     assert "/no/such/program" in error["message"]

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
+from nemo_bench.record.node import NODE
 from nemo_bench.report import model, points, tables
 from nemo_bench.report.build import build_report
 from nemo_bench.report.model import Point, Report, from_json, to_json
@@ -145,9 +146,9 @@ def test_reasons_that_the_record_shows(tmp_path: Path) -> None:
         "  name: cpu": "  name: h200",
     }
     copied = copy_run("ecda", tmp_path / "run", changes, factor=40)
-    node = json.loads((copied / record.NODE).read_text())
+    node = json.loads((copied / NODE).read_text())
     node["gpus"] = [{"name": "NVIDIA H100 80GB HBM3", "clocks_event_reasons.sw_thermal_slowdown": "Active"}]
-    (copied / record.NODE).write_text(json.dumps(node))
+    (copied / NODE).write_text(json.dumps(node))
     point = only(build_report([copied]))
     assert point.reference is not None and point.verdict.value in (model.FAIL, model.PASS, model.FASTER)
     reasons = "\n".join(point.verdict.reasons)
@@ -374,12 +375,12 @@ def test_runs_compared_with_themselves_are_told(tmp_path: Path) -> None:
 def test_what_changed_is_named(tmp_path: Path) -> None:
     old = copy_run("d39a", tmp_path / "old")
     new = copy_run("d39a", tmp_path / "new", {"gc_interval: 25": "gc_interval: 5"}, factor=2)
-    node = json.loads((new / record.NODE).read_text())
+    node = json.loads((new / NODE).read_text())
     node["packages"] |= {"torch": "2.14.0"}
     node["packages"].pop("triton", None)
     node["environment"] |= {"NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "4712", "MASTER_PORT": "1"}
     node["cpu_cores"] = 4
-    (new / record.NODE).write_text(json.dumps(node))
+    (new / NODE).write_text(json.dumps(node))
     (found,) = build_report([new], baseline=[old]).comparisons
     assert [(c.key, c.before, c.after) for c in found.configuration] == [("trainer.gc_interval", "25", "5")]
     assert [(c.key, c.after) for c in found.packages] == [("torch", "2.14.0")]

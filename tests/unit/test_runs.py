@@ -12,6 +12,7 @@ import pytest
 
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
+from nemo_bench.record.node import NODE
 from nemo_bench.report import runs
 from nemo_bench.report.numbers import rows
 from nemo_bench.report.runs import Given, load_log, load_run
@@ -200,7 +201,7 @@ def test_a_damaged_record_is_one_message(copy: Path, name: str, content: str | N
         load_run(copy)
 
 
-@pytest.mark.parametrize("name", [record.NODE, record.EVENTS, "peak_rank0.json"])
+@pytest.mark.parametrize("name", [NODE, record.EVENTS, "peak_rank0.json"])
 @pytest.mark.parametrize("content", ["", "[1]\n", "{"])
 def test_what_a_run_can_do_without(copy: Path, name: str, content: str) -> None:
     (copy / name).write_text(content)
@@ -213,7 +214,7 @@ def test_secrets_of_a_record_stay_there(copy: Path) -> None:
     (copy / record.CONFIG).write_text(text)
     assert "hf_abcdefghijklmnopqrst" in text
     edit(copy / record.RUN, command="python train.py +cluster.env.WANDB_API_KEY=0123456789abcdef")
-    edit(copy / record.NODE, environment={"NCCL_DEBUG": "INFO", "HF_TOKEN": "hf_abcdefghijklmnopqrst"})
+    edit(copy / NODE, environment={"NCCL_DEBUG": "INFO", "HF_TOKEN": "hf_abcdefghijklmnopqrst"})
     shown = repr(load_run(copy))
     assert "hf_abcdefghijklmnopqrst" not in shown and "0123456789abcdef" not in shown and "NCCL_DEBUG" in shown
 

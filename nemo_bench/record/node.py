@@ -1,0 +1,111 @@
+"""The machine and the software that a run ran on: `node.json`, and the revision of this project."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from nemo_bench.files import write_json
+from nemo_bench.project import PROJECT
+from nemo_bench.record.redaction import is_secret
+
+NODE = "node.json"
+
+# What a benchmark's numbers can depend on. An allow list: a secret in an unexpected variable stays out of the record.
+_KEPT_ENVIRONMENT = re.compile(
+    r"^(SLURM|SBATCH|NCCL|NVTE|CUDA|CUBLAS|CUDNN|TORCH|PYTORCH|NVIDIA|NEMO|MEGATRON|OMP|MKL|GLOO|UCX|FI|PMI|PMIX|UB)_"
+    r"|^(PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|PYTHONUNBUFFERED|STAGE_PATH|GSW_VERSION|VIRTUAL_ENV|CONDA_PREFIX"
+    r"|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|NODE_RANK|LOCAL_WORLD_SIZE|TOKENIZERS_PARALLELISM"
+    r"|TRANSFORMERS_OFFLINE|HF_HUB_OFFLINE|HF_HOME|LANG|LC_ALL|TZ)$"
+)
+
+_PACKAGES = (
+    "torch",
+    "nemo_toolkit",
+    "megatron-core",
+    "transformer-engine",
+    "lightning",
+    "pytorch-lightning",
+    "apex",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "triton",
+)
+
+
+def write_node(run_dir: Path) -> None:
+    """`node.json`, about the machine and software that this process runs on. Imports nothing heavy."""
+    write_json(
+        run_dir / NODE,
+        {
+            "host": socket.gethostname(),
+            "system": platform.platform(),
+            "cpu": _cpu_model(),
+            "cpu_cores": os.cpu_count(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "gpus": _gpus(),
+            "python": platform.python_version(),
+            "packages": _package_versions(),
+            "environment": kept_environment(dict(os.environ)),
+        },
+    )
+
+
+def kept_environment(environment: dict[str, str]) -> dict[str, str]:
+    """The variables that a benchmark can depend on, without anything that looks like a secret."""
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if _KEPT_ENVIRONMENT.match(name) and not is_secret(name)
+    }
+
+
+def git_revision() -> dict[str, Any] | None:
+    """Revision of this project, and whether its files differ from it; None where it is no checkout."""
+    revision = _output(["git", "rev-parse", "HEAD"], cwd=PROJECT)
+    if revision is None:
+        return None
+    changes = _output(["git", "status", "--porcelain"], cwd=PROJECT)
+    return {"revision": revision.strip(), "modified": bool(changes and changes.strip())}
+
+
+def _package_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cpu_model() -> str:
+    try:
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        match = None
+    return match[1] if match else platform.machine()
+
+
+def _gpus() -> list[dict[str, str]]:
+    fields = ("name", "driver_version", "memory.total", "power.limit")
+    out = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"])
+    return [dict(zip(fields, line.split(", "))) for line in (out or "").splitlines()]
+
+
+def _output(command: list[str], cwd: Path | None = None) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=cwd, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
