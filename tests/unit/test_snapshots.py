@@ -75,7 +75,7 @@ def run(tmp_path: Path, *command: str) -> str:
         check=False,
     )
     text = f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
-    for path, name in ((tmp_path, "<tmp>"), (PROJECT, "<project>"), (sys.executable, "<python>")):
+    for path, name in ((sys.executable, "<python>"), (tmp_path, "<tmp>"), (PROJECT, "<project>")):
         text = text.replace(str(path), name)
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
