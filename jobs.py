@@ -26,7 +26,9 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from nemo_bench.launch import command_jobs, jobs
+    from nemo_bench.cluster import jobs as command_jobs
+    from nemo_bench.cluster import slurm
+    from nemo_bench.launch import jobs
     from nemo_bench.report.terminal import make_console
 
     console, stage = make_console(), Path(arguments.stage).absolute()
@@ -40,8 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     elif arguments.command == "cancel":
         runs = [jobs.find(stage, job_id) for job_id in chosen if job_id not in commands]
-        active = [job_id for job_id in chosen if job_id in commands and commands[job_id].state in jobs.ACTIVE]
-        jobs.scancel(active)
+        active = [job_id for job_id in chosen if job_id in commands and commands[job_id].state in slurm.ACTIVE]
+        slurm.scancel(active)
         ids = [*jobs.cancel(runs), *active]
         console.print(f"cancelled: {' '.join(ids) or 'none: they had ended'}")
     elif arguments.command == "follow":
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         followed = [commands[job_id] for job_id in chosen if job_id in commands]
         if not chosen:
             runs = [job.run_dir for job in jobs.look(jobs.submitted_runs(stage)) if job.active]
-            followed = [job for job in commands.values() if job.state in jobs.ACTIVE]
+            followed = [job for job in commands.values() if job.state in slurm.ACTIVE]
         if followed:
             cli.guard(command_jobs.follow_to_end, followed)  # whose failure does not keep the runs from being followed
         if runs or not followed:

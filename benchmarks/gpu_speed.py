@@ -36,11 +36,11 @@ sys.path.insert(0, str(PROJECT))
 from omegaconf import OmegaConf  # noqa: E402
 
 from nemo_bench.checks.configuration import configuration_problems, machine_problems  # noqa: E402
-from nemo_bench.cluster import lifeline  # noqa: E402
+from nemo_bench.cluster import lifeline, processes  # noqa: E402
 from nemo_bench.config import TrainConfig, quoted_path, typed  # noqa: E402
 from nemo_bench.entrypoints import entrypoint  # noqa: E402
 from nemo_bench.errors import BenchError, ConfigurationRefused  # noqa: E402
-from nemo_bench.launch import local, point  # noqa: E402
+from nemo_bench.launch import point  # noqa: E402
 from nemo_bench.record import folder as record  # noqa: E402
 from nemo_bench.report.numbers import summarise  # noqa: E402
 
@@ -114,10 +114,12 @@ def start(name: str, overrides: list[str], stage: Path, gpus: list[int]) -> Case
         overrides=overrides,
         ranks=cfg.world_size,
     )
-    environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if cfg.gpu.device == "cuda" else {}
-    port = local.free_port()
+    environment = point.rank_environment(cfg)
+    if cfg.gpu.device == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    port = processes.free_port()
     ranks = {
-        _fork(run_dir, {**local.rank_environment(cfg, rank, cfg.trainer.devices, port), **environment})
+        _fork(run_dir, {**environment, **processes.rank_variables(rank, cfg.trainer.devices, port)})
         for rank in range(cfg.trainer.devices)
     }
     return Case(name, run_dir, gpus, ranks, time.monotonic())
@@ -273,9 +275,9 @@ def main() -> None:
         (stage / "gpu_speed.json").write_text(json.dumps(results, indent=2) + "\n")
 
     try:
-        with local.termination_raises():
+        with processes.termination_raises():
             run_all(checked, stage, gpus, options.timeout, done)
-    except local.Terminated as ended:
+    except processes.Terminated as ended:
         sys.exit(128 + ended.signum)
     if options.peers:
         peers = given_environment | ({"PYTHONPATH": options.peers_path} if options.peers_path else {})

@@ -355,9 +355,8 @@ def raise_failures(shards: list[Shard]) -> None:
 
 def _run_here(cfg: PreparationConfig, tasks: list[ShardTask]) -> list[ShardResult]:
     """Runs each task in a process, some at once; all end with this one, however it ends."""
-    from nemo_bench.cluster import lifeline
+    from nemo_bench.cluster import lifeline, processes
     from nemo_bench.data.progress_display import ShardDisplay
-    from nemo_bench.launch import local
     from nemo_bench.report.terminal import make_console
 
     parent = new_log_folder(Path(cfg.stage_path))
@@ -373,7 +372,7 @@ def _run_here(cfg: PreparationConfig, tasks: list[ShardTask]) -> list[ShardResul
         lifeline.VARIABLE: str(read_fd),
     }
     try:
-        with local.termination_raises(), ShardDisplay(make_console(), shards) as display:
+        with processes.termination_raises(), ShardDisplay(make_console(), shards) as display:
             while not all(one.ended for one in shards):
                 running = [one for one in shards if one.state == "running"]
                 for one in shards:
@@ -388,7 +387,7 @@ def _run_here(cfg: PreparationConfig, tasks: list[ShardTask]) -> list[ShardResul
                 time.sleep(POLL_S)
     except KeyboardInterrupt:
         raise RunFailed("interrupted: nothing half-made is left, and the same command goes on from here", 130) from None
-    except local.Terminated as ended:
+    except processes.Terminated as ended:
         raise RunFailed(f"ended by {ended}: the same command goes on from here", 128 + ended.signum) from None
     finally:
         _stop([one.process for one in shards if one.process is not None])

@@ -8,6 +8,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nemo_bench.cluster import jobs as command_jobs
+from nemo_bench.cluster import slurm
+from nemo_bench.cluster.jobs import CommandJob
 from nemo_bench.config import ComposedPoint, Launch, typed_as
 from nemo_bench.data import shard
 from nemo_bench.data.preparation import (
@@ -24,8 +27,6 @@ from nemo_bench.data.preparation import (
 from nemo_bench.data.preparation_config import Action, PreparationConfig
 from nemo_bench.data.shard import ShardResult, ShardTask
 from nemo_bench.errors import BenchError
-from nemo_bench.launch import command_jobs
-from nemo_bench.launch.command_jobs import CommandJob
 
 
 @dataclass
@@ -118,15 +119,13 @@ def _submit(preparations: list[_Preparation]) -> list[CommandJob]:
 
 def _active(stage: Path) -> dict[str, CommandJob]:
     """Jobs of earlier commands that have not ended, by the dataset that they make."""
-    from nemo_bench.launch.jobs import ACTIVE
-
     found = {}
     for job in command_jobs.submitted(stage):
         try:
             prefix = json.loads((job.folder / shard.TASK).read_bytes())["prefix"]
         except (OSError, ValueError, KeyError):
             continue
-        if job.state in ACTIVE:
+        if job.state in slurm.ACTIVE:
             found[prefix] = job
     return found
 

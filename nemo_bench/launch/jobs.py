@@ -6,17 +6,15 @@ job minutes after its end; and the run folder, where the batch script leaves the
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_bench.cluster import slurm
 from nemo_bench.config import load
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import write_json
@@ -26,13 +24,6 @@ from nemo_bench.launch.point import point_name
 from nemo_bench.record import folder as record
 from nemo_bench.report.logs import read_log
 
-# Slurm's words for a job that will run (again) without anybody's help, or runs.
-ACTIVE = (
-    *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"),
-    *("SIGNALING", "STOPPED", "STOPPING", "RESIZING", "RESV_DEL_HOLD", "SPECIAL_EXIT", "STAGE_OUT"),
-)
-UNKNOWN = "UNKNOWN"  # Slurm did not answer, or has forgotten it: neither active nor failed
-FAILURES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED")
 FOLLOW_INTERVAL_S = 2.0
 
 
@@ -51,11 +42,11 @@ class Job:
 
     @property
     def active(self) -> bool:
-        return self.state in ACTIVE
+        return self.state in slurm.ACTIVE
 
     @property
     def failed(self) -> bool:
-        return self.state in (*FAILURES, "CANCELLED")
+        return self.state in (*slurm.FAILURES, "CANCELLED")
 
     @property
     def ended(self) -> bool:
@@ -75,36 +66,10 @@ def submitted_runs(stage: Path) -> list[Path]:
     return sorted(order, key=lambda run_dir: order[run_dir])
 
 
-def _ask(command: list[str]) -> list[list[str]]:
-    """Rows of a Slurm command's `|`-separated output; none where it is missing or knows nothing."""
-    if shutil.which(command[0]) is None:
-        return []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        return []
-    return [line.split("|") for line in done.stdout.splitlines() if line.strip()]
-
-
-def slurm_states(job_ids: Iterable[str]) -> dict[str, str]:
-    """Slurm's state of each job that Slurm still knows, such as RUNNING or TIMEOUT."""
-    ids = [job_id for job_id in job_ids if not job_id.startswith(background.JOB_PREFIX)]
-    states: dict[str, str] = {}
-    if ids:
-        # "CANCELLED by 0" is CANCELLED
-        for job_id, state in _ask(["sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", ",".join(ids)]):
-            states[job_id] = state.split()[0]
-        # All of the user's, rather than these: squeue fails as a whole over one job that it has forgotten.
-        for job_id, state in _ask(["squeue", "-h", "-t", "all", "--me", "-o", "%i|%T"]):
-            if job_id in ids:
-                states[job_id] = state
-    return states
-
-
 def look(run_dirs: list[Path]) -> list[Job]:
     """How these runs stand now."""
     jobs = {run_dir: record.RunFolder(run_dir).job() for run_dir in run_dirs}
-    states = slurm_states(job["id"] for job in jobs.values())
+    states = slurm.states(job["id"] for job in jobs.values() if not job["id"].startswith(background.JOB_PREFIX))
     found = []
     for run_dir, job in jobs.items():
         try:
@@ -124,7 +89,7 @@ def _job(run_dir: Path, job: dict[str, Any], states: dict[str, str]) -> Job:
         state = background.state(job, status)
     elif state is None:
         # Slurm has forgotten it: what the batch script left counts.
-        state = {"completed": "COMPLETED", "failed": "FAILED", "killed": "FAILED"}.get(status.state, UNKNOWN)
+        state = {"completed": "COMPLETED", "failed": "FAILED", "killed": "FAILED"}.get(status.state, slurm.UNKNOWN)
     elif state == "PREEMPTED" and cfg.checkpoint.every_n_steps is not None:
         state = "REQUEUED"  # on its way back: it was submitted with --requeue
     return Job(
@@ -285,19 +250,11 @@ def cancel(run_dirs: list[Path]) -> list[str]:
     """
     active = [job for job in look(run_dirs) if not job.ended]
     slurms = [job.job_id for job in active if not job.job_id.startswith(background.JOB_PREFIX)]
-    scancel(slurms)
+    slurm.scancel(slurms)
     for job in active:
         if job.job_id not in slurms:
             background.cancel(record.RunFolder(job.run_dir).job())
     return [job.job_id for job in active]
-
-
-def scancel(job_ids: list[str]) -> None:
-    """Raises BenchError where scancel refuses."""
-    if job_ids:
-        done = subprocess.run(["scancel", *job_ids], capture_output=True, text=True, timeout=60, check=False)
-        if done.returncode:
-            raise BenchError(f"scancel {' '.join(job_ids)}: {done.stderr.strip()}")
 
 
 def resubmit(run_dir: Path) -> Any:
@@ -336,7 +293,7 @@ def to_resubmit(stage: Path) -> list[Path]:
     return [
         job.run_dir
         for job in look(submitted_runs(stage))
-        if job.state in FAILURES
+        if job.state in slurm.FAILURES
         and not job.job_id.startswith(background.JOB_PREFIX)
         and "resubmitted_as" not in record.RunFolder(job.run_dir).job()
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -20,10 +21,11 @@ from nemo_bench.config import Launch, TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
 from nemo_bench.launch.diagnosis import diagnose
+from nemo_bench.project import python_path
 from nemo_bench.record import folder as record
 
 if TYPE_CHECKING:
-    from nemo_bench.launch.local import Outcome
+    from nemo_bench.cluster.processes import Outcome
 
 LOG_TAIL_LINES = 15
 # Less than this is free where a run ended for want of disk space.
@@ -166,22 +168,36 @@ def execute(cfg: TrainConfig, run_dir: Path, tick: Callable[[], None]) -> None:
     Raises:
         RunFailed: it did not complete; all ranks are gone.
     """
-    from nemo_bench.launch import local
+    from nemo_bench.cluster import processes
 
     entrypoint.write_files(cfg, run_dir)
     try:
-        with local.termination_raises(), local.started(cfg, run_dir) as group:
-            outcome = local.wait(group, tick)
+        command = entrypoint.rank_command(cfg, run_dir, sys.executable)
+        ranks = processes.started(command, rank_environment(cfg), run_dir, cfg.trainer.devices)
+        with processes.termination_raises(), ranks as group:
+            outcome = processes.wait(group, tick)
     except KeyboardInterrupt:
         record.RunFolder(run_dir).set_status(record.Status("interrupted", exit_code=130, reason="Ctrl-C"))
         raise RunFailed(f"interrupted: all ranks were ended. What was recorded is in {run_dir}", 130) from None
-    except local.Terminated as ended:
+    except processes.Terminated as ended:
         code = 128 + ended.signum
         record.RunFolder(run_dir).set_status(record.Status("killed", exit_code=code, reason=f"{ended} from outside"))
         raise RunFailed(f"ended by {ended}: all ranks were ended. What was recorded is in {run_dir}", code) from None
     if outcome.failed_rank is not None:
         raise RunFailed(_record_failure(cfg, run_dir, outcome))
     record.RunFolder(run_dir).set_status(record.Status("completed", exit_code=0))
+
+
+def rank_environment(cfg: TrainConfig) -> dict[str, str]:
+    """Return the environment of every rank on this machine."""
+    own_path = {} if entrypoint.uses_own_import_path(cfg) else {"PYTHONPATH": python_path(os.environ.get("PYTHONPATH"))}
+    return {
+        **entrypoint.environment(cfg),
+        **os.environ,  # what the user exports wins over the recipe's environment
+        **cfg.cluster.env,
+        **own_path,
+        "PYTHONUNBUFFERED": "1",  # a killed rank's log holds its last lines
+    }
 
 
 def _new_run(cfg: TrainConfig) -> Path:

@@ -10,11 +10,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemo_bench.checks.configuration import configuration_problems, machine_problems, stage_problems
+from nemo_bench.cluster import slurm
 from nemo_bench.config import ComposedPoint, Launch, TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint
 from nemo_bench.errors import BenchError, Problem
 from nemo_bench.files import dated_name, write_json
-from nemo_bench.launch import slurm
+from nemo_bench.launch.batch_script import batch_script, job_name
 from nemo_bench.launch.point import absolute_paths, plan, point_name, prepare_data, results_dir
 from nemo_bench.record import folder as record
 
@@ -121,7 +122,7 @@ def _print_dry(point: ComposedPoint, cfg: TrainConfig) -> None:
     print(f"# {point.name}")
     print(plan(cfg))
     if cfg.cluster.scheduler == "slurm":
-        script = slurm.batch_script(cfg, run_dir)
+        script = batch_script(cfg, run_dir)
         print(script)
         if files := entrypoint.files(cfg, run_dir):
             print(files)
@@ -189,7 +190,7 @@ def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> Submitt
     """
     try:
         entrypoint.write_files(cfg, run_dir)
-        job_id = slurm.submit(slurm.batch_script(cfg, run_dir), slurm.job_name(cfg), run_dir)
+        job_id = slurm.submit(batch_script(cfg, run_dir), job_name(cfg), run_dir)
     except BenchError as error:
         record.RunFolder(run_dir).set_status(record.Status("failed", reason=str(error).splitlines()[0]))
         raise

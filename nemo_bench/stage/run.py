@@ -8,10 +8,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from nemo_bench.cluster.processes import Terminated, termination_raises
 from nemo_bench.config import Launch, typed_as
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import size_text
-from nemo_bench.launch.local import Terminated, termination_raises
 from nemo_bench.stage import bundle, datasets
 from nemo_bench.stage.code import CodePart
 from nemo_bench.stage.config import Action, PartName, StageConfig

@@ -6,9 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+from nemo_bench.cluster import jobs as command_jobs
 from nemo_bench.config import ComposedPoint, Launch, quoted_path, typed_as
 from nemo_bench.files import dated_name
-from nemo_bench.launch import command_jobs
 from nemo_bench.project import PROJECT
 from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.files import require_stage_folder, writing_error

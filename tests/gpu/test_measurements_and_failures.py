@@ -13,8 +13,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_bench.checks.configuration import count_gpus
+from nemo_bench.cluster import processes
 from nemo_bench.config import TrainConfig, load
-from nemo_bench.launch import local, point
+from nemo_bench.launch import point
 from nemo_bench.launch.diagnosis import Evidence, explain
 from nemo_bench.record import folder as record
 
@@ -122,7 +123,7 @@ def test_a_collective_that_a_rank_never_joins(tmp_path: Path, cfg: TrainConfig) 
     cfg.trainer.devices, cfg.stage_path = 2, str(tmp_path)
     text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
     record.RunFolder(tmp_path).create(config_yaml=text, command=["python", "train.py"], overrides=[], ranks=2)
-    ranks, port = [], str(local.free_port())
+    ranks, port = [], str(processes.free_port())
     for rank in range(2):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with open(record.RunFolder(tmp_path).log(rank), "wb") as log:
@@ -142,7 +143,7 @@ def test_a_collective_that_a_rank_never_joins(tmp_path: Path, cfg: TrainConfig) 
             process.kill()
             process.wait()
     assert code == -signal.SIGABRT, record.RunFolder(tmp_path).log(0).read_text()[-4000:]
-    message = point._record_failure(cfg, tmp_path, local.Outcome(0, code, seen_at=time.time()))
+    message = point._record_failure(cfg, tmp_path, processes.Outcome(0, code, seen_at=time.time()))
     print(message)
     assert message.startswith(
         "rank 0 of 2 failed: killed by SIGABRT: NCCL time-out: ALLREDUCE of 1,024 elements (number "

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_bench.cluster.processes import Outcome
 from nemo_bench.config import TrainConfig, load
 from nemo_bench.errors import BenchError
 from nemo_bench.launch import point
-from nemo_bench.launch.local import Outcome
 from nemo_bench.record import folder as record
 
 torch = pytest.importorskip("torch")

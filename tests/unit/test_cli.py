@@ -165,7 +165,7 @@ def test_the_submitting_side_imports_nothing_heavy(project: Path, tmp_path: Path
 
 def test_launching_code_imports_nothing_heavy(project: Path) -> None:
     """What runs only once a job starts: preparing data, starting ranks, following them, reporting."""
-    modules = "nemo_bench.data.local, nemo_bench.launch.local, nemo_bench.launch.point, nemo_bench.report.terminal"
+    modules = "nemo_bench.cluster.processes, nemo_bench.data.local, nemo_bench.launch.point, nemo_bench.report.terminal"
     code = (
         f"import sys, {modules}; from pathlib import Path; import tempfile;"
         "nemo_bench.data.local.prepare_local(Path(tempfile.mkdtemp()) / 'd', vocab_size=300, corpus_bytes=9999);"

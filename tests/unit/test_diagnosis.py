@@ -11,12 +11,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from nemo_bench.cluster.processes import Outcome
 from nemo_bench.config import TrainConfig, load, typed
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_json
 from nemo_bench.launch import jobs, point
 from nemo_bench.launch.diagnosis import Evidence, diagnose, explain
-from nemo_bench.launch.local import Outcome
 from nemo_bench.record import folder as record
 from nemo_bench.record.node import NODE
 

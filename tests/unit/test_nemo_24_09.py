@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.config import TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint, nemo_24_09
-from nemo_bench.launch import slurm
+from nemo_bench.launch.batch_script import batch_script, rank_environment
 from nemo_bench.launch.point import absolute_paths
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -181,7 +181,7 @@ def test_the_recipes_405b(gpus: int, layers: int, pp: int, vp: int | None, batch
     assert model["data"]["data_impl"] == "mock" and model["data"]["data_prefix"] == []
     # Random tokens bring no vocabulary: the configured one is laid out all the same.
     assert model["override_vocab_size"] == 129024
-    assert slurm.rank_environment(cfg)["NCCL_P2P_NET_CHUNKSIZE"] == "262144"
+    assert rank_environment(cfg)["NCCL_P2P_NET_CHUNKSIZE"] == "262144"
 
 
 def test_the_8b_has_no_tensor_parallel_overlap() -> None:
@@ -223,7 +223,7 @@ def test_any_path_survives_yaml_shell_and_hydras_grammar(name: str, tmp_path: Pa
     # The file alone, and the command line as a shell takes it apart and NeMo's Hydra reads it.
     loaded = OmegaConf.load(folder / nemo_24_09.CONFIG_FILE)
     assert OmegaConf.to_container(loaded, resolve=True) == expected
-    script = slurm.batch_script(cfg, folder)
+    script = batch_script(cfg, folder)
     (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
     shown = subprocess.run(["bash", "-c", f"set -- {line}\nprintf '%s\\0' \"$@\""], capture_output=True, check=True)
     words = shown.stdout.decode().split("\0")[:-1]
@@ -272,7 +272,7 @@ def test_script_and_configuration_are_the_golden_ones(
     monkeypatch.setenv("SLURM_PARTITION", "batch")
     monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
     cfg = composed(f"scale={gpus}gpu", f"precision={precision}")
-    texts = {"sbatch": slurm.batch_script(cfg, run_dir(cfg)), "yaml": nemo_24_09.yaml_text(cfg, run_dir(cfg))}
+    texts = {"sbatch": batch_script(cfg, run_dir(cfg)), "yaml": nemo_24_09.yaml_text(cfg, run_dir(cfg))}
     for suffix, text in texts.items():
         text = text.replace(str(PROJECT), "/home/user/nemo-bench")
         golden = GOLDEN / f"nemo_24_09_70b_{precision}_{gpus}gpu.{suffix}"
@@ -288,18 +288,18 @@ def words_of(script: str) -> list[str]:
 
 def test_the_container_is_the_entrypoints_and_keeps_its_own_import_path() -> None:
     cfg = composed("scale=64gpu")
-    words = words_of(slurm.batch_script(cfg, run_dir(cfg)))
+    words = words_of(batch_script(cfg, run_dir(cfg)))
     assert f"--container-image={STAGE}/nvidia+nemo+24.09.sqsh" in words
     assert cfg.entrypoint.container == "nvcr.io/nvidia/nemo:24.09"
-    assert "PYTHONPATH" not in slurm.rank_environment(cfg)
+    assert "PYTHONPATH" not in rank_environment(cfg)
     # On a CPU a module of this project stands before the program.
-    assert slurm.rank_environment(composed("scale=local", "cluster=slurm"))["PYTHONPATH"] == str(PROJECT)
+    assert rank_environment(composed("scale=local", "cluster=slurm"))["PYTHONPATH"] == str(PROJECT)
     assert words[words.index("-u") - 1] == "python3"
 
 
 def test_attention_is_chosen_by_the_environment() -> None:
     def chosen(*overrides: str) -> tuple[str | None, ...]:
-        environment = slurm.rank_environment(composed("scale=64gpu", *overrides))
+        environment = rank_environment(composed("scale=64gpu", *overrides))
         return tuple(environment.get(f"NVTE_{name}_ATTN") for name in ("FLASH", "FUSED"))
 
     assert chosen() == ("0", "1")  # the recipe's
@@ -309,10 +309,10 @@ def test_attention_is_chosen_by_the_environment() -> None:
 
 
 def test_user_buffers_meet_through_mpi() -> None:
-    assert "--mpi=pmix" in words_of(slurm.batch_script(composed("scale=64gpu"), Path("/run")))
+    assert "--mpi=pmix" in words_of(batch_script(composed("scale=64gpu"), Path("/run")))
     eight = composed("scale=8gpu", "model=8b")
-    assert "--mpi=pmix" not in words_of(slurm.batch_script(eight, Path("/run")))
-    other = words_of(slurm.batch_script(composed("scale=64gpu", "cluster.srun_args=['--mpi=pmi2']"), Path("/run")))
+    assert "--mpi=pmix" not in words_of(batch_script(eight, Path("/run")))
+    other = words_of(batch_script(composed("scale=64gpu", "cluster.srun_args=['--mpi=pmi2']"), Path("/run")))
     assert other.index("--mpi=pmi2") > other.index("--mpi=pmix")  # srun takes the last
 
 

@@ -16,7 +16,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from nemo_bench.config import TrainConfig, typed
-from nemo_bench.launch import slurm
+from nemo_bench.launch.batch_script import batch_script
 
 PROJECT = Path(__file__).resolve().parents[2]
 GOLDEN = PROJECT / "tests" / "golden"
@@ -43,7 +43,7 @@ def run_dir(cfg: TrainConfig) -> Path:
 
 def script(*overrides: str) -> str:
     cfg = composed("scale=64gpu", *overrides)
-    return slurm.batch_script(cfg, run_dir(cfg))
+    return batch_script(cfg, run_dir(cfg))
 
 
 @pytest.mark.parametrize("gpus", [64, 2048])
@@ -54,7 +54,7 @@ def test_the_script_is_the_golden_one(gpus: int, precision: str, monkeypatch: py
     monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
     cfg = composed(f"scale={gpus}gpu", f"precision={precision}")
     folder = Path(STAGE, "results", "nemo-2.7.3", precision, "70b", str(gpus), "20261122-120000-abcd")
-    text = slurm.batch_script(cfg, folder).replace(str(PROJECT), "/home/user/nemo-bench")
+    text = batch_script(cfg, folder).replace(str(PROJECT), "/home/user/nemo-bench")
     golden = GOLDEN / f"70b_{precision}_{gpus}gpu.sbatch"
     if os.environ.get("NEMO_BENCH_WRITE_GOLDEN"):
         golden.write_text(text)
@@ -155,7 +155,7 @@ def test_awkward_paths_and_values_reach_the_shell_unharmed(tmp_path: Path) -> No
     stage = tmp_path / 'it\'s a $HOME, "quoted"'
     cfg = composed("scale=64gpu", "cluster.container=null", "+cluster.env={ODD: 'a b$c'}")
     cfg.stage_path = str(stage)
-    text = slurm.batch_script(cfg, stage / "run")
+    text = batch_script(cfg, stage / "run")
     assert srun_line(text)[-1] == str(stage / "run")
     # The shell reads it without an error, and hands the values on whole.
     head, _, _ = text.partition("# The ranks meet")

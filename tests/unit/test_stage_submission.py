@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_bench.cluster import jobs
+from nemo_bench.cluster.jobs import CommandJob, follow_to_end
 from nemo_bench.errors import RunFailed
-from nemo_bench.launch import command_jobs
-from nemo_bench.launch.command_jobs import CommandJob, follow_to_end
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def slurm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
     # It waits that long for what a shared file system shows late.
-    monkeypatch.setattr(command_jobs, "_SETTLE_S", -1.0)
-    monkeypatch.setattr(command_jobs, "FOLLOW_INTERVAL_S", 0.01)
+    monkeypatch.setattr(jobs, "_SETTLE_S", -1.0)
+    monkeypatch.setattr(jobs, "FOLLOW_INTERVAL_S", 0.01)
     return said
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_bench.cluster import lifeline
-from nemo_bench.config import TrainConfig
-from nemo_bench.entrypoints import entrypoint
-from nemo_bench.project import python_path
 from nemo_bench.record.folder import RunFolder
 
 # A rank that waits in a collective ignores SIGTERM; it gets this long to write its logs all the same.
@@ -82,21 +78,23 @@ class ProcessGroup:
 
 
 @contextmanager
-def started(cfg: TrainConfig, run_dir: Path) -> Iterator[ProcessGroup]:
-    """Starts `trainer.devices` ranks of `run_dir` and ends them all when the block is left, however it is left."""
+def started(command: list[str], environment: dict[str, str], run_dir: Path, ranks: int) -> Iterator[ProcessGroup]:
+    """Start `ranks` ranks of `run_dir`, and end them all when the block is left, however it is left.
+
+    Args:
+        command: what each rank runs.
+        environment: the whole environment of the ranks; each one's place among them is added.
+    """
     read_fd, write_fd = os.pipe()  # not inherited unless passed on: the writing end stays with this process
     group = ProcessGroup(lifeline_fd=write_fd)
-    ranks = cfg.trainer.devices
     port = free_port()
     try:
         for rank in range(ranks):
-            environment = rank_environment(cfg, rank, ranks, port)
-            environment[lifeline.VARIABLE] = str(read_fd)
             with open(RunFolder(run_dir).log(rank), "wb") as log:
                 group.processes.append(
                     subprocess.Popen(
-                        entrypoint.rank_command(cfg, run_dir, sys.executable),
-                        env=environment,
+                        command,
+                        env={**environment, **rank_variables(rank, ranks, port), lifeline.VARIABLE: str(read_fd)},
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -137,14 +135,9 @@ def termination_raises() -> Iterator[None]:
             signal.signal(signum, previous)
 
 
-def rank_environment(cfg: TrainConfig, rank: int, ranks: int, port: int) -> dict[str, str]:
-    own_path = {} if entrypoint.uses_own_import_path(cfg) else {"PYTHONPATH": python_path(os.environ.get("PYTHONPATH"))}
+def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Return the variables that tell a rank its place, as torchrun sets them."""
     return {
-        **entrypoint.environment(cfg),
-        **os.environ,  # what the user exports wins over the recipe's environment
-        **cfg.cluster.env,
-        **own_path,
-        "PYTHONUNBUFFERED": "1",  # a killed rank's log holds its last lines
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",

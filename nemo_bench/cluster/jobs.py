@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_bench.cluster import slurm
 from nemo_bench.config import ClusterConfig
 from nemo_bench.errors import BenchError, RunFailed
-from nemo_bench.launch import slurm
 from nemo_bench.record import folder as record
 
 FOLLOW_INTERVAL_S = 1.0
@@ -86,8 +86,6 @@ def submit(cluster: ClusterConfig, name: str, command: list[str], folder: Path) 
 
 def submitted(stage: Path) -> list[CommandJob]:
     """The commands that were submitted from this stage folder, the oldest first, as they stand now."""
-    from nemo_bench.launch.jobs import UNKNOWN, slurm_states
-
     found = []
     for path in [
         *stage.glob(f"results.data_preparation/*/*/{record.JOB}"),
@@ -100,10 +98,10 @@ def submitted(stage: Path) -> list[CommandJob]:
         except (OSError, ValueError, KeyError) as error:
             print(f"left out: {path}: {type(error).__name__}: {error}", file=sys.stderr)
     jobs = [job for _, job in sorted(found, key=lambda row: (row[0], row[1].name))]
-    states = slurm_states(job.job_id for job in jobs)
+    states = slurm.states(job.job_id for job in jobs)
     for job in jobs:
         job.exit_code = _exit_code(job)
-        ended = {None: UNKNOWN, 0: "COMPLETED"}.get(job.exit_code, "FAILED")
+        ended = {None: slurm.UNKNOWN, 0: "COMPLETED"}.get(job.exit_code, "FAILED")
         job.state = states.get(job.job_id, ended)
     return jobs
 
@@ -141,18 +139,16 @@ def follow(jobs: list[CommandJob], tick: Callable[[], None]) -> None:
     Raises:
         RunFailed: the watching was interrupted.
     """
-    from nemo_bench.launch.jobs import FAILURES, slurm_states
-
     over: dict[str, float] = {}  # when Slurm was first seen to say so
     try:
         while True:
-            states = slurm_states(job.job_id for job in jobs if not job.ended)
+            states = slurm.states(job.job_id for job in jobs if not job.ended)
             for job in jobs:
                 if job.ended:
                     continue
                 job.state = states.get(job.job_id, job.state)
                 job.exit_code = _exit_code(job)
-                if job.exit_code is None and job.state in (*FAILURES, "CANCELLED", "COMPLETED"):
+                if job.exit_code is None and job.state in (*slurm.FAILURES, "CANCELLED", "COMPLETED"):
                     if time.monotonic() - over.setdefault(job.job_id, time.monotonic()) > _SETTLE_S:
                         job.exit_code = 1  # it never came to write its exit status
                 elif job.exit_code is not None:
@@ -175,10 +171,8 @@ def follow_to_end(jobs: list[CommandJob]) -> None:
     Raises:
         RunFailed: a job did not complete, or the watching was interrupted.
     """
-    from nemo_bench.launch.jobs import UNKNOWN
-
     # Of a job that Slurm has forgotten no end will come.
-    follow([job for job in jobs if job.state != UNKNOWN], lambda: None)
+    follow([job for job in jobs if job.state != slurm.UNKNOWN], lambda: None)
     for job in jobs:
         print(log_text(job))
     failed = [job for job in jobs if job.exit_code != 0]
