@@ -38,7 +38,7 @@ from omegaconf import OmegaConf  # noqa: E402
 from nemo_bench.checks.configuration import configuration_problems, machine_problems  # noqa: E402
 from nemo_bench.cluster import lifeline, processes  # noqa: E402
 from nemo_bench.config import TrainConfig, quoted_path, typed  # noqa: E402
-from nemo_bench.entrypoints import entrypoint  # noqa: E402
+from nemo_bench.entrypoints import entrypoint_of, nemo2  # noqa: E402
 from nemo_bench.errors import BenchError, ConfigurationRefused  # noqa: E402
 from nemo_bench.launch import point  # noqa: E402
 from nemo_bench.record import folder as record  # noqa: E402
@@ -61,7 +61,7 @@ def compose(overrides: list[str], stage: Path) -> TrainConfig:
         cfg = point.absolute_paths(typed(raw))
     except (HydraException, OmegaConfBaseException) as error:
         raise BenchError(f"{' '.join(overrides)}\n  {error}") from None
-    if cfg.entrypoint.name != entrypoint.NEMO2 or cfg.profile.kind == "nsys":
+    if entrypoint_of(cfg) is not nemo2.ENTRYPOINT or cfg.profile.kind == "nsys":
         raise BenchError("ranks are forked from NeMo 2: no other entrypoint and no nsys here; train.py runs them")
     if problems := configuration_problems(cfg) + machine_problems(cfg):
         raise ConfigurationRefused(problems)

@@ -1,1 +1,66 @@
-"""The programs that train: what each needs, and what each can do."""
+"""The programs that train, one module each: what conf/entrypoint chooses from."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from nemo_bench.config import TrainConfig
+from nemo_bench.errors import ConfigurationRefused, Problem
+from nemo_bench.files import write_text
+
+# Modules of this package, each with an `ENTRYPOINT`.
+NAMES = ("nemo2", "nemo_24_09")
+
+
+class Entrypoint:
+    """What a program needs to train a point, and what it cannot do. These defaults ask for nothing special."""
+
+    memory_is_estimated = True  # whether memory.py knows this program's optimizer
+
+    def problems(self, cfg: TrainConfig) -> list[Problem]:
+        """Return what the configuration asks for and the program cannot do."""
+        return []
+
+    def machine_problems(self, cfg: TrainConfig) -> list[Problem]:
+        """Return what this machine lacks to run the program here."""
+        return []
+
+    def rank_command(self, cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:
+        """Return what each rank runs with the interpreter `python`."""
+        raise NotImplementedError
+
+    def environment(self, cfg: TrainConfig) -> dict[str, str]:
+        """Return the ranks' environment. `cluster.env` and, on this machine, the user's own variables win over it."""
+        return dict(cfg.entrypoint.env)
+
+    def srun_options(self, cfg: TrainConfig) -> list[str]:
+        """Return the options of srun that the program needs. `cluster.srun_args` come after them and win."""
+        return []
+
+    def keeps_image_pythonpath(self, cfg: TrainConfig) -> bool:
+        """Return whether the program keeps the PYTHONPATH of its image: it then imports nothing of this project."""
+        return False
+
+    def files(self, cfg: TrainConfig, run_dir: Path) -> dict[Path, str]:
+        """Return the files that the ranks read besides `config.yaml`, with their text."""
+        return {}
+
+    def write_files(self, cfg: TrainConfig, run_dir: Path) -> None:
+        """Write `files` into the run folder."""
+        for path, text in self.files(cfg, run_dir).items():
+            write_text(path, text)
+
+
+def entrypoint_of(cfg: TrainConfig) -> Entrypoint:
+    """Return the program that `cfg` chose.
+
+    Raises:
+        ConfigurationRefused: there is no such program.
+    """
+    name = cfg.entrypoint.name
+    if name not in NAMES:
+        raise ConfigurationRefused([Problem("entrypoint.name", name, "unknown program", f"valid: {', '.join(NAMES)}")])
+    entrypoint = import_module(f"{__name__}.{name}").ENTRYPOINT
+    assert isinstance(entrypoint, Entrypoint)
+    return entrypoint

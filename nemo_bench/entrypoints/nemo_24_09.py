@@ -1,39 +1,42 @@
-"""`entrypoint=nemo_24_09`: the composed configuration as one of NeMo 1's `megatron_gpt_pretraining.py`, and a command.
+"""`entrypoint=nemo_24_09`: the program that the published tables were measured with, NeMo 1's
+`megatron_gpt_pretraining.py` of nvcr.io/nvidia/nemo:24.09 (NeMo 2.0.0, megatron-core 0.9.0).
 
-The program is a Hydra application inside nvcr.io/nvidia/nemo:24.09 (NeMo 2.0.0, megatron-core 0.9.0). The run folder
-gets its whole configuration, `nemo_24_09.yaml`; the command line repeats what the recipe gave there: places, scale,
-number format. Both come from one dictionary. Values that our configuration does not hold are those of NVIDIA's 24.09
-recipe (github.com/NVIDIA/dgxc-benchmarking, llama3.1/configure.sh at commit 143b90dd) and of the files that its yaml
-was made from (github.com/NVIDIA/NeMo-Framework-Launcher, launcher_scripts/conf/training/llama/
-llama3_1_{8b,70b,405b}.yaml at commits dbdb2355, 1ab2c781, 072ecc47), Apache-2.0.
+It is a Hydra application. The run folder gets its whole configuration, `nemo_24_09.yaml`, made from the file of that
+name next to this one; the command line repeats what the recipe gave there: places, scale, number format.
 
-What the recipe had otherwise: it mounted the dataset as /dataset, here every path is the same inside and outside of the
-container; it passed `--dependency=singleton`, which serialises a sweep; it took the bf16 user-buffer table for fp8.
+Three differences from the recipe: it mounted the dataset as /dataset, here every path is the same inside and outside
+the container; it passed `--dependency=singleton`, which serialises a sweep; it took the bf16 user-buffer table for fp8.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.config import ProfileConfig, TrainConfig
-from nemo_bench.entrypoints import nemo_24_09_user_buffers as user_buffers
+import yaml
+from omegaconf import OmegaConf
+
+from nemo_bench.cluster import nsys
+from nemo_bench.config import TrainConfig
+from nemo_bench.entrypoints import Entrypoint
 from nemo_bench.errors import Problem
+from nemo_bench.project import PROJECT
 
 NAME = "nemo_24_09"
 CONFIG_FILE = f"{NAME}.yaml"
-# NeMo prints a step's time as the mean of this many, itself and those before: NVIDIA's setting in all its recipes.
-STEP_TIME_WINDOW = 5
-# Ids that mcore 0.9's MockGPTDataset makes up lie below this, whatever the vocabulary.
+# megatron-core 0.9's MockGPTDataset makes up token ids below this, whatever the vocabulary.
 MOCK_TOKEN_IDS = 4096
+TEMPLATE = Path(__file__).with_suffix(".yaml")
+USER_BUFFERS = Path(__file__).with_name("user_buffers.yaml")
 
-# NVTE_FLASH_ATTN, NVTE_FUSED_ATTN; in 24.09 these variables choose, and megatron-core does not touch them.
+# NVTE_FLASH_ATTN and NVTE_FUSED_ATTN. In 24.09 these variables choose, and megatron-core does not touch them.
 _ATTENTION = {"fused": ("0", "1"), "flash": ("1", "0"), "unfused": ("0", "0")}
-_BACKENDS = (*_ATTENTION, "auto")
 
-# What the recipe passed on the command line; dotted keys of the configuration.
+# What the recipe passed on the command line; dotted keys of NeMo's configuration.
 _ON_THE_COMMAND_LINE = (
     "run.results_dir",
     "exp_manager.explicit_log_dir",
@@ -52,279 +55,188 @@ _ON_THE_COMMAND_LINE = (
     "model.nsys_profile.enabled",
 )
 
-
-# Settings that nemo:24.09 does not know, or has no choice in: sections and their keys.
-_NOT_THERE = {
-    "model": (
-        *("cuda_graph_impl", "use_transformer_engine_op_fuser", "fused_single_qkv_rope", "cross_entropy_fusion_impl"),
-        "tp_comm_overlap_cfg",
-    ),
-    "model.optim": (
-        *("use_precision_aware_optimizer", "store_param_remainders", "exp_avg_dtype", "exp_avg_sq_dtype"),
-        "bucket_size",
-    ),
-    "precision": ("fp8_dot_product_attention", "first_last_layers_bf16"),
-}
-
-
-def problems(cfg: TrainConfig) -> list[Problem]:
-    """What this entrypoint cannot do of what the configuration asks for."""
-    found: list[Problem] = []
-    default = TrainConfig()
-    for section, names in _NOT_THERE.items():
-        for name in names:
-            value, usual = (operator.attrgetter(f"{section}.{name}")(each) for each in (cfg, default))
-            if value != usual:
-                rule = f"is a setting of entrypoint=nemo2; with entrypoint={NAME} it would change nothing"
-                found.append(Problem(f"{section}.{name}", value, rule, f"leave it out ({usual})"))
-    m, precision, c = cfg.model, cfg.precision, cfg.checkpoint
-    here = f"entrypoint={NAME}"
-    if precision.fp8 is not None and precision.fp8_recipe != "delayed":
-        rule = f"is newer than Transformer Engine in nemo:24.09 ({here})"
-        found.append(Problem("precision.fp8_recipe", precision.fp8_recipe, rule, "the value that works: delayed"))
-    if precision.fp8 not in (None, "hybrid", "e4m3"):
-        found.append(Problem("precision.fp8", precision.fp8, f"is no fp8 format ({here})", "valid: hybrid, e4m3"))
-    for key, value in vars(c).items():
-        if value is not None:
-            rule = f"is not offered with {here}: it measures what the recipe measured, which wrote none"
-            found.append(Problem(f"checkpoint.{key}", value, rule, "the value that works: null; or entrypoint=nemo2"))
-    if cfg.gpu.device == "cuda" and m.attention_backend not in _BACKENDS:
-        rule = f"is no attention backend of {here}"
-        found.append(Problem("model.attention_backend", m.attention_backend, rule, f"valid: {', '.join(_BACKENDS)}"))
-    if cfg.data.kind == "mock" and m.vocab_size < MOCK_TOKEN_IDS:
-        rule = f"is less than the token ids that NeMo's mock data holds ({here})"
-        found.append(Problem("model.vocab_size", m.vocab_size, rule, f"nearest that works: {MOCK_TOKEN_IDS}"))
-    if cfg.profile.kind == "torch":
-        rule = f"is {here.replace(NAME, 'nemo2')}'s own; {here} is profiled by nsys"
-        found.append(Problem("profile", "torch", rule, "profile=nsys works"))
-    if m.recompute_granularity == "selective" and list(m.recompute_modules) != ["core_attn"]:
-        rule = f"chooses what {here} does not know: it recomputes the attention's core alone"
-        found.append(Problem("model.recompute_modules", m.recompute_modules, rule, "the value that works: [core_attn]"))
-    if not cfg.entrypoint.program:
-        rule = f"names no program, and {here} starts one"
-        found.append(Problem("entrypoint.program", "null", rule, "the path of megatron_gpt_pretraining.py"))
-    return found
+# Settings that nemo:24.09 does not know, or offers no choice in.
+_NEMO2_ONLY = (
+    "model.cuda_graph_impl",
+    "model.use_transformer_engine_op_fuser",
+    "model.fused_single_qkv_rope",
+    "model.cross_entropy_fusion_impl",
+    "model.tp_comm_overlap_cfg",
+    "model.optim.use_precision_aware_optimizer",
+    "model.optim.store_param_remainders",
+    "model.optim.exp_avg_dtype",
+    "model.optim.exp_avg_sq_dtype",
+    "model.optim.bucket_size",
+    "precision.fp8_dot_product_attention",
+    "precision.first_last_layers_bf16",
+)
 
 
-def machine_problems(cfg: TrainConfig) -> list[Problem]:
-    """What this machine lacks to run the program itself."""
-    if cfg.entrypoint.program and not Path(cfg.entrypoint.program).is_file():
-        rule = "is not on this machine: it is a program of the container nvcr.io/nvidia/nemo:24.09"
+class Nemo2409(Entrypoint):
+    """`megatron_gpt_pretraining.py`, inside its container or, on a CPU, behind a module that answers for the GPU."""
+
+    memory_is_estimated = False
+
+    def problems(self, cfg: TrainConfig) -> list[Problem]:
+        m, p, default = cfg.model, cfg.precision, TrainConfig()
+        backends = (*_ATTENTION, "auto")
+        problems = [
+            Problem(
+                key, value, f"has no effect with entrypoint={NAME}; entrypoint=nemo2 has it", f"leave it out ({usual})"
+            )
+            for key in _NEMO2_ONLY
+            if (value := operator.attrgetter(key)(cfg)) != (usual := operator.attrgetter(key)(default))
+        ]
+        problems += [
+            Problem(
+                f"checkpoint.{name}", value, f"entrypoint={NAME} writes and reads none", "use null, or entrypoint=nemo2"
+            )
+            for name, value in vars(cfg.checkpoint).items()
+            if value is not None
+        ]
+
+        def refuse(key: str, value: object, rule: str, fix: str) -> None:
+            problems.append(Problem(key, value, f"{rule} (entrypoint={NAME})", fix))
+
+        if p.fp8 is not None and p.fp8_recipe != "delayed":
+            rule = "is newer than Transformer Engine in nemo:24.09"
+            refuse("precision.fp8_recipe", p.fp8_recipe, rule, "use delayed")
+        if p.fp8 not in (None, "hybrid", "e4m3"):
+            refuse("precision.fp8", p.fp8, "unknown fp8 format", "valid: hybrid, e4m3")
+        if cfg.gpu.device == "cuda" and m.attention_backend not in backends:
+            fix = f"valid: {', '.join(backends)}"
+            refuse("model.attention_backend", m.attention_backend, "unknown attention backend", fix)
+        if cfg.data.kind == "mock" and m.vocab_size < MOCK_TOKEN_IDS:
+            rule = "is smaller than the token ids in NeMo's mock data"
+            refuse("model.vocab_size", m.vocab_size, rule, f"nearest that works: {MOCK_TOKEN_IDS}")
+        if cfg.profile.kind == "torch":
+            refuse("profile", "torch", "this program can only be profiled by nsys", "use profile=nsys")
+        if m.recompute_granularity == "selective" and list(m.recompute_modules) != ["core_attn"]:
+            rule = "this program recomputes the attention's core and nothing else"
+            refuse("model.recompute_modules", m.recompute_modules, rule, "use [core_attn]")
+        if not cfg.entrypoint.program:
+            fix = "give the path of megatron_gpt_pretraining.py"
+            refuse("entrypoint.program", "null", "a program is needed", fix)
+        return problems
+
+    def machine_problems(self, cfg: TrainConfig) -> list[Problem]:
+        program = cfg.entrypoint.program
+        if program is None or Path(program).is_file():
+            return []
         fix = (
-            "cluster=slurm runs it there; where NeMo 2.0 is installed for this Python, entrypoint.program=... names "
-            "it; entrypoint=nemo2 is this project's own"
+            "cluster=slurm runs it in the container; entrypoint.program=... names it where NeMo 2.0 is installed for "
+            "this Python; entrypoint=nemo2 is this project's own program"
         )
-        return [Problem("entrypoint.program", cfg.entrypoint.program, rule, fix)]
-    return []
+        rule = "not found on this machine: it is part of the container nvcr.io/nvidia/nemo:24.09"
+        return [Problem("entrypoint.program", program, rule, fix)]
+
+    def rank_command(self, cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:
+        command = [python, "-u", str(PROJECT / "nemo_bench" / "launch" / "program_rank.py"), str(run_dir)]
+        if cfg.profile.kind == "nsys":
+            ranks = ",".join(map(str, cfg.profile.ranks))
+            command += ["--on-ranks", ranks, *nsys.command(cfg.profile, run_dir, "{rank}"), "--"]
+        return command + program_command(cfg, run_dir, python)
+
+    def environment(self, cfg: TrainConfig) -> dict[str, str]:
+        flash_fused = _ATTENTION.get(cfg.model.attention_backend)
+        attention = dict(zip(("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN"), flash_fused)) if flash_fused else {}
+        return {**super().environment(cfg), **attention}
+
+    def srun_options(self, cfg: TrainConfig) -> list[str]:
+        # In 24.09 the user buffers of Transformer Engine meet through MPI.
+        return ["--mpi=pmix"] if _tp_comm_overlap(cfg) else []
+
+    def keeps_image_pythonpath(self, cfg: TrainConfig) -> bool:
+        return cfg.gpu.device == "cuda"
+
+    def files(self, cfg: TrainConfig, run_dir: Path) -> dict[Path, str]:
+        return {run_dir / CONFIG_FILE: yaml_text(cfg, run_dir)}
 
 
-def environment(cfg: TrainConfig) -> dict[str, str]:
-    """Environment of the ranks that follows from the model."""
-    flash_fused = _ATTENTION.get(cfg.model.attention_backend)
-    return dict(zip(("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN"), flash_fused)) if flash_fused else {}
+ENTRYPOINT = Nemo2409()
 
 
-def srun_options(cfg: TrainConfig) -> list[str]:
-    """What srun must do for the ranks: in 24.09 the user buffers of Transformer Engine meet through MPI."""
-    return ["--mpi=pmix"] if _tp_comm_overlap(cfg) else []
+def configuration(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """Return NeMo 1's whole configuration as plain values, paths as they are."""
+    values = _escaped({"cfg": asdict(cfg), "derived": _derived(cfg, run_dir), "run_dir": str(run_dir)})
+    names = list(values)
+    content: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(TEMPLATE), values), resolve=True)
+    for name in names:
+        del content[name]
+    if cfg.data.kind != "mock":
+        del content["model"]["override_vocab_size"]
+    assert isinstance(content, dict)
+    return content
+
+
+def _derived(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """Return the values of the template that are not fields of `cfg`."""
+    m, p, data = cfg.model, cfg.precision, cfg.data
+    cuda, bf16 = cfg.gpu.device == "cuda", p.trainer_precision in ("bf16", "bf16-mixed")
+    interleaved = (m.virtual_pipeline_model_parallel_size or 1) > 1
+    # The matrix product itself sums up the weight gradients: Apex's kernel, and master weights (O2).
+    accumulation_fusion = cuda and bf16 and m.gradient_accumulation_fusion
+    # Megatron's sample order: where the recipe keeps it, or, of a dataset that may be built anew at its path, with the
+    # run.
+    index_mapping = {"megatron": Path(cfg.stage_path) / "index_mapping", "local": run_dir / "index_mapping"}
+    weights = data.weights or [1 / len(data.paths) for _ in data.paths]
+    return {
+        "cuda": cuda,
+        "cpu": not cuda,
+        "accelerator": "gpu" if cuda else "cpu",
+        "limit_val_batches": cfg.trainer.limit_val_batches or 0.0,  # a whole number of batches, or the share "none"
+        # So long the other ranks wait at the start. NVIDIA's 60 is meant for a shared file system.
+        "seconds_to_sleep": 60 if cfg.cluster.scheduler == "slurm" else 0,
+        "bf16": bf16,
+        "fp8": p.fp8 is not None,
+        "fp8_e4m3": p.fp8 == "e4m3",
+        "fp8_hybrid": p.fp8 == "hybrid",
+        "gradient_accumulation_fusion": accumulation_fusion,
+        "interleaved": interleaved,
+        "not_interleaved": not interleaved,
+        "tp_comm_overlap": _tp_comm_overlap(cfg),
+        "user_buffers": _user_buffers(cfg) if _tp_comm_overlap(cfg) else None,
+        # While its pipeline drains, the last stage catches up on the embedding's weight gradients.
+        "defer_embedding_wgrad_compute": m.defer_embedding_wgrad_compute is not False
+        and m.pipeline_model_parallel_size > 1
+        and accumulation_fusion,
+        "padded_vocab_size": cfg.padded_vocab_size,
+        "tokenizer": _tokenizer(cfg),
+        "nsys": cfg.profile.kind == "nsys",
+        "optim": _optim(cfg),
+        "data_impl": "mock" if data.kind == "mock" else "mmap",
+        "index_mapping_dir": str(index_mapping[data.kind]) if data.kind in index_mapping else None,
+        "data_prefix": [item for pair in zip(weights, data.paths) for item in pair],
+    }
 
 
 def _tp_comm_overlap(cfg: TrainConfig) -> bool:
     return cfg.gpu.device == "cuda" and cfg.model.tp_comm_overlap and cfg.model.tensor_model_parallel_size > 1
 
 
-def _nsys_profile(profile: ProfileConfig) -> dict[str, Any]:
-    """NeMo 1's block: the CUDA profiler runs from the start of `start_step` to the end of `end_step` (steps from 0).
-
-    `nsys profile --capture-range=cudaProfilerApi` around the rank records that range.
-    """
-    return {
-        "enabled": profile.kind == "nsys",
-        "start_step": profile.start_step,
-        "end_step": profile.end_step,
-        "ranks": list(profile.ranks),
-        "gen_shape": False,
-    }
-
-
-def configuration(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
-    """The whole NeMo 1 configuration as plain values, paths as they are."""
-    t, m = cfg.trainer, cfg.model
-    cuda = cfg.gpu.device == "cuda"
-    return {
-        "run": {
-            # NeMo's own FLOPs estimate looks for "llama3" in it.
-            "name": f"llama3_1_{m.name}_{cfg.precision.name}",
-            "results_dir": str(run_dir),
-        },
-        "trainer": {
-            "num_nodes": t.num_nodes,
-            "devices": t.devices,
-            "accelerator": "gpu" if cuda else "cpu",
-            "precision": cfg.precision.trainer_precision,
-            "logger": False,  # exp_manager brings its own
-            "enable_checkpointing": False,
-            "use_distributed_sampler": False,
-            "max_epochs": None,
-            "max_steps": t.max_steps,
-            "max_time": "05:23:30:00",
-            "log_every_n_steps": 1,
-            "val_check_interval": t.max_steps,
-            "limit_val_batches": t.limit_val_batches or 0.0,  # a whole number of batches, or the share "none"
-            "limit_test_batches": 50,
-            "num_sanity_val_steps": 0,
-            "accumulate_grad_batches": 1,
-            "gradient_clip_val": m.optim.clip_grad,
-        },
-        "exp_manager": {
-            "explicit_log_dir": str(run_dir / "nemo"),
-            "exp_dir": None,
-            "name": "megatron_llama",
-            "create_wandb_logger": False,
-            "resume_if_exists": False,
-            "resume_ignore_no_checkpoint": True,
-            "create_checkpoint_callback": False,
-            "log_step_timing": True,
-            "step_timing_kwargs": {"sync_cuda": True, "buffer_size": STEP_TIME_WINDOW},
-            "log_global_rank_0_only": True,  # not a file a rank
-            # So long the other ranks wait at the start; NVIDIA's 60 is meant for a shared file system.
-            "seconds_to_sleep": 60 if cfg.cluster.scheduler == "slurm" else 0,
-        },
-        "model": {**_model(cfg), "optim": _optim(cfg), "data": _data(cfg, run_dir)},
-    }
-
-
-def _model(cfg: TrainConfig) -> dict[str, Any]:
-    m, p = cfg.model, cfg.precision
-    cuda = cfg.gpu.device == "cuda"
-    tp, pp, vp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
-    half = p.trainer_precision in ("bf16", "bf16-mixed")
-    interleaved = (vp or 1) > 1
-    # Weight gradients summed by the matrix product itself: Apex's kernel, and master weights (O2).
-    accumulation_fusion = cuda and half and m.gradient_accumulation_fusion
-    tp_comm_overlap = _tp_comm_overlap(cfg)
-    # While its pipeline drains, the last stage catches up on the embedding's.
-    defer_embedding_wgrad = m.defer_embedding_wgrad_compute is not False and pp > 1 and accumulation_fusion
-    return {
-        "mcore_gpt": True,
-        "transformer_engine": cuda,
-        "micro_batch_size": m.micro_batch_size,
-        "global_batch_size": m.global_batch_size,
-        "rampup_batch_size": None,
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "virtual_pipeline_model_parallel_size": vp,
-        "context_parallel_size": m.context_parallel_size,
-        "sequence_parallel": m.sequence_parallel,
-        # architecture
-        "encoder_seq_length": m.seq_length,
-        "max_position_embeddings": m.seq_length,
-        "num_layers": m.num_layers,
-        "hidden_size": m.hidden_size,
-        "ffn_hidden_size": m.ffn_hidden_size,
-        "num_attention_heads": m.num_attention_heads,
-        "num_query_groups": m.num_query_groups,
-        "kv_channels": None,
-        "init_method_std": m.init_method_std,
-        "use_scaled_init_method": True,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "ffn_dropout": 0.0,
-        "apply_query_key_layer_scaling": False,  # NVIDIA's true is without effect in bf16 (NeMo turns it off)
-        "normalization": "rmsnorm",
-        "layernorm_epsilon": m.layernorm_epsilon,
-        "do_layer_norm_weight_decay": False,
-        "make_vocab_size_divisible_by": m.make_vocab_size_divisible_by,
-        "pre_process": True,
-        "post_process": True,
-        "persist_layer_norm": m.persist_layer_norm,
-        "bias": False,
-        "activation": "fast-swiglu",
-        "headscale": False,
-        "transformer_block_type": "pre_ln",
-        "openai_gelu": False,
-        "normalize_attention_scores": True,
-        "position_embedding_type": "rope",
-        "rotary_percentage": 1.0,
-        "rotary_base": m.rotary_base,
-        "scale_positional_embedding": True,  # Llama 3.1's
-        "attention_type": "multihead",
-        "share_embeddings_and_output_weights": False,
-        **_tokenizer(cfg),
-        # precision
-        "native_amp_init_scale": 4294967296,
-        "native_amp_growth_interval": 1000,
-        "hysteresis": 2,
-        "fp32_residual_connection": False,
-        "fp16_lm_cross_entropy": False,
-        "megatron_amp_O2": half,
-        "fp8": p.fp8 is not None,
-        "fp8_e4m3": p.fp8 == "e4m3",
-        "fp8_hybrid": p.fp8 == "hybrid",
-        "fp8_margin": p.fp8_margin,
-        "fp8_interval": 1,
-        "fp8_amax_history_len": p.fp8_amax_history_len,
-        "fp8_amax_compute_algo": p.fp8_amax_compute_algo,
-        "fp8_params": p.fp8_param_gather,
-        # fusions and overlaps
-        "grad_allreduce_chunk_size_mb": 125,
-        "grad_div_ar_fusion": True,
-        "gradient_accumulation_fusion": accumulation_fusion,
-        "cross_entropy_loss_fusion": m.cross_entropy_loss_fusion,
-        "bias_activation_fusion": m.bias_activation_fusion,
-        "bias_dropout_add_fusion": m.bias_dropout_fusion,
-        "masked_softmax_fusion": m.masked_softmax_fusion,
-        "apply_rope_fusion": m.apply_rope_fusion,
-        "use_flash_attention": cuda,
-        "overlap_p2p_comm": interleaved,
-        "batch_p2p_comm": not interleaved,
-        "ub_tp_comm_overlap": tp_comm_overlap,
-        "ub_tp_comm_overlap_cfg": (
-            user_buffers.table(hidden_size=m.hidden_size, tensor_model_parallel_size=tp, fp8=p.fp8 is not None)
-            if tp_comm_overlap
-            else None
-        ),
-        "defer_embedding_wgrad_compute": defer_embedding_wgrad,
-        "wgrad_deferral_limit": m.wgrad_deferral_limit,
-        "gradient_as_bucket_view": True,
-        "sync_batch_comm": False,
-        # recomputation
-        "activations_checkpoint_granularity": m.recompute_granularity,
-        "activations_checkpoint_method": m.recompute_method,
-        "activations_checkpoint_num_layers": m.recompute_num_layers,
-        "num_micro_batches_with_partial_activation_checkpoints": None,
-        "activations_checkpoint_layers_per_pipeline": None,
-        # the rest
-        "seed": cfg.trainer.seed,
-        "resume_from_checkpoint": None,
-        "use_cpu_initialization": not cuda,
-        "onnx_safe": False,
-        "apex_transformer_log_level": 30,
-        "deterministic_mode": False,
-        "gc_interval": cfg.trainer.gc_interval,
-        "nsys_profile": _nsys_profile(cfg.profile),
-    }
+def _user_buffers(cfg: TrainConfig) -> dict[str, Any] | None:
+    """Return NVIDIA's table for these sizes; None if there is none, and Transformer Engine's defaults serve."""
+    tables = yaml.safe_load(USER_BUFFERS.read_text())
+    number_format = "fp8" if cfg.precision.fp8 is not None else "bf16"
+    sizes = f"h{cfg.model.hidden_size}_tp{cfg.model.tensor_model_parallel_size}_{number_format}"
+    table: dict[str, Any] | None = tables.get(sizes)
+    return table
 
 
 def _tokenizer(cfg: TrainConfig) -> dict[str, Any]:
     if cfg.data.kind == "mock":
-        # Random tokens need but a vocabulary size and an end-of-document id: no files, no network. The recipe's 405B
+        # Random tokens only need a vocabulary size and an end-of-document id: no files, no network. The recipe's 405B
         # had GPT-2's tokenizer in its place.
-        return {"tokenizer": {"library": "byte-level", "type": None}, "override_vocab_size": cfg.padded_vocab_size}
-    return {"tokenizer": {"library": "huggingface", "type": cfg.data.tokenizer, "use_fast": True}}
+        return {"library": "byte-level", "type": None}
+    return {"library": "huggingface", "type": cfg.data.tokenizer, "use_fast": True}
 
 
 def _optim(cfg: TrainConfig) -> dict[str, Any]:
     o = cfg.model.optim
-    schedule = {
-        "name": "CosineAnnealing",
-        "warmup_steps": o.warmup_steps,
-        "constant_steps": 0,
-        "min_lr": o.min_lr,
-    }
+    schedule = {"name": "CosineAnnealing", "warmup_steps": o.warmup_steps, "constant_steps": 0, "min_lr": o.min_lr}
     adam = {"lr": o.lr, "weight_decay": o.weight_decay, "betas": [o.adam_beta1, o.adam_beta2], "eps": o.adam_eps}
     if cfg.gpu.device != "cuda":
-        # The others are Apex's; megatron-core's takes torch's Adam where there is no GPU.
+        # The others are Apex's. megatron-core's takes torch's Adam where there is no GPU.
         return {"name": "mcore_distributed_optim", **adam, "sched": schedule}
     if not o.use_distributed_optimizer:
         return {"name": "fused_adam", **adam, "sched": schedule}
@@ -341,38 +253,15 @@ def _optim(cfg: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _data(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
-    data = cfg.data
-    weights = data.weights or [1 / len(data.paths) for _ in data.paths]
-    # Where Megatron keeps its sample order: the recipe's place, or, of a dataset that may be built anew at its path,
-    # one that no other run finds.
-    kept = {"megatron": Path(cfg.stage_path) / "index_mapping", "local": run_dir / "index_mapping"}
-    return {
-        "data_impl": "mock" if data.kind == "mock" else "mmap",
-        "splits_string": data.split,
-        "seq_length": cfg.model.seq_length,
-        "skip_warmup": True,
-        "num_workers": data.num_workers,
-        "dataloader_type": "single",
-        "reset_position_ids": False,
-        "reset_attention_mask": False,
-        "eod_mask_loss": False,
-        "index_mapping_dir": str(kept[data.kind]) if data.kind in kept else None,
-        "data_prefix": [item for pair in zip(weights, data.paths) for item in pair],
-    }
-
-
 def yaml_text(cfg: TrainConfig, run_dir: Path) -> str:
-    """`nemo_24_09.yaml`, which Hydra reads back as `configuration`."""
-    import yaml
-
+    """Return the text of `nemo_24_09.yaml`, which Hydra reads back as `configuration`."""
     head = f"# Written by NeMo Bench for {cfg.entrypoint.program}; OmegaConf's grammar.\n"
     content = _escaped(configuration(cfg, run_dir))
     return head + str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000))
 
 
 def _escaped(value: Any) -> Any:
-    """The value with every text made one that OmegaConf takes as it is, and not for an interpolation."""
+    """Return the value with its texts escaped, so that OmegaConf finds no interpolation in them."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -381,15 +270,10 @@ def _escaped(value: Any) -> Any:
 
 
 def overrides(cfg: TrainConfig, run_dir: Path) -> list[str]:
-    """Hydra overrides, one an argument, in Hydra's grammar: any path survives it."""
+    """Return Hydra overrides, one an argument, quoted so that any path survives Hydra's grammar."""
     content = configuration(cfg, run_dir)
-    result = []
-    for key in _ON_THE_COMMAND_LINE:
-        value: Any = content
-        for part in key.split("."):
-            value = value[part]
-        result.append(f"{key}={_in_grammar(_escaped(value))}")
-    return result
+    values = {key: functools.reduce(operator.getitem, key.split("."), content) for key in _ON_THE_COMMAND_LINE}
+    return [f"{key}={_in_grammar(_escaped(value))}" for key, value in values.items()]
 
 
 def _in_grammar(value: Any) -> str:
@@ -399,15 +283,13 @@ def _in_grammar(value: Any) -> str:
         return f"[{','.join(map(_in_grammar, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    # Double quotes: the shell's stand around them.
+    # Double quotes: the shell's are single.
     return str(QuotedString(value, Quote.double).with_quotes() if isinstance(value, str) else value)
 
 
-def command(cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:
-    """The program's command line; every rank's is the same."""
+def program_command(cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:
+    """Return the program's command line, the same for every rank."""
     program = cfg.entrypoint.program
     assert program is not None
-    # On a CPU through a module of ours that answers for the missing GPU.
     start = [program] if cfg.gpu.device == "cuda" else ["-m", "nemo_bench.training.nemo_1_on_cpu", program]
-    arguments = [f"--config-path={run_dir}", f"--config-name={CONFIG_FILE}", *overrides(cfg, run_dir)]
-    return [python, "-u", *start, *arguments]
+    return [python, "-u", *start, f"--config-path={run_dir}", f"--config-name={CONFIG_FILE}", *overrides(cfg, run_dir)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_bench.cluster import slurm
 from nemo_bench.config import TrainConfig
-from nemo_bench.entrypoints import entrypoint
+from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.project import PROJECT
 from nemo_bench.record.folder import EXIT, REQUEUE
 
@@ -56,7 +56,7 @@ def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
         f"--output={run_dir}/rank%t.out",
         "--open-mode=append",
         "--unbuffered",
-        *entrypoint.srun_options(cfg),
+        *entrypoint_of(cfg).srun_options(cfg),
     ]
     if c.cpus_per_task is not None:
         command.append(f"--cpus-per-task={c.cpus_per_task}")  # srun does not inherit it
@@ -71,7 +71,7 @@ def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
             command.append("--no-container-mount-home")
         # By default the image's own values win over those of the job.
         command.append(f"--container-env={','.join(rank_environment(cfg))}")
-    return [*command, *c.srun_args, *entrypoint.rank_command(cfg, run_dir, python)]
+    return [*command, *c.srun_args, *entrypoint_of(cfg).rank_command(cfg, run_dir, python)]
 
 
 def _mounted_paths(cfg: TrainConfig) -> list[str]:
@@ -87,8 +87,8 @@ def _mounted_paths(cfg: TrainConfig) -> list[str]:
 
 def rank_environment(cfg: TrainConfig) -> dict[str, str]:
     """Environment of every rank, besides what Slurm sets."""
-    path = {} if entrypoint.uses_own_import_path(cfg) else {"PYTHONPATH": str(PROJECT)}
-    return {**entrypoint.environment(cfg), **cfg.cluster.env, **path, "PYTHONUNBUFFERED": "1"}
+    path = {} if entrypoint_of(cfg).keeps_image_pythonpath(cfg) else {"PYTHONPATH": str(PROJECT)}
+    return {**entrypoint_of(cfg).environment(cfg), **cfg.cluster.env, **path, "PYTHONUNBUFFERED": "1"}
 
 
 def batch_script(cfg: TrainConfig, run_dir: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.entrypoints import entrypoint
+from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError
 from nemo_bench.memory import GIB, MemoryEstimate, estimate_memory, what_takes_less
 from nemo_bench.record import folder as record
@@ -115,7 +115,7 @@ def _out_of_memory(evidence: Evidence) -> str | None:
     lines = [f"out of GPU memory{by}" + "".join(f"; {name} {size}" for name, size in found.items())]
     if "held by other processes" in found:
         lines.append("other processes use this GPU: nvidia-smi names them")
-    if cfg.entrypoint.name == entrypoint.NEMO2:  # the estimate is of its optimizer
+    if entrypoint_of(cfg).memory_is_estimated:
         estimate = estimate_memory(cfg)
         lines.append(f"needed by this configuration, estimated: {_estimated(estimate)}")
         lines.append(f"what takes less, by the same estimate: {what_takes_less(cfg)}")

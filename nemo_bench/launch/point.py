@@ -18,7 +18,7 @@ from nemo_bench import flops
 from nemo_bench.checks.configuration import configuration_problems, machine_problems
 from nemo_bench.checks.profile import profile_plan
 from nemo_bench.config import Launch, TrainConfig, typed
-from nemo_bench.entrypoints import entrypoint
+from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
 from nemo_bench.launch.diagnosis import diagnose
 from nemo_bench.project import python_path
@@ -41,9 +41,9 @@ def run_point(raw: DictConfig) -> None:
     """
     cfg = absolute_paths(typed(raw))
     dry = cfg.launch is Launch.dry
-    problems = configuration_problems(cfg) + entrypoint.problems(cfg)
+    problems = configuration_problems(cfg) + entrypoint_of(cfg).problems(cfg)
     if not dry and cfg.cluster.scheduler == "none":
-        problems += machine_problems(cfg) + entrypoint.machine_problems(cfg)
+        problems += machine_problems(cfg) + entrypoint_of(cfg).machine_problems(cfg)
     if problems:
         raise ConfigurationRefused(problems)
     if dry:
@@ -52,11 +52,11 @@ def run_point(raw: DictConfig) -> None:
         if cfg.cluster.scheduler != "none":
             print("hydra/launcher=submitit_slurm prints the batch script. launch=dry: nothing was started.")
             return
-        print(f"  each rank  {shlex.join(entrypoint.rank_command(cfg, run_dir, sys.executable))}")
-        environment = entrypoint.environment(cfg)
+        print(f"  each rank  {shlex.join(entrypoint_of(cfg).rank_command(cfg, run_dir, sys.executable))}")
+        environment = entrypoint_of(cfg).environment(cfg)
         print("             " + " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items()))
-        if files := entrypoint.files(cfg, run_dir):
-            print(files)
+        for path, text in entrypoint_of(cfg).files(cfg, run_dir).items():
+            print(f"# {path}\n{text}")
         print("launch=dry: nothing was started.")
         return
     if cfg.cluster.scheduler != "none":
@@ -132,7 +132,7 @@ def _bubble(cfg: TrainConfig) -> str:
 
 
 def _memory_plan(cfg: TrainConfig) -> list[str]:
-    if cfg.gpu.device == "cpu" or cfg.entrypoint.name != entrypoint.NEMO2:
+    if cfg.gpu.device == "cpu" or not entrypoint_of(cfg).memory_is_estimated:
         return []
     from nemo_bench.memory import GIB, estimate_memory, what_takes_less
 
@@ -170,9 +170,9 @@ def execute(cfg: TrainConfig, run_dir: Path, tick: Callable[[], None]) -> None:
     """
     from nemo_bench.cluster import processes
 
-    entrypoint.write_files(cfg, run_dir)
+    entrypoint_of(cfg).write_files(cfg, run_dir)
     try:
-        command = entrypoint.rank_command(cfg, run_dir, sys.executable)
+        command = entrypoint_of(cfg).rank_command(cfg, run_dir, sys.executable)
         ranks = processes.started(command, rank_environment(cfg), run_dir, cfg.trainer.devices)
         with processes.termination_raises(), ranks as group:
             outcome = processes.wait(group, tick)
@@ -190,9 +190,13 @@ def execute(cfg: TrainConfig, run_dir: Path, tick: Callable[[], None]) -> None:
 
 def rank_environment(cfg: TrainConfig) -> dict[str, str]:
     """Return the environment of every rank on this machine."""
-    own_path = {} if entrypoint.uses_own_import_path(cfg) else {"PYTHONPATH": python_path(os.environ.get("PYTHONPATH"))}
+    own_path = (
+        {}
+        if entrypoint_of(cfg).keeps_image_pythonpath(cfg)
+        else {"PYTHONPATH": python_path(os.environ.get("PYTHONPATH"))}
+    )
     return {
-        **entrypoint.environment(cfg),
+        **entrypoint_of(cfg).environment(cfg),
         **os.environ,  # what the user exports wins over the recipe's environment
         **cfg.cluster.env,
         **own_path,

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from nemo_bench.checks.configuration import configuration_problems, machine_problems, stage_problems
 from nemo_bench.cluster import slurm
 from nemo_bench.config import ComposedPoint, Launch, TrainConfig, typed
-from nemo_bench.entrypoints import entrypoint
+from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, Problem
 from nemo_bench.files import dated_name, write_json
 from nemo_bench.launch.batch_script import batch_script, job_name
@@ -80,7 +80,7 @@ def submit_points(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) ->
 
 
 def _problems(cfg: TrainConfig, *, dry: bool, to_slurm: bool) -> list[Problem]:
-    found = configuration_problems(cfg) + entrypoint.problems(cfg)
+    found = configuration_problems(cfg) + entrypoint_of(cfg).problems(cfg)
     if (cfg.cluster.scheduler == "slurm") != to_slurm:
         found.append(
             Problem(
@@ -99,7 +99,7 @@ def _problems(cfg: TrainConfig, *, dry: bool, to_slurm: bool) -> list[Problem]:
         return found
     if to_slurm:
         return found + stage_problems(cfg)
-    return found + machine_problems(cfg) + entrypoint.machine_problems(cfg)
+    return found + machine_problems(cfg) + entrypoint_of(cfg).machine_problems(cfg)
 
 
 def _all_problems(problems: dict[str, list[Problem]], points: int) -> str:
@@ -124,8 +124,8 @@ def _print_dry(point: ComposedPoint, cfg: TrainConfig) -> None:
     if cfg.cluster.scheduler == "slurm":
         script = batch_script(cfg, run_dir)
         print(script)
-        if files := entrypoint.files(cfg, run_dir):
-            print(files)
+        for path, text in entrypoint_of(cfg).files(cfg, run_dir).items():
+            print(f"# {path}\n{text}")
         if slurm.have_sbatch():
             answer = slurm.test_only(script)
             print(f"sbatch --test-only: {'accepted' if answer.accepted else 'REFUSED'}: {answer.message}")
@@ -189,7 +189,7 @@ def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> Submitt
         BenchError: the scheduler refused.
     """
     try:
-        entrypoint.write_files(cfg, run_dir)
+        entrypoint_of(cfg).write_files(cfg, run_dir)
         job_id = slurm.submit(batch_script(cfg, run_dir), job_name(cfg), run_dir)
     except BenchError as error:
         record.RunFolder(run_dir).set_status(record.Status("failed", reason=str(error).splitlines()[0]))

@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 
 from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.config import TrainConfig, typed
-from nemo_bench.entrypoints import entrypoint, nemo_24_09
+from nemo_bench.entrypoints import entrypoint_of, nemo_24_09
+from nemo_bench.errors import ConfigurationRefused
 from nemo_bench.launch.batch_script import batch_script, rank_environment
 from nemo_bench.launch.point import absolute_paths
 
@@ -73,7 +74,7 @@ def run_dir(cfg: TrainConfig) -> Path:
 
 def nemo(*overrides: str) -> dict[str, Any]:
     cfg = composed(*overrides)
-    assert configuration_problems(cfg) + entrypoint.problems(cfg) == []
+    assert configuration_problems(cfg) + entrypoint_of(cfg).problems(cfg) == []
     return nemo_24_09.configuration(cfg, run_dir(cfg))
 
 
@@ -218,7 +219,7 @@ def test_any_path_survives_yaml_shell_and_hydras_grammar(name: str, tmp_path: Pa
     cfg.stage_path = str(tmp_path / name)
     cfg.data.tokenizer = f"{cfg.stage_path}/tokenizer"
     cfg.data.paths = [f"{cfg.stage_path}/{part}" for part in ("one", "two")]
-    entrypoint.write_files(cfg, folder)
+    entrypoint_of(cfg).write_files(cfg, folder)
     expected = nemo_24_09.configuration(cfg, folder)
     # The file alone, and the command line as a shell takes it apart and NeMo's Hydra reads it.
     loaded = OmegaConf.load(folder / nemo_24_09.CONFIG_FILE)
@@ -246,16 +247,16 @@ def test_the_programs_own_command_line_reads_it_back(tmp_path: Path) -> None:
     )
     cfg = composed("scale=64gpu")
     cfg.stage_path, cfg.entrypoint.program = str(folder), str(program)
-    entrypoint.write_files(cfg, folder)
+    entrypoint_of(cfg).write_files(cfg, folder)
     # As NeMo's hydra_runner calls it.
     extra = ["hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.run.dir=."]
-    subprocess.run([*nemo_24_09.command(cfg, folder, sys.executable), *extra], cwd=tmp_path, check=True)
+    subprocess.run([*nemo_24_09.program_command(cfg, folder, sys.executable), *extra], cwd=tmp_path, check=True)
     assert yaml.safe_load((tmp_path / "read.yaml").read_text()) == nemo_24_09.configuration(cfg, folder)
 
 
 def test_the_command_line_changes_what_the_file_says(tmp_path: Path) -> None:
     cfg = composed("scale=64gpu")
-    entrypoint.write_files(cfg, tmp_path)
+    entrypoint_of(cfg).write_files(cfg, tmp_path)
     larger = composed("scale=128gpu", "precision=fp8", "trainer.max_steps=20")
     with initialize_config_dir(str(tmp_path), version_base=None):
         content = compose("nemo_24_09", nemo_24_09.overrides(larger, tmp_path))
@@ -321,7 +322,7 @@ def test_a_profile_is_nsys_on_its_ranks_around_the_steps(tmp_path: Path) -> None
     block = nemo_24_09.configuration(cfg, tmp_path)["model"]["nsys_profile"]
     assert block == {"enabled": True, "start_step": 20, "end_step": 22, "ranks": [0, 8], "gen_shape": False}
     assert set(block) == set(SCHEMA["example"]["model"]["nsys_profile"])
-    words = entrypoint.rank_command(cfg, tmp_path, "python3")
+    words = entrypoint_of(cfg).rank_command(cfg, tmp_path, "python3")
     at = words.index("--on-ranks")
     assert words[at + 1 : at + 4] == ["0,8", "nsys", "profile"]
     assert f"--output={tmp_path}/profile/rank{{rank}}" in words[at : words.index("--")]
@@ -334,25 +335,32 @@ def test_a_profile_is_nsys_on_its_ranks_around_the_steps(tmp_path: Path) -> None
         (["scale=64gpu", "precision=fp8", "precision.fp8_recipe=tensorwise"], "precision.fp8_recipe", "delayed"),
         (["scale=64gpu", "model.cuda_graph_impl=local"], "model.cuda_graph_impl", "leave it out (none)"),
         (["scale=64gpu", "model.optim.exp_avg_dtype=bf16"], "model.optim.exp_avg_dtype", "leave it out (fp32)"),
-        (["scale=64gpu", "profile=torch"], "profile", "profile=nsys works"),
+        (["scale=64gpu", "profile=torch"], "profile", "use profile=nsys"),
         (["scale=64gpu", "precision=fp8", "precision.fp8=e5m2"], "precision.fp8", "hybrid, e4m3"),
         (["scale=64gpu", "checkpoint.every_n_steps=10"], "checkpoint.every_n_steps", "entrypoint=nemo2"),
         (["scale=64gpu", "checkpoint.resume_from=/x"], "checkpoint.resume_from", "null"),
         (["scale=64gpu", "model.attention_backend=local"], "model.attention_backend", "fused, flash, unfused, auto"),
         (["scale=local", "data=mock"], "model.vocab_size", "4096"),
         (["scale=64gpu", "entrypoint.program=null"], "entrypoint.program", "megatron_gpt_pretraining.py"),
-        (["scale=64gpu", "entrypoint.name=nemo_3"], "entrypoint.name", "nemo2, nemo_24_09"),
     ],
 )
 def test_what_it_cannot_do_is_refused(overrides: list[str], key: str, fix: str) -> None:
-    (problem,) = entrypoint.problems(composed(*overrides))
+    cfg = composed(*overrides)
+    (problem,) = entrypoint_of(cfg).problems(cfg)
     assert problem.key == key and fix in problem.fix
 
 
 def test_a_program_that_is_not_here_is_refused_here() -> None:
-    (problem,) = entrypoint.machine_problems(composed("scale=local"))
+    cfg = composed("scale=local")
+    (problem,) = entrypoint_of(cfg).machine_problems(cfg)
     assert problem.key == "entrypoint.program" and "cluster=slurm" in problem.fix
-    assert entrypoint.machine_problems(composed("scale=local", f"entrypoint.program='{__file__}'")) == []
+    cfg.entrypoint.program = __file__
+    assert entrypoint_of(cfg).machine_problems(cfg) == []
+
+
+def test_an_unknown_program_is_refused() -> None:
+    with pytest.raises(ConfigurationRefused, match=r"entrypoint\.name=nemo_3\n.*\n +valid: nemo2, nemo_24_09"):
+        entrypoint_of(composed("entrypoint.name=nemo_3"))
 
 
 def test_a_dry_sweep_prints_each_points_script_configuration_and_command() -> None:
