@@ -34,11 +34,6 @@ def mark(name: str, begin: float, end: float) -> Event:
     return _timed("user_annotation", name, begin, end)
 
 
-def operation(name: str, begin: float, end: float, *, thread: int = 1) -> Event:
-    """An operation on the CPU."""
-    return {**_timed("cpu_op", name, begin, end), "tid": thread, "args": {"External id": 1}}
-
-
 def _timed(category: str, name: str, begin: float, end: float) -> Event:
     times = {"ts": begin, "dur": end - begin}
     return {"ph": "X", "cat": category, "name": name, "pid": 100, "tid": 1, **times, "args": {}}

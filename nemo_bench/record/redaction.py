@@ -1,7 +1,7 @@
-"""Takes secrets out of what is shown or shared.
+"""Removes secrets from what is shown or shared.
 
-Two nets: names (a key or variable called `..._TOKEN`, `..._PASSWORD`, ...), and the forms that well-known tokens have,
-wherever they stand. A secret that has neither cannot be told from other text.
+Two nets: names (a key or variable called `..._TOKEN`, `..._PASSWORD`, ...), and the forms of well-known tokens and of
+private keys, wherever they appear. A secret that has neither cannot be told from other text.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 REMOVED = "<removed>"
 
 _NAME = (
-    r"[\w.\-]*(?:TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|AUTH(?!OR(?!I[SZ]ATION))|COOKIE)"
-    r"[\w.\-]*"
+    r"(?<![\w.\-])[\w.\-]*"
+    r"(?:TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|AUTH(?!OR(?!I[SZ]ATION))|COOKIE)[\w.\-]*"
 )
-# total_tokens, tokens_per_s, eos_token and the like are numbers and words of the trade.
+# total_tokens, tokens_per_s, eos_token and the like are numbers and terms of the field.
 _HARMLESS = re.compile(
     r"(?:^|[._-])(?:(?:total|num|max|min|train|special)_)?tokens(?:_per_\w+)?$"
     r"|(?:^|[._-])(?:eos|bos|pad|unk|cls|sep|mask)_token(?:_id)?$"
@@ -23,7 +23,8 @@ _HARMLESS = re.compile(
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 # NAME=value, NAME: value, "NAME": "value", --name value; the value up to a space, or the closing quote.
 _ASSIGNED = re.compile(
-    rf"(?P<name>{_NAME})(?P<between>[\"']?\s*[=:]\s*)(?P<value>\"[^\"\n]*\"|'[^'\n]*'|[^\s,;\"'}}\])]+)", re.IGNORECASE
+    rf"(?P<name>{_NAME})(?P<between>[\"']?[^\S\n]*[=:][^\S\n]*)(?P<value>\"[^\"\n]*\"|'[^'\n]*'|[^\s,;\"'}}\])]+)",
+    re.IGNORECASE,
 )
 _FORMS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
@@ -35,29 +36,28 @@ _FORMS = re.compile(
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS
     r"|\bAIza[\w\-]{35}"  # Google
     r"|\beyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]*"  # JSON web tokens
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[^-]|-(?!----END))*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
+    # A private key: up to its end, over any number of lines, or to the end of the text if it is cut off.
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
-_BEARER = re.compile(r"\b((?:Bearer|Basic)\s+)[\w\-.~+/]{8,}=*", re.IGNORECASE)
+_BEARER = re.compile(r"\b((?:Bearer|Basic)[^\S\n]+)[\w\-.~+/]{8,}=*", re.IGNORECASE)
 _URL = re.compile(r"(\b[a-z][a-z0-9+.\-]*://[^/\s:@]*:)[^/\s@]+@", re.IGNORECASE)
 
 
 def is_secret(name: str) -> bool:
-    """Whether a key or variable of that name holds a secret."""
+    """Return whether a key or variable of that name holds a secret."""
     return bool(_SECRET_NAME.search(name)) and not _HARMLESS.search(name)
 
 
 def redact(text: str) -> str:
-    """The text without secrets."""
-    if not text:
-        return text
+    """Return the text, of one line or many, without secrets."""
+    text = _FORMS.sub(REMOVED, text)
     text = _BEARER.sub(rf"\1{REMOVED}", text)
     text = _ASSIGNED.sub(lambda m: m[0] if _HARMLESS.search(m["name"]) else m["name"] + m["between"] + REMOVED, text)
-    text = _FORMS.sub(REMOVED, text)
     return _URL.sub(rf"\1{REMOVED}@", text)
 
 
 def redact_values(value: Any) -> Any:
-    """The same for nested dicts and lists: also by the names of keys."""
+    """Return nested dicts and lists without secrets, whether their keys or their forms give them away."""
     if isinstance(value, dict):
         return {
             key: REMOVED

@@ -1,7 +1,7 @@
-"""What a GPU kernel, or a CPU operation, is for, told by its name.
+"""What a GPU kernel is for, judged by its name.
 
-The tables are read from the top, and the first pattern that is found in the name decides. What none knows is in OTHER,
-which a profile shows by name: that is where a pattern is missing.
+The first pattern that matches decides. A name that matches none is in OTHER, which a profile lists by name: that is
+where a pattern is missing.
 """
 
 from __future__ import annotations
@@ -20,19 +20,8 @@ COMMUNICATION = "communication"
 MEMORY = "memory copies"
 OTHER = "other"
 
-# In the order in which they are shown.
-CLASSES = (
-    GEMM,
-    ATTENTION,
-    NORMALISATION,
-    CAST,
-    ACTIVATION,
-    ELEMENTWISE,
-    OPTIMIZER,
-    OTHER,
-    COMMUNICATION,
-    MEMORY,
-)
+# In display order; an instant counts for the first of them that is running.
+CLASSES = (GEMM, ATTENTION, NORMALISATION, CAST, ACTIVATION, ELEMENTWISE, OPTIMIZER, OTHER, COMMUNICATION, MEMORY)
 
 # pattern, class, why
 _KERNELS = (
@@ -74,53 +63,19 @@ _KERNELS = (
     ),
 )
 
-_OPERATIONS = (
-    (
-        r"^(gloo|nccl|c10d|mpi|record_param_comms)\b|^(gloo|nccl|c10d):",
-        COMMUNICATION,
-        "collectives of torch.distributed",
-    ),
-    (r"Optimizer|_fused_adam|_foreach_", OPTIMIZER, "torch.optim"),
-    (r"scaled_dot_product|flash|attention", ATTENTION, "fused attention; unfused, it is matrix products and a softmax"),
-    (
-        r"^aten::(_?(sparse_)?(add|bad)?d?b?mm\w*|matmul|linear|(add)?mv|dot|einsum)$|mkldnn_linear",
-        GEMM,
-        "matrix products",
-    ),
-    (r"norm", NORMALISATION, "layer and RMS norms"),
-    (r"silu|gelu|glu\b|sigmoid", ACTIVATION, "SwiGLU and its parts"),
-    (
-        r"^aten::(copy_|_to_copy|to|contiguous|clone|cat|stack|_?transpose|permute|t)$",
-        CAST,
-        "changes of type and layout",
-    ),
-    (r"^aten::", ELEMENTWISE, "all else that PyTorch computes"),
-)
+_PATTERNS = [(re.compile(pattern, re.IGNORECASE), name) for pattern, name, _ in _KERNELS]
 
 
 @cache
-def _compiled(table: tuple[tuple[str, str, str], ...]) -> list[tuple[re.Pattern[str], str]]:
-    return [(re.compile(pattern, re.IGNORECASE), name) for pattern, name, _ in table]
-
-
-def _first(table: tuple[tuple[str, str, str], ...], name: str) -> str:
-    return next((found for pattern, found in _compiled(table) if pattern.search(name)), OTHER)
-
-
 def kernel_class(name: str) -> str:
-    """The class of a GPU kernel, or of a copy, by its (demangled) name."""
-    return _first(_KERNELS, name)
-
-
-def operation_class(name: str) -> str:
-    """The class of a CPU operation by its name."""
-    return _first(_OPERATIONS, name)
+    """Return the class of a GPU kernel, or of a copy, with this (demangled) name."""
+    return next((kernel_class for pattern, kernel_class in _PATTERNS if pattern.search(name)), OTHER)
 
 
 def short_name(name: str, width: int = 80) -> str:
-    """A kernel's name for people: without return type, namespaces and arguments, and cut at `width`."""
+    """Return a kernel's name without return type, namespaces and arguments, cut at `width`."""
     text = re.sub(r"^void ", "", name)
     text = re.sub(r"\(anonymous namespace\)::|(at::native|at|transformer_engine|cutlass|cuda|std)::", "", text)
-    # Its arguments stand in the last parentheses; those within, as in `(int)4`, are a template's.
+    # The arguments are in the last parentheses; others, as in `(int)4`, belong to a template.
     text = re.sub(r"(?<=[\w>])\([^()]*\)$", "", text)
     return text if len(text) <= width else f"{text[: width - 3]}..."

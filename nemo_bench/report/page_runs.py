@@ -307,7 +307,7 @@ def _profile(profile: StepProfile) -> Child:
         Column("time", "ms a step", number=True),
         Column("of the step", number=True),
         Column("sum", "ms a step", number=True),
-        Column("kernels" if profile.kind == step_profile.GPU else "calls", "a step", number=True),
+        Column("kernels", "a step", number=True),
         Column("most of it", "ms a step"),
     )
     rows = []

@@ -1,113 +1,91 @@
-"""Traces of PyTorch's profiler (Chrome's trace event format), read event by event.
+"""Traces of PyTorch's profiler, in Chrome's trace event format.
 
-A trace of a few steps of a large model is some hundred MB of JSON. Read whole, its objects take ten times that; here
-they live a few MB at a time, as long as the file is laid out as the profiler writes it. And it is not always JSON:
-values that are empty, `inf` or `nan`, and names with quotation marks and bytes of any kind have been seen in it.
+They are not always JSON: empty, `inf` and `nan` values, and names with unescaped quotation marks have been seen.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from nemo_bench.errors import BenchError
 
-_CHUNK_BYTES = 4 << 20
-_LIST = re.compile(rb'"traceEvents"\s*:\s*\[|\A\s*\[')
-# Between two events, in the profiler's layout; what stands within an event is indented further.
-_BETWEEN = b"\n  },\n  {"
-_LIST_ENDS = b"\n  ]"
+Event = dict[str, Any]
+
+# How the profiler lays out the list of events; the fields of an event are indented further.
+_LIST_BEGINS, _BETWEEN_EVENTS, _LIST_ENDS = b'"traceEvents": [', b"\n  },\n  {", b"\n  ]"
 _NO_VALUE = re.compile(rb'(":\s*)(?:-?(?:nan|inf))?(?=\s*[,}])')
 
 
+@dataclass(frozen=True)
 class Trace:
-    """The events of a trace file, plain or gzipped.
+    """The content of a trace file.
 
     Attributes:
-        about: what the file says beside its events (`deviceProperties`, `distributedInfo`, ...).
-        damaged: how many events could not be read, and are left out. Both are complete once the events were read.
+        events: the events that have a duration, with `name`, `ts` and `args`.
+        header: what else the file holds (`deviceProperties`, `distributedInfo`, ...).
+        unreadable: the number of events that were left out because they are not JSON.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.about: dict[str, Any] = {}
-        self.damaged = 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The events.
-
-        Raises:
-            BenchError: the file cannot be read, is no trace, or is cut off.
-        """
-        try:
-            with open(self.path, "rb") as file:
-                packed = file.read(2) == b"\x1f\x8b"
-                file.seek(0)
-                plain = cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if packed else file
-                yield from self._events(plain)
-        except OSError as error:
-            raise BenchError(f"{self.path}: cannot be read ({error.strerror or error})") from None
-        except (ValueError, EOFError, zlib.error) as error:
-            raise BenchError(f"{self.path}: no trace of PyTorch's profiler, or cut off ({error})") from None
-
-    def _events(self, file: IO[bytes]) -> Iterator[dict[str, Any]]:
-        loads = _reader()
-        text = b""
-        while (begin := _LIST.search(text)) is None:
-            chunk = file.read(_CHUNK_BYTES)
-            if not chunk:
-                raise ValueError("it has no traceEvents")
-            text += chunk
-        bare = not begin[0].startswith(b'"')  # a list alone, as Chrome takes it too
-        if not bare:
-            with contextlib.suppress(ValueError):  # the events count, whatever stands ahead of them
-                self.about = loads(text[: begin.start()].rstrip().rstrip(b",") + b"}")
-        text = text[begin.end() :]
-        while chunk := file.read(_CHUNK_BYTES):
-            text += chunk
-            cut = text.rfind(_BETWEEN)
-            if cut >= 0:
-                cut = text.index(b"}", cut) + 1
-                yield from self._readable(text[:cut])
-                text = text[cut:].lstrip(b",\n ")
-        whole = (b"[" if bare else b'{"traceEvents":[') + text
-        try:
-            rest = loads(whole)
-        except ValueError:
-            events, end, _ = text.rpartition(_LIST_ENDS)
-            if not end:
-                raise
-            yield from self._readable(events)
-        else:
-            yield from rest if bare else rest.pop("traceEvents")
-            self.about |= {} if bare else rest
-
-    def _readable(self, events: bytes) -> Iterator[dict[str, Any]]:
-        """Some events in the profiler's layout; where they are no JSON, those of them that are, or can be mended."""
-        loads = _reader()
-        try:
-            parsed = loads(b"[" + events + b"]")
-        except ValueError:
-            for event in events.strip().removeprefix(b"{").removesuffix(b"}").split(_BETWEEN):
-                text = event.decode("utf-8", "replace").encode()
-                try:
-                    yield loads(b"{" + _NO_VALUE.sub(rb"\1null", text) + b"}")
-                except ValueError:
-                    self.damaged += 1
-        else:
-            yield from parsed
+    events: list[Event]
+    header: dict[str, Any]
+    unreadable: int
 
 
-def _reader() -> Callable[[bytes], Any]:
-    """What reads JSON here: orjson, or, in a container without it, the standard library, slower."""
+def read_trace(path: Path) -> Trace:
+    """Read a trace file, plain or gzipped.
+
+    Raises:
+        BenchError: the file cannot be read, is not a trace, or is cut off.
+    """
+    import orjson
+
     try:
-        import orjson
-    except ImportError:
-        return json.loads
-    return orjson.loads
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise BenchError(f"{path}: cannot be read ({error})") from None
+    try:
+        parsed, unreadable = orjson.loads(content), 0
+    except orjson.JSONDecodeError as error:
+        if _LIST_BEGINS not in content or _LIST_ENDS not in content:
+            raise BenchError(f"{path}: not a trace of PyTorch's profiler, or cut off ({error})") from None
+        parsed, unreadable = _mended(content)
+    if isinstance(parsed, list):  # Chrome accepts the list of events alone
+        parsed = {"traceEvents": parsed}
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("traceEvents"), list):
+        raise BenchError(f"{path}: not a trace of PyTorch's profiler (it has no list traceEvents)")
+    events = [event for event in parsed.pop("traceEvents") if _has_duration(event)]
+    return Trace(events, parsed, unreadable)
+
+
+def _has_duration(event: Any) -> bool:
+    return (
+        isinstance(event, dict)
+        and event.get("ph") == "X"
+        and isinstance(event.get("name"), str)
+        and isinstance(event.get("ts"), (int, float))
+        and isinstance(event.setdefault("args", {}), dict)
+    )
+
+
+def _mended(content: bytes) -> tuple[dict[str, Any], int]:
+    """Return the trace with null for values that are not JSON, and the number of events that remain unreadable."""
+    import orjson
+
+    header, _, rest = content.partition(_LIST_BEGINS)
+    parsed: dict[str, Any] = orjson.loads(header.rstrip().rstrip(b",") + b"}")
+    events, unreadable = [], 0
+    list_text = rest.rpartition(_LIST_ENDS)[0].strip()
+    for text in list_text.removeprefix(b"{").removesuffix(b"}").split(_BETWEEN_EVENTS):
+        try:
+            valid_utf8 = text.decode("utf-8", "replace").encode()
+            events.append(orjson.loads(b"{" + _NO_VALUE.sub(rb"\1null", valid_utf8) + b"}"))
+        except orjson.JSONDecodeError:
+            unreadable += 1
+    return {**parsed, "traceEvents": events}, unreadable

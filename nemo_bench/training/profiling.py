@@ -16,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from nemo_bench.config import ProfileConfig, TrainConfig
+from nemo_bench.files import write_text
 from nemo_bench.record import folder as record
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.series import PROFILE
@@ -96,7 +97,9 @@ class _Profile(pl.Callback):
 
 
 class TorchProfile(_Profile):
-    """PyTorch's profiler; after the last step its trace and the table of time by kernel class are written."""
+    """PyTorch's profiler; after the last step it writes its trace, and a table: of time by kernel class on a GPU, else
+    PyTorch's own of the CPU operations.
+    """
 
     def __init__(self, profile: ProfileConfig, run_dir: Path, rank: int) -> None:
         super().__init__(profile, record_function)
@@ -135,12 +138,19 @@ class TorchProfile(_Profile):
             profiler.export_chrome_trace(str(aside))
             _compress(aside, folder / f"rank{self.rank}.trace.json.gz")
             try:
-                step_profile.write(step_profile.measure(aside, rank=self.rank), folder / f"rank{self.rank}")
+                self._write_table(profiler, aside, folder / f"rank{self.rank}")
             except Exception:
                 # The trace is safe, and the table can be made of it later: no reason to end the run.
                 traceback.print_exc()
         finally:
             aside.unlink(missing_ok=True)
+
+    def _write_table(self, profiler: torch.profiler.profile, trace: Path, stem: Path) -> None:
+        if torch.cuda.is_available():
+            step_profile.write(step_profile.measure(trace, rank=self.rank), stem)
+        else:
+            operations = profiler.key_averages()
+            write_text(stem.with_name(stem.name + ".txt"), operations.table("self_cpu_time_total", row_limit=50))
 
 
 class NsysRange(_Profile):

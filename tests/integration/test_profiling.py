@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 from nemo_bench.config import typed
 from nemo_bench.launch.point import absolute_paths
 from nemo_bench.record import folder as record
-from nemo_bench.report import kernel_classes as classes
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.runs import load_run
 
@@ -32,20 +31,12 @@ def test_profiled_steps_leave_a_trace_and_a_table_and_do_not_count(train: Callab
     window = ("profile.start_step=4", "profile.end_step=5", "profile.ranks=[1]")
     ran = train("profile=torch", *window, "trainer.max_steps=12", "trainer.devices=2")
     folder = ran.run_dir / record.PROFILE
-    assert sorted(path.name for path in folder.iterdir()) == ["rank1.json", "rank1.trace.json.gz", "rank1.txt"]
-    assert f"profile:  {folder}: rank1.json, rank1.trace.json.gz, rank1.txt" in ran.stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["rank1.trace.json.gz", "rank1.txt"]
+    assert f"profile:  {folder}: rank1.trace.json.gz, rank1.txt" in ran.stdout
+    table = (folder / "rank1.txt").read_text()
+    for operation in ("Self CPU", "aten::mm", "gloo:all_reduce", f"{step_profile.STEP_MARK}5", "optimizer"):
+        assert operation in table, operation
     run = load_run(ran.run_dir)
-    (profile,) = run.profiles
-    assert (profile.kind, profile.rank, profile.steps) == (step_profile.CPU, 1, (4, 5))
-    found = {each.name: each for each in profile.classes}
-    # Four layers, two passes and more: the products of one step, and the gradients' reduction and the norm's.
-    for name in (classes.GEMM, classes.OPTIMIZER, classes.COMMUNICATION, classes.ACTIVATION, classes.NORMALISATION):
-        assert found[name].ms > 0 and found[name].count >= 1, name
-    assert any(kernel.name == "aten::mm" for kernel in found[classes.GEMM].top)
-    assert any("gloo" in kernel.name for kernel in found[classes.COMMUNICATION].top)
-    assert sum(each.ms for each in profile.classes) + profile.idle_ms == pytest.approx(profile.step_ms)
-    # The table can be made again of the trace.
-    assert step_profile.measure(folder / "rank1.trace.json.gz") == profile
     # Those that were profiled, the one in which the profiler warmed up, and the one in which rank 0 waited.
     excluded = dict(zip(run.steps.step, run.steps.excluded))
     assert [step for step, why in excluded.items() if why == "profile"] == [3, 4, 5, 6]

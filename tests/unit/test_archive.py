@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
-import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
-import zstandard
+from backports.zstd import tarfile
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,9 +40,7 @@ SECRETS = {
 
 
 def unpack(path: Path) -> dict[str, bytes]:
-    with open(path, "rb") as file:
-        data = zstandard.ZstdDecompressor().stream_reader(file).read()
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+    with tarfile.open(path) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
 
 
@@ -64,7 +59,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     about["overrides"].append(f"+cluster.env.WANDB_API_KEY={SECRETS['named']}")
     (run / record.RUN).write_text(json.dumps(about))
     node = json.loads((run / NODE).read_text())
-    node["environment"] |= {"HF_TOKEN": SECRETS["hugging face"], "HOME": "/home/somebody", "NCCL_DEBUG": "INFO"}
+    node["environment"] |= {"HF_TOKEN": SECRETS["hugging face"], "NCCL_DEBUG": "INFO"}
     (run / NODE).write_text(json.dumps(node))
     log = (run / "rank0.out").read_text().splitlines()
     log[3:3] = [
@@ -98,11 +93,10 @@ def test_no_secret_is_in_a_bundle(planted: Path, tmp_path: Path) -> None:
     for name, secret in SECRETS.items():
         assert secret.encode() in raw, f"{name} was not planted"
         assert secret.encode() not in whole, name
-    assert b"/home/somebody" not in whole
     assert REMOVED.encode() in whole
 
 
-def test_what_is_no_secret_is_in_the_bundle(planted: Path, tmp_path: Path) -> None:
+def test_everything_else_is_in_the_bundle(planted: Path, tmp_path: Path) -> None:
     report = build_report([planted])
     target = tmp_path / "out.tar.zst"
     size = archive.write(report, target, {"results.json": model.to_json(report)})
@@ -117,8 +111,8 @@ def test_what_is_no_secret_is_in_the_bundle(planted: Path, tmp_path: Path) -> No
     assert manifest["left_out"] == ["runs/run/checkpoints"]
     for name, entry in manifest["files"].items():
         assert hashlib.sha256(files[name]).hexdigest() == entry["sha256"] and len(files[name]) == entry["size_bytes"]
-    assert manifest["files"]["runs/run/rank0.out"]["lines_changed"] == 10
-    assert manifest["files"]["runs/run/steps.jsonl"]["lines_changed"] == 0
+    assert manifest["files"]["runs/run/rank0.out"]["removals"] == 9  # a private key of four lines is one
+    assert manifest["files"]["runs/run/steps.jsonl"]["removals"] == 0
     # What was packed can be reported on.
     for name, content in files.items():
         path = tmp_path / "unpacked" / name
@@ -128,7 +122,7 @@ def test_what_is_no_secret_is_in_the_bundle(planted: Path, tmp_path: Path) -> No
     assert [run.times for run in again.runs] == [run.times for run in report.runs]
 
 
-def test_what_holds_no_secret_is_packed_as_it_is(tmp_path: Path) -> None:
+def test_files_without_secrets_are_packed_unchanged(tmp_path: Path) -> None:
     report = build_report([TINY, LOGS / "nemo2.out"])
     extra = {
         "results.json": model.to_json(report),
@@ -140,7 +134,7 @@ def test_what_holds_no_secret_is_packed_as_it_is(tmp_path: Path) -> None:
     files = unpack(tmp_path / "out.tar.zst")
     for name, text in extra.items():
         assert files[name].decode() == text, name
-    assert [entry["lines_changed"] for entry in json.loads(files[archive.MANIFEST])["files"].values()] == [0] * (
+    assert [entry["removals"] for entry in json.loads(files[archive.MANIFEST])["files"].values()] == [0] * (
         len(files) - 1
     )
 
@@ -161,21 +155,6 @@ def test_a_full_disk_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(BenchError, match=r"out\.tar\.zst: cannot be written \(No space left on device\)"):
         archive.write(build_report([TINY]), target, {})
     assert [path.name for path in tmp_path.iterdir()] == ["out.tar.zst"] and target.read_bytes() == b"the old one"
-
-
-def test_a_bundle_that_was_not_written_as_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "_verify", _damaging(archive._verify))
-    with pytest.raises(BenchError, match="cannot be written"):
-        archive.write(build_report([TINY]), tmp_path / "out.tar.zst", {})
-    assert list(tmp_path.iterdir()) == []
-
-
-def _damaging(verify: Any) -> Any:
-    def damaged(path: Path, manifest: dict[str, Any]) -> None:
-        manifest["files"][next(iter(manifest["files"]))]["sha256"] = "0" * 64
-        verify(path, manifest)
-
-    return damaged
 
 
 def test_links_out_of_a_run_folder_are_not_followed(tmp_path: Path) -> None:
@@ -207,7 +186,7 @@ def test_links_out_of_a_run_folder_are_not_followed(tmp_path: Path) -> None:
         "authority=/etc/ssl",
     ],
 )
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_what_is_not_a_secret_stays(text: str) -> None:
     assert redact(text) == text
 
 
@@ -227,11 +206,11 @@ def test_what_is_no_secret_stays(text: str) -> None:
         "git clone https://me:verysecret@example.org/x",
     ],
 )
-def test_secrets_go_by_their_names(text: str) -> None:
+def test_secrets_are_removed_by_name(text: str) -> None:
     assert "verysecret" not in redact(text) and REMOVED in redact(text)
 
 
-def test_nested_values_go_by_their_keys() -> None:
+def test_nested_values_are_removed_by_key() -> None:
     nested = {
         "env": {"HF_TOKEN": "x", "NCCL_DEBUG": "INFO"},
         "total_tokens": 1e12,
@@ -247,12 +226,23 @@ def test_nested_values_go_by_their_keys() -> None:
     assert is_secret("cluster.env.WANDB_API_KEY") and not is_secret("total_tokens")
 
 
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("a\n-----BEGIN PRIVATE KEY-----\nMII-x\ny\n-----END PRIVATE KEY-----\nb", f"a\n{REMOVED}\nb"),
+        ("a\nrank 0: -----BEGIN RSA PRIVATE KEY-----\nrank 0: MII\ncut off", f"a\nrank 0: {REMOVED}"),
+    ],
+)
+def test_a_private_key_goes_whole_over_all_its_lines(text: str, clean: str) -> None:
+    assert redact(text) == clean
+
+
 @given(
     st.sampled_from(sorted(set(SECRETS) & {"hugging face", "nvidia", "github", "aws", "jwt"})),
     st.text(max_size=30),
     st.text(max_size=30),
 )
-def test_known_forms_go_wherever_they_stand(name: str, before: str, after: str) -> None:
+def test_known_forms_are_removed_anywhere(name: str, before: str, after: str) -> None:
     text = f"{before} {SECRETS[name]} {after}"
     assert SECRETS[name] not in redact(text)
 

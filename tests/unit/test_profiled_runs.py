@@ -70,7 +70,7 @@ def test_a_damaged_profile_is_said_and_left_out(profiled: Path) -> None:
 
 def test_the_page_shows_the_table(profiled: Path) -> None:
     shown = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.render(build_report([profiled]))))
-    assert "Profile of rank 2, NVIDIA H200, step 10: GPU kernels" in shown and "Profile of rank 10" in shown
+    assert "Profile of rank 2, NVIDIA H200, step 10" in shown and "Profile of rank 10" in shown
     assert "60.00 60.0% 60.00 1 nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT" in shown
     assert "exposed 15.00 ms, 15.0% of the step" in shown
     assert "idle 25.00 25.0%" in shown
