@@ -36,8 +36,9 @@ sys.path.insert(0, str(PROJECT))
 from omegaconf import OmegaConf  # noqa: E402
 
 from nemo_bench.checks.configuration import configuration_problems, machine_problems  # noqa: E402
+from nemo_bench.cli import quoted_path  # noqa: E402
 from nemo_bench.cluster import lifeline, processes  # noqa: E402
-from nemo_bench.config import TrainConfig, quoted_path, typed  # noqa: E402
+from nemo_bench.config import TrainConfig, typed  # noqa: E402
 from nemo_bench.entrypoints import entrypoint_of, nemo2  # noqa: E402
 from nemo_bench.errors import BenchError, ConfigurationRefused  # noqa: E402
 from nemo_bench.launch import point  # noqa: E402
@@ -58,7 +59,7 @@ def compose(overrides: list[str], stage: Path) -> TrainConfig:
     try:
         with hydra.initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
             raw = hydra.compose("train", [*overrides, f"stage_path={quoted_path(stage)}", "results_version=gpu_speed"])
-        cfg = point.absolute_paths(typed(raw))
+        cfg = typed(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise BenchError(f"{' '.join(overrides)}\n  {error}") from None
     if entrypoint_of(cfg) is not nemo2.ENTRYPOINT or cfg.profile.kind == "nsys":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -31,6 +33,7 @@ def run(main: Callable[[], object], schema: type | None = None) -> None:
         schema: the configuration's dataclass, whose keys are proposed for a mistyped one; TrainConfig by default.
     """
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from nemo_bench.errors import BenchError
@@ -39,6 +42,7 @@ def run(main: Callable[[], object], schema: type | None = None) -> None:
         _schema.append(schema)
     _resolve_shown_configuration(sys.argv)
     _use_our_launchers()
+    OmegaConf.register_new_resolver("temporary_folder", temporary_folder)
     if _WANTS_TRACEBACK:
         main()
     else:
@@ -131,6 +135,28 @@ def _resolve_shown_configuration(argv: list[str]) -> None:
     shows_job = any(a == "--cfg=job" or (a in ("--cfg", "-c") and b == "job") for a, b in zip(argv, [*argv[1:], ""]))
     if shows_job and "--resolve" not in argv:
         argv.append("--resolve")
+
+
+def quoted_path(path: str | Path) -> str:
+    """Return a path as the value of an override, which Hydra's grammar reads whole whatever it holds."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    text = str(path)
+    if re.fullmatch(r"/[\w./:+@%-]*", text, re.ASCII):  # reads better without quotes
+        return text
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+@functools.cache
+def temporary_folder() -> str:
+    """Return a folder that is removed when this process ends, for what Hydra's sweeper writes about a sweep."""
+    import atexit
+    import shutil
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="nemo-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 # Lines of Hydra's and OmegaConf's messages that speak of their own objects, or propose `+key=value`: the schema is

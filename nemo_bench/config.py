@@ -7,11 +7,10 @@ This module imports nothing heavy: it runs on login nodes, and in every process 
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +19,24 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nemo_bench.errors import BenchError
+from nemo_bench.flops import Architecture
 
 T = TypeVar("T")
+
+
+def number(default: Any = MISSING, **limits: float) -> Any:
+    """Declare a number and its range: `least`, `above`, `most`, `below`. It must be finite in any case."""
+    return field(default=default, metadata=limits)
+
+
+def choice(default: Any, *others: str | None) -> Any:
+    """Declare a word, or a list of words, and all that it can be."""
+    words = [word for word in (default, *others) if word is not MISSING]
+    return field(default=default, metadata={"valid": words})
+
+
+# Marks paths. They become absolute: ranks, and readers of the record, have other working folders.
+PATH = {"path": True}
 
 
 class Launch(Enum):
@@ -35,14 +50,15 @@ class Launch(Enum):
 class OptimConfig:
     """Adam and its schedule; the defaults are the 24.09 recipe's."""
 
-    lr: float = 3e-4
-    min_lr: float = 3e-5
-    warmup_steps: int = 2000  # linear warm-up, then cosine annealing to min_lr at trainer.max_steps
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0  # global gradient norm
+    lr: float = number(3e-4, least=0)
+    min_lr: float = number(3e-5, least=0)
+    # Linear warm-up, then cosine annealing to min_lr at trainer.max_steps.
+    warmup_steps: int = number(2000, least=0, most=10**9)
+    weight_decay: float = number(0.1, least=0)
+    adam_beta1: float = number(0.9, least=0, below=1)
+    adam_beta2: float = number(0.95, least=0, below=1)
+    adam_eps: float = number(1e-8, least=0)
+    clip_grad: float = number(1.0, least=0)  # global gradient norm
     use_distributed_optimizer: bool = True  # shard optimizer state over the data-parallel ranks
     overlap_grad_reduce: bool = True  # reduce gradients while the backward pass goes on
     overlap_param_gather: bool = True  # gather parameters while the next forward pass goes on
@@ -52,9 +68,10 @@ class OptimConfig:
     use_precision_aware_optimizer: bool | None = None  # null: see precision_aware_optimizer
     # With it: keep of each fp32 main weight only the 16 bits that the bf16 parameter lacks, 2 bytes a parameter less.
     store_param_remainders: bool = False
-    exp_avg_dtype: str = "fp32"  # with it: bf16 halves the first moment
-    exp_avg_sq_dtype: str = "fp32"  # and the second
-    bucket_size: int | None = 134217728  # parameters a gradient bucket, with data parallelism; null: Megatron's choice
+    exp_avg_dtype: str = choice("fp32", "bf16")  # with it: bf16 halves the first moment
+    exp_avg_sq_dtype: str = choice("fp32", "bf16")  # and the second
+    # Parameters a gradient bucket, with data parallelism; null: Megatron's choice.
+    bucket_size: int | None = number(134217728, least=1, most=2**40)
 
 
 @dataclass
@@ -63,33 +80,34 @@ class ModelConfig:
 
     name: str = MISSING
     # architecture
-    num_layers: int = MISSING
-    hidden_size: int = MISSING
-    ffn_hidden_size: int = MISSING
-    num_attention_heads: int = MISSING
-    num_query_groups: int = MISSING  # key/value heads
-    seq_length: int = MISSING  # tokens
-    vocab_size: int = MISSING  # the tokenizer's; padded for Megatron, see TrainConfig.padded_vocab_size
-    make_vocab_size_divisible_by: int = 128
-    rotary_base: int = 500000
-    init_method_std: float = 0.02
-    layernorm_epsilon: float = 1e-5
+    num_layers: int = number(least=1, most=10_000)
+    hidden_size: int = number(least=1, most=2**20)
+    ffn_hidden_size: int = number(least=1, most=2**22)
+    num_attention_heads: int = number(least=1, most=2**16)
+    num_query_groups: int = number(least=1, most=2**16)  # key/value heads
+    seq_length: int = number(least=1, most=2**27)  # tokens
+    vocab_size: int = number(least=1, most=2**24)  # the tokenizer's; see TrainConfig.padded_vocab_size
+    make_vocab_size_divisible_by: int = number(128, least=1, most=2**16)
+    rotary_base: int = number(500000, least=1, most=2**40)
+    init_method_std: float = number(0.02, above=0)
+    layernorm_epsilon: float = number(1e-5, above=0)
     # parallel layout
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
+    tensor_model_parallel_size: int = number(1, least=1, most=10_000)
+    pipeline_model_parallel_size: int = number(1, least=1, most=10_000)
+    virtual_pipeline_model_parallel_size: int | None = number(None, least=1, most=10_000)
+    context_parallel_size: int = number(1, least=1, most=10_000)
     sequence_parallel: bool = False  # no effect at tensor_model_parallel_size=1
-    micro_batch_size: int = 1  # sequences
-    global_batch_size: int = MISSING  # sequences
-    attention_backend: str = "fused"  # cuDNN's; also flash, unfused, local, auto (Megatron's AttnBackend)
+    micro_batch_size: int = number(1, least=1, most=2**20)  # sequences
+    global_batch_size: int = number(least=1, most=2**24)  # sequences
+    # Megatron's AttnBackend; fused: cuDNN's.
+    attention_backend: str = choice("fused", "flash", "unfused", "local", "auto")
     # fusions
     apply_rope_fusion: bool = True
     bias_activation_fusion: bool = True
     bias_dropout_fusion: bool = True
     masked_softmax_fusion: bool = True
     cross_entropy_loss_fusion: bool = True
-    cross_entropy_fusion_impl: str = "te"  # Transformer Engine's kernel; native: Megatron's own
+    cross_entropy_fusion_impl: str = choice("te", "native")  # Transformer Engine's kernel; native: Megatron's own
     persist_layer_norm: bool = True
     fused_single_qkv_rope: bool = False  # RoPE on queries, keys and values where they lie, without splitting them first
     use_transformer_engine_op_fuser: bool = False  # the MLP as Transformer Engine's fused operations
@@ -98,16 +116,18 @@ class ModelConfig:
     # The output layer's weight gradients fill the bubble at a step's end; null: where they are right, see
     # TrainConfig.defers_embedding_wgrad; true: as the recipe has it.
     defer_embedding_wgrad_compute: bool | None = None
-    wgrad_deferral_limit: int = 22  # micro-batches deferred at most; 0: all
+    wgrad_deferral_limit: int = number(22, least=0, most=2**24)  # micro-batches deferred at most; 0: all
     tp_comm_overlap: bool = False  # tensor-parallel communication under the matrix products (user buffers)
     # NeMo's table of user buffers: a name, auto (the one made for these sizes) or null (Transformer Engine's defaults)
     tp_comm_overlap_cfg: str | None = "auto"
     # memory and launch overhead
-    recompute_granularity: str | None = None  # selective (recompute_modules) or full (whole layers)
-    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    recompute_method: str | None = None  # of full: uniform or block
-    recompute_num_layers: int | None = None  # of full
-    cuda_graph_impl: str = "none"  # local: Megatron records each layer once, and replays it
+    recompute_granularity: str | None = choice(None, "selective", "full")  # selective: recompute_modules; full: layers
+    recompute_modules: list[str] = field(
+        default_factory=lambda: ["core_attn"], metadata={"valid": ["core_attn", "mlp", "layernorm"]}
+    )
+    recompute_method: str | None = choice(None, "uniform", "block")  # of full
+    recompute_num_layers: int | None = number(None, least=1, most=10_000)  # of full
+    cuda_graph_impl: str = choice("none", "local")  # local: Megatron records each layer once, and replays it
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -116,29 +136,30 @@ class PrecisionConfig:
     """Number formats of the training step."""
 
     name: str = MISSING  # fp32, bf16 or fp8: also the folder name under results/
-    trainer_precision: str = MISSING  # Lightning's word: 32 or bf16-mixed
-    fp8: str | None = None  # Transformer Engine's format: hybrid (e4m3 forward, e5m2 backward)
-    fp8_recipe: str = "delayed"  # scaling factors: delayed, tensorwise or blockwise
-    fp8_margin: int = 0
-    fp8_amax_history_len: int = 1024
-    fp8_amax_compute_algo: str = "max"
+    trainer_precision: str = choice(MISSING, "32", "bf16-mixed")  # Lightning's words
+    fp8: str | None = choice(None, "hybrid", "e4m3")  # Transformer Engine's; hybrid: e4m3 forward, e5m2 backward
+    fp8_recipe: str = choice("delayed", "tensorwise", "blockwise")  # scaling factors
+    fp8_margin: int = number(0, least=0, most=64)
+    fp8_amax_history_len: int = number(1024, least=1, most=2**20)
+    fp8_amax_compute_algo: str = choice("max", "most_recent")
     fp8_param_gather: bool = False  # keep and gather parameters in fp8
     fp8_dot_product_attention: bool = False  # attention's products in fp8 too
     first_last_layers_bf16: bool = False  # not with delayed scaling
-    num_layers_at_start_in_bf16: int = 1
-    num_layers_at_end_in_bf16: int = 1
+    num_layers_at_start_in_bf16: int = number(1, least=0, most=10_000)
+    num_layers_at_end_in_bf16: int = number(1, least=0, most=10_000)
 
 
 @dataclass
 class TrainerConfig:
     """Lightning's trainer: how many processes, how many steps."""
 
-    num_nodes: int = MISSING
-    devices: int = MISSING  # processes (one a GPU) on each node
-    max_steps: int = 50
-    seed: int = 1234  # of the data's order; NeMo gives the weights a fixed seed of its own
-    gc_interval: int = 25  # steps between manual, synchronised Python garbage collections
-    limit_val_batches: int = 1  # global batches in the one validation, after the last step; 0: none
+    num_nodes: int = number(least=1, most=100_000)
+    devices: int = number(least=1, most=4096)  # processes (one a GPU) on each node
+    max_steps: int = number(50, least=1, most=10**9)
+    seed: int = number(1234, least=0, most=2**32 - 1)  # of the data's order; NeMo gives the weights a fixed seed
+    gc_interval: int = number(25, least=1, most=10**9)  # steps between manual, synchronised Python garbage collections
+    # Global batches in the one validation, after the last step; 0: none.
+    limit_val_batches: int = number(1, least=0, most=10**9)
 
 
 @dataclass
@@ -146,14 +167,16 @@ class DataConfig:
     """Where the tokens come from."""
 
     name: str = MISSING
-    kind: str = MISSING  # mock: random tokens; local: this Python's standard library; megatron: .bin/.idx files
-    paths: list[str] = field(default_factory=list)  # kind=megatron: prefixes, without .bin/.idx
-    weights: list[float] = field(default_factory=list)  # one a path; empty: all equal
-    tokenizer: str | None = None  # kind=megatron: folder of a Hugging Face tokenizer
+    # mock: random tokens; local: this Python's standard library; megatron: .bin/.idx files
+    kind: str = choice(MISSING, "mock", "local", "megatron")
+    paths: list[str] = field(default_factory=list, metadata=PATH)  # kind=megatron: prefixes, without .bin/.idx
+    weights: list[float] = field(default_factory=list, metadata={"least": 0})  # one a path; empty: all equal
+    tokenizer: str | None = field(default=None, metadata=PATH)  # kind=megatron: folder of a Hugging Face tokenizer
     split: str = "99,1,0"  # train, validation, test
-    num_workers: int = 2  # data loading processes a rank
-    folder: str | None = None  # where prepared files and Megatron's index mappings are kept
-    corpus_bytes: int = 6_000_000  # kind=local: about this much text
+    num_workers: int = number(2, least=0, most=1024)  # data loading processes a rank
+    # Where prepared files and Megatron's index mappings are kept.
+    folder: str | None = field(default=None, metadata=PATH)
+    corpus_bytes: int = number(6_000_000, least=1, most=10**12)  # kind=local: about this much text
 
 
 @dataclass
@@ -161,9 +184,10 @@ class GpuConfig:
     """What the device can do; peaks are DENSE TFLOP/s (no sparsity) per number format."""
 
     name: str = MISSING
-    device: str = "cuda"  # cuda or cpu
-    memory_gib: float | None = None
-    peak_tflops: dict[str, float | None] = field(default_factory=dict)  # null: measured by a short matrix product
+    device: str = choice("cuda", "cpu")
+    memory_gib: float | None = number(None, above=0)
+    # null: measured by a short matrix product
+    peak_tflops: dict[str, float | None] = field(default_factory=dict, metadata={"above": 0})
     source: str = ""  # where the peaks come from
 
 
@@ -183,7 +207,7 @@ class ClusterConfig:
     """The machine or cluster that runs the job; null leaves an option out of the request."""
 
     name: str = MISSING
-    scheduler: str = MISSING  # none: this machine starts the ranks itself; slurm
+    scheduler: str = choice(MISSING, "none", "slurm")  # none: this machine starts the ranks itself; slurm
     account: str | None = None
     partition: str | None = None
     qos: str | None = None
@@ -197,10 +221,10 @@ class ClusterConfig:
     # Some clusters refuse requests for GPUs, others refuse jobs without one: null, or the number on a node.
     gpus_per_node: str | None = None  # in sbatch's words: 8, or with the type: h100:8
     gres: str | None = None  # in place of gpus_per_node where the cluster wants --gres=gpu:8
-    cpus_per_task: int | None = None
+    cpus_per_task: int | None = number(None, least=1, most=10_000)
     dependency: str | None = None
     comment: str | None = None
-    signal_s: int = 120  # SIGUSR1 this long before the time limit, for a last checkpoint
+    signal_s: int = number(120, least=1, most=65_535)  # SIGUSR1 this long before the time limit, for a last checkpoint
     additional_parameters: dict[str, Any] = field(default_factory=dict)  # any other sbatch option: value
     srun_args: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)  # shell lines before srun
@@ -232,20 +256,22 @@ class EntrypointConfig:
 class CheckpointConfig:
     """Off by default: a performance benchmark writes none."""
 
-    every_n_steps: int | None = None
-    # Each a run folder, whose last checkpoint is taken, or one checkpoint's folder.
-    resume_from: str | None = None  # continue: weights, optimizer, schedule and data position
-    weights_from: str | None = None  # start with these weights, and all else afresh
+    every_n_steps: int | None = number(None, least=1, most=10**9)
+    # Both name a run folder, whose last checkpoint is taken, or one checkpoint's folder.
+    # resume_from continues: weights, optimizer, schedule and data position.
+    resume_from: str | None = field(default=None, metadata=PATH)
+    weights_from: str | None = field(default=None, metadata=PATH)  # start with these weights, and all else afresh
 
 
 @dataclass
 class ProfileConfig:
     """Which steps are profiled, where, and with what."""
 
-    kind: str = "none"  # none; torch: PyTorch's profiler; nsys: NVIDIA Nsight Systems
-    start_step: int = 10  # first profiled step, counted from 0; the one before it warms the profiler up
-    end_step: int = 12  # last profiled step
-    ranks: list[int] = field(default_factory=lambda: [0])
+    kind: str = choice("none", "torch", "nsys")  # torch: PyTorch's profiler; nsys: NVIDIA Nsight Systems
+    # First profiled step, counted from 0; the one before it warms the profiler up.
+    start_step: int = number(10, least=0, most=10**9)
+    end_step: int = number(12, least=0, most=10**9)  # last profiled step
+    ranks: list[int] = field(default_factory=lambda: [0], metadata={"least": 0, "most": 10**9})
     # kind=torch; each makes the trace larger and the profiled steps slower
     record_shapes: bool = False
     with_stack: bool = False  # Python's call stacks
@@ -269,9 +295,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     launch: Launch = Launch.run
-    stage_path: str = MISSING
+    stage_path: str = field(default=MISSING, metadata=PATH)
     results_version: str = MISSING
-    total_tokens: float = 1e12  # the budget behind "days to train"
+    total_tokens: float = number(1e12, above=0)  # the budget behind "days to train"
 
     @property
     def world_size(self) -> int:
@@ -318,6 +344,11 @@ class TrainConfig:
         return self.gpu.device == "cuda" and o.use_distributed_optimizer and not self.precision.fp8_param_gather
 
     @property
+    def architecture(self) -> Architecture:
+        """The sizes that decide the number of parameters and the FLOPs."""
+        return Architecture(**{size.name: getattr(self.model, size.name) for size in fields(Architecture)})
+
+    @property
     def padded_vocab_size(self) -> int:
         """Vocabulary as Megatron lays it out: padded so that each tensor-parallel rank gets an equal, aligned share."""
         multiple = self.model.make_vocab_size_divisible_by * self.model.tensor_model_parallel_size
@@ -345,20 +376,13 @@ def weak_scaling_batch(sequences: int, per_gpus: int, num_nodes: int, devices: i
 
 
 def default_stage_path() -> str:
-    """`STAGE_PATH`, or `outputs` where it is not set or empty; absolute."""
-    return os.path.abspath(os.environ.get("STAGE_PATH") or "outputs")
+    """Return `STAGE_PATH`, or `outputs` if it is not set or empty; absolute."""
+    return absolute(os.environ.get("STAGE_PATH") or "outputs")
 
 
-@functools.cache
-def temporary_folder() -> str:
-    """A folder that is removed when this process ends: for what Hydra's sweeper writes before it asks our launcher."""
-    import atexit
-    import shutil
-    import tempfile
-
-    folder = tempfile.mkdtemp(prefix="nemo-bench-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def absolute(path: str) -> str:
+    """Return the path as any working folder reads it, with `~` expanded; an empty one stays empty."""
+    return path and str(Path(os.path.expanduser(path)).absolute())
 
 
 def register() -> None:
@@ -367,14 +391,22 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     OmegaConf.register_new_resolver("weak_scaling_batch", weak_scaling_batch, replace=True)
     OmegaConf.register_new_resolver("default_stage_path", default_stage_path, replace=True)
-    OmegaConf.register_new_resolver("temporary_folder", temporary_folder, replace=True)
 
 
 register()
 
 
+def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Give every field of a configuration, sections before what they hold: its key, its owner, the field."""
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        yield prefix + setting.name, config, setting
+        if is_dataclass(value):
+            yield from settings(value, f"{prefix}{setting.name}.")
+
+
 def typed_as(schema: type[T], cfg: DictConfig) -> T:
-    """The composed configuration as an object of its schema, every interpolation resolved.
+    """Return the composed configuration as an object of its schema: interpolations resolved, paths absolute.
 
     Raises:
         omegaconf.errors.OmegaConfBaseException: an unknown key, a wrong type, or a value that is missing.
@@ -387,6 +419,10 @@ def typed_as(schema: type[T], cfg: DictConfig) -> T:
     if getattr(result, "stage_path", None) == "":
         # Else ${stage_path}/data is a folder of the root.
         raise BenchError("stage_path is empty: it (or STAGE_PATH) must name a folder")
+    for _, owner, setting in settings(result):
+        value = getattr(owner, setting.name)
+        if setting.metadata.get("path") and value:
+            setattr(owner, setting.name, absolute(value) if isinstance(value, str) else [*map(absolute, value)])
     return result
 
 
@@ -400,13 +436,3 @@ def load(path: Any) -> TrainConfig:
     loaded = OmegaConf.load(path)
     assert isinstance(loaded, DictConfig)
     return typed(loaded)
-
-
-def quoted_path(path: str | Path) -> str:
-    """A path as the value of an override, read whole by Hydra's grammar whatever is in it."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    text = str(path)
-    if re.fullmatch(r"/[\w./:+@%-]*", text, re.ASCII):  # as it is, which reads better
-        return text
-    return QuotedString(text, Quote.single).with_quotes()

@@ -16,7 +16,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_bench.config import Launch, quoted_path, typed_as
+from nemo_bench.cli import quoted_path
+from nemo_bench.config import Launch, typed_as
 from nemo_bench.data import shard
 from nemo_bench.data.documents import format_of
 from nemo_bench.data.encoder import Backend, Encoder

@@ -39,7 +39,7 @@ def run_point(raw: DictConfig) -> None:
         ConfigurationRefused: with every problem that could be found; nothing was started or written.
         RunFailed: the run was started and did not complete.
     """
-    cfg = absolute_paths(typed(raw))
+    cfg = typed(raw)
     dry = cfg.launch is Launch.dry
     problems = configuration_problems(cfg) + entrypoint_of(cfg).problems(cfg)
     if not dry and cfg.cluster.scheduler == "none":
@@ -67,20 +67,6 @@ def run_point(raw: DictConfig) -> None:
     _run_here(cfg)
 
 
-def absolute_paths(cfg: TrainConfig) -> TrainConfig:
-    """The configuration with absolute paths: ranks, and whoever reads the record later, may stand in another folder."""
-
-    def absolute(path: str | None) -> str | None:
-        return None if path is None else str(Path(path).absolute())
-
-    cfg.stage_path = str(Path(cfg.stage_path).absolute())
-    cfg.data.folder, cfg.data.tokenizer = absolute(cfg.data.folder), absolute(cfg.data.tokenizer)
-    cfg.data.paths = [str(Path(path).absolute()) for path in cfg.data.paths]
-    cfg.checkpoint.resume_from = absolute(cfg.checkpoint.resume_from)
-    cfg.checkpoint.weights_from = absolute(cfg.checkpoint.weights_from)
-    return cfg
-
-
 def point_name(cfg: TrainConfig) -> str:
     """A point in a table's words: `70b fp8 128gpu`."""
     return f"{cfg.model.name} {cfg.precision.name} {cfg.world_size}gpu"
@@ -95,10 +81,8 @@ def results_dir(cfg: TrainConfig) -> Path:
 def plan(cfg: TrainConfig) -> str:
     """What a point is, in words: layout, batch, work, where its results go."""
     m, gpus = cfg.model, cfg.world_size
-    from nemo_bench.report.numbers import architecture, model_flops
-
-    parameters = flops.num_parameters(**architecture(cfg))
-    per_sequence = model_flops(cfg, flops.FlopsConvention.RECIPE)
+    parameters = cfg.architecture.num_parameters
+    per_sequence = cfg.architecture.flops_per_sequence(m.seq_length)
     tokens = m.seq_length * m.global_batch_size
     lines = [
         f"Llama 3.1 {m.name} ({parameters / 1e9:.3g}B parameters), {cfg.precision.name}, "

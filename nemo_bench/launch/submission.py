@@ -16,7 +16,7 @@ from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, Problem
 from nemo_bench.files import dated_name, write_json
 from nemo_bench.launch.batch_script import batch_script, job_name
-from nemo_bench.launch.point import absolute_paths, plan, point_name, prepare_data, results_dir
+from nemo_bench.launch.point import plan, point_name, prepare_data, results_dir
 from nemo_bench.record import folder as record
 
 
@@ -42,9 +42,7 @@ def submit_points(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) ->
         BenchError: a point is refused, by our checks (then none was submitted) or by the scheduler.
         RunFailed: with `wait`, a job did not complete.
     """
-    configs = []
-    for point in points:
-        configs.append(absolute_paths(typed(point.config)))
+    configs = [typed(point.config) for point in points]
     dry = any(cfg.launch is Launch.dry for cfg in configs)
     problems = {
         point.name: found

@@ -28,7 +28,7 @@ from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nemo_bench.errors import BenchError
-from nemo_bench.flops import pipeline_bubble
+from nemo_bench.flops import Architecture, pipeline_bubble
 from nemo_bench.report.profile import StepProfile
 from nemo_bench.report.statistics import Interval, StepTimes
 
@@ -233,7 +233,7 @@ class Run:
     global_batch_size: int | None
     seq_length: int | None
     layout: dict[str, int]
-    architecture: dict[str, int] | None
+    architecture: Architecture | None
     version: str | None
     entrypoint: str | None
     container: str | None

@@ -16,24 +16,6 @@ from nemo_bench.report.statistics import MIN_STEADY_STEPS, StepTimes
 LAST_LOSSES = 5
 
 
-def architecture(cfg: TrainConfig) -> flops.Architecture:
-    """The sizes that the FLOPs and the number of parameters follow from."""
-    m = cfg.model
-    return {
-        "num_layers": m.num_layers,
-        "hidden_size": m.hidden_size,
-        "ffn_hidden_size": m.ffn_hidden_size,
-        "num_attention_heads": m.num_attention_heads,
-        "num_query_groups": m.num_query_groups,
-        "vocab_size": m.vocab_size,
-    }
-
-
-def model_flops(cfg: TrainConfig, convention: flops.FlopsConvention) -> float:
-    """FLOPs a sequence of the configured model."""
-    return flops.model_flops(seq_length=cfg.model.seq_length, convention=convention, **architecture(cfg)).total
-
-
 def numbers_at(
     step_time_s: float,
     *,
@@ -52,7 +34,7 @@ def numbers_at(
     per_sequence, recipe, causal = None, None, None
     if sizes is not None:
         per_sequence, causal_flops = (
-            flops.model_flops(seq_length=seq_length, convention=convention, **sizes).total
+            sizes.flops_per_sequence(seq_length, convention)
             for convention in (flops.FlopsConvention.RECIPE, flops.FlopsConvention.CAUSAL)
         )
         recipe, causal = (
@@ -110,7 +92,7 @@ def rates(cfg: TrainConfig, measured_peaks: Sequence[float]) -> Rates:
         seq_length=cfg.model.seq_length,
         global_batch_size=cfg.model.global_batch_size,
         gpus=cfg.world_size,
-        sizes=architecture(cfg),
+        sizes=cfg.architecture,
         peak_tflops=peak,
         peak_source=None,
         total_tokens=cfg.total_tokens,

@@ -85,7 +85,12 @@ def losses(runs: Sequence[Run]) -> ET.Element | None:
 def _training(run: Run) -> list[tuple[str, str]]:
     """What a run's losses depend on, but for number formats and layouts."""
     optim = ("lr", "min_lr", "warmup_steps", "weight_decay", "adam_", "clip_grad")
-    sizes = ("seq_length", "global_batch_size", "init_method_std", *(run.architecture or ()))
+    sizes = (
+        "seq_length",
+        "global_batch_size",
+        "init_method_std",
+        *(vars(run.architecture) if run.architecture else ()),
+    )
     wanted = (
         *("data.", "checkpoint.resume_from", "checkpoint.weights_from", "trainer.seed", "trainer.max_steps"),
         *(f"model.optim.{key}" for key in optim),

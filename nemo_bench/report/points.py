@@ -248,7 +248,7 @@ def _numbers(final: Sequence[Run], step_time_s: float) -> model.Numbers | None:
         seq_length=run.seq_length,
         global_batch_size=run.global_batch_size,
         gpus=run.gpus,
-        sizes=run.architecture,  # type: ignore[arg-type]  # the same keys
+        sizes=run.architecture,
         peak_tflops=statistics.fmean(peaks) if peaks else None,
         peak_source=source,
         total_tokens=first.total_tokens,
@@ -303,7 +303,7 @@ def _other_work(run: Run, reference: Reference, published: ReferencePoint) -> li
     if run.seq_length is not None and run.seq_length != published.seq_length:
         found.append(f"seq_length={run.seq_length}, published {published.seq_length}")
     sizes = reference.architecture.get(published.model, {})
-    for key, value in (run.architecture or {}).items():
+    for key, value in (vars(run.architecture) if run.architecture else {}).items():
         if key in sizes and sizes[key] != value:
             found.append(f"{key}={value}, published {sizes[key]}")
     return found

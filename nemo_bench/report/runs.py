@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,7 @@ def architecture_of(model: dict[str, Any]) -> flops.Architecture:
     Raises:
         KeyError, TypeError, ValueError: one is missing, or no number.
     """
-    return {
-        "num_layers": int(model["num_layers"]),
-        "hidden_size": int(model["hidden_size"]),
-        "ffn_hidden_size": int(model["ffn_hidden_size"]),
-        "num_attention_heads": int(model["num_attention_heads"]),
-        "num_query_groups": int(model["num_query_groups"]),
-        "vocab_size": int(model["vocab_size"]),
-    }
+    return flops.Architecture(**{size.name: int(model[size.name]) for size in fields(flops.Architecture)})
 
 
 def options(group: str) -> list[str]:
@@ -102,8 +95,8 @@ def changed_sizes(run: Run) -> dict[str, int]:
     """The sizes in which the run's model is another than conf/model's of that name."""
     if run.architecture is None or run.model not in options("model"):
         return {}
-    named = architecture_of(_choice("model", run.model))
-    return {key: value for key, value in run.architecture.items() if named.get(key) != value}
+    named = vars(architecture_of(_choice("model", run.model)))
+    return {key: value for key, value in vars(run.architecture).items() if named[key] != value}
 
 
 def _choice(group: str, name: str) -> dict[str, Any]:
@@ -582,7 +575,7 @@ def _run(
         path=str(path),
         final=why_not is None,
         why_not_final=why_not,
-        architecture=dict(sizes.items()) if sizes else None,  # type: ignore[arg-type]
+        architecture=sizes,
         steps=Steps(
             step=tuple(series.steps),
             time_s=tuple(series.times),

@@ -6,8 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+from nemo_bench.cli import quoted_path
 from nemo_bench.cluster import jobs as command_jobs
-from nemo_bench.config import ComposedPoint, Launch, quoted_path, typed_as
+from nemo_bench.config import ComposedPoint, Launch, typed_as
 from nemo_bench.files import dated_name
 from nemo_bench.project import PROJECT
 from nemo_bench.stage.config import StageConfig

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nemo_bench.checks.configuration import count_gpus
-from nemo_bench.config import quoted_path
+from nemo_bench.cli import quoted_path
 from nemo_bench.record import folder as record
 
 

@@ -15,7 +15,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_bench.config import typed
-from nemo_bench.launch.point import absolute_paths
 from nemo_bench.record import folder as record
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.runs import load_run
@@ -66,7 +65,7 @@ class Launched:
         self.run_dir.mkdir()
         chosen = (*SMALL, "data=mock", "trainer.devices=2", "trainer.max_steps=3", "profile=nsys", "profile.ranks=[1]")
         with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-            cfg = absolute_paths(typed(compose("train", [*chosen, f"stage_path={stage}", *overrides])))
+            cfg = typed(compose("train", [*chosen, f"stage_path={stage}", *overrides]))
         text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
         record.RunFolder(self.run_dir).create(config_yaml=text, command=["test"], overrides=[], ranks=2)
         self.process = subprocess.Popen(

@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_bench import config
+from nemo_bench import cli, config
 from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.config import TrainConfig, typed
 
@@ -144,14 +144,14 @@ def test_vocabulary_is_padded_for_tensor_parallelism() -> None:
     ],
 )
 def test_a_quoted_path_is_read_as_it_was(path: str) -> None:
-    quoted = config.quoted_path(path)
-    cfg = composed(f"checkpoint.weights_from={quoted}", f"data.paths=[{quoted},{quoted}]")
+    quoted = cli.quoted_path(path)
+    cfg = compose("train", [f"checkpoint.weights_from={quoted}", f"data.paths=[{quoted},{quoted}]"])
     assert cfg.checkpoint.weights_from == path
     assert cfg.data.paths == [path, path]
 
 
 def test_a_plain_path_is_not_quoted() -> None:
-    assert config.quoted_path(Path("/data/my-llama_00")) == "/data/my-llama_00"
+    assert cli.quoted_path(Path("/data/my-llama_00")) == "/data/my-llama_00"
 
 
 def test_every_case_of_the_gpu_benchmark_passes_the_checks() -> None:

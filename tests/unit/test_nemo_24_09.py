@@ -24,7 +24,6 @@ from nemo_bench.config import TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of, nemo_24_09
 from nemo_bench.errors import ConfigurationRefused
 from nemo_bench.launch.batch_script import batch_script, rank_environment
-from nemo_bench.launch.point import absolute_paths
 
 PROJECT = Path(__file__).resolve().parents[2]
 GOLDEN = PROJECT / "tests" / "golden"
@@ -64,7 +63,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def composed(*overrides: str) -> TrainConfig:
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return absolute_paths(typed(compose("train", ["entrypoint=nemo_24_09", *overrides])))
+        return typed(compose("train", ["entrypoint=nemo_24_09", *overrides]))
 
 
 def run_dir(cfg: TrainConfig) -> Path:
