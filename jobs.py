@@ -1,4 +1,4 @@
-"""Lists submitted runs (Slurm's, and the background's of this machine), shows a log, cancels, resubmits (`--help`)."""
+"""Lists the jobs submitted to Slurm, shows a log, cancels, resubmits (`--help`)."""
 
 import argparse
 from pathlib import Path

@@ -179,6 +179,11 @@ def _configuration_error(error: Exception) -> str:
     missing = re.search(r"Could not find '([^']+)/([^'/]+)'", whole)
     if missing:
         group, option = missing.groups()
+        if (group, option) == ("hydra/launcher", "submitit_local"):
+            return (
+                "hydra/launcher=submitit_local no longer exists: leave it out; -m runs the points of a sweep in turn, "
+                "in the foreground\n  hydra/launcher=submitit_slurm submits them to Slurm"
+            )
         options = re.findall(r"^\t(?!provider=)(\S+)$", whole, re.MULTILINE)
         options.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", name)])
         return f"{group}={option}: there is no such {group}\n  valid: {', '.join(options)}"

@@ -1,4 +1,4 @@
-"""Hydra launchers: every point of a sweep a Slurm job of its own size, or one after the other on this machine.
+"""Hydra launcher: every point of a sweep is a Slurm job of its own size.
 
 Thin on purpose: Hydra executes the modules under hydra_plugins at every start, also for `--help`, so everything else is
 imported when a sweep is launched.
@@ -13,7 +13,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, open_dict
 
-# Whose points these are, by the script's name.
+# The function that submits the points of each script.
 SUBMITTERS = {
     "train": ("nemo_bench.launch.submission", "submit_points"),
     "prepare_data": ("nemo_bench.data.submission", "submit_preparations"),
@@ -23,8 +23,6 @@ SUBMITTERS = {
 
 class SlurmLauncher(Launcher):
     """`hydra/launcher=submitit_slurm`."""
-
-    to_slurm = True
 
     def __init__(self, wait: bool = False, **_: Any) -> None:
         self.wait = wait
@@ -47,18 +45,12 @@ class SlurmLauncher(Launcher):
                 del config["hydra"]
             points.append(ComposedPoint(config, task_overrides))
         module, submit = SUBMITTERS[self.config.hydra.job.name]
-        getattr(import_module(module), submit)(points, wait=self.wait, to_slurm=self.to_slurm)
+        getattr(import_module(module), submit)(points, wait=self.wait)
         return [_done(point.overrides) for point in points]
 
 
-class LocalLauncher(SlurmLauncher):
-    """`hydra/launcher=submitit_local`."""
-
-    to_slurm = False
-
-
 def _done(overrides: Sequence[str]) -> JobReturn:
-    """What Hydra's sweeper expects of a job: ours are submitted, or have raised already."""
+    """Return what Hydra's sweeper expects of a job: ours are submitted, or have raised an error already."""
     result = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
     result.return_value = None
     return result

@@ -44,12 +44,8 @@ class CommandJob:
         return self.exit_code is not None
 
 
-def require_slurm(cluster: ClusterConfig, *, to_slurm: bool) -> None:
-    """Raises BenchError where these jobs cannot be submitted as configured."""
-    if not to_slurm:
-        raise BenchError(
-            "without a launcher it runs on this machine; hydra/launcher=submitit_slurm submits it to Slurm"
-        )
+def require_slurm(cluster: ClusterConfig) -> None:
+    """Raise BenchError if these jobs cannot be submitted as configured."""
     if cluster.scheduler != "slurm":
         raise BenchError(f"cluster={cluster.name}: hydra/launcher=submitit_slurm needs cluster=slurm")
 

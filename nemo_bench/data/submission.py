@@ -40,14 +40,14 @@ class _Preparation:
     shards: list[Shard] = field(default_factory=list)
 
 
-def submit_preparations(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) -> None:
+def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
     """Submits what is missing of all points, once all were checked, and follows the jobs where `wait` is set.
 
     Raises:
         BenchError: a point cannot work (then nothing was submitted), or the scheduler refuses.
         RunFailed: a job did not complete.
     """
-    preparations = [_checked(point, to_slurm=to_slurm) for point in points]
+    preparations = [_checked(point) for point in points]
     repeated = [
         prefix for prefix, count in Counter(t.prefix for p in preparations for t in p.tasks).items() if count > 1
     ]
@@ -72,9 +72,9 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool, to_slurm: bo
         print(summary(p.cfg, p.tasks, p.results + made))
 
 
-def _checked(point: ComposedPoint, *, to_slurm: bool) -> _Preparation:
+def _checked(point: ComposedPoint) -> _Preparation:
     cfg = absolute_paths(typed_as(PreparationConfig, point.config))
-    command_jobs.require_slurm(cfg.cluster, to_slurm=to_slurm)
+    command_jobs.require_slurm(cfg.cluster)
     if cfg.action is not Action.prepare:
         raise BenchError(f"{cfg.action.name} needs no job: leave hydra/launcher=... out")
     if cfg.data.kind != "megatron":

@@ -18,7 +18,6 @@ from nemo_bench.cluster import slurm
 from nemo_bench.config import load
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import write_json
-from nemo_bench.launch import background
 from nemo_bench.launch.diagnosis import diagnose
 from nemo_bench.launch.point import point_name
 from nemo_bench.record import folder as record
@@ -59,7 +58,7 @@ def submitted_runs(stage: Path) -> list[Path]:
     for path in stage.glob(f"results/*/*/*/*/*/{record.JOB}"):
         try:
             job = record.RunFolder(path.parent).job()
-            number = [int(part) for part in job["id"].removeprefix(background.JOB_PREFIX).split(".")]
+            number = [int(part) for part in job["id"].split("_")]
             order[path.parent] = (job["submitted_at"], number)
         except (OSError, ValueError, KeyError) as error:
             print(f"left out: {path}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -69,7 +68,7 @@ def submitted_runs(stage: Path) -> list[Path]:
 def look(run_dirs: list[Path]) -> list[Job]:
     """How these runs stand now."""
     jobs = {run_dir: record.RunFolder(run_dir).job() for run_dir in run_dirs}
-    states = slurm.states(job["id"] for job in jobs.values() if not job["id"].startswith(background.JOB_PREFIX))
+    states = slurm.states(job["id"] for job in jobs.values())
     found = []
     for run_dir, job in jobs.items():
         try:
@@ -85,9 +84,7 @@ def _job(run_dir: Path, job: dict[str, Any], states: dict[str, str]) -> Job:
     step, step_time_s = _last_step(run_dir)
     status = record.RunFolder(run_dir).status()
     state = states.get(job_id)
-    if job_id.startswith(background.JOB_PREFIX):
-        state = background.state(job, status)
-    elif state is None:
+    if state is None:
         # Slurm has forgotten it: what the batch script left counts.
         state = {"completed": "COMPLETED", "failed": "FAILED", "killed": "FAILED"}.get(status.state, slurm.UNKNOWN)
     elif state == "PREEMPTED" and cfg.checkpoint.every_n_steps is not None:
@@ -243,17 +240,13 @@ def log_text(run_dir: Path) -> str:
 
 
 def cancel(run_dirs: list[Path]) -> list[str]:
-    """Cancels the jobs that are still active and returns their ids; on this machine, with what waits behind them.
+    """Cancels the jobs that are still active and returns their ids.
 
     Raises:
         BenchError: scancel refused.
     """
     active = [job for job in look(run_dirs) if not job.ended]
-    slurms = [job.job_id for job in active if not job.job_id.startswith(background.JOB_PREFIX)]
-    slurm.scancel(slurms)
-    for job in active:
-        if job.job_id not in slurms:
-            background.cancel(record.RunFolder(job.run_dir).job())
+    slurm.scancel([job.job_id for job in active])
     return [job.job_id for job in active]
 
 
@@ -266,10 +259,6 @@ def resubmit(run_dir: Path) -> Any:
     from nemo_bench.launch.submission import submit_run
 
     (job,) = look([run_dir])
-    if job.job_id.startswith(background.JOB_PREFIX):
-        raise BenchError(
-            f"{job.job_id} ran on this machine: `{record.RunFolder(run_dir).read()['command']}` runs it again"
-        )
     if not job.ended:
         raise BenchError(f"job {job.job_id} is {job.state}: cancel it first (python jobs.py cancel {job.job_id})")
     old = record.RunFolder(run_dir).read()
@@ -293,7 +282,5 @@ def to_resubmit(stage: Path) -> list[Path]:
     return [
         job.run_dir
         for job in look(submitted_runs(stage))
-        if job.state in slurm.FAILURES
-        and not job.job_id.startswith(background.JOB_PREFIX)
-        and "resubmitted_as" not in record.RunFolder(job.run_dir).job()
+        if job.state in slurm.FAILURES and "resubmitted_as" not in record.RunFolder(job.run_dir).job()
     ]

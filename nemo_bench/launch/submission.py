@@ -1,4 +1,4 @@
-"""A sweep's points to Slurm, or to the background of this machine: all checked before any is submitted."""
+"""Submit the points of a sweep to Slurm: all are checked before any is submitted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_bench.checks.configuration import configuration_problems, machine_problems, stage_problems
+from nemo_bench.checks.configuration import configuration_problems, stage_problems
 from nemo_bench.cluster import slurm
 from nemo_bench.config import ComposedPoint, Launch, TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of
@@ -33,10 +33,10 @@ class SubmittedJob:
     log: str
 
 
-def submit_points(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) -> None:
+def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     """Checks all points, then submits them (launch=run) or prints what would be submitted (launch=dry).
 
-    To Slurm each point goes as a job of its own; on this machine one background process runs them in turn.
+    Each point is a job of its own.
 
     Raises:
         BenchError: a point is refused, by our checks (then none was submitted) or by the scheduler.
@@ -44,18 +44,14 @@ def submit_points(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) ->
     """
     configs = [typed(point.config) for point in points]
     dry = any(cfg.launch is Launch.dry for cfg in configs)
-    problems = {
-        point.name: found
-        for point, cfg in zip(points, configs)
-        if (found := _problems(cfg, dry=dry, to_slurm=to_slurm))
-    }
+    problems = {point.name: found for point, cfg in zip(points, configs) if (found := _problems(cfg, dry=dry))}
     if problems:
         raise BenchError(_all_problems(problems, len(points)))
     if dry:
         for point, cfg in zip(points, configs):
             _print_dry(point, cfg)
         return
-    if to_slurm and not slurm.have_sbatch():
+    if not slurm.have_sbatch():
         raise BenchError(
             "sbatch is not on this machine: submit from a login node of the cluster.\n"
             "launch=dry prints the scripts; scale=local runs here"
@@ -63,7 +59,7 @@ def submit_points(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) ->
     for line in dict.fromkeys(line for cfg in configs if (line := prepare_data(cfg))):
         print(line)
     folder = Path(configs[0].stage_path) / "submissions" / dated_name()
-    jobs = _submit_all(points, configs, folder) if to_slurm else _start_all(points, configs, folder)
+    jobs = _submit_all(points, configs, folder)
     from nemo_bench.report.terminal import make_console
 
     console = make_console()
@@ -77,27 +73,19 @@ def submit_points(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) ->
         console.print("python jobs.py lists them, shows a log, cancels and resubmits", highlight=False)
 
 
-def _problems(cfg: TrainConfig, *, dry: bool, to_slurm: bool) -> list[Problem]:
+def _problems(cfg: TrainConfig, *, dry: bool) -> list[Problem]:
     found = configuration_problems(cfg) + entrypoint_of(cfg).problems(cfg)
-    if (cfg.cluster.scheduler == "slurm") != to_slurm:
+    if cfg.cluster.scheduler != "slurm":
         found.append(
             Problem(
                 "cluster",
                 cfg.cluster.name,
-                "hydra/launcher=submitit_slurm submits to Slurm"
-                if to_slurm
-                else "hydra/launcher=submitit_local runs on this machine",
-                "the value that works: slurm (scale=local brings cluster=local: name cluster=slurm too)"
-                if to_slurm
-                else "the value that works: local",
+                "hydra/launcher=submitit_slurm submits to Slurm",
+                "the value that works: slurm (scale=local brings cluster=local: name cluster=slurm too)",
             )
         )
     # launch=dry also serves to plan on a laptop, where no stage folder and no GPU is.
-    if dry:
-        return found
-    if to_slurm:
-        return found + stage_problems(cfg)
-    return found + machine_problems(cfg) + entrypoint_of(cfg).machine_problems(cfg)
+    return found if dry else found + stage_problems(cfg)
 
 
 def _all_problems(problems: dict[str, list[Problem]], points: int) -> str:
@@ -145,20 +133,6 @@ def _submit_all(points: list[ComposedPoint], configs: list[TrainConfig], folder:
     finally:
         if jobs:
             _write_jobs(folder, jobs)
-    return jobs
-
-
-def _start_all(points: list[ComposedPoint], configs: list[TrainConfig], folder: Path) -> list[SubmittedJob]:
-    from nemo_bench.launch import background
-
-    run_dirs = [_new_run(point, cfg) for point, cfg in zip(points, configs)]
-    ids = background.start(run_dirs, folder)
-    started = record.process_start(background.pid(ids[0]))
-    jobs = []
-    for point, cfg, run_dir, job_id in zip(points, configs, run_dirs, ids):
-        record.RunFolder(run_dir).set_job(job_id, started=started)
-        jobs.append(_submitted(cfg, run_dir, point.overrides, job_id))
-    _write_jobs(folder, jobs)
     return jobs
 
 

@@ -152,10 +152,6 @@ class RunFolder:
                 file.write(json.dumps(content, indent=2) + "\n")
                 file.truncate()
 
-    def set_running(self) -> None:
-        """Record that this process runs a submitted run."""
-        write_json(self.path / RUN, {**self.read(), "launcher": _this_process(), "status": asdict(Status("running"))})
-
     def set_killed_with_launcher(self) -> None:
         """Record that the process that launched the run is gone, unless an end is recorded already."""
         if self.read()["status"]["state"] == "running":

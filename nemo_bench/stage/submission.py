@@ -19,7 +19,7 @@ LOGS = "results.stage_setup"
 _SUBMISSION_KEYS = ("cluster", "launch")
 
 
-def submit_stage(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) -> None:
+def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
     """Submits the command of each point, and follows the jobs to their end where `wait` is set.
 
     HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.
@@ -30,7 +30,7 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool, to_slurm: bool) -> 
     """
     configs = [typed_as(StageConfig, point.config) for point in points]
     for cfg in configs:
-        command_jobs.require_slurm(cfg.cluster, to_slurm=to_slurm)
+        command_jobs.require_slurm(cfg.cluster)
         require_stage_folder(_stage(cfg))
     commands = [_command(cfg, point.overrides) for cfg, point in zip(configs, points)]
     if any(cfg.launch is Launch.dry for cfg in configs):

@@ -50,7 +50,6 @@ from nemo_bench.config import load
 from nemo_bench.launch import point
 from nemo_bench.record import folder as record
 run_dir = Path(sys.argv[1])
-record.RunFolder(run_dir).set_running()
 point.execute(load(run_dir / record.CONFIG), run_dir, lambda: None)
 """
 

@@ -26,6 +26,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
         ("launch=fast", "run, dry"),
         ("model=[", "model=["),
         ("experiment=llama31_70b_bf16_65gpu", "llama31_70b_bf16_64gpu"),
+        ("hydra/launcher=submitit_local", "-m runs the points of a sweep in turn, in the foreground"),
     ],
 )
 def test_bad_input_gets_one_message_and_exit_code_2(train_cli: Cli, override: str, expected: str) -> None:
