@@ -7,12 +7,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: train test test-nemo-1 lint setup clean
+.PHONY: train test test-nemo-1 light lint setup clean
 
 train: $(STAMP)
 	$(BIN)/python train.py
+	@echo '`source $(BIN)/activate` gives you this environment for the other commands of the README.'
 
-test: $(STAMP) lint
+test: $(STAMP) build/light/.complete lint
 	$(BIN)/python -m pytest
 
 # NeMo 2.0.0, of the container that entrypoint=nemo_24_09 runs in, in an environment of its own.
@@ -21,6 +22,14 @@ test-nemo-1: $(STAMP) build/nemo-1/.complete
 
 build/nemo-1/.complete: tests/nemo_24_09/environment.sh tests/nemo_24_09/requirements.txt
 	tests/nemo_24_09/environment.sh build/nemo-1 $(PYTHON)
+	touch $@
+
+# What a login node needs: no torch, no NeMo. A test checks points, prepares data and reports with it.
+light: build/light/.complete
+
+build/light/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv build/light
+	build/light/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
 lint: $(STAMP)
@@ -33,10 +42,11 @@ setup: $(STAMP)
 # torch goes first and alone: a range in another package's needs could bring a second, larger build of it.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is needed, and {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)")'
-	@echo 'Setting up $(VENV): torch, NeMo and Megatron take some minutes to install.'
+	@echo 'Setting up $(VENV): installing torch (up to some minutes) ...'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo 'Setting up $(VENV): installing NeMo and Megatron (1 to 5 minutes) ...'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	touch $(STAMP)
 
 clean:
