@@ -345,7 +345,7 @@ def _make(task: ShardTask, encoder: Encoder, progress: Progress, report: Callabl
             path.unlink(missing_ok=True)
     if task.is_url and not task.keep_download:
         # Only now: all that was made from it is verified and in place.
-        _forget_download(source)
+        source.unlink(missing_ok=True)
     return ShardResult(str(prefix), "made", info.documents, info.tokens, counts.text_bytes, seconds, dict(counts.bad))
 
 
@@ -356,27 +356,19 @@ def _fetch(task: ShardTask, progress: Progress, report: Callable[[str], None]) -
         if not path.is_file():
             raise BenchError(f"{path} is not there: correct sources=[...], files or URLs of {', '.join(FORMATS)}")
         return path, {"path": task.source, "size_bytes": path.stat().st_size}
-    from nemo_bench.data.download import download
+    from nemo_bench.data.fetch import fetch
 
     url, fragment = urldefrag(task.source)
     progress("downloading")
-    done = download(
+    sha256 = fetch(
         url,
         task.download_path,
         sha256=fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None,
-        token=_token_for(task.source),
         progress=lambda done_bytes, total_bytes: progress("downloading", done_bytes, total_bytes),
         report=report,
     )
-    return done.path, {"url": done.url, "size_bytes": done.size_bytes, "sha256": done.sha256}
-
-
-def _token_for(url: str) -> str | None:
-    """The Hugging Face token for that host's URLs; nobody else's business."""
-    from nemo_bench.data.remote import default_token
-
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    return default_token() if urlsplit(url)[:2] == urlsplit(hub)[:2] else None
+    path = task.download_path
+    return path, {"url": task.shown, "size_bytes": path.stat().st_size, "sha256": sha256}
 
 
 def download_name(url: str) -> str:
@@ -423,15 +415,6 @@ def _remove_leftovers(prefix: Path, process: str = "*") -> None:
     for dots in (".", ".."):  # the writer puts a dot of its own before a file that it is writing
         for path in prefix.parent.glob(f"{dots}{glob.escape(prefix.name)}.building-{process}-*"):
             path.unlink(missing_ok=True)
-
-
-def _forget_download(path: Path) -> None:
-    """Deletes a download with what is beside it, unless another process is at work on it."""
-    with contextlib.suppress(BlockingIOError), locked(path.parent / f".{path.name}.lock", "", None):
-        path.unlink(missing_ok=True)
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-            if not leftover.name.endswith(".lock"):
-                leftover.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:

