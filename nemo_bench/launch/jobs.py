@@ -222,9 +222,10 @@ def log_text(run_dir: Path) -> str:
     if errors or record.RunFolder(run_dir).status().state == "failed":
         # A rank that a signal ended left no error: which one it was, its log may tell.
         first = errors[0] if errors else None
-        found = diagnose(load(run_dir / record.CONFIG), run_dir, int(first["rank"]) if first else None, first)
-        if found is not None and not (parts and found in parts[-1]):
-            parts.append(found)
+        rank = int(first["rank"]) if first else None
+        diagnosis = diagnose(load(run_dir / record.CONFIG), record.RunFolder(run_dir), rank, first)
+        headline = [diagnosis.headline] if not parts or diagnosis.headline not in parts[-1] else []
+        parts.append("\n".join([*headline, *diagnosis.advice]))
     logs = sorted(run_dir.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     failed = [int(error["rank"]) for error in errors]
     logs += [record.RunFolder(run_dir).log(rank) for rank in (failed or [0])]

@@ -235,24 +235,25 @@ def _record_failure(cfg: TrainConfig, run_dir: Path, outcome: Outcome) -> str:
     if first is not None:
         rank = int(first["rank"])
     refused = first is not None and first["type"] == BenchError.__name__
-    headline, *advice = (diagnose(cfg, run_dir, rank, first) or "").splitlines() or [""]
+    diagnosis = diagnose(cfg, record.RunFolder(run_dir), rank, first)
+    headline = diagnosis.headline
     if exit_code < 0:
         state = "killed"
         reason = f"killed by {signal.Signals(-exit_code).name}"
-        if headline:
-            reason += f": {headline}"
+        if diagnosis.cause:
+            reason += f": {diagnosis.cause}"
         elif -exit_code == signal.SIGKILL:
             reason += " (from outside, or by the kernel for want of memory: `dmesg` says)"
     elif first is not None:
         lines = str(first["message"]).strip().splitlines() or [""]
-        reason = headline if refused else f"{first['type']}: {headline or lines[0]}"
+        reason = headline if refused else f"{first['type']}: {diagnosis.cause or lines[0]}"
     else:
         reason = f"exit status {exit_code}" + (f": {headline}" if headline else "")
     if shutil.disk_usage(run_dir).free < FULL_DISK_BYTES:
         # Said by whoever looks, since a rank may have had no room left to say it.
         reason = f"no space left on the disk of {cfg.stage_path}: free some, or set STAGE_PATH ({reason})"
     record.RunFolder(run_dir).set_status(record.Status(state, exit_code=exit_code, reason=reason, rank=rank))
-    message = [f"rank {rank} of {cfg.world_size} failed: {reason}", *(f"  {line}" for line in advice)]
+    message = [f"rank {rank} of {cfg.world_size} failed: {reason}", *(f"  {line}" for line in diagnosis.advice)]
     if not refused:
         log = record.RunFolder(run_dir).log(rank)
         message += [f"the last lines of {log}:", *(f"  | {line}" for line in record.tail(log, LOG_TAIL_LINES))]

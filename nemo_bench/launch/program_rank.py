@@ -1,7 +1,7 @@
 """One rank of a program that is not ours: `python program_rank.py RUN_FOLDER [--on-ranks 0,8 PREFIX... --] COMMAND...`.
 
 Rank 0 writes the machine's record first; then the command runs with this process's environment, its output and its exit
-status. Called by path, not as a module: inside a container the program keeps the import path that its image gives it.
+status. It is called by path, not as a module: inside a container the program keeps the image's import path.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from nemo_bench.cluster import lifeline  # noqa: E402
-from nemo_bench.record import folder as record  # noqa: E402
+from nemo_bench.record.first_error import error_in  # noqa: E402
+from nemo_bench.record.folder import PROFILE, EventLog, RunFolder  # noqa: E402
 from nemo_bench.record.node import write_node  # noqa: E402
-from nemo_bench.report import logs  # noqa: E402
 
 
 class ProgramError(Exception):
-    """The program ended with an exit status; the message is what its log says last of an error."""
+    """The program ended with an exit status; the message is the first error of its log."""
 
 
-def main(run_dir: Path, command: list[str]) -> int:
-    """Runs the command and returns its exit status; ends by the signal that ended it.
+def main(run: RunFolder, command: list[str]) -> int:
+    """Run the command and return its exit status; end by the signal that ended it.
 
     `--on-ranks` puts a profiler's command line in front of it on some ranks, with their number for `{rank}`.
     """
@@ -36,38 +36,30 @@ def main(run_dir: Path, command: list[str]) -> int:
         end = command.index("--")
         ranks, prefix, command = command[1].split(","), command[2:end], command[end + 1 :]
         if str(rank) in ranks:
-            (run_dir / record.PROFILE).mkdir(exist_ok=True)
+            (run.path / PROFILE).mkdir(exist_ok=True)
             command = [word.replace("{rank}", str(rank)) for word in prefix] + command
-    lifeline.watch(lambda: record.RunFolder(run_dir).set_killed_with_launcher())
-    events = record.EventLog(record.RunFolder(run_dir), enabled=rank == 0)
+    lifeline.watch(run.set_killed_with_launcher)
+    events = EventLog(run, enabled=rank == 0)
     if rank == 0:
-        write_node(run_dir)
+        write_node(run.path)
     events.write("importing")
     try:
         status = subprocess.call(command)
     except OSError as error:  # the program, or the profiler in front of it, is not there
         print(error, flush=True)
-        record.RunFolder(run_dir).write_rank_error(rank, error)
+        run.write_rank_error(rank, error)
         return 1
     if status < 0:
         with contextlib.suppress(OSError):  # SIGKILL has no other handler
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     if status:
-        record.RunFolder(run_dir).write_rank_error(
-            rank, ProgramError(_last_error(record.RunFolder(run_dir).log(rank), status))
-        )
+        error_in_log = error_in(run.log(rank))
+        run.write_rank_error(rank, ProgramError(error_in_log.line if error_in_log else f"exit status {status}"))
     else:
         events.write("done")
     return status
 
 
-def _last_error(log: Path, status: int) -> str:
-    with contextlib.suppress(OSError):
-        if said := logs.read_log(log).last_error:
-            return said
-    return f"exit status {status}"
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(RunFolder(Path(sys.argv[1])), sys.argv[2:]))

@@ -37,8 +37,8 @@ def test_another_rank_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_exit_status_and_the_last_error_of_the_log_are_kept(tmp_path: Path) -> None:
-    record.RunFolder(tmp_path).log(2).write_text("ImportError: no apex\nValueError: bad table\nbye\n")
+def test_the_exit_status_and_the_first_error_of_the_log_are_kept(tmp_path: Path) -> None:
+    record.RunFolder(tmp_path).log(2).write_text("starting\nValueError: bad table\nRuntimeError: closed\n")
     assert wrapped(tmp_path, "exit 7", rank="2").wait(60) == 7
     (error,) = record.RunFolder(tmp_path).rank_errors()
     assert (error["rank"], error["type"], error["message"]) == (2, "ProgramError", "ValueError: bad table")

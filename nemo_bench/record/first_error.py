@@ -1,0 +1,112 @@
+"""The first error in a run's logs: its own line, and the log it stands in.
+
+This module needs the standard library only: it runs inside nemo:24.09, with Python 3.10.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_bench.record.folder import RunFolder
+
+# An error stands near the end of a log, before the stack traces that it causes.
+READ_BYTES = 1 << 20
+# A requeued job goes on in the file of its earlier start.
+_EARLIER_START = re.compile(r"(?s)\A.*CANCELLED AT \S+ DUE TO (?:PREEMPTION|JOB REQUEUE)[^\n]*\n(?=.*\S)")
+_LABEL = re.compile(r"^(?:\[rank\d+\]: ?|\d+: )")  # torch's and srun --label's, before each line of a traceback
+_TRACEBACK = "Traceback (most recent call last)"
+_CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
+_ERROR = re.compile(
+    r"\b(?:srun|slurmstepd|slurmd|sbatch): (?:error|fatal): |srun: unrecognized option|\[ERROR\]"
+    r"|(?:^|\()[\w.]*(?:Error|Exception): |\[E\d+ .*\]|NCCL WARN|CUDA error|Cuda failure|Fatal Python error"
+    r"|terminate called|Segmentation fault|\*\*\* JOB .* CANCELLED|PMIX ERROR|\bexpecting \d+ got \d+"
+    r"|: command not found|: No such file or directory|: Permission denied|No space left on device"
+)
+# What Slurm says of the other ranks once one has failed.
+_CONSEQUENCE = re.compile(
+    r"error: \S+: tasks? [\d,-]+: |error: \*\*\* STEP|Job step aborted|Terminating (?:StepId|job step)|Terminated"
+)
+# The first task that ended was killed: the exceptions of all other ranks are consequences.
+_KILLED = re.compile(
+    r"(?s)\A(?:(?!\*\*\* (?:JOB|STEP)|error: \S+: tasks? [\d,-]+: ).)*?"
+    r"(?P<line>[^\n]*error: \S+: tasks? [\d,-]+: (?:Killed|Out Of Memory)[^\n]*)"
+)
+_TASK = re.compile(r"error: \S+: tasks? (\d+)")
+
+
+@dataclass(frozen=True)
+class FirstError:
+    """An error, the log it stands in, and what the log says from there on."""
+
+    log: Path
+    line: str
+    text: str
+    killed: bool = False  # Slurm saw a rank killed before any other ended
+
+
+def first_error(run: RunFolder, rank: int | None = None) -> FirstError | None:
+    """Return the first error in the logs of a failed run; None if they have none.
+
+    Args:
+        run: its folder.
+        rank: the rank that failed first, whose log is read first; None if that is not known: then Slurm's comes first.
+    """
+    job_logs = sorted(run.path.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)[-1:]
+    job_text = read_end(job_logs[0]) if job_logs else ""
+    if killed := _KILLED.search(job_text):
+        return FirstError(job_logs[0], killed["line"], job_text[killed.start("line") :], killed=True)
+    if rank is None and (task := _TASK.search(job_text)):
+        rank_logs = _rank_logs(run, int(task[1]))
+    else:
+        rank_logs = _rank_logs(run, rank or 0)
+    logs = job_logs + rank_logs if rank is None else rank_logs[:1] + job_logs + rank_logs[1:]
+    consequence = None
+    for log in logs:
+        error = error_in(log)
+        if error is not None and not _CONSEQUENCE.search(error.line):
+            return error
+        consequence = consequence or error
+    return consequence
+
+
+def _rank_logs(run: RunFolder, first: int) -> list[Path]:
+    return sorted(run.path.glob("rank*.out"), key=lambda path: (path != run.log(first), len(path.name), path.name))
+
+
+def read_end(path: Path) -> str:
+    """Return the end of a log: of a requeued job, what its last start said."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - READ_BYTES))
+        return _EARLIER_START.sub("", file.read().decode("utf-8", errors="replace"))
+
+
+def error_in(log: Path) -> FirstError | None:
+    """Return the first error of one log: its last traceback's exception, else the first line that reads like one."""
+    lines = read_end(log).splitlines() if log.exists() else []
+    number = _exception(lines)
+    if number is None:
+        errors = [number for number, line in enumerate(lines) if _ERROR.search(line)]
+        causes = [number for number in errors if not _CONSEQUENCE.search(lines[number])]
+        number = next(iter(causes or errors), None)
+    if number is None:
+        return None
+    return FirstError(log, _LABEL.sub("", lines[number]).strip(), "\n".join(lines[number:]))
+
+
+def _exception(lines: list[str]) -> int | None:
+    """Return the number of the line that names the last traceback's exception, or the one that it was caused by."""
+    exception, in_traceback, chained = None, False, False
+    for number, labelled in enumerate(lines):
+        line = _LABEL.sub("", labelled)
+        if _TRACEBACK in line:
+            in_traceback = True
+            if not chained:
+                exception = None
+        elif in_traceback and line.strip() and not line[0].isspace():
+            in_traceback = chained = False
+            exception = number if exception is None else exception
+        elif line.startswith(_CHAINED):
+            chained = True
+    return exception

@@ -1,0 +1,214 @@
+"""Failed runs by their logs: the first error and its file, and the known causes that a user can add to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from nemo_bench.config import TrainConfig, typed
+from nemo_bench.launch.causes import CAUSES, read_causes
+from nemo_bench.launch.diagnosis import Diagnosis, diagnose
+from nemo_bench.record.first_error import first_error
+from nemo_bench.record.folder import RunFolder
+
+PROJECT = Path(__file__).resolve().parents[2]
+BOOST = "[NeMo W 2026-11-18 20:22:20 nemo_logging:393] error_if_no_checkpoint: false\n"
+TRACEBACK = 'Traceback (most recent call last):\n  File "rank.py", line 3, in <module>\n    train(cfg)\n'
+# What srun adds once a rank has failed.
+AFTER = (
+    "srun: error: n1: task 0: Exited with exit code 1\nsrun: Terminating StepId=12.0\n"
+    "slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-11-28T10:00:00 ***\n"
+)
+
+# A log, what it says, and a part of the cause that is named for it.
+KNOWN = [
+    (
+        "rank0.out",
+        "slurmstepd: error: execve(): /opt/venv/bin/python: No such file or directory",
+        "/opt/venv/bin/python",
+    ),
+    ("slurm-12.out", "slurmstepd: error: pyxis: failed to import docker image: nvcr.io/x:1", "imported: nvcr.io/x:1"),
+    (
+        "slurm-12.out",
+        "slurmstepd: error: pyxis: failed to create container filesystem for image: /lustre/a.sqsh",
+        "imported: /lustre/a.sqsh",
+    ),
+    (
+        "slurm-12.out",
+        "slurmstepd: error: pyxis: --container-mounts: source path does not exist: /data",
+        "the node does not have /data",
+    ),
+    ("slurm-12.out", "srun: unrecognized option '--container-image=/lustre/a.sqsh'", "starts no containers"),
+    (
+        "slurm-12.out",
+        "srun: error: Unable to create step for job 12: Invalid generic resource (gres) specification",
+        "srun asks for other GPUs than the job has",
+    ),
+    (
+        "slurm-12.out",
+        "srun: error: Unable to create step for job 12: Requested node configuration is not available",
+        "could not start the ranks: Requested node",
+    ),
+    (
+        "slurm-12.out",
+        "srun: error: Couldn't find the specified plugin name for mpi/pmix looking at all files",
+        "no MPI plugin pmix",
+    ),
+    ("slurm-12.out", "PMIX ERROR: UNREACHABLE in file client/pmix_client.c at line 224", "PMIx"),
+    (
+        "slurm-12.out",
+        "slurmstepd: error: Detected 2 oom_kill events in StepId=12.0. Some of the step tasks have been OOM Killed.",
+        "out of the node's memory",
+    ),
+    ("slurm-12.out", "srun: error: n1: tasks 1-3: Out Of Memory", "out of the node's memory"),
+    ("slurm-12.out", "srun: error: n2: task 1: Killed", "rank 1 on n2 was killed"),
+    (
+        "slurm-12.out",
+        "slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-11-28T10:00:00 DUE TO TIME LIMIT ***",
+        "time limit",
+    ),
+    (
+        "slurm-12.out",
+        "slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-11-28T10:00:00 DUE TO NODE FAILURE, SEE SLURMCTLD LOG",
+        "a node of the job failed",
+    ),
+    (
+        "rank0.out",
+        "/usr/bin/python3: Error while finding module specification for 'nemo_bench.training.rank' "
+        "(ModuleNotFoundError: No module named 'nemo_bench')",
+        "no package nemo_bench",
+    ),
+    (
+        "rank0.out",
+        TRACEBACK + "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network "
+        "address. port: 10012, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use",
+        "port where the ranks meet is taken",
+    ),
+    (
+        "rank0.out",
+        TRACEBACK + "FileNotFoundError: [Errno 2] No such file or directory: "
+        "'/tmp/index/0f3a-GPTDataset-train-document_index.npy'",
+        "cannot see the index that rank 0 wrote: /tmp/index/0f3a",
+    ),
+    ("rank0.out", TRACEBACK + "OSError: [Errno 30] Read-only file system: '/opt/x'", "cannot write '/opt/x'"),
+    (
+        "rank0.out",
+        TRACEBACK + "RuntimeError: Unexpected result nan (message='found NaN in local grad norm for bucket #1 in "
+        "backward pass before data-parallel communication collective')",
+        "a gradient was NaN",
+    ),
+    (
+        "rank0.out",
+        TRACEBACK + "RuntimeError: /TransformerEngine/common/gemm/cublaslt_gemm.cu:321 in function cublas_gemm: "
+        "Assertion failed: ret.lda % 16 == 0",
+        "a size that fp8 does not take",
+    ),
+    ("rank0.out", "SM 1 [7]:expecting 1 got 0", "user buffers"),
+    ("rank0.out", TRACEBACK + "RuntimeError: CUDA error: device-side assert triggered", "outside the vocabulary"),
+]
+
+
+@pytest.fixture(scope="module")
+def cfg() -> TrainConfig:
+    with initialize_config_dir(str(PROJECT / "conf"), version_base=None):
+        return typed(compose("train", ["scale=8gpu", "model=8b", "data=mock"]))
+
+
+def diagnosed(cfg: TrainConfig, folder: Path) -> Diagnosis:
+    cfg.stage_path = str(folder)
+    return diagnose(cfg, RunFolder(folder), None, None)
+
+
+@pytest.mark.parametrize(("log", "text", "cause"), KNOWN, ids=[cause for _, _, cause in KNOWN])
+def test_a_known_cause_is_named_with_the_first_errors_line_and_file(
+    log: str, text: str, cause: str, cfg: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "rank0.out").write_text(BOOST)
+    (tmp_path / log).write_text(BOOST + text + "\n")
+    with open(tmp_path / "slurm-12.out", "a") as job_log:
+        job_log.write(AFTER)
+    diagnosis = diagnosed(cfg, tmp_path)
+    assert diagnosis.cause is not None and cause in diagnosis.cause and "$" not in diagnosis.headline
+    assert len(diagnosis.advice) >= 2 and "$" not in diagnosis.advice[0]
+    assert diagnosis.advice[-1] == f"first error, in {tmp_path / log}: {text.splitlines()[-1]}"
+
+
+@pytest.mark.parametrize(
+    ("logs", "line"),
+    [
+        ({"rank3.out": TRACEBACK + "ValueError: odd\n", "slurm-12.out": AFTER}, "ValueError: odd"),
+        (
+            {"slurm-12.out": "/var/spool/job12/slurm_script: line 20: module: command not found\n" + AFTER},
+            "command not",
+        ),
+        ({"slurm-12.out": AFTER}, "srun: error: n1: task 0: Exited with exit code 1"),
+        (
+            {
+                "rank0.out": TRACEBACK + "KeyError: 'a'\n\nDuring handling of the above exception, another exception "
+                "occurred:\n\n" + TRACEBACK + "ValueError: second\n"
+            },
+            "KeyError: 'a'",
+        ),
+        (
+            {"rank0.out": TRACEBACK + "KeyError: handled\nstep 1\n" + TRACEBACK + "ValueError: fatal\n"},
+            "ValueError: fatal",
+        ),
+        (
+            {"rank1.out": "".join(f"[rank1]: {line}\n" for line in (TRACEBACK + "ValueError: odd").splitlines())},
+            "ValueError: odd",
+        ),
+        # Of the start before a requeue nothing counts.
+        (
+            {
+                "slurm-12.out": "srun: error: n1: task 0: Killed\nslurmstepd: error: *** JOB 12 ON n1 CANCELLED AT "
+                "2026-11-28T10:00:00 DUE TO PREEMPTION ***\nsrun: error: n2: task 5: Aborted\n"
+            },
+            "srun: error: n2: task 5: Aborted",
+        ),
+    ],
+)
+def test_an_unknown_cause_keeps_its_own_words(
+    logs: dict[str, str], line: str, cfg: TrainConfig, tmp_path: Path
+) -> None:
+    for name, text in logs.items():
+        (tmp_path / name).write_text(BOOST + text)
+    diagnosis = diagnosed(cfg, tmp_path)
+    assert diagnosis.cause is None and line in diagnosis.headline
+    assert diagnosis.advice == [f"first error, in {tmp_path / next(iter(logs))}: {diagnosis.headline}"]
+
+
+def test_a_killed_rank_comes_before_the_exceptions_that_it_caused(cfg: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "rank0.out").write_text(TRACEBACK + "RuntimeError: Connection closed by peer\n")
+    (tmp_path / "slurm-12.out").write_text("srun: error: n2: task 1: Killed\n" + AFTER)
+    cfg.stage_path = str(tmp_path)
+    error = {"rank": 0, "type": "RuntimeError", "message": "Connection closed by peer"}
+    assert (diagnose(cfg, RunFolder(tmp_path), 0, error).cause or "").startswith("rank 1 on n2 was killed")
+
+
+def test_a_log_without_an_error_names_none(tmp_path: Path) -> None:
+    (tmp_path / "rank0.out").write_text(BOOST + "step 50 of 50\n")
+    assert first_error(RunFolder(tmp_path)) is None
+
+
+def test_a_user_adds_causes_that_come_first(cfg: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "slurm-12.out").write_text("slurmstepd: error: execve(): /x/python: No such file or directory\n")
+    (tmp_path / "causes.yaml").write_text("- pattern: 'execve.*(?P<file>/x\\S+):'\n  meaning: site says $file\n")
+    diagnosis = diagnosed(cfg, tmp_path)
+    assert diagnosis.cause == "site says /x/python" and len(diagnosis.advice) == 1
+
+
+@pytest.mark.parametrize("text", ["- pattern: '('\n  meaning: x\n", "- meaning: x\n", "a: b: c\n", "- 3\n"])
+def test_a_table_that_is_none_is_said_and_hides_nothing(text: str, cfg: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "slurm-12.out").write_text("slurmstepd: error: execve(): /x/python: No such file or directory\n")
+    (tmp_path / "causes.yaml").write_text(text)
+    diagnosis = diagnosed(cfg, tmp_path)
+    assert diagnosis.cause is not None and "/x/python" in diagnosis.cause
+    assert any("causes.yaml is not a table of causes" in line for line in diagnosis.advice)
+
+
+def test_every_entry_says_what_to_do_and_where_it_comes_from() -> None:
+    causes = read_causes(CAUSES)
+    assert all(cause.meaning and cause.remedy and cause.source for cause in causes)
+    assert len({cause.pattern for cause in causes}) == len(causes)
