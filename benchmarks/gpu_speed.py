@@ -19,7 +19,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -27,7 +26,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
@@ -35,19 +33,46 @@ sys.path.insert(0, str(PROJECT))
 
 from omegaconf import OmegaConf  # noqa: E402
 
+from benchmarks.rank_server import RankServer  # noqa: E402
 from nemo_bench.checks.configuration import configuration_problems, machine_problems  # noqa: E402
 from nemo_bench.cli import quoted_path  # noqa: E402
-from nemo_bench.cluster import lifeline, processes  # noqa: E402
+from nemo_bench.cluster import processes  # noqa: E402
+from nemo_bench.cluster.processes import Outcome, ProcessGroup  # noqa: E402
 from nemo_bench.config import TrainConfig, typed  # noqa: E402
 from nemo_bench.entrypoints import entrypoint_of, nemo2  # noqa: E402
 from nemo_bench.errors import BenchError, ConfigurationRefused  # noqa: E402
 from nemo_bench.launch import point  # noqa: E402
-from nemo_bench.record import folder as record  # noqa: E402
+from nemo_bench.record.folder import STEPS, RunFolder, Status, read_lines  # noqa: E402
 from nemo_bench.report.numbers import summarise  # noqa: E402
 
 
-def compose(overrides: list[str], stage: Path) -> TrainConfig:
-    """A case's configuration, checked as train.py checks it.
+@dataclass(frozen=True)
+class Case:
+    """A configuration to be trained, and the run folder that will hold it."""
+
+    name: str
+    overrides: list[str]
+    cfg: TrainConfig
+    run: RunFolder
+
+    def start(self, server: RankServer, gpus: list[int]) -> contextlib.AbstractContextManager[ProcessGroup]:
+        """Record the run and fork its ranks onto `gpus`; they end with the context at the latest."""
+        point.prepare_data(self.cfg)
+        self.run.create(
+            config_yaml=OmegaConf.to_yaml(OmegaConf.structured(self.cfg)),
+            command=["python", "train.py", *self.overrides],
+            overrides=self.overrides,
+            ranks=self.cfg.world_size,
+        )
+        environment = point.rank_environment(self.cfg)
+        if self.cfg.gpu.device == "cuda":
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        command = entrypoint_of(self.cfg).rank_command(self.cfg, self.run.path, sys.executable)
+        return processes.started(command, environment, self.run.path, self.cfg.trainer.devices, server.popen)
+
+
+def compose(name: str, overrides: list[str], stage: Path) -> Case:
+    """Compose a case and check it as train.py does.
 
     Raises:
         BenchError: it cannot be composed, or run in forked ranks.
@@ -66,131 +91,64 @@ def compose(overrides: list[str], stage: Path) -> TrainConfig:
         raise BenchError("ranks are forked from NeMo 2: no other entrypoint and no nsys here; train.py runs them")
     if problems := configuration_problems(cfg) + machine_problems(cfg):
         raise ConfigurationRefused(problems)
-    return cfg
-
-
-def preload(environment: dict[str, str]) -> None:
-    """Imports what a rank imports, without a first call to CUDA: the driver does not survive a fork."""
-    os.environ.update({"PYTORCH_NVML_BASED_CUDA_CHECK": "1", **environment, **os.environ})
-    import torch
-
-    from nemo_bench.training import weight_gradient
-
-    weight_gradient.install()
-    with contextlib.suppress(ImportError), mock.patch("torch.cuda.is_available", return_value=False):
-        import modelopt.torch.quantization  # noqa: F401  asks the GPU what it is; nothing here uses it
-    from nemo import lightning  # noqa: F401
-    from nemo.collections import llm  # noqa: F401
-
-    import nemo_bench.training.callbacks
-    import nemo_bench.training.trainer  # noqa: F401
-
-    if torch.cuda.is_initialized():
-        raise SystemExit("an import has initialised CUDA: ranks cannot be forked from here")
-
-
-_LIFELINE = os.pipe()
+    return Case(name, overrides, cfg, RunFolder.new(point.results_dir(cfg).parent / name))
 
 
 @dataclass
-class Case:
-    """One case under way: its ranks, and the GPUs they hold."""
+class Running:
+    """A case whose ranks run on `gpus`."""
 
-    name: str
-    run_dir: Path
+    case: Case
     gpus: list[int]
-    ranks: set[int]
+    ranks: ProcessGroup
+    stop: contextlib.ExitStack  # ends the ranks
     started: float
-    failed: bool = False
+
+    def end(self, outcome: Outcome | None) -> None:
+        """End the ranks and record how the run ended; None: it took too long, or was interrupted."""
+        self.stop.close()
+        failed = outcome is None or outcome.failed_rank is not None
+        self.case.run.set_status(Status("failed" if failed else "completed", exit_code=int(failed)))
 
 
-def start(name: str, overrides: list[str], stage: Path, gpus: list[int]) -> Case:
-    """Records a run and forks its ranks onto `gpus`."""
-    cfg = compose(overrides, stage)
-    point.prepare_data(cfg)
-    run_dir = record.RunFolder.new(point.results_dir(cfg).parent / name).path
-    record.RunFolder(run_dir).create(
-        config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
-        command=["python", "train.py", *overrides],
-        overrides=overrides,
-        ranks=cfg.world_size,
-    )
-    environment = point.rank_environment(cfg)
-    if cfg.gpu.device == "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
-    port = processes.free_port()
-    ranks = {
-        _fork(run_dir, {**environment, **processes.rank_variables(rank, cfg.trainer.devices, port)})
-        for rank in range(cfg.trainer.devices)
-    }
-    return Case(name, run_dir, gpus, ranks, time.monotonic())
-
-
-def _fork(run_dir: Path, environment: dict[str, str]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    os.close(_LIFELINE[1])  # the benchmark alone holds that end: ranks see it go, however it goes
-    environment[lifeline.VARIABLE] = str(_LIFELINE[0])
-    os.setsid()
-    with open(record.RunFolder(run_dir).log(int(environment["RANK"])), "wb", buffering=0) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))  # a test runner has others
-    os.environ.update(environment)
-    from nemo_bench.training import rank as rank_program
-
-    with contextlib.suppress(SystemExit):
-        rank_program.main(run_dir)
-        os._exit(0)
-    os._exit(1)
+def rank_server(case: Case) -> RankServer:
+    """Start the server of a case's device, in the environment that the case's ranks have."""
+    return RankServer(case.cfg.gpu.device, point.rank_environment(case.cfg))
 
 
 def run_all(
-    cases: dict[str, list[str]], stage: Path, gpus: int, timeout_s: float, done: Callable[[dict[str, Any]], None]
+    server: RankServer, cases: list[Case], gpus: int, timeout_s: float, done: Callable[[Case, dict[str, Any]], None]
 ) -> None:
-    """Runs every case, as many side by side as there are GPUs for, and calls `done` with the numbers of each."""
-    waiting, running, free = list(cases.items()), list[Case](), list(range(gpus))
+    """Run every case, as many side by side as there are GPUs for, and call `done` with the numbers of each."""
+    waiting, running, free = list(cases), list[Running](), list(range(gpus))
     try:
         while waiting or running:
-            while waiting and (needed := compose(waiting[0][1], stage).trainer.devices) <= len(free):
-                name, overrides = waiting.pop(0)
-                running.append(start(name, overrides, stage, [free.pop(0) for _ in range(needed)]))
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            time.sleep(0 if pid else 0.1)
-            for case in list(running):
-                if pid in case.ranks:
-                    case.ranks.discard(pid)
-                    case.failed = case.failed or status != 0
-                late = time.monotonic() > case.started + timeout_s
-                if not case.ranks or case.failed or late:
-                    _end(case)
-                    running.remove(case)
-                    free += case.gpus
-                    found = {"case": case.name, "run": str(case.run_dir), **numbers(case.run_dir)}
-                    done({**found, "wall_s": round(time.monotonic() - case.started, 1)})
+            while waiting and waiting[0].cfg.trainer.devices <= len(free):
+                case, stop = waiting.pop(0), contextlib.ExitStack()
+                held = [free.pop(0) for _ in range(case.cfg.trainer.devices)]
+                ranks = stop.enter_context(case.start(server, held))
+                running.append(Running(case, held, ranks, stop, time.monotonic()))
+            time.sleep(0.1)
+            for run in list(running):
+                outcome, wall_s = run.ranks.poll(), time.monotonic() - run.started
+                if outcome is not None or wall_s > timeout_s:
+                    running.remove(run)
+                    free += run.gpus
+                    run.end(outcome)
+                    done(run.case, {**numbers_of(run.case.run), "wall_s": round(wall_s, 1)})
     finally:
-        for case in running:
-            _end(case)
+        for run in running:
+            run.end(None)
 
 
-def _end(case: Case) -> None:
-    failed = case.failed or bool(case.ranks)
-    for pid in case.ranks:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    record.RunFolder(case.run_dir).set_status(record.Status("failed" if failed else "completed", exit_code=int(failed)))
-
-
-def numbers(run_dir: Path) -> dict[str, Any]:
-    """Median step time (s), and what follows from it."""
-    found = summarise(run_dir)
-    times, derived = found.times, found.numbers
+def numbers_of(run: RunFolder) -> dict[str, Any]:
+    """Return the median step time (s), and what follows from it."""
+    summary = summarise(run.path)
+    times, derived = summary.times, summary.numbers
     if times is None or derived is None:
-        errors = [f"{error['type']}: {error['message']}"[:300] for error in record.RunFolder(run_dir).rank_errors()]
-        return {"failed": [found.why_not_final or "no steps", *errors[:1]]}
-    rows, _ = record.read_lines(run_dir / record.STEPS)
+        errors = [f"{error['type']}: {error['message']}"[:300] for error in run.rank_errors()]
+        return {"failed": [summary.why_not_final or "no steps", *errors[:1]]}
+    rows, _ = read_lines(run.path / STEPS)
     return {
         "step_time_s": times.median_s,
         "spread_s": times.spread_s,
@@ -202,7 +160,7 @@ def numbers(run_dir: Path) -> dict[str, Any]:
 
 
 def script(name: str, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """What a program of peers/ writes to its --output, run in a process of its own."""
+    """Run a program of peers/ and return what it writes to its --output."""
     output = Path(f"/tmp/{os.getpid()}-{time.monotonic_ns()}.json")
     command = [sys.executable, str(HERE / "peers" / name), *arguments, "--output", str(output)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -221,7 +179,7 @@ def _expression(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
 
 
-def main() -> None:
+def parser_of_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=1, help="cases of gpu_speed.yaml for this many GPUs")
     parser.add_argument(
@@ -235,64 +193,67 @@ def main() -> None:
     parser.add_argument("--no-matrix-rate", action="store_true")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for a case")
     parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+    return parser
 
-    given = OmegaConf.to_container(OmegaConf.load(HERE / "gpu_speed.yaml"))
-    assert isinstance(given, dict)
+
+def chosen_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+    """Return the cases of the command line, composed and checked; ends with a message where one cannot run."""
+    content = OmegaConf.to_container(OmegaConf.load(HERE / "gpu_speed.yaml"))
+    assert isinstance(content, dict)
     cases = {
-        name: [f"scale={options.gpus}gpu", *given["common"].split(), *case["overrides"].split()]
-        for name, case in given["cases"].items()
+        name: [f"scale={options.gpus}gpu", *content["common"].split(), *case["overrides"].split()]
+        for name, case in content["cases"].items()
         if case["gpus"] == options.gpus and options.only.search(name)
     }
     if options.case:
         cases = {name: overrides.split() for name, _, overrides in (case.partition(":") for case in options.case)}
     if not cases:
         parser.error(f"no case of gpu_speed.yaml is for {options.gpus} GPUs and matches {options.only.pattern!r}")
-    stage = options.output.absolute()
-    checked = {name: [*overrides, *options.override] for name, overrides in cases.items()}
-    gpus = options.side_by_side or options.gpus
     try:
-        composed = [compose(case, stage) for case in checked.values()]
+        composed = [
+            compose(name, [*overrides, *options.override], options.output.absolute())
+            for name, overrides in cases.items()
+        ]
     except BenchError as error:
         parser.error(str(error))
-    if needed := [name for name, cfg in zip(checked, composed) if cfg.trainer.devices > gpus]:
-        parser.error(f"{', '.join(needed)}: more GPUs than --gpus or --side-by-side give ({gpus})")
+    gpus = options.side_by_side or options.gpus
+    if names := [case.name for case in composed if case.cfg.trainer.devices > gpus]:
+        parser.error(f"{', '.join(names)}: more GPUs than --gpus or --side-by-side give ({gpus})")
+    return composed
+
+
+def main() -> None:
+    parser = parser_of_options()
+    options = parser.parse_args()
+    cases, output = chosen_cases(parser, options), options.output / "gpu_speed.json"
     try:
-        stage.mkdir(parents=True, exist_ok=True)
+        options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--output: {error}")
-    given_environment = dict(os.environ)  # of the programs beside ours, which what ours imports must not change
-
     results: dict[str, Any] = {"command": " ".join(sys.argv), "cases": []}
+
+    def done(case: Case, numbers: dict[str, Any]) -> None:
+        results["cases"].append({"case": case.name, "run": str(case.run.path), **numbers})
+        print(json.dumps({"case": case.name, **numbers}), flush=True)
+        output.write_text(json.dumps(results, indent=2) + "\n")
+
     if not options.no_matrix_rate:
-        results["matrix_rate_before"] = script("matrix_rate.py", environment=given_environment)
-    started = time.monotonic()
-    preload(composed[0].entrypoint.env)
-    print(f"imports: {time.monotonic() - started:.0f} s", flush=True)
-
-    def done(found: dict[str, Any]) -> None:
-        results["cases"].append(found)
-        print(json.dumps({key: value for key, value in found.items() if key != "run"}), flush=True)
-        (stage / "gpu_speed.json").write_text(json.dumps(results, indent=2) + "\n")
-
+        results["matrix_rate_before"] = script("matrix_rate.py")
     try:
-        with processes.termination_raises():
-            run_all(checked, stage, gpus, options.timeout, done)
+        with processes.termination_raises(), rank_server(cases[0]) as server:
+            run_all(server, cases, options.side_by_side or options.gpus, options.timeout, done)
     except processes.Terminated as ended:
         sys.exit(128 + ended.signum)
     if options.peers:
-        peers = given_environment | ({"PYTHONPATH": options.peers_path} if options.peers_path else {})
-        for name, program, precision in (
-            ("torchtitan bf16", "torchtitan_slice.py", "bf16"),
-            ("torchtitan fp8", "torchtitan_slice.py", "fp8"),
-            ("transformers bf16", "transformers_slice.py", "bf16"),
-        ):
-            found = {"peer": name, **script(program, "--precision", precision, environment=peers)}
-            results.setdefault("peers", []).append(found)
-            print(json.dumps(found)[:600], flush=True)
+        environment = {**os.environ, **({"PYTHONPATH": options.peers_path} if options.peers_path else {})}
+        results["peers"] = []
+        for peer, precision in (("torchtitan", "bf16"), ("torchtitan", "fp8"), ("transformers", "bf16")):
+            numbers = script(f"{peer}_slice.py", "--precision", precision, environment=environment)
+            results["peers"].append({"peer": f"{peer} {precision}", **numbers})
+            print(json.dumps(results["peers"][-1])[:600], flush=True)
     if not options.no_matrix_rate:
-        results["matrix_rate_after"] = script("matrix_rate.py", environment=given_environment)
-    (stage / "gpu_speed.json").write_text(json.dumps(results, indent=2) + "\n")
+        results["matrix_rate_after"] = script("matrix_rate.py")
+    output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

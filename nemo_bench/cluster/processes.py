@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nemo_bench.cluster import lifeline
 from nemo_bench.record.folder import RunFolder
@@ -78,12 +79,19 @@ class ProcessGroup:
 
 
 @contextmanager
-def started(command: list[str], environment: dict[str, str], run_dir: Path, ranks: int) -> Iterator[ProcessGroup]:
+def started(
+    command: list[str],
+    environment: dict[str, str],
+    run_dir: Path,
+    ranks: int,
+    popen: Callable[..., Any] = subprocess.Popen,
+) -> Iterator[ProcessGroup]:
     """Start `ranks` ranks of `run_dir`, and end them all when the block is left, however it is left.
 
     Args:
         command: what each rank runs.
         environment: the whole environment of the ranks; each one's place among them is added.
+        popen: starts a rank; benchmarks/rank_server.py forks it instead.
     """
     read_fd, write_fd = os.pipe()  # not inherited unless passed on: the writing end stays with this process
     group = ProcessGroup(lifeline_fd=write_fd)
@@ -92,7 +100,7 @@ def started(command: list[str], environment: dict[str, str], run_dir: Path, rank
         for rank in range(ranks):
             with open(RunFolder(run_dir).log(rank), "wb") as log:
                 group.processes.append(
-                    subprocess.Popen(
+                    popen(
                         command,
                         env={**environment, **rank_variables(rank, ranks, port), lifeline.VARIABLE: str(read_fd)},
                         stdin=subprocess.DEVNULL,

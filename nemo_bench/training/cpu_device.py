@@ -97,14 +97,20 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def install() -> bool:
-    """Makes this process see the CPU as its CUDA device; call it before megatron or nemo are imported.
+def install() -> None:
+    """Make this process see the CPU as its CUDA device, unless CUDA is available.
 
-    Returns:
-        False, with nothing changed, where CUDA is available.
+    To be called before megatron or nemo are imported; a second call, in a forked process, only shares out the cores.
     """
     if torch.cuda.is_available():
-        return False
+        return
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one node share its cores, unless Slurm has bound each to its own; more threads than cores take turns.
+        cores = len(os.sched_getaffinity(0))
+        bound = "SLURM_PROCID" in os.environ and cores < (os.cpu_count() or 1)
+        torch.set_num_threads(cores if bound else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if torch.cuda.Stream is _Stream:
+        return
     answers: dict[str, Any] = {
         "Stream": _Stream,
         "Event": _Event,
@@ -130,14 +136,8 @@ def install() -> bool:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.cuda.random.get_rng_state = answers["get_rng_state"]
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Ranks of one node share its cores, unless Slurm has bound each to its own; more threads than cores take turns.
-        cores = len(os.sched_getaffinity(0))
-        bound = "SLURM_PROCID" in os.environ and cores < (os.cpu_count() or 1)
-        torch.set_num_threads(cores if bound else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     # Entered for the life of the process: Megatron's modules allocate their buffers at any time.
     _CudaMeansCpu().__enter__()
-    return True
 
 
 def install_for_checkpoints() -> None:

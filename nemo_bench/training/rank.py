@@ -10,7 +10,6 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 from nemo_bench.cluster import lifeline, nsys
 from nemo_bench.config import TrainConfig, load
@@ -74,7 +73,7 @@ def _take_place_from_slurm() -> None:
 
 
 def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -> None:
-    """Builds model, data, optimizer and trainer, and runs NeMo's `llm.pretrain`."""
+    """Checks the device, imports NeMo with what this device and configuration need, and trains."""
     if cfg.gpu.device == "cuda":
         from nemo_bench.training.gpu_check import check_gpu
 
@@ -90,19 +89,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
         weight_gradient.install()
 
     # About 20 s on a CPU: torch, Transformer Engine, megatron-core, Lightning and NeMo.
-    from nemo import lightning as nl
-    from nemo.collections import llm
-    from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectionCallback
-
-    from nemo_bench.training.callbacks import StepRecorder, build_timing
-    from nemo_bench.training.checkpoint import build_checkpoint_callback, build_resume
-    from nemo_bench.training.data import build_data, build_tokenizer
-    from nemo_bench.training.model import build_model
-    from nemo_bench.training.optimizer import build_optimizer
-    from nemo_bench.training.preemption import CheckpointOnSignal
-    from nemo_bench.training.profiling import build_profiling
-    from nemo_bench.training.telemetry import RankTelemetry
-    from nemo_bench.training.trainer import build_strategy, build_trainer
+    from nemo_bench.training.pretrain import pretrain
 
     if cfg.gpu.device == "cpu":
         cpu_device.install_for_checkpoints()
@@ -130,43 +117,7 @@ def train(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -
         from nemo_bench.training.peak import measure_gpu_rate
 
         matrix_tflops = measure_gpu_rate(int(os.environ["LOCAL_RANK"]))
-
-    tokenizer = build_tokenizer(cfg)
-    timing = build_timing(cfg)
-    telemetry = RankTelemetry(cfg, run_dir, rank, timing, matrix_tflops)
-    callbacks: list[Any] = [
-        timing,
-        GarbageCollectionCallback(cfg.trainer.gc_interval, cfg.trainer.gc_interval),
-        telemetry,  # ahead of a profiler, which takes its time to write
-        *build_profiling(cfg, run_dir, rank, events),
-    ]
-    if rank == 0:
-        callbacks.append(StepRecorder(cfg, timing, telemetry, run_dir, events))
-    if cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None:
-        callbacks.append(CheckpointOnSignal(run_dir))
-    if cfg.model.tp_comm_overlap and cfg.model.tensor_model_parallel_size > 1:
-        from nemo_bench.training.tp_overlap import build_tp_comm_overlap
-
-        callbacks.append(build_tp_comm_overlap(cfg))
-    strategy = build_strategy(cfg)
-    if cfg.gpu.device == "cpu":
-        # NeMo's ProgressPrinter reads Megatron's timers on rank 0 alone, which all-gathers: with gloo the next
-        # collective then never ends.
-        strategy.timers = None
-    trainer = build_trainer(cfg, callbacks, strategy)
-    llm.pretrain(
-        model=build_model(cfg, tokenizer),
-        data=build_data(cfg, tokenizer),
-        trainer=trainer,
-        log=nl.NeMoLogger(
-            explicit_log_dir=str(run_dir / "nemo"),
-            log_global_rank_0_only=True,
-            ckpt=build_checkpoint_callback(cfg, run_dir),
-            update_logger_directory=False,
-        ),
-        resume=build_resume(cfg, run_dir),
-        optim=build_optimizer(cfg),
-    )
+    pretrain(cfg, run_dir, rank, events, matrix_tflops)
     events.write("requeue" if (run_dir / record.REQUEUE).exists() else "done")
 
 

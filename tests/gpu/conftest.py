@@ -1,6 +1,6 @@
 """Training runs on this machine's GPUs, all started once for the whole session.
 
-NeMo is imported once, and ranks are forked from there (benchmarks/gpu_speed.py): its imports would take longer than
+NeMo is imported once, and ranks are forked from there (benchmarks/rank_server.py): its imports would take longer than
 all these runs together.
 """
 
@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
+from benchmarks import gpu_speed
+from benchmarks.rank_server import RankServer
 from nemo_bench.checks.configuration import count_gpus
 from nemo_bench.cli import quoted_path
 from nemo_bench.record import folder as record
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = {item for item in items if item.get_closest_marker("gpu")}
-    # Tests on forked ranks go first: others initialise CUDA here, and then nothing can be forked any more.
-    items.sort(key=lambda item: item in marked and "trained" not in getattr(item, "fixturenames", ()))
     if count_gpus() == 0:
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 # A Llama with heads of 128 as the published sizes have, and layers enough for two interleaved stages on two GPUs.
@@ -94,24 +94,22 @@ class Trained:
         return [float(step[key]) for step in self.steps]
 
 
-def train_all(stage: Path, gpus: int) -> dict[str, Trained]:
-    """Every run of the tests, as many side by side as there are GPUs for."""
-    from benchmarks import gpu_speed
+def compose(cases: dict[str, str], stage: Path, *more: str) -> list[gpu_speed.Case]:
+    return [gpu_speed.compose(name, [*SMALL.split(), *case.split(), *more], stage) for name, case in cases.items()]
 
-    found: dict[str, Trained] = {}
+
+def train_all(stage: Path, gpus: int, server: RankServer) -> dict[str, Trained]:
+    """Train every run of the tests, as many side by side as there are GPUs for."""
+    trained: dict[str, Trained] = {}
+
+    def done(case: gpu_speed.Case, numbers: dict[str, Any]) -> None:
+        # A run too short for a measurement has its steps all the same.
+        error = None if case.run.status().finished else "\n".join(numbers["failed"])
+        trained[case.name] = Trained(case.run.path, error)
 
     def run(cases: dict[str, str], *more: str) -> None:
-        def done(result: dict[str, Any]) -> None:
-            run_dir = Path(result["run"])
-            # A run too short for a measurement has its steps all the same.
-            error = None if record.RunFolder(run_dir).status().finished else "\n".join(result["failed"])
-            found[result["case"]] = Trained(run_dir, error)
+        gpu_speed.run_all(server, compose(cases, stage, *more), gpus, 120, done)
 
-        given = {name: [*SMALL.split(), *overrides.split(), *more] for name, overrides in cases.items()}
-        gpu_speed.run_all(given, stage, gpus, 120, done)
-
-    os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)  # expandable segments, say: no CUDA graphs with them
-    gpu_speed.preload(gpu_speed.compose([*SMALL.split(), "scale=1gpu"], stage).entrypoint.env)
     run(
         {
             "whole": "scale=1gpu trainer.max_steps=16 checkpoint.every_n_steps=8",
@@ -121,9 +119,9 @@ def train_all(stage: Path, gpus: int) -> dict[str, Trained]:
             **{f"layers{n}": f"scale=1gpu trainer.max_steps=6 model.num_layers={n}" for n in (2, 4, 6)},
         }
     )
-    start = quoted_path(found["whole"].run_dir / record.CHECKPOINTS / "step=7")
-    if found["whole"].error is not None:
-        return found
+    start = quoted_path(trained["whole"].run_dir / record.CHECKPOINTS / "step=7")
+    if trained["whole"].error is not None:
+        return trained
     run(
         {
             "one_gpu": "scale=1gpu",
@@ -139,9 +137,12 @@ def train_all(stage: Path, gpus: int) -> dict[str, Trained]:
     if gpus > 1:  # saved by one GPU, continued by two
         resumed["resumed_tp2"] = "scale=2gpu trainer.max_steps=16 model.tensor_model_parallel_size=2"
     run(resumed, f"checkpoint.resume_from={start}")
-    return found
+    return trained
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    return train_all(tmp_path_factory.mktemp("stage"), count_gpus())
+    os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)  # expandable segments, say: no CUDA graphs with them
+    stage = tmp_path_factory.mktemp("stage")
+    with gpu_speed.rank_server(*compose({"one_gpu": "scale=1gpu"}, stage)) as server:
+        return train_all(stage, count_gpus(), server)

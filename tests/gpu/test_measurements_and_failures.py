@@ -19,7 +19,6 @@ from nemo_bench.launch import point
 from nemo_bench.launch.diagnosis import Evidence, explain
 from nemo_bench.record import folder as record
 
-# Not torch.cuda.is_available(): it would initialise CUDA in a process that other tests fork ranks from.
 pytestmark = pytest.mark.gpu
 
 CONFIG = Path(__file__).resolve().parents[2] / "benchmarks/results/h200/bf16_4layers_5f1a/config.yaml"

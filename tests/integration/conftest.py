@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,11 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+
+from benchmarks.rank_server import RankServer
+from nemo_bench.cli import quoted_path
+from nemo_bench.cluster import processes
+from nemo_bench.launch import point
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -34,10 +43,9 @@ SMALL = (
 class Run:
     """What a finished `train.py` left."""
 
-    exit_code: int
-    stdout: str
-    stderr: str
     run_dir: Path
+    stdout: str
+    stderr: str = ""
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -73,7 +81,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(stage: Path) -> Callable[..., Run]:
     """Runs `train.py` with these overrides on the small model to its end."""
 
-    def run(*overrides: str, small: bool = True, check: bool = True) -> Run:
+    def run(*overrides: str, small: bool = True) -> Run:
         before = run_dirs(stage)
         done = subprocess.run(
             [sys.executable, str(PROJECT / "train.py"), *(SMALL if small else ()), *overrides],
@@ -84,9 +92,38 @@ def train(stage: Path) -> Callable[..., Run]:
             text=True,
             timeout=400,
         )
-        assert not check or done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         (run_dir,) = run_dirs(stage) - before
-        return Run(done.returncode, done.stdout, done.stderr, run_dir)
+        return Run(run_dir, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def rank_server() -> Iterator[RankServer]:
+    """A process that has imported NeMo, to fork ranks from."""
+    with RankServer("cpu", {**os.environ, "OMP_NUM_THREADS": "1"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def forked(stage: Path, rank_server: RankServer) -> Callable[..., Run]:
+    """As `train`, in this process and with ranks that are forked: the same code but for the start of the ranks.
+
+    One thread a rank: so small a model is slower on several, which spin while they wait for each other.
+    """
+
+    def run(*overrides: str) -> Run:
+        before = run_dirs(stage)
+        with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+            raw = compose("train", [*SMALL, *overrides, f"stage_path={quoted_path(stage)}"])
+        started = partial(processes.started, popen=rank_server.popen)
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+            patch.setattr(processes, "started", started)
+            patch.setenv("OMP_NUM_THREADS", "1")
+            point.run_point(raw)
+        (run_dir,) = run_dirs(stage) - before
+        return Run(run_dir, printed.getvalue())
 
     return run
 

@@ -109,9 +109,9 @@ def test_a_full_disk_is_named(small_disk: Path, stage: Path) -> None:
 
 
 def test_a_truncated_dataset_is_refused_before_anything_starts(
-    train: Callable[..., Run], stage: Path, tmp_path: Path
+    forked: Callable[..., Run], stage: Path, tmp_path: Path
 ) -> None:
-    train("trainer.max_steps=1")
+    forked("trainer.max_steps=1")
     copy = tmp_path / "data"
     shutil.copytree(stage / "data" / "local-vocab512" / "dataset", copy)
     binary = copy / "my-llama_00_text_document.bin"

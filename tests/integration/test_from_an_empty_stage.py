@@ -33,13 +33,13 @@ def command(stage: Path, script: str, *overrides: str) -> str:
     return done.stdout
 
 
-def test_random_tokens_need_no_files(train: Callable[..., Run]) -> None:
-    run = train("data=mock", "trainer.max_steps=5")
+def test_random_tokens_need_no_files(forked: Callable[..., Run]) -> None:
+    run = forked("data=mock", "trainer.max_steps=5")
     assert run.status["state"] == "completed" and len(run.steps) == 5
     assert 6 < run.losses[0] < 7  # ln 512, and the noise of new weights: nothing can be learned from them
 
 
-def test_the_recipes_dataset_trains(train: Callable[..., Run], stage: Path) -> None:
+def test_the_recipes_dataset_trains(forked: Callable[..., Run], stage: Path) -> None:
     """`data=pile`, its two blended shards, on the small model: the loss falls, and both are read."""
     command(stage, "setup_stage.py", "tokenizer=local", "parts=[tokenizer]", "tokenizer.vocab_size=512")
     texts = [file.text for file in collect(2_000_000)]
@@ -49,7 +49,7 @@ def test_the_recipes_dataset_trains(train: Callable[..., Run], stage: Path) -> N
             server.put(f"/{number:02d}.jsonl.zst", zstandard.ZstdCompressor().compress(lines.encode()))
         said = command(stage, "prepare_data.py", f"url='{server.url('/')}{{shard:02d}}.jsonl.zst'")
     assert "train.py data=pile" in said
-    run = train("data=pile", "trainer.max_steps=100")
+    run = forked("data=pile", "trainer.max_steps=50")
     assert run.losses[0] > 6 and sum(run.losses[-3:]) / 3 < 0.8 * run.losses[0]
     log = (run.run_dir / "rank0.out").read_text()
     assert "my-llama_00_text_document" in log and "my-llama_01_text_document" in log

@@ -194,10 +194,10 @@ def test_reporting_imports_nothing_that_trains() -> None:
 
 
 @pytest.mark.train
-def test_a_sweep_of_real_runs(train: Callable[..., Run], report: Report, stage: Path, tmp_path: Path) -> None:
+def test_a_sweep_of_real_runs(forked: Callable[..., Run], report: Report, stage: Path, tmp_path: Path) -> None:
     """Two repeats of one point, another layout, one run too short to be a result: all the way to the tables."""
-    runs = [train(), train(), train("trainer.devices=2", "model.tensor_model_parallel_size=2")]
-    short = train("trainer.max_steps=4")
+    runs = [forked(), forked(), forked("trainer.devices=2", "model.tensor_model_parallel_size=2")]
+    short = forked("trainer.max_steps=4")
     done = report(f"runs=[{','.join(str(run.run_dir) for run in (*runs, short))}]", "output=out")
     assert done.returncode == 0, done.stderr
     made = from_json((tmp_path / "out/results.json").read_text())
