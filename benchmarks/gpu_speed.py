@@ -34,7 +34,7 @@ sys.path.insert(0, str(PROJECT))
 from omegaconf import OmegaConf  # noqa: E402
 
 from benchmarks.rank_server import RankServer  # noqa: E402
-from nemo_bench.checks.configuration import configuration_problems, machine_problems  # noqa: E402
+from nemo_bench.checks.problems import problems  # noqa: E402
 from nemo_bench.cli import quoted_path  # noqa: E402
 from nemo_bench.cluster import processes  # noqa: E402
 from nemo_bench.cluster.processes import Outcome, ProcessGroup  # noqa: E402
@@ -89,8 +89,8 @@ def compose(name: str, overrides: list[str], stage: Path) -> Case:
         raise BenchError(f"{' '.join(overrides)}\n  {error}") from None
     if entrypoint_of(cfg) is not nemo2.ENTRYPOINT or cfg.profile.kind == "nsys":
         raise BenchError("ranks are forked from NeMo 2: no other entrypoint and no nsys here; train.py runs them")
-    if problems := configuration_problems(cfg) + machine_problems(cfg):
-        raise ConfigurationRefused(problems)
+    if refused := problems(cfg):
+        raise ConfigurationRefused(refused)
     return Case(name, overrides, cfg, RunFolder.new(point.results_dir(cfg).parent / name))
 
 

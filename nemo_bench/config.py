@@ -9,34 +9,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from enum import Enum
-from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from nemo_bench.errors import BenchError
+from nemo_bench.errors import BenchError, ConfigurationRefused
+from nemo_bench.fields import PATH, absolute, choice, choice_problems, make_paths_absolute, number, number_problems
 from nemo_bench.flops import Architecture
 
 T = TypeVar("T")
-
-
-def number(default: Any = MISSING, **limits: float) -> Any:
-    """Declare a number and its range: `least`, `above`, `most`, `below`. It must be finite in any case."""
-    return field(default=default, metadata=limits)
-
-
-def choice(default: Any, *others: str | None) -> Any:
-    """Declare a word, or a list of words, and all that it can be."""
-    words = [word for word in (default, *others) if word is not MISSING]
-    return field(default=default, metadata={"valid": words})
-
-
-# Marks paths. They become absolute: ranks, and readers of the record, have other working folders.
-PATH = {"path": True}
 
 
 class Launch(Enum):
@@ -380,11 +364,6 @@ def default_stage_path() -> str:
     return absolute(os.environ.get("STAGE_PATH") or "outputs")
 
 
-def absolute(path: str) -> str:
-    """Return the path as any working folder reads it, with `~` expanded; an empty one stays empty."""
-    return path and str(Path(os.path.expanduser(path)).absolute())
-
-
 def register() -> None:
     """Makes the schema and the resolvers known to Hydra. Calling it twice does no harm."""
     store = ConfigStore.instance()
@@ -396,22 +375,22 @@ def register() -> None:
 register()
 
 
-def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
-    """Give every field of a configuration, sections before what they hold: its key, its owner, the field."""
-    for setting in fields(config):
-        value = getattr(config, setting.name)
-        yield prefix + setting.name, config, setting
-        if is_dataclass(value):
-            yield from settings(value, f"{prefix}{setting.name}.")
-
-
 def typed_as(schema: type[T], cfg: DictConfig) -> T:
-    """Return the composed configuration as an object of its schema: interpolations resolved, paths absolute.
+    """Return the composed configuration as an object of its schema, each value in its range or among its choices.
 
     Raises:
         omegaconf.errors.OmegaConfBaseException: an unknown key, a wrong type, or a value that is missing.
+        ConfigurationRefused: a value that its field cannot hold.
         BenchError: the stage folder has no name.
     """
+    result = _object(schema, cfg)
+    if problems := number_problems(result) + choice_problems(result):
+        raise ConfigurationRefused(problems)
+    return result
+
+
+def _object(schema: type[T], cfg: DictConfig) -> T:
+    """Return the configuration as an object of its schema: interpolations resolved, paths absolute."""
     # As plain values: a node that knows its type would let a key in that `+key=value` forced upon it.
     merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
     result = OmegaConf.to_object(merged)
@@ -419,16 +398,13 @@ def typed_as(schema: type[T], cfg: DictConfig) -> T:
     if getattr(result, "stage_path", None) == "":
         # Else ${stage_path}/data is a folder of the root.
         raise BenchError("stage_path is empty: it (or STAGE_PATH) must name a folder")
-    for _, owner, setting in settings(result):
-        value = getattr(owner, setting.name)
-        if setting.metadata.get("path") and value:
-            setattr(owner, setting.name, absolute(value) if isinstance(value, str) else [*map(absolute, value)])
+    make_paths_absolute(result)
     return result
 
 
 def typed(cfg: DictConfig) -> TrainConfig:
-    """`typed_as` of a benchmark point."""
-    return typed_as(TrainConfig, cfg)
+    """Return a benchmark point as an object; the checks report its values together with every other problem."""
+    return _object(TrainConfig, cfg)
 
 
 def load(path: Any) -> TrainConfig:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 class BenchError(Exception):
-    """Something the user can mend. `str(error)` is the whole message; `exit_code` ends the process."""
+    """Something the user can fix. `str(error)` is the whole message; `exit_code` ends the process."""
 
     exit_code = 2
 
@@ -28,9 +29,25 @@ class Problem:
     value: object
     rule: str
     fix: str
+    # What this machine lacks (a file, GPUs, a program), as opposed to a configuration that is wrong everywhere.
+    missing: bool = False
 
     def __str__(self) -> str:
-        return f"{self.key}={self.value}\n    {self.rule}\n    {self.fix}"
+        return f"{self.key}={text_of(self.value)}\n    {self.rule}\n    {self.fix}"
+
+
+class Need:
+    """Collects the rules that a configuration breaks. It looks up the value of a key, which is thus named once."""
+
+    def __init__(self, cfg: object, *, missing: bool = False) -> None:
+        self.cfg, self.missing = cfg, missing
+        self.problems: list[Problem] = []
+
+    def __call__(self, holds: object, key: str, rule: str, fix: str, *, value: object = ...) -> None:
+        """Add a problem unless `holds`; `value` stands for keys that are not settings."""
+        if not holds:
+            value = value_of(self.cfg, key) if value is ... else value
+            self.problems.append(Problem(key, value, rule, fix, self.missing))
 
 
 class ConfigurationRefused(BenchError):
@@ -41,3 +58,15 @@ class ConfigurationRefused(BenchError):
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         super().__init__(f"{head} in this configuration:\n\n" + "\n\n".join(f"  {p}" for p in self.problems))
+
+
+def text_of(value: object) -> str:
+    """Return a value as it is typed on a Hydra command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def value_of(config: Any, key: str) -> Any:
+    """Return the value of a dotted key."""
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config

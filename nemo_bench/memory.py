@@ -15,12 +15,8 @@ Not in it: what CUDA, cuDNN and NCCL take outside of PyTorch, workspaces, fragme
 
 from __future__ import annotations
 
-import copy
 import math
-import operator
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from nemo_bench.config import TrainConfig
 
@@ -168,58 +164,3 @@ def _logits(cfg: TrainConfig) -> float:
         kept = min(m.wgrad_deferral_limit or micro_batches, micro_batches)
         deferred = kept * tokens * 2 * (cfg.padded_vocab_size / split + inputs)
     return tokens * cfg.padded_vocab_size / split * each + deferred
-
-
-def what_takes_less(cfg: TrainConfig, than_gib: float = math.inf) -> str:
-    """Single changes of `cfg`, as they would be typed, with the estimate of each; those that need less `than_gib`."""
-    sizes = [(change, total / GIB) for change, total in _smaller(cfg, estimate_memory(cfg))]
-    return "; ".join(f"{change} ({gib:.0f} GiB)" for change, gib in sizes if gib < than_gib) or "no single change"
-
-
-def _smaller(cfg: TrainConfig, now: MemoryEstimate) -> Iterator[tuple[str, float]]:
-    """Changes that the layout's rules allow and that save at least a twentieth, with the bytes then needed.
-
-    Each by itself; where a parallel size asks for more GPUs than there are, with twice as many.
-    """
-    m, t = cfg.model, cfg.trainer
-    more = {"trainer.devices": t.devices * 2} if t.num_nodes == 1 and t.devices < 8 else {}
-    more = more or {"trainer.num_nodes": t.num_nodes * 2}
-    for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-        change: dict[str, Any] = {f"model.{size}": getattr(m, size) * 2}
-        if size.startswith("tensor"):
-            change["model.sequence_parallel"] = True
-        for each in (change, {**more, **change}):
-            if total := _bytes_after(cfg, each, now):
-                yield _overrides(cfg, each), total
-                break
-    narrow = {"model.optim.exp_avg_dtype": "bf16", "model.optim.exp_avg_sq_dtype": "bf16"}
-    others: list[dict[str, Any]] = [
-        narrow,
-        {**narrow, "model.optim.store_param_remainders": True},
-        {"model.micro_batch_size": m.micro_batch_size // 2},
-    ]
-    recompute = {"granularity": "full", "method": "uniform", "num_layers": 1}
-    others.insert(0, {f"model.recompute_{name}": value for name, value in recompute.items()})
-    others.append({"model.num_layers": m.num_layers // 2})
-    for each in others:
-        if total := _bytes_after(cfg, each, now):
-            yield _overrides(cfg, each), total
-
-
-def _bytes_after(cfg: TrainConfig, change: Mapping[str, Any], now: MemoryEstimate) -> float | None:
-    from nemo_bench.checks.configuration import configuration_problems
-
-    changed = copy.deepcopy(cfg)
-    for key, value in change.items():
-        group, _, name = key.rpartition(".")
-        setattr(operator.attrgetter(group)(changed), name, value)
-    if configuration_problems(changed):
-        return None
-    total = estimate_memory(changed).total_bytes
-    return total if total < 0.95 * now.total_bytes else None
-
-
-def _overrides(cfg: TrainConfig, change: Mapping[str, Any]) -> str:
-    """What would be typed, without what is so already."""
-    differing = {key: value for key, value in change.items() if operator.attrgetter(key)(cfg) != value}
-    return " ".join(f"{key}={str(value).lower()}" for key, value in differing.items())

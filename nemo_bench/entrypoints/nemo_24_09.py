@@ -128,7 +128,7 @@ class Nemo2409(Entrypoint):
             "this Python; entrypoint=nemo2 is this project's own program"
         )
         rule = "not found on this machine: it is part of the container nvcr.io/nvidia/nemo:24.09"
-        return [Problem("entrypoint.program", program, rule, fix)]
+        return [Problem("entrypoint.program", program, rule, fix, missing=True)]
 
     def rank_command(self, cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:
         command = [python, "-u", str(PROJECT / "nemo_bench" / "launch" / "program_rank.py"), str(run_dir)]

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_bench.checks.smaller import smaller_configurations
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError
 from nemo_bench.launch.causes import known_cause
-from nemo_bench.memory import GIB, MemoryEstimate, estimate_memory, what_takes_less
+from nemo_bench.memory import GIB, MemoryEstimate, estimate_memory
 from nemo_bench.record.first_error import FirstError, first_error
 from nemo_bench.record.folder import RunFolder, tail
 from nemo_bench.record.node import NODE
@@ -149,7 +150,7 @@ def _out_of_memory(evidence: Evidence) -> list[str] | None:
     if entrypoint_of(cfg).memory_is_estimated:
         estimate = estimate_memory(cfg)
         lines.append(f"needed by this configuration, estimated: {_estimated(estimate)}")
-        lines.append(f"what takes less, by the same estimate: {what_takes_less(cfg)}")
+        lines.append(f"what takes less, by the same estimate: {smaller_configurations(cfg)}")
     if _bytes(sizes.get("reserved by PyTorch, unused", "0 bytes")) > FRAGMENTED_BYTES:
         lines.append(
             "much reserved and unused is fragmentation: export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"

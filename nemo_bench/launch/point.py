@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_bench import flops
-from nemo_bench.checks.configuration import configuration_problems, machine_problems
-from nemo_bench.checks.profile import profile_plan
+from nemo_bench.checks.problems import problems
+from nemo_bench.checks.smaller import smaller_configurations
 from nemo_bench.config import Launch, TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
 from nemo_bench.launch.diagnosis import diagnose
+from nemo_bench.launch.plan import profile_plan
 from nemo_bench.project import python_path
 from nemo_bench.record import folder as record
 
@@ -41,11 +42,9 @@ def run_point(raw: DictConfig) -> None:
     """
     cfg = typed(raw)
     dry = cfg.launch is Launch.dry
-    problems = configuration_problems(cfg) + entrypoint_of(cfg).problems(cfg)
-    if not dry and cfg.cluster.scheduler == "none":
-        problems += machine_problems(cfg) + entrypoint_of(cfg).machine_problems(cfg)
-    if problems:
-        raise ConfigurationRefused(problems)
+    runs_here = not dry and cfg.cluster.scheduler == "none"
+    if refused := [problem for problem in problems(cfg) if runs_here or not problem.missing]:
+        raise ConfigurationRefused(refused)
     if dry:
         print(plan(cfg))
         run_dir = results_dir(cfg) / "<run>"
@@ -118,14 +117,14 @@ def _bubble(cfg: TrainConfig) -> str:
 def _memory_plan(cfg: TrainConfig) -> list[str]:
     if cfg.gpu.device == "cpu" or not entrypoint_of(cfg).memory_is_estimated:
         return []
-    from nemo_bench.memory import GIB, estimate_memory, what_takes_less
+    from nemo_bench.memory import GIB, estimate_memory
 
     needed = estimate_memory(cfg).total_bytes / GIB
     there = cfg.gpu.memory_gib or math.inf
     has = "" if cfg.gpu.memory_gib is None else f"; {cfg.gpu.name} has {there:g}"
     lines = [f"  memory     about {needed:.0f} GiB a GPU, by an estimate{has}"]
     if needed > there:
-        lines.append(f"             this does not fit; what does: {what_takes_less(cfg, there)}")
+        lines.append(f"             this does not fit; what does: {smaller_configurations(cfg, there)}")
     return lines
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_bench.checks.configuration import configuration_problems, stage_problems
+from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import slurm
 from nemo_bench.config import ComposedPoint, Launch, TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of
-from nemo_bench.errors import BenchError, Problem
+from nemo_bench.errors import BenchError, Need, Problem
 from nemo_bench.files import dated_name, write_json
 from nemo_bench.launch.batch_script import batch_script, job_name
 from nemo_bench.launch.point import plan, point_name, prepare_data, results_dir
@@ -44,9 +44,9 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     """
     configs = [typed(point.config) for point in points]
     dry = any(cfg.launch is Launch.dry for cfg in configs)
-    problems = {point.name: found for point, cfg in zip(points, configs) if (found := _problems(cfg, dry=dry))}
-    if problems:
-        raise BenchError(_all_problems(problems, len(points)))
+    refused = {point.name: broken for point, cfg in zip(points, configs) if (broken := _problems(cfg, dry=dry))}
+    if refused:
+        raise BenchError(_all_problems(refused, len(points)))
     if dry:
         for point, cfg in zip(points, configs):
             _print_dry(point, cfg)
@@ -74,27 +74,21 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
 
 
 def _problems(cfg: TrainConfig, *, dry: bool) -> list[Problem]:
-    found = configuration_problems(cfg) + entrypoint_of(cfg).problems(cfg)
-    if cfg.cluster.scheduler != "slurm":
-        found.append(
-            Problem(
-                "cluster",
-                cfg.cluster.name,
-                "hydra/launcher=submitit_slurm submits to Slurm",
-                "the value that works: slurm (scale=local brings cluster=local: name cluster=slurm too)",
-            )
-        )
-    # launch=dry also serves to plan on a laptop, where no stage folder and no GPU is.
-    return found if dry else found + stage_problems(cfg)
+    need = Need(cfg)
+    fix = "use cluster=slurm (scale=local brings cluster=local: add cluster=slurm too)"
+    on_slurm = cfg.cluster.scheduler == "slurm"
+    need(on_slurm, "cluster", "hydra/launcher=submitit_slurm submits to Slurm", fix, value=cfg.cluster.name)
+    # launch=dry also serves to plan on a laptop, which has no stage folder and no GPU.
+    return need.problems + [problem for problem in problems(cfg) if not problem.missing or (on_slurm and not dry)]
 
 
-def _all_problems(problems: dict[str, list[Problem]], points: int) -> str:
-    """Every problem of every point; what several points share is said once."""
+def _all_problems(refused: dict[str, list[Problem]], points: int) -> str:
+    """Return every problem of every point; what several points share is said once."""
     shared: dict[str, list[str]] = {}
-    for point, found in problems.items():
-        for problem in found:
+    for point, broken in refused.items():
+        for problem in broken:
             shared.setdefault(str(problem), []).append(point)
-    head = f"{len(shared)} problem{'s' if len(shared) > 1 else ''} in {len(problems)} of {points} points; "
+    head = f"{len(shared)} problem{'s' if len(shared) > 1 else ''} in {len(refused)} of {points} points; "
     lines = [head + "nothing was submitted:"]
     for text, names in shared.items():
         lines += ["", f"  {text}"]

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import gpu_speed
 from benchmarks.rank_server import RankServer
-from nemo_bench.checks.configuration import count_gpus
+from nemo_bench.checks.machine import count_gpus
 from nemo_bench.cli import quoted_path
 from nemo_bench.record import folder as record
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_bench.checks.configuration import count_gpus
+from nemo_bench.checks.machine import count_gpus
 from nemo_bench.cluster import processes
 from nemo_bench.config import TrainConfig, load
 from nemo_bench.launch import point

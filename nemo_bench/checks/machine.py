@@ -1,0 +1,90 @@
+"""What a machine lacks to run a point: GPUs, files, programs. Also what its files say against the configuration."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from nemo_bench.config import TrainConfig
+from nemo_bench.errors import BenchError, Need, Problem
+from nemo_bench.record.folder import RunFolder
+
+NO_FILES = "data=local and data=mock need no files"
+
+
+def machine_problems(cfg: TrainConfig) -> list[Problem]:
+    """Return what this machine lacks to run `cfg` itself."""
+    need = Need(cfg, missing=True)
+    fix = "install NVIDIA Nsight Systems, or add its folder to PATH; profile=torch needs nothing"
+    profiler = cfg.profile.kind != "nsys" or shutil.which("nsys")
+    need(profiler, "profile", "there is no `nsys` on PATH here", fix, value="nsys")
+    if cfg.gpu.device == "cuda":
+        present = count_gpus()
+        rule = f"this machine has {present} NVIDIA GPU{'' if present == 1 else 's'}"
+        fix = "scale=local runs without a GPU; launch=dry checks a point and runs nothing"
+        need(present >= cfg.trainer.devices, "trainer.devices", rule, fix)
+    return need.problems + _file_problems(cfg)
+
+
+def stage_problems(cfg: TrainConfig) -> list[Problem]:
+    """Return what the stage folder lacks for a job on a cluster."""
+    need = Need(cfg, missing=True)
+    container = cfg.cluster.container
+    if container is not None and container.image.endswith(".sqsh"):
+        fix = f"`python setup_stage.py entrypoint={cfg.entrypoint.name} 'parts=[image]'` imports it; "
+        fix += "cluster.container=null runs without a container"
+        need(Path(container.image).is_file(), "cluster.container.image", "the container image is not there", fix)
+    stage = Path(cfg.stage_path)
+    existing = next(folder for folder in (stage, *stage.parents) if folder.exists())
+    rule = f"{existing} cannot be written, and results go there"
+    fix = "set STAGE_PATH to a folder of the shared file system that you can write"
+    need(existing.is_dir() and os.access(existing, os.W_OK), "stage_path", rule, fix)
+    return need.problems + _file_problems(cfg)
+
+
+def count_gpus() -> int:
+    """Return how many NVIDIA GPUs this machine has, without loading CUDA: the driver's device files."""
+    return sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
+
+
+def _file_problems(cfg: TrainConfig) -> list[Problem]:
+    need = Need(cfg, missing=True)
+    if cfg.data.kind == "megatron":
+        _dataset(cfg, need)
+    for name in ("resume_from", "weights_from"):
+        if (folder := getattr(cfg.checkpoint, name)) is not None:
+            _checkpoint(cfg, need, f"checkpoint.{name}", Path(folder))
+    return need.problems
+
+
+def _dataset(cfg: TrainConfig, need: Need) -> None:
+    from nemo_bench.data.indexed_dataset import inspect
+
+    for prefix in cfg.data.paths:
+        try:
+            inspect(Path(prefix), vocab_size=cfg.model.vocab_size)
+        except BenchError as error:
+            need(False, "data.paths", str(error), f"`python prepare_data.py` makes it; {NO_FILES}", value=prefix)
+    if cfg.data.tokenizer is not None:
+        present = (Path(cfg.data.tokenizer) / "tokenizer.json").is_file()
+        fix = f"`python setup_stage.py 'parts=[tokenizer]'` brings it; {NO_FILES}"
+        need(present, "data.tokenizer", "holds no tokenizer.json (Hugging Face's format)", fix)
+
+
+def _checkpoint(cfg: TrainConfig, need: Need, key: str, folder: Path) -> None:
+    if not folder.is_dir():
+        need(False, key, "is not a folder", "give a run folder that holds checkpoints, or one of its checkpoints")
+        return
+    checkpoint = RunFolder(folder).last_checkpoint()
+    fix = "give a run with checkpoint.every_n_steps set"
+    need(checkpoint is not None, key, "holds no finished checkpoint", fix)
+    if checkpoint is None or key != "checkpoint.resume_from":
+        return
+    done, steps = int(checkpoint.name.partition("=")[2]) + 1, cfg.trainer.max_steps
+    need.missing = False
+    rule = f"its last checkpoint is of step {done}, and trainer.max_steps={steps}"
+    need(done < steps, key, rule, "use a larger trainer.max_steps, or one of its earlier checkpoints")
+    profiled = cfg.profile.kind == "none" or cfg.profile.start_step > done
+    rule = f"the run continues at step {done} (checkpoint.resume_from), and a step before warms the profiler up"
+    need(profiled, "profile.start_step", rule, f"nearest that works: {done + 1}")

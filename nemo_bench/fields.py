@@ -1,0 +1,103 @@
+"""What a configuration's fields may hold, declared beside each field: a number's range, a word's choices, a path."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from nemo_bench.errors import Problem, text_of
+
+_LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "most": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
+# Marks paths. They become absolute: ranks, and readers of the record, have other working folders.
+PATH = {"path": True}
+
+
+def number(default: Any = MISSING, **limits: float) -> Any:
+    """Declare a number and its range: `least`, `above`, `most`, `below`. Every number must be finite."""
+    return field(default=default, metadata=limits)
+
+
+def choice(default: Any, *others: str | None) -> Any:
+    """Declare a word and all that it may be."""
+    return field(default=default, metadata={"valid": [word for word in (default, *others) if word is not MISSING]})
+
+
+def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Give every field of a configuration, sections before what they hold: its key, its owner, the field."""
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        yield prefix + setting.name, config, setting
+        if is_dataclass(value):
+            yield from settings(value, f"{prefix}{setting.name}.")
+
+
+def _values(config: Any) -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Give every value of a configuration, those in lists and dictionaries one by one."""
+    for key, owner, setting in settings(config):
+        value = getattr(owner, setting.name)
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", item, setting) for name, item in value.items())
+        else:
+            yield from ((key, item, setting) for item in (value if isinstance(value, list) else [value]))
+
+
+def number_problems(config: Any) -> list[Problem]:
+    """Return a problem for every number that is not finite or not in its range."""
+    problems = []
+    for key, value, setting in _values(config):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        limits = {name: limit for name, limit in setting.metadata.items() if name in _LIMITS}
+        if math.isfinite(value) and all(_LIMITS[name][0](value, limit) for name, limit in limits.items()):
+            continue
+        bounds = [f"{_LIMITS[name][1]} {limit}" for name, limit in limits.items()]
+        rule = f"must be {' and '.join(bounds)}" if bounds else "must be a finite number"
+        problems.append(Problem(key, value, rule, _working_number(value, limits, setting)))
+    return problems
+
+
+def _working_number(value: float, limits: dict[str, float], setting: Field[Any]) -> str:
+    if value < limits.get("least", -math.inf):
+        return f"nearest that works: {limits['least']}"
+    if limits.get("most", math.inf) < value < math.inf:
+        return f"nearest that works: {limits['most']}"
+    no_default = setting.default in (NO_DEFAULT, MISSING, None)
+    return "leave it out for the default" if no_default else f"the default: {setting.default}"
+
+
+def choice_problems(config: Any) -> list[Problem]:
+    """Return a problem for every word that is not one of its choices."""
+    problems = []
+    for key, value, setting in _values(config):
+        valid = setting.metadata.get("valid")
+        if valid is not None and value not in valid:
+            name = setting.name if "_" in setting.name else key  # "attention backend", "data kind"
+            rule = f"unknown {name.replace('_', ' ').replace('.', ' ')}"
+            problems.append(Problem(key, value, rule, f"valid: {', '.join(map(text_of, valid))}"))
+    return problems
+
+
+def absolute(path: str) -> str:
+    """Return the path as any working folder reads it, with `~` expanded; an empty one stays empty."""
+    return path and str(Path(os.path.expanduser(path)).absolute())
+
+
+def make_paths_absolute(config: Any) -> None:
+    """Replace every path of the configuration by an absolute one."""
+    for _, owner, setting in settings(config):
+        value = getattr(owner, setting.name)
+        if setting.metadata.get("path") and value:
+            setattr(owner, setting.name, absolute(value) if isinstance(value, str) else [*map(absolute, value)])
