@@ -42,6 +42,7 @@ from nemo_bench.config import TrainConfig, typed  # noqa: E402
 from nemo_bench.entrypoints import entrypoint_of, nemo2  # noqa: E402
 from nemo_bench.errors import BenchError, ConfigurationRefused  # noqa: E402
 from nemo_bench.launch import point  # noqa: E402
+from nemo_bench.launch.plan import results_dir  # noqa: E402
 from nemo_bench.record.folder import STEPS, RunFolder, Status, read_lines  # noqa: E402
 from nemo_bench.report.numbers import summarise  # noqa: E402
 
@@ -57,18 +58,18 @@ class Case:
 
     def start(self, server: RankServer, gpus: list[int]) -> contextlib.AbstractContextManager[ProcessGroup]:
         """Record the run and fork its ranks onto `gpus`; they end with the context at the latest."""
-        point.prepare_data(self.cfg)
+        cfg, _ = point.prepare_data(self.cfg)
         self.run.create(
-            config_yaml=OmegaConf.to_yaml(OmegaConf.structured(self.cfg)),
+            config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
             command=["python", "train.py", *self.overrides],
             overrides=self.overrides,
-            ranks=self.cfg.world_size,
+            ranks=cfg.world_size,
         )
-        environment = point.rank_environment(self.cfg)
-        if self.cfg.gpu.device == "cuda":
+        environment = point.rank_environment(cfg)
+        if cfg.gpu.device == "cuda":
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
-        command = entrypoint_of(self.cfg).rank_command(self.cfg, self.run.path, sys.executable)
-        return processes.started(command, environment, self.run.path, self.cfg.trainer.devices, server.popen)
+        command = entrypoint_of(cfg).rank_command(self.cfg, self.run.path, sys.executable)
+        return processes.started(command, environment, self.run.path, cfg.trainer.devices, server.popen)
 
 
 def compose(name: str, overrides: list[str], stage: Path) -> Case:
@@ -91,7 +92,7 @@ def compose(name: str, overrides: list[str], stage: Path) -> Case:
         raise BenchError("ranks are forked from NeMo 2: no other entrypoint and no nsys here; train.py runs them")
     if refused := problems(cfg):
         raise ConfigurationRefused(refused)
-    return Case(name, overrides, cfg, RunFolder.new(point.results_dir(cfg).parent / name))
+    return Case(name, overrides, cfg, RunFolder.new(results_dir(cfg).parent / name))
 
 
 @dataclass

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.checks.smaller import smaller_configurations
-from nemo_bench.config import TrainConfig
+from nemo_bench.config import TrainConfig, load
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError
 from nemo_bench.launch.causes import known_cause
 from nemo_bench.memory import GIB, MemoryEstimate, estimate_memory
 from nemo_bench.record.first_error import FirstError, first_error
-from nemo_bench.record.folder import RunFolder, tail
+from nemo_bench.record.folder import CONFIG, RunFolder, tail
 from nemo_bench.record.node import NODE
 
 # The end of a log: it holds a C++ stack trace of each process group after the lines of interest.
@@ -56,6 +56,7 @@ class Diagnosis:
     cause: str | None
     remedies: list[str]
     error: FirstError | None
+    refused: bool = False  # the rank said itself what is wrong: a BenchError
 
     @property
     def headline(self) -> str:
@@ -79,7 +80,7 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
     """
     if error is not None and error["type"] == BenchError.__name__:
         headline, *remedies = str(error["message"]).splitlines()
-        return Diagnosis(headline, remedies, None)
+        return Diagnosis(headline, remedies, None, refused=True)
     logs = {}
     for log_rank in range(cfg.world_size):
         if run.log(log_rank).exists():
@@ -94,6 +95,19 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
         if lines is None and first is not None:
             lines = explain(Evidence(cfg, rank or 0, first.text, logs, software))
     return Diagnosis(lines[0], lines[1:], first) if lines else Diagnosis(None, [], first)
+
+
+def failure_text(run_dir: Path) -> str:
+    """Return a recorded run's first error and what it means; empty if it did not fail."""
+    run = RunFolder(run_dir)
+    error = next(iter(run.rank_errors()), None)
+    if error is None and run.status().state != "failed":
+        return ""
+    diagnosis = diagnose(load(run_dir / CONFIG), run, int(error["rank"]) if error else None, error)
+    own_words = [f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}"] if error else []
+    if diagnosis.refused:
+        return own_words[0]
+    return "\n".join([*own_words, *([diagnosis.cause] if diagnosis.cause else []), *diagnosis.advice])
 
 
 def explain(evidence: Evidence) -> list[str] | None:

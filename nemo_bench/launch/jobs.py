@@ -18,8 +18,8 @@ from nemo_bench.cluster import slurm
 from nemo_bench.config import load
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import write_json
-from nemo_bench.launch.diagnosis import diagnose
-from nemo_bench.launch.point import point_name
+from nemo_bench.launch.diagnosis import failure_text
+from nemo_bench.launch.plan import point_name
 from nemo_bench.record import folder as record
 from nemo_bench.report.logs import read_log
 
@@ -215,19 +215,10 @@ def find(stage: Path, job_id: str) -> Path:
 
 def log_text(run_dir: Path) -> str:
     """What a reader of a failed job looks for: its first error, what that means, then the end of the logs."""
-    parts = []
-    errors = record.RunFolder(run_dir).rank_errors()[:1]
-    for error in errors:
-        parts.append(f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}")
-    if errors or record.RunFolder(run_dir).status().state == "failed":
-        # A rank that a signal ended left no error: which one it was, its log may tell.
-        first = errors[0] if errors else None
-        rank = int(first["rank"]) if first else None
-        diagnosis = diagnose(load(run_dir / record.CONFIG), record.RunFolder(run_dir), rank, first)
-        headline = [diagnosis.headline] if not parts or diagnosis.headline not in parts[-1] else []
-        parts.append("\n".join([*headline, *diagnosis.advice]))
+    failure = failure_text(run_dir)
+    parts = [failure] if failure else []
     logs = sorted(run_dir.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
-    failed = [int(error["rank"]) for error in errors]
+    failed = [int(error["rank"]) for error in record.RunFolder(run_dir).rank_errors()[:1]]
     logs += [record.RunFolder(run_dir).log(rank) for rank in (failed or [0])]
     for log in logs:
         if log.exists():

@@ -1,25 +1,109 @@
-"""What a point is, in words."""
+"""What a point is, in words: its name, its plan for `launch=dry`, and the folder of its results."""
 
 from __future__ import annotations
 
+import math
 import shlex
+import sys
 from pathlib import Path
 
+from nemo_bench import flops
+from nemo_bench.checks.smaller import smaller_configurations
 from nemo_bench.cluster import nsys
 from nemo_bench.config import TrainConfig
+from nemo_bench.entrypoints import entrypoint_of
+from nemo_bench.memory import GIB, estimate_memory
+
+
+def point_name(cfg: TrainConfig) -> str:
+    """Return a point's name in tables: `70b fp8 128gpu`."""
+    return f"{cfg.model.name} {cfg.precision.name} {cfg.world_size}gpu"
+
+
+def results_dir(cfg: TrainConfig) -> Path:
+    """Return `<stage>/results/<version>/<precision>/<model>/<gpus>`, the recipe's layout."""
+    results = Path(cfg.stage_path) / "results" / cfg.results_version
+    return results / cfg.precision.name / cfg.model.name / str(cfg.world_size)
+
+
+def plan(cfg: TrainConfig) -> str:
+    """Return what a point is: layout, batch, work, memory, and where its results go."""
+    m = cfg.model
+    per_sequence = cfg.architecture.flops_per_sequence(m.seq_length)
+    sequence_parallel = " SP" if m.sequence_parallel and m.tensor_model_parallel_size > 1 else ""
+    lines = [
+        f"Llama 3.1 {m.name} ({cfg.architecture.num_parameters / 1e9:.3g}B parameters), {cfg.precision.name}, "
+        f"{cfg.world_size} x {cfg.gpu.name} ({cfg.trainer.num_nodes} nodes x {cfg.trainer.devices}): "
+        "every check passed",
+        f"  layout     TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} "
+        f"VP{m.virtual_pipeline_model_parallel_size or 1} CP{m.context_parallel_size} DP{cfg.data_parallel_size}"
+        f"{sequence_parallel}{_bubble(cfg)}",
+        f"  batch      MBS {m.micro_batch_size}, GBS {m.global_batch_size}, GA {cfg.num_micro_batches}, "
+        f"sequence {m.seq_length}: {m.seq_length * m.global_batch_size:,} tokens a step",
+        f"  work       {per_sequence:.4g} FLOPs a sequence, {per_sequence * m.global_batch_size:.4g} a step "
+        "(the recipe's convention)",
+        f"  steps      {cfg.trainer.max_steps}",
+        f"  data       {cfg.data.name}: {', '.join(cfg.data.paths) or cfg.data.folder or 'random tokens'}",
+        *_memory(cfg),
+        *profile_plan(cfg),
+        f"  results    {results_dir(cfg)}/<run>/",
+    ]
+    return "\n".join(lines)
+
+
+def _bubble(cfg: TrainConfig) -> str:
+    m = cfg.model
+    if m.pipeline_model_parallel_size == 1:
+        return ""
+    share = flops.pipeline_bubble(
+        pipeline_stages=m.pipeline_model_parallel_size,
+        virtual_stages=m.virtual_pipeline_model_parallel_size or 1,
+        micro_batches=cfg.num_micro_batches,
+    )
+    return f": {share:.1%} of a step is pipeline bubble, if all stages have equal work"
+
+
+def _memory(cfg: TrainConfig) -> list[str]:
+    if cfg.gpu.device == "cpu" or not entrypoint_of(cfg).memory_is_estimated:
+        return []
+    needed_gib = estimate_memory(cfg).total_bytes / GIB
+    gpu_gib = cfg.gpu.memory_gib or math.inf
+    has = "" if cfg.gpu.memory_gib is None else f"; {cfg.gpu.name} has {gpu_gib:g}"
+    lines = [f"  memory     about {needed_gib:.0f} GiB a GPU, by an estimate{has}"]
+    if needed_gib > gpu_gib:
+        lines.append(f"             this does not fit; what does: {smaller_configurations(cfg, gpu_gib)}")
+    return lines
 
 
 def profile_plan(cfg: TrainConfig) -> list[str]:
-    """Return the plan's lines about the profile; none where nothing is profiled."""
+    """Return the plan's lines about the profile; none if nothing is profiled."""
     p = cfg.profile
     if p.kind == "none":
         return []
     steps = f"step {p.start_step}" if p.start_step == p.end_step else f"steps {p.start_step} to {p.end_step}"
-    where = f"rank{'s' if len(p.ranks) > 1 else ''} {', '.join(map(str, p.ranks))}"
+    ranks = f"rank{'s' if len(p.ranks) > 1 else ''} {', '.join(map(str, p.ranks))}"
     lines = [
-        f"  profile    {p.kind}: {steps} of {where}, to <run>/profile/; these and the steps next to them do not count"
+        f"  profile    {p.kind}: {steps} of {ranks}, to <run>/profile/; these and the steps next to them do not count"
     ]
     if p.kind == "nsys":
         command = nsys.command(cfg.profile, Path("<run>"), p.ranks[0])
         lines.append(f"             around the rank's command: {shlex.join(command)}")
     return lines
+
+
+def rank_plan(cfg: TrainConfig) -> str:
+    """Return what each rank would run on this machine: its command, its environment, and the files it reads."""
+    entrypoint, run_dir = entrypoint_of(cfg), results_dir(cfg) / "<run>"
+    environment = (f"{name}={shlex.quote(value)}" for name, value in entrypoint.environment(cfg).items())
+    lines = [
+        f"  each rank  {shlex.join(entrypoint.rank_command(cfg, run_dir, sys.executable))}",
+        f"             {' '.join(environment)}",
+        *files_plan(cfg),
+    ]
+    return "\n".join(lines)
+
+
+def files_plan(cfg: TrainConfig) -> list[str]:
+    """Return the files that the ranks would read besides the configuration, each with its place."""
+    files = entrypoint_of(cfg).files(cfg, results_dir(cfg) / "<run>")
+    return [f"# {path}\n{text}" for path, text in files.items()]

@@ -16,7 +16,8 @@ from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, Need, Problem
 from nemo_bench.files import dated_name, write_json
 from nemo_bench.launch.batch_script import batch_script, job_name
-from nemo_bench.launch.point import plan, point_name, prepare_data, results_dir
+from nemo_bench.launch.plan import files_plan, plan, point_name, results_dir
+from nemo_bench.launch.point import prepare_data
 from nemo_bench.record import folder as record
 
 
@@ -56,8 +57,10 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
             "sbatch is not on this machine: submit from a login node of the cluster.\n"
             "launch=dry prints the scripts; scale=local runs here"
         )
-    for line in dict.fromkeys(line for cfg in configs if (line := prepare_data(cfg))):
-        print(line)
+    prepared = [prepare_data(cfg) for cfg in configs]
+    configs = [cfg for cfg, _ in prepared]
+    for data in dict.fromkeys(data for _, data in prepared if data):
+        print(data)
     folder = Path(configs[0].stage_path) / "submissions" / dated_name()
     jobs = _submit_all(points, configs, folder)
     from nemo_bench.report.terminal import make_console
@@ -104,8 +107,8 @@ def _print_dry(point: ComposedPoint, cfg: TrainConfig) -> None:
     if cfg.cluster.scheduler == "slurm":
         script = batch_script(cfg, run_dir)
         print(script)
-        for path, text in entrypoint_of(cfg).files(cfg, run_dir).items():
-            print(f"# {path}\n{text}")
+        for text in files_plan(cfg):
+            print(text)
         if slurm.have_sbatch():
             answer = slurm.test_only(script)
             print(f"sbatch --test-only: {'accepted' if answer.accepted else 'REFUSED'}: {answer.message}")

@@ -141,7 +141,7 @@ def test_a_collective_that_a_rank_never_joins(tmp_path: Path, cfg: TrainConfig) 
             process.kill()
             process.wait()
     assert code == -signal.SIGABRT, record.RunFolder(tmp_path).log(0).read_text()[-4000:]
-    message = point._record_failure(cfg, tmp_path, processes.Outcome(0, code, seen_at=time.time()))
+    message = point.record_failure(cfg, record.RunFolder(tmp_path), processes.Outcome(0, code, seen_at=time.time()))
     print(message)
     assert message.startswith(
         "rank 0 of 2 failed: killed by SIGABRT: NCCL time-out: ALLREDUCE of 1,024 elements (number "

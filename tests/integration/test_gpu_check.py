@@ -163,7 +163,7 @@ def test_a_rank_without_a_gpu_ends_with_one_message(tmp_path: Path, fp8: TrainCo
             timeout=120,
         )
     assert done.returncode == 1
-    message = point._record_failure(fp8, run_dir, Outcome(0, 1, seen_at=time.time()))
+    message = point.record_failure(fp8, record.RunFolder(run_dir), Outcome(0, 1, seen_at=time.time()))
     printed = record.RunFolder(run_dir).log(0).read_text()
     if torch.version.cuda is None:
         assert message.startswith("rank 0 of 1 failed: torch") and "is built without CUDA" in message

@@ -48,9 +48,9 @@ import sys
 from pathlib import Path
 from nemo_bench.config import load
 from nemo_bench.launch import point
-from nemo_bench.record import folder as record
-run_dir = Path(sys.argv[1])
-point.execute(load(run_dir / record.CONFIG), run_dir, lambda: None)
+from nemo_bench.record.folder import CONFIG, RunFolder
+run = RunFolder(Path(sys.argv[1]))
+point.execute(load(run.path / CONFIG), run, lambda: None)
 """
 
 

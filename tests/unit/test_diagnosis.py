@@ -347,7 +347,7 @@ def test_the_watchdogs_abort_is_explained_from_the_logs(run_dir: Path, eight: Tr
         record.RunFolder(run_dir).log(rank).write_text("step 12\n" if rank == 5 else timed_out(rank))
     # an exception that another rank had because of it
     failed(run_dir, 5, RuntimeError("Connection closed by peer"))
-    message = point._record_failure(eight, run_dir, Outcome(2, -6, seen_at=2.0))
+    message = point.record_failure(eight, record.RunFolder(run_dir), Outcome(2, -6, seen_at=2.0))
     lines = message.splitlines()
     assert lines[0].startswith("rank 2 of 8 failed: killed by SIGABRT: NCCL time-out: ALLREDUCE of 1,259,621 elements")
     assert lines[1] == "  not reported by rank 5, for which the others may have waited: look there first"
@@ -359,7 +359,7 @@ def test_an_exception_is_explained_in_the_message_and_in_the_record(run_dir: Pat
     record.RunFolder(run_dir).log(3).write_text("Traceback (most recent call last):\n")
     write_json(run_dir / NODE, {"packages": {"torch": "2.11.0"}, "gpus": [{"driver_version": "580.1"}]})
     failed(run_dir, 3, RuntimeError("CUDA error: no kernel image is available for execution on the device"))
-    message = point._record_failure(eight, run_dir, Outcome(0, 1, seen_at=2.0))
+    message = point.record_failure(eight, record.RunFolder(run_dir), Outcome(0, 1, seen_at=2.0))
     assert message.startswith("rank 3 of 8 failed: RuntimeError: torch, Transformer Engine or another library has no ")
     assert "(torch 2.11.0, driver 580.1)" in message
     assert status(run_dir)["rank"] == 3
@@ -368,23 +368,22 @@ def test_an_exception_is_explained_in_the_message_and_in_the_record(run_dir: Pat
 def test_what_a_rank_refuses_is_said_as_it_stands(run_dir: Path, eight: TrainConfig) -> None:
     record.RunFolder(run_dir).log(0).write_text("one\ntwo\n")
     failed(run_dir, 0, BenchError("NVIDIA A100 has no fp8\nwhat works here: precision=bf16"))
-    message = point._record_failure(eight, run_dir, Outcome(0, 1, seen_at=2.0))
+    message = point.record_failure(eight, record.RunFolder(run_dir), Outcome(0, 1, seen_at=2.0))
     assert message == "rank 0 of 8 failed: NVIDIA A100 has no fp8\n  what works here: precision=bf16"
 
 
 def test_an_unknown_failure_keeps_its_words_and_its_last_lines(run_dir: Path, eight: TrainConfig) -> None:
     record.RunFolder(run_dir).log(1).write_text("one\ntwo\n")
     failed(run_dir, 1, ValueError("no such thing\nat all"))
-    message = point._record_failure(eight, run_dir, Outcome(1, 1, seen_at=2.0))
+    message = point.record_failure(eight, record.RunFolder(run_dir), Outcome(1, 1, seen_at=2.0))
     log = record.RunFolder(run_dir).log(1)
     assert message == f"rank 1 of 8 failed: ValueError: no such thing\nthe last lines of {log}:\n  | one\n  | two"
 
 
 def test_the_kernels_kill_is_still_told(run_dir: Path, eight: TrainConfig) -> None:
     record.RunFolder(run_dir).log(0).write_text("one\n")
-    assert "killed by SIGKILL (from outside, or by the kernel" in point._record_failure(
-        eight, run_dir, Outcome(0, -9, seen_at=2.0)
-    )
+    message = point.record_failure(eight, record.RunFolder(run_dir), Outcome(0, -9, seen_at=2.0))
+    assert "killed by SIGKILL (from outside, or by the kernel" in message
 
 
 def test_jobs_log_explains_a_job_that_left_no_exception(run_dir: Path, eight: TrainConfig) -> None:
