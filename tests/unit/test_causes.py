@@ -78,7 +78,7 @@ KNOWN = [
         "rank0.out",
         "/usr/bin/python3: Error while finding module specification for 'nemo_bench.training.rank' "
         "(ModuleNotFoundError: No module named 'nemo_bench')",
-        "no package nemo_bench",
+        "no module nemo_bench",
     ),
     (
         "rank0.out",

@@ -20,14 +20,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_bench.checks.configuration import configuration_problems
-from nemo_bench.config import TrainConfig, typed
+from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of, nemo_24_09
 from nemo_bench.errors import ConfigurationRefused
 from nemo_bench.launch.batch_script import batch_script, rank_environment
+from nemo_bench.launch.plan import results_dir
 
-PROJECT = Path(__file__).resolve().parents[2]
+from .. import composing
+
+PROJECT = composing.PROJECT
 GOLDEN = PROJECT / "tests" / "golden"
-SCHEMA: dict[str, Any] = yaml.safe_load((PROJECT / "tests" / "nemo_24_09" / "schema.yaml").read_text())
+SCHEMA, RECIPE_70B = (
+    yaml.safe_load((PROJECT / "tests" / "nemo_24_09" / name).read_text()) for name in ("schema.yaml", "recipe_70b.yaml")
+)
 STAGE = "/lustre/nemo"
 GPUS = (64, 128, 256, 512, 1024, 2048)
 POINTS = [
@@ -53,22 +58,16 @@ USER_BUFFERS = {
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "SBATCH_")):
-            monkeypatch.delenv(name)
-    monkeypatch.delenv("GSW_VERSION", raising=False)
+def stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAGE_PATH", STAGE)
 
 
 def composed(*overrides: str) -> TrainConfig:
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return typed(compose("train", ["entrypoint=nemo_24_09", *overrides]))
+    return composing.composed("entrypoint=nemo_24_09", *overrides)
 
 
 def run_dir(cfg: TrainConfig) -> Path:
-    gpus = str(cfg.trainer.num_nodes * cfg.trainer.devices)
-    return Path(STAGE, "results", "24.09", cfg.precision.name, cfg.model.name, gpus, "20261122-120000-abcd")
+    return results_dir(cfg) / "20261122-120000-abcd"
 
 
 def nemo(*overrides: str) -> dict[str, Any]:
@@ -133,35 +132,15 @@ def test_a_key_that_nemo_does_not_know_is_found() -> None:
 
 @pytest.mark.parametrize(("precision", "gpus"), list(product(("bf16", "fp8"), GPUS)))
 def test_the_recipes_70b(precision: str, gpus: int) -> None:
-    content = nemo(f"precision={precision}", f"scale={gpus}gpu")
-    trainer, model, fp8 = content["trainer"], content["model"], precision == "fp8"
-    assert (trainer["num_nodes"], trainer["devices"], trainer["max_steps"]) == (gpus // 8, 8, 50)
-    assert (trainer["val_check_interval"], trainer["limit_val_batches"], trainer["num_sanity_val_steps"]) == (50, 1, 0)
-    assert trainer["precision"] == "bf16-mixed"
-    sizes = ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context")
-    assert [model[f"{size}_parallel_size"] for size in sizes] == [4, 4, 5, 2]
-    assert model["global_batch_size"] == gpus // 8 * 16
-    assert (model["micro_batch_size"], model["num_layers"], model["hidden_size"]) == (1, 80, 8192)
-    assert (model["ffn_hidden_size"], model["num_attention_heads"], model["num_query_groups"]) == (28672, 64, 8)
-    assert [model[name] for name in ("fp8", "fp8_hybrid", "fp8_params", "fp8_e4m3")] == [fp8, fp8, fp8, False]
-    assert (model["fp8_amax_history_len"], model["fp8_amax_compute_algo"], model["fp8_margin"]) == (1024, "max", 0)
-    assert model["sequence_parallel"] and model["ub_tp_comm_overlap"] and model["overlap_p2p_comm"]
-    assert not model["batch_p2p_comm"]
-    assert model["defer_embedding_wgrad_compute"] and model["wgrad_deferral_limit"] == 22
-    assert model["ub_tp_comm_overlap_cfg"]["proj_fprop"].get("fp8_buf") == (1 if fp8 else None)
-    assert model["gc_interval"] == 25
-    assert content["exp_manager"]["step_timing_kwargs"]["sync_cuda"]
-    assert not content["exp_manager"]["create_checkpoint_callback"]
-    optim = model["optim"]
-    assert optim["name"] == "distributed_fused_adam"
-    assert (optim["lr"], optim["weight_decay"], optim["betas"]) == (3e-4, 0.1, [0.9, 0.95])
-    assert (optim["overlap_grad_sync"], optim["overlap_param_sync"], optim["grad_sync_dtype"]) == (True, True, "bf16")
-    assert optim["sched"] == {"name": "CosineAnnealing", "warmup_steps": 2000, "constant_steps": 0, "min_lr": 3e-5}
-    data = model["data"]
-    prefix = f"{STAGE}/llama3.1-dataset/my-llama_0"
-    assert data["data_prefix"] == [0.5, f"{prefix}0_text_document", 0.5, f"{prefix}1_text_document"]
-    assert data["index_mapping_dir"] == f"{STAGE}/index_mapping"
-    assert model["tokenizer"]["type"] == f"{STAGE}/llama3.1-dataset/llama"
+    content, fp8 = dict(leaves(nemo(f"precision={precision}", f"scale={gpus}gpu"))), precision == "fp8"
+    expected = {
+        **dict(leaves(RECIPE_70B)),
+        "trainer.num_nodes": gpus // 8,
+        "model.global_batch_size": gpus // 8 * 16,
+        **{f"model.{name}": fp8 for name in ("fp8", "fp8_hybrid", "fp8_params")},
+    }
+    assert {key: content[key] for key in expected} == expected
+    assert content["model.ub_tp_comm_overlap_cfg"]["proj_fprop"].get("fp8_buf") == (1 if fp8 else None)
 
 
 @pytest.mark.parametrize(
@@ -186,12 +165,8 @@ def test_the_recipes_405b(gpus: int, layers: int, pp: int, vp: int | None, batch
 
 def test_the_8b_has_no_tensor_parallel_overlap() -> None:
     model = nemo("experiment=llama31_8b_bf16_8gpu")["model"]
-    assert (model["ub_tp_comm_overlap"], model["ub_tp_comm_overlap_cfg"], model["overlap_p2p_comm"]) == (
-        False,
-        None,
-        False,
-    )
-    assert model["context_parallel_size"] == 2
+    assert not model["ub_tp_comm_overlap"] and model["ub_tp_comm_overlap_cfg"] is None
+    assert not model["overlap_p2p_comm"] and model["context_parallel_size"] == 2
 
 
 AWKWARD = [
@@ -349,7 +324,7 @@ def test_what_it_cannot_do_is_refused(overrides: list[str], key: str, fix: str) 
     assert problem.key == key and fix in problem.fix
 
 
-def test_a_program_that_is_not_here_is_refused_here() -> None:
+def test_a_program_that_is_missing_on_this_machine_is_refused() -> None:
     cfg = composed("scale=local")
     (problem,) = entrypoint_of(cfg).machine_problems(cfg)
     assert problem.key == "entrypoint.program" and "cluster=slurm" in problem.fix
@@ -360,23 +335,3 @@ def test_a_program_that_is_not_here_is_refused_here() -> None:
 def test_an_unknown_program_is_refused() -> None:
     with pytest.raises(ConfigurationRefused, match=r"entrypoint\.name=nemo_3\n.*\n +valid: nemo2, nemo_24_09"):
         entrypoint_of(composed("entrypoint.name=nemo_3"))
-
-
-def test_a_dry_sweep_prints_each_points_script_configuration_and_command() -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "train.py", "entrypoint=nemo_24_09", "hydra/launcher=submitit_slurm", "launch=dry"),
-            *("precision=bf16,fp8", f"scale={','.join(f'{gpus}gpu' for gpus in GPUS)}"),
-        ],
-        cwd=PROJECT,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.count("#!/bin/bash") == 12
-    assert done.stdout.count("/<run>/nemo_24_09.yaml\n") == 12
-    assert done.stdout.count("program_rank.py") == 12
-    for gpus in GPUS:
-        assert done.stdout.count(f"#SBATCH --nodes={gpus // 8}\n") == 2
-        assert done.stdout.count(f"  global_batch_size: {gpus * 2}\n") == 2

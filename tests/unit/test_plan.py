@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-import pytest
-from hydra import compose, initialize_config_dir
-
-from nemo_bench.config import TrainConfig, typed
 from nemo_bench.launch.plan import profile_plan
 
-PROJECT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def hydra_composes() -> Iterator[None]:
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        yield
-
-
-def composed(*overrides: str) -> TrainConfig:
-    return typed(compose("train", list(overrides)))
+from ..composing import composed
 
 
 def test_the_plan_says_what_will_be_profiled() -> None:

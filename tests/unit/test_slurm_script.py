@@ -9,36 +9,27 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from nemo_bench.config import TrainConfig, typed
+from nemo_bench.config import TrainConfig
 from nemo_bench.launch.batch_script import batch_script
+from nemo_bench.launch.plan import results_dir
 
-PROJECT = Path(__file__).resolve().parents[2]
+from ..composing import PROJECT, composed
+
 GOLDEN = PROJECT / "tests" / "golden"
 STAGE = "/lustre/nemo"
 
 
 @pytest.fixture(autouse=True)
-def hydra_composes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "SBATCH_")):
-            monkeypatch.delenv(name)
+def stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAGE_PATH", STAGE)
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        yield
-
-
-def composed(*overrides: str) -> TrainConfig:
-    return typed(compose("train", list(overrides)))
 
 
 def run_dir(cfg: TrainConfig) -> Path:
-    return Path(STAGE, "results", cfg.results_version, cfg.precision.name, "70b", "64", "20261122-120000-abcd")
+    return results_dir(cfg) / "20261122-120000-abcd"
 
 
 def script(*overrides: str) -> str:
@@ -53,8 +44,7 @@ def test_the_script_is_the_golden_one(gpus: int, precision: str, monkeypatch: py
     monkeypatch.setenv("SLURM_PARTITION", "batch")
     monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
     cfg = composed(f"scale={gpus}gpu", f"precision={precision}")
-    folder = Path(STAGE, "results", "nemo-2.7.3", precision, "70b", str(gpus), "20261122-120000-abcd")
-    text = batch_script(cfg, folder).replace(str(PROJECT), "/home/user/nemo-bench")
+    text = batch_script(cfg, run_dir(cfg)).replace(str(PROJECT), "/home/user/nemo-bench")
     golden = GOLDEN / f"70b_{precision}_{gpus}gpu.sbatch"
     if os.environ.get("NEMO_BENCH_WRITE_GOLDEN"):
         golden.write_text(text)
