@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from nemo_bench import cli
 from nemo_bench.config import default_stage_path
@@ -26,52 +25,38 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from nemo_bench.cluster import jobs as command_jobs
-    from nemo_bench.cluster import slurm
-    from nemo_bench.launch import jobs
+    from nemo_bench.cluster import jobs, slurm
+    from nemo_bench.launch.diagnosis import failure_text
+    from nemo_bench.launch.submission import resubmit
     from nemo_bench.report.terminal import make_console
 
-    console, stage = make_console(), Path(arguments.stage).absolute()
+    stage = Path(arguments.stage).absolute()
     if not stage.is_dir() and (stage.exists() or str(stage) != default_stage_path()):
-        raise BenchError(f"{stage} is no folder: --stage (or STAGE_PATH) must name a stage folder")
-    chosen: Any = getattr(arguments, "job", None)  # one id, or a list of them
-    commands = {job.job_id: job for job in command_jobs.submitted(stage)}  # of prepare_data.py and setup_stage.py
+        raise BenchError(f"{stage} is not a folder: --stage (or STAGE_PATH) must name a stage folder")
+    console, submitted = make_console(), jobs.submitted(stage)
+    ids = [arguments.job] if arguments.command == "log" else getattr(arguments, "job", [])
+    chosen = [jobs.find(submitted, job_id, stage) for job_id in ids]
     if arguments.command == "log":
-        print(
-            command_jobs.log_text(commands[chosen]) if chosen in commands else jobs.log_text(jobs.find(stage, chosen))
-        )
+        (job,) = chosen
+        failure = failure_text(job.folder) if job.is_run else ""
+        print("\n\n".join(filter(None, [failure, job.log_text()])))
     elif arguments.command == "cancel":
-        runs = [jobs.find(stage, job_id) for job_id in chosen if job_id not in commands]
-        active = [job_id for job_id in chosen if job_id in commands and commands[job_id].state in slurm.ACTIVE]
-        slurm.scancel(active)
-        ids = [*jobs.cancel(runs), *active]
-        console.print(f"cancelled: {' '.join(ids) or 'none: they had ended'}")
+        cancelled = jobs.cancel(chosen)
+        print(f"cancelled: {' '.join(cancelled) or 'none: they had ended'}")
     elif arguments.command == "follow":
-        runs = [jobs.find(stage, job_id) for job_id in chosen if job_id not in commands]
-        followed = [commands[job_id] for job_id in chosen if job_id in commands]
-        if not chosen:
-            runs = [job.run_dir for job in jobs.look(jobs.submitted_runs(stage)) if job.active]
-            followed = [job for job in commands.values() if job.state in slurm.ACTIVE]
-        if followed:
-            cli.guard(command_jobs.follow_to_end, followed)  # whose failure does not keep the runs from being followed
-        if runs or not followed:
-            jobs.follow(console, runs)
+        jobs.follow(console, chosen or [job for job in submitted if job.active])
     elif arguments.command == "resubmit":
-        for job_id in chosen:
-            if job_id in commands:
-                raise command_jobs.not_resubmitted(commands[job_id])
-        runs = [jobs.find(stage, job_id) for job_id in chosen]
-        runs = runs or jobs.to_resubmit(stage)
-        for run_dir in runs:
-            console.print(f"job {jobs.resubmit(run_dir).job_id}: {run_dir.name} again")
-        if not runs:
-            console.print("no job has failed that was not submitted again")
+        # What was cancelled was meant to end.
+        failed = [job for job in submitted if job.is_run and job.state in slurm.FAILURES]
+        again = chosen or [job for job in failed if "resubmitted_as" not in job.content]
+        for job in again:
+            print(f"job {resubmit(job).job_id}: {job.folder.name} again")
+        if not again:
+            print("no job has failed that was not submitted again")
+    elif submitted:
+        console.print(jobs.table(submitted))
     else:
-        found = jobs.look(jobs.submitted_runs(stage))
-        if found or not commands:
-            console.print(jobs.table(found) if found else f"no run was submitted under {stage}")
-        if commands:
-            console.print(command_jobs.table(list(commands.values())))
+        print(f"no job was submitted from {stage}")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,50 @@
-"""A command as one Slurm job: the request, the batch script, the submission, and Slurm's words for its state.
-
-submitit submits it, and reads the job's id; its own script would start Python from a pickle, and leave no place for
-what has to be done outside a container after srun has ended (exit status, requeue).
-"""
+"""Slurm's commands: the batch script of a command, its submission, and what Slurm knows of our jobs."""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import functools
 import os
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from submitit.slurm.slurm import SlurmInfoWatcher
+
 from nemo_bench.config import ClusterConfig
 from nemo_bench.errors import BenchError
+from nemo_bench.files import write_text
 from nemo_bench.project import python_path
 from nemo_bench.record.folder import EXIT
 
-# Slurm's words for a job that will run (again) without anybody's help, or runs.
+# Slurm's words for a job that runs, or will run (again) without anybody's help.
 ACTIVE = (
     *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"),
     *("SIGNALING", "STOPPED", "STOPPING", "RESIZING", "RESV_DEL_HOLD", "SPECIAL_EXIT", "STAGE_OUT"),
 )
-UNKNOWN = "UNKNOWN"  # Slurm did not answer, or has forgotten it: neither active nor failed
 FAILURES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED")
+UNKNOWN = "UNKNOWN"  # Slurm did not answer, or has forgotten it: neither active nor failed
+SCRIPT = "job.sbatch"
+TIMEOUT_S = 30  # of sbatch, squeue, sacct and scontrol
+ASK_EVERY_S = 15
+# sbatch's words for a controller that may have taken the job all the same.
+_NO_ANSWER = re.compile(
+    r"timed out|Unable to contact|Zero Bytes|Unexpected message|connect failure|reset by peer", re.I
+)
+
+
+class Refused(BenchError):
+    """The scheduler refused a job, in its own words."""
 
 
 def sbatch_options(
     c: ClusterConfig, *, name: str, nodes: int, ntasks_per_node: int, folder: Path, requeue: bool, signal: str | None
 ) -> dict[str, Any]:
-    """sbatch\'s long options and their values (True: no value), in a fixed order."""
+    """sbatch's long options and their values (True: no value), in a fixed order."""
     options: dict[str, Any] = {
         "job-name": name,
         "account": c.account,
@@ -112,22 +121,15 @@ def record_status(folder_variable: str) -> list[str]:
     ]
 
 
-@contextlib.contextmanager
-def _outside_of_any_job() -> Iterator[None]:
-    """Hides the environment's SLURM_* and SBATCH_*: sbatch would put them before the script's own options.
+def environment() -> dict[str, str]:
+    """Return the environment of Slurm's commands, and so of the jobs.
 
-    What conf/cluster/slurm.yaml reads of them is in the configuration by now; SLURM_CONF says which cluster is meant.
-    Also HYDRA_FULL_ERROR, which cli.py sets for this process alone: a job is to end in a message too.
+    Without the variables of a job that this process itself runs in, which sbatch would put before the script's own
+    options (conf/cluster/slurm.yaml has read what it needs of them), and without HYDRA_FULL_ERROR, which cli.py sets
+    for this process alone. SLURM_CONF says which cluster is meant.
     """
-    hidden = {
-        name: os.environ.pop(name)
-        for name in list(os.environ)
-        if name.startswith(("SLURM_", "SBATCH_", "SRUN_", "HYDRA_")) and name != "SLURM_CONF"
-    }
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
+    hidden = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "HYDRA_")
+    return {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(hidden)}
 
 
 @dataclass(frozen=True)
@@ -139,81 +141,112 @@ class TestOnly:
 
 
 def have_sbatch() -> bool:
-    """Whether this machine can submit."""
+    """Return whether this machine can submit."""
     return shutil.which("sbatch") is not None
 
 
 def test_only(script: str) -> TestOnly:
-    """Asks the scheduler whether it would take the job, and submits nothing."""
-    with _outside_of_any_job():
-        done = subprocess.run(
-            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=60, check=False
-        )
+    """Ask the scheduler whether it would take the job; nothing is submitted."""
+    try:
+        done = _run(["sbatch", "--test-only"], input=script)
+    except subprocess.TimeoutExpired:
+        return TestOnly(False, f"no answer within {TIMEOUT_S} s")
     return TestOnly(done.returncode == 0, _scheduler_words(done.stderr))
+
+
+def submit(script: str, folder: Path) -> str:
+    """Submit a batch script, which is kept in `folder`, and return the job's id.
+
+    Raises:
+        Refused: the scheduler does not take the job.
+        BenchError: nobody knows whether it took the job.
+    """
+    path = folder / SCRIPT
+    write_text(path, script)
+    name = job_name(script)
+    try:
+        done = _run(["sbatch", "--parsable", str(path)])
+        words = _scheduler_words(done.stderr)
+        if done.returncode and not _NO_ANSWER.search(words):
+            raise Refused(
+                f"Slurm refused {name}: {words}\n"
+                "it checks cluster.account, cluster.partition, cluster.qos, cluster.time and the number of nodes"
+            )
+        # A site's own sbatch may print more; a federation adds `;cluster`.
+        job_id = (done.stdout.split() or [""])[-1].partition(";")[0]
+        if done.returncode == 0 and job_id.isdigit():
+            return job_id
+    except subprocess.TimeoutExpired:
+        words = f"no answer within {TIMEOUT_S} s"
+    if (known := find(folder, name)) is not None:
+        return known
+    raise BenchError(
+        f"sbatch did not say whether Slurm took {name}: {words}\n"
+        f"if it did, python jobs.py lists the job; its batch script is {path}"
+    )
+
+
+def find(folder: Path, name: str) -> str | None:
+    """Return the id of the job whose batch script lies in `folder`, if Slurm has one."""
+    rows = _answer("squeue", "-h", "-t", "all", "-n", name, "-o", "%i|%o") or ""
+    ids = [row.partition("|")[0] for row in rows.splitlines() if str(folder / SCRIPT) in row]
+    return ids[-1] if ids else None
+
+
+def job_name(script: str) -> str:
+    """Return the name that a batch script asks for."""
+    (line,) = re.findall(r"^#SBATCH --job-name=(.*)$", script, re.MULTILINE)
+    return shlex.split(line)[0]
+
+
+@functools.cache
+def cluster_name() -> str | None:
+    """Return the name of the cluster that this machine submits to."""
+    match = re.search(r"^ClusterName\s*= (\S+)", _answer("scontrol", "show", "config") or "", re.MULTILINE)
+    return match[1] if match else None
+
+
+class Books(SlurmInfoWatcher):
+    """What Slurm knows of all jobs that were registered, asked for at once and not more often than needed.
+
+    submitit's own asks sacct alone, and waits for it for ever. squeue knows more of the last minutes, and is there
+    where the cluster keeps no accounts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(delay_s=ASK_EVERY_S)
+        self.names: set[str] = set()
+        self.answered = False  # whether a job that is in neither list is unknown to Slurm
+
+    def update(self) -> None:
+        """Ask again."""
+        self._last_status_check = time.time()
+        if not self._registered:
+            return
+        # By name: squeue fails as a whole over the id of one job that it has forgotten.
+        squeue = _answer("squeue", "-h", "-t", "all", "-n", ",".join(self.names), "-o", "%i|%T|%V|%j")
+        ids = ",".join(sorted(self._registered))
+        sacct = _answer("sacct", "-n", "-a", "-X", "-P", "-o", "JobID,State,Submit,JobName", "-j", ids)
+        self.answered = squeue is not None
+        for rows in (sacct, squeue):
+            self._info_dict.update(self.read_info(f"JobID|State|Submit|JobName\n{rows or ''}"))
+
+
+def _run(command: list[str], input: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, input=input, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment(), check=False
+    )
+
+
+def _answer(*command: str) -> str | None:
+    """Return what a Slurm command prints; None if it is missing, fails or does not answer in time."""
+    try:
+        done = _run(list(command))
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def _scheduler_words(stderr: str) -> str:
     lines = [re.sub(r"^(sbatch|allocation failure): (error: )?", "", line) for line in stderr.strip().splitlines()]
     return "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"
-
-
-def submit(script: str, name: str, folder: Path) -> str:
-    """Submits a batch script and returns the job's id; submitit keeps the script in `folder`.
-
-    Raises:
-        BenchError: the scheduler refused `name`, in its own words.
-    """
-    import submitit
-    from submitit.core.utils import FailedJobError
-
-    class Executor(submitit.SlurmExecutor):
-        """submitit's, with our script in place of its own."""
-
-        def _make_submission_file_text(self, command: str, uid: str) -> str:
-            return script
-
-    executor = Executor(folder=folder)
-    try:
-        # submitit repeats sbatch's words on stderr; ours below say them once
-        with _outside_of_any_job(), contextlib.redirect_stderr(io.StringIO()):
-            return str(executor._submit_command("").job_id)
-    except (FailedJobError, subprocess.SubprocessError) as error:
-        words = [line for line in str(error).splitlines() if "error" in line.lower()]
-        raise BenchError(
-            f"Slurm refused {name}: {_scheduler_words(chr(10).join(words) or str(error))}\n"
-            "cluster.account, cluster.partition, cluster.qos, cluster.time and the number of nodes are what it checks"
-        ) from None
-
-
-def _ask(command: list[str]) -> list[list[str]]:
-    """Rows of a Slurm command's `|`-separated output; none where it is missing or knows nothing."""
-    if shutil.which(command[0]) is None:
-        return []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        return []
-    return [line.split("|") for line in done.stdout.splitlines() if line.strip()]
-
-
-def states(job_ids: Iterable[str]) -> dict[str, str]:
-    """Slurm's state of each job that Slurm still knows, such as RUNNING or TIMEOUT."""
-    ids = list(job_ids)
-    states: dict[str, str] = {}
-    if ids:
-        # "CANCELLED by 0" is CANCELLED
-        for job_id, state in _ask(["sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", ",".join(ids)]):
-            states[job_id] = state.split()[0]
-        # All of the user's, rather than these: squeue fails as a whole over one job that it has forgotten.
-        for job_id, state in _ask(["squeue", "-h", "-t", "all", "--me", "-o", "%i|%T"]):
-            if job_id in ids:
-                states[job_id] = state
-    return states
-
-
-def scancel(job_ids: list[str]) -> None:
-    """Raises BenchError where scancel refuses."""
-    if job_ids:
-        done = subprocess.run(["scancel", *job_ids], capture_output=True, text=True, timeout=60, check=False)
-        if done.returncode:
-            raise BenchError(f"scancel {' '.join(job_ids)}: {done.stderr.strip()}")

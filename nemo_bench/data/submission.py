@@ -8,9 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_bench.cluster import jobs as command_jobs
-from nemo_bench.cluster import slurm
-from nemo_bench.cluster.jobs import CommandJob
+from nemo_bench.cluster import jobs, slurm
+from nemo_bench.cluster.jobs import Job
 from nemo_bench.config import ComposedPoint, Launch, typed_as
 from nemo_bench.data import shard
 from nemo_bench.data.preparation import (
@@ -61,12 +60,12 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
         return
     for p in preparations:
         p.waiting, p.results = what_is_missing(p.cfg, p.tasks)
-    jobs = _submit(preparations)
-    if not wait and jobs:
+    submitted = _submit(preparations)
+    if not wait and submitted:
         print("python prepare_data.py check reads back what they have made; python jobs.py lists them")
         return
-    if jobs:
-        _follow([one for p in preparations for one in p.shards], jobs)
+    if submitted:
+        _follow([one for p in preparations for one in p.shards], submitted)
     for p in preparations:
         made = [one.result for one in p.shards if one.result is not None]
         print(summary(p.cfg, p.tasks, p.results + made))
@@ -74,7 +73,7 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
 
 def _checked(point: ComposedPoint) -> _Preparation:
     cfg = absolute_paths(typed_as(PreparationConfig, point.config))
-    command_jobs.require_slurm(cfg.cluster)
+    jobs.require_slurm(cfg.cluster)
     if cfg.action is not Action.prepare:
         raise BenchError(f"{cfg.action.name} needs no job: leave hydra/launcher=... out")
     if cfg.data.kind != "megatron":
@@ -86,17 +85,17 @@ def _show(p: _Preparation) -> None:
     print(plan(p.cfg, p.tasks))
     parent = new_log_folder(Path(p.cfg.stage_path))
     for task in p.tasks:
-        command_jobs.show(p.cfg.cluster, _name(task), _command(parent / task.name), parent / task.name)
+        jobs.show(slurm.command_script(p.cfg.cluster, _name(task), _command(parent / task.name), parent / task.name))
     print("launch=dry: nothing was submitted.")
 
 
-def _submit(preparations: list[_Preparation]) -> list[CommandJob]:
+def _submit(preparations: list[_Preparation]) -> list[Job]:
     """A job for each missing dataset, or the one that is making it already."""
     if not any(p.waiting for p in preparations):
         return []
-    command_jobs.require_sbatch()
+    jobs.require_sbatch()
     active = _active(Path(preparations[0].cfg.stage_path))
-    jobs: list[CommandJob] = []
+    submitted: list[Job] = []
     for p in preparations:
         parent = new_log_folder(Path(p.cfg.stage_path))
         for task in p.waiting:
@@ -106,45 +105,46 @@ def _submit(preparations: list[_Preparation]) -> list[CommandJob]:
             else:
                 try:
                     one = new_shard(parent, task)
-                    job = command_jobs.submit(p.cfg.cluster, _name(task), _command(one.folder), one.folder)
+                    script = slurm.command_script(p.cfg.cluster, _name(task), _command(one.folder), one.folder)
+                    job = jobs.submit(script, one.folder)
                 except (BenchError, OSError) as error:
-                    told = f"\nsubmitted before that: {' '.join(job.job_id for job in jobs)}" if jobs else ""
+                    told = f"\nsubmitted before that: {' '.join(job.job_id for job in submitted)}" if submitted else ""
                     raise BenchError(f"{error}{told}") from None
                 print(f"job {job.job_id}: {task.name}, log {one.folder}/slurm-{job.job_id}.out", flush=True)
             one.job_id, one.state = job.job_id, job.state
             p.shards.append(one)
-            jobs.append(job)
-    return jobs
+            submitted.append(job)
+    return submitted
 
 
-def _active(stage: Path) -> dict[str, CommandJob]:
+def _active(stage: Path) -> dict[str, Job]:
     """Jobs of earlier commands that have not ended, by the dataset that they make."""
     found = {}
-    for job in command_jobs.submitted(stage):
+    for job in jobs.submitted(stage):
         try:
             prefix = json.loads((job.folder / shard.TASK).read_bytes())["prefix"]
         except (OSError, ValueError, KeyError):
             continue
-        if job.state in slurm.ACTIVE:
+        if job.active:
             found[prefix] = job
     return found
 
 
-def _follow(shards: list[Shard], jobs: list[CommandJob]) -> None:
+def _follow(shards: list[Shard], submitted: list[Job]) -> None:
     from nemo_bench.data.progress_display import ShardDisplay
     from nemo_bench.report.terminal import make_console
 
     with ShardDisplay(make_console(), shards) as display:
 
         def look() -> None:
-            for one, job in zip(shards, jobs):
-                if job.exit_code is not None and not one.ended:
-                    one.end(job.exit_code)
+            for one, job in zip(shards, submitted):
+                if job.over and not one.ended:
+                    one.end(1 if job.exit_code is None else job.exit_code)
                 elif not one.ended:
                     one.state = job.state
             display.update()
 
-        command_jobs.follow(jobs, look)
+        jobs.wait(submitted, look)
     raise_failures(shards)
 
 

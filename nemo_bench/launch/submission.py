@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
+from rich.table import Table
+from rich.text import Text
 
 from nemo_bench.checks.problems import problems
-from nemo_bench.cluster import slurm
-from nemo_bench.config import ComposedPoint, Launch, TrainConfig, typed
+from nemo_bench.cluster import jobs, slurm
+from nemo_bench.cluster.jobs import Job
+from nemo_bench.config import ComposedPoint, Launch, TrainConfig, load, typed
 from nemo_bench.entrypoints import entrypoint_of
-from nemo_bench.errors import BenchError, Need, Problem
+from nemo_bench.errors import BenchError, Need, Problem, RunFailed
 from nemo_bench.files import dated_name, write_json
-from nemo_bench.launch.batch_script import batch_script, job_name
+from nemo_bench.launch.batch_script import batch_script
 from nemo_bench.launch.plan import files_plan, plan, point_name, results_dir
 from nemo_bench.launch.point import prepare_data
-from nemo_bench.record import folder as record
-
-
-@dataclass(frozen=True)
-class SubmittedJob:
-    """A row of the table and of `jobs.json`."""
-
-    point: str
-    overrides: list[str]
-    job_id: str
-    nodes: int
-    gpus: int
-    run_dir: str
-    log: str
+from nemo_bench.record.folder import CONFIG, JOB, RunFolder, Status
+from nemo_bench.report.terminal import make_console
 
 
 def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
@@ -61,19 +51,14 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     configs = [cfg for cfg, _ in prepared]
     for data in dict.fromkeys(data for _, data in prepared if data):
         print(data)
-    folder = Path(configs[0].stage_path) / "submissions" / dated_name()
-    jobs = _submit_all(points, configs, folder)
-    from nemo_bench.report.terminal import make_console
-
+    submitted = _submit_all(points, configs)
     console = make_console()
-    _print_table(console, jobs)
-    console.print(f"submitted: {folder}/jobs.json", soft_wrap=True, highlight=False)
+    console.print(_table(submitted))
+    _write_jobs(Path(configs[0].stage_path), submitted)
     if wait:
-        from nemo_bench.launch.jobs import follow
-
-        follow(console, [Path(job.run_dir) for job in jobs])
+        jobs.follow(console, submitted)
     else:
-        console.print("python jobs.py lists them, shows a log, cancels and resubmits", highlight=False)
+        print("python jobs.py lists them, shows a log, cancels and resubmits")
 
 
 def _problems(cfg: TrainConfig, *, dry: bool) -> list[Problem]:
@@ -105,90 +90,109 @@ def _print_dry(point: ComposedPoint, cfg: TrainConfig) -> None:
     print(f"# {point.name}")
     print(plan(cfg))
     if cfg.cluster.scheduler == "slurm":
-        script = batch_script(cfg, run_dir)
-        print(script)
-        for text in files_plan(cfg):
-            print(text)
-        if slurm.have_sbatch():
-            answer = slurm.test_only(script)
-            print(f"sbatch --test-only: {'accepted' if answer.accepted else 'REFUSED'}: {answer.message}")
+        jobs.show(batch_script(cfg, run_dir), *files_plan(cfg))
     print("launch=dry: nothing was submitted.\n")
 
 
-def _submit_all(points: list[ComposedPoint], configs: list[TrainConfig], folder: Path) -> list[SubmittedJob]:
-    jobs: list[SubmittedJob] = []
+def _submit_all(points: list[ComposedPoint], configs: list[TrainConfig]) -> list[Job]:
+    submitted: list[Job] = []
     try:
         for point, cfg in zip(points, configs):
-            jobs.append(submit_run(cfg, _new_run(point, cfg), point.overrides))
-    except (BenchError, OSError) as error:
-        if not jobs:
-            raise BenchError(str(error)) from None
-        ids = " ".join(job.job_id for job in jobs)
-        raise BenchError(
-            f"{error}\n{len(jobs)} of {len(points)} points were submitted before that: `scancel {ids}` takes them back"
-        ) from None
-    finally:
-        if jobs:
-            _write_jobs(folder, jobs)
-    return jobs
+            run = RunFolder.new(results_dir(cfg))
+            # As it is now: what happens to conf/ later changes nothing in it.
+            config_yaml = OmegaConf.to_yaml(OmegaConf.structured(cfg))
+            submitted.append(_submit(run, cfg, config_yaml, ["python", *sys.argv], point.overrides))
+    except (BenchError, OSError, KeyboardInterrupt) as error:
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        if submitted:
+            with contextlib.suppress(BenchError):
+                _write_jobs(Path(configs[0].stage_path), submitted)
+            ids = " ".join(job.job_id for job in submitted)
+            count = f"{len(submitted)} of {len(points)} points"
+            message += f"\n{count} were submitted before that: `scancel {ids}` takes them back"
+        if isinstance(error, KeyboardInterrupt):
+            raise RunFailed(f"{message}\npython jobs.py lists what was submitted", 130) from None
+        raise BenchError(message) from None
+    return submitted
 
 
-def _new_run(point: ComposedPoint, cfg: TrainConfig) -> Path:
-    """A run folder with the point's configuration as it is now: what happens to conf/ later changes nothing in it."""
-    run_dir = record.RunFolder.new(results_dir(cfg)).path
-    record.RunFolder(run_dir).create(
-        config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
-        command=["python", *sys.argv],
-        overrides=point.overrides,
-        ranks=cfg.world_size,
-        state="submitted",
-    )
-    return run_dir
-
-
-def _write_jobs(folder: Path, jobs: list[SubmittedJob]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "jobs.json", [vars(job) for job in jobs])
-
-
-def submit_run(cfg: TrainConfig, run_dir: Path, overrides: list[str]) -> SubmittedJob:
-    """Submits the run that `run_dir` holds, as it is recorded there; a refused one is not left behind as if it waited.
+def _submit(run: RunFolder, cfg: TrainConfig, config_yaml: str, command: list[str], overrides: list[str]) -> Job:
+    """Make the folder of a run and submit it; a refused one does not look as if it were waiting.
 
     Raises:
-        BenchError: the scheduler refused.
+        BenchError: the scheduler refused it, or may have taken it.
     """
+    run.create(config_yaml=config_yaml, command=command, overrides=overrides, ranks=cfg.world_size, state="submitted")
+    entrypoint_of(cfg).write_files(cfg, run.path)
     try:
-        entrypoint_of(cfg).write_files(cfg, run_dir)
-        job_id = slurm.submit(batch_script(cfg, run_dir), job_name(cfg), run_dir)
-    except BenchError as error:
-        record.RunFolder(run_dir).set_status(record.Status("failed", reason=str(error).splitlines()[0]))
+        return jobs.submit(
+            batch_script(cfg, run.path),
+            run.path,
+            point=point_name(cfg),
+            overrides=overrides,
+            nodes=cfg.trainer.num_nodes,
+            gpus=cfg.world_size,
+            max_steps=cfg.trainer.max_steps,
+            requeue=cfg.checkpoint.every_n_steps is not None,
+        )
+    except slurm.Refused as error:
+        run.set_status(Status("failed", reason=str(error).splitlines()[0]))
         raise
-    record.RunFolder(run_dir).set_job(job_id)
-    return _submitted(cfg, run_dir, overrides, job_id)
 
 
-def _submitted(cfg: TrainConfig, run_dir: Path, overrides: list[str], job_id: str) -> SubmittedJob:
-    return SubmittedJob(
-        point=point_name(cfg),
-        overrides=overrides,
-        job_id=job_id,
-        nodes=cfg.trainer.num_nodes,
-        gpus=cfg.world_size,
-        run_dir=str(run_dir),
-        log=str(record.RunFolder(run_dir).log(0)),
+def resubmit(job: Job) -> Job:
+    """Submit a run again, with the very configuration it had, into a run folder of its own.
+
+    Raises:
+        BenchError: it is still active, it is no run, or the scheduler refused.
+    """
+    if not job.is_run:
+        raise BenchError(
+            f"job {job.job_id} ({job.what}) is not a run of train.py: "
+            f"the same command again does what is still missing\n  {job.content['command']}"
+        )
+    if not (job.ended or job.lost):
+        raise BenchError(f"job {job.job_id} is {job.state}: cancel it first (python jobs.py cancel {job.job_id})")
+    config_yaml = (job.folder / CONFIG).read_text()
+    again = _submit(
+        RunFolder.new(job.folder.parent),
+        load(job.folder / CONFIG),
+        config_yaml,
+        ["python", "jobs.py", "resubmit", job.job_id],
+        job.content["overrides"],
     )
+    write_json(job.folder / JOB, {**job.content, "resubmitted_as": again.job_id})
+    return again
 
 
-def _print_table(console: Any, jobs: list[SubmittedJob]) -> None:
-    from rich.table import Table
+def _write_jobs(stage: Path, submitted: list[Job]) -> None:
+    """Write `submissions/<date>/jobs.json`: for scripts that work on what one command has submitted."""
+    folder = stage / "submissions" / dated_name()
+    rows = [
+        {
+            **{key: job.content[key] for key in ("point", "overrides", "nodes", "gpus")},
+            "job_id": job.job_id,
+            "run_dir": str(job.folder),
+            "log": str(RunFolder(job.folder).log(0)),
+        }
+        for job in submitted
+    ]
+    try:
+        folder.mkdir(parents=True)
+        write_json(folder / "jobs.json", rows)
+    except OSError as error:
+        ids = " ".join(job.job_id for job in submitted)
+        raise BenchError(f"all points were submitted, then: {error}\n`scancel {ids}` takes them back") from None
+    print(f"submitted: {folder}/jobs.json")
 
-    from nemo_bench.launch.jobs import look
 
-    states = {job.run_dir: job.state for job in look([Path(job.run_dir) for job in jobs])}
-    table = Table(title=f"{len(jobs)} job{'s' if len(jobs) != 1 else ''} submitted", title_justify="left")
+def _table(submitted: list[Job]) -> Table:
+    jobs.refresh(submitted)
+    count = len(submitted)
+    listing = Table(title=f"{count} job{'s' if count != 1 else ''} submitted", title_justify="left")
     for name in ("point", "job", "nodes", "GPUs", "state", "log"):
-        table.add_column(name, justify="right" if name in ("nodes", "GPUs") else "left", overflow="fold")
-    for job in jobs:
-        state = states[Path(job.run_dir)]
-        table.add_row(job.point, job.job_id, str(job.nodes), str(job.gpus), state, job.log)
-    console.print(table)
+        listing.add_column(name, justify="right" if name in ("nodes", "GPUs") else "left", overflow="fold")
+    for job in submitted:
+        nodes, gpus, log = job.content["nodes"], job.content["gpus"], RunFolder(job.folder).log(0)
+        listing.add_row(*(Text(str(cell)) for cell in (job.what, job.job_id, nodes, gpus, job.state, log)))
+    return listing

@@ -3,7 +3,7 @@
 ========================  ============================================================================================
 config.yaml               the composed configuration, every interpolation resolved
 run.json                  command line, overrides, git revision, processes, state: rewritten whole at each change
-job.json                  of a submitted run: the job's id and when it was submitted
+job.json                  of a submitted run: the job's id, cluster, name, when it was submitted, and what it is
 exit.json                 of a Slurm job: its exit status, by its batch script
 node.json                 rank 0's machine: host, devices, driver, package versions, environment without secrets
 steps.jsonl               a line a step (`step`, `loss`, `train_step_timing_s`, ...), flushed at once
@@ -104,10 +104,6 @@ class RunFolder:
         """Return the content of a submitted run's `job.json`."""
         return _read_object(self.path / JOB)
 
-    def set_job(self, job_id: str, **details: Any) -> None:
-        """Record the job that runs this folder, in a file of its own: the job may have begun to write `run.json`."""
-        write_json(self.path / JOB, {"id": job_id, "submitted_at": timestamp(), **details})
-
     def status(self) -> Status:
         """Return the recorded status; a running run whose launching process is gone from this host was killed.
 
@@ -129,7 +125,7 @@ class RunFolder:
     def _job_status(self) -> Status | None:
         try:
             end = _read_object(self.path / EXIT)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # a full disk leaves an empty file
             return None
         if end["exit_code"] == 0:
             return Status("completed", exit_code=0, ended_at=end["ended_at"])

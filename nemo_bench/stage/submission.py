@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 from nemo_bench.cli import quoted_path
-from nemo_bench.cluster import jobs as command_jobs
+from nemo_bench.cluster import jobs, slurm
 from nemo_bench.config import ComposedPoint, Launch, typed_as
 from nemo_bench.files import dated_name
 from nemo_bench.project import PROJECT
+from nemo_bench.report.terminal import make_console
 from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.files import require_stage_folder, writing_error
 
@@ -30,26 +31,27 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
     """
     configs = [typed_as(StageConfig, point.config) for point in points]
     for cfg in configs:
-        command_jobs.require_slurm(cfg.cluster)
+        jobs.require_slurm(cfg.cluster)
         require_stage_folder(_stage(cfg))
     commands = [_command(cfg, point.overrides) for cfg, point in zip(configs, points)]
     if any(cfg.launch is Launch.dry for cfg in configs):
         for cfg, command in zip(configs, commands):
-            command_jobs.show(cfg.cluster, _name(cfg), command, _new_folder(cfg))
+            jobs.show(slurm.command_script(cfg.cluster, _name(cfg), command, _new_folder(cfg)))
         print("launch=dry: nothing was submitted.")
         return
-    command_jobs.require_sbatch()
-    jobs: list[command_jobs.CommandJob] = []
+    jobs.require_sbatch()
+    submitted: list[jobs.Job] = []
     for cfg, command in zip(configs, commands):
         folder = _new_folder(cfg)
         try:
             folder.mkdir(parents=True)
-            jobs.append(command_jobs.submit(cfg.cluster, _name(cfg), command, folder))
+            script = slurm.command_script(cfg.cluster, _name(cfg), command, folder)
+            submitted.append(jobs.submit(script, folder))
         except OSError as error:
             raise writing_error(_stage(cfg), error) from error
-        print(f"job {jobs[-1].job_id}: {_name(cfg)}, log {jobs[-1].log}", flush=True)
+        print(f"job {submitted[-1].job_id}: {_name(cfg)}, log {submitted[-1].log}", flush=True)
     if wait:
-        command_jobs.follow_to_end(jobs)
+        jobs.follow(make_console(), submitted)
     else:
         print("python setup_stage.py check says what is there; python jobs.py lists the jobs")
 

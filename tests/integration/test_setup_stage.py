@@ -61,10 +61,8 @@ if [ "$1" = --test-only ]; then echo "sbatch: Job 1 to start at once" >&2; exit 
 echo "Submitted batch job $$"
 """
 # Knows each job that was ever asked for as one that was cancelled.
-SQUEUE = """#!/bin/sh
-for name in "$STAGE_PATH"/results.stage_setup/*/*_submission.sh; do
-  name=${name##*/}; echo "${name%%_*}|CANCELLED"
-done
+SQUEUE = r"""#!/bin/sh
+sed -n 's/.*"id": "\([0-9]*\)".*/\1|CANCELLED/p' "$STAGE_PATH"/results.stage_setup/*/job.json
 """
 
 
@@ -525,7 +523,7 @@ def login_node(setup: Setup) -> Setup:
 
 
 def scripts(stage: Path) -> list[Path]:
-    return sorted(stage.glob("results.stage_setup/*/*_submission.sh"))
+    return sorted(stage.glob("results.stage_setup/*/job.sbatch"))
 
 
 @pytest.mark.parametrize("given", ["absolute", "relative", "override"])
@@ -573,13 +571,13 @@ def test_a_dry_submission_leaves_nothing(login_node: Setup) -> None:
 def test_jobs_knows_what_cannot_be_resubmitted(login_node: Setup) -> None:
     login_node(*SUBMIT)
     (script,) = scripts(login_node.stage)
-    job_id = script.name.partition("_")[0]
+    job_id = json.loads((script.parent / "job.json").read_text())["id"]
     assert job_id in login_node(script="jobs.py").stdout
     result = login_node("resubmit", job_id, script="jobs.py", code=2)
     command = f"python {login_node.project / 'setup_stage.py'} {shlex.join(SUBMIT)}"
     assert result.stderr.splitlines() == [
-        f"job {job_id} (nemo-bench-setup-stage-fill) is no run of train.py: the same command again does what is still "
-        "missing",
+        f"job {job_id} (nemo-bench-setup-stage-fill) is not a run of train.py: the same command again does what is "
+        "still missing",
         f"  {command}",
     ]
 

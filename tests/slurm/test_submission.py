@@ -97,7 +97,7 @@ def test_2048_gpus_are_accepted_and_257_nodes_refused_in_the_schedulers_words(sc
     too_many = ("model=8b", "scale=2048gpu", "trainer.num_nodes=257", "data=mock", *CLOSED)
     assert "Slurm refused nemo-bench-8b-bf16-2056gpu: " in (refused := scripts.submit(*too_many, code=2))
     assert "node" in refused.lower()
-    assert scripts.jobs().startswith("no run was submitted")
+    assert scripts.jobs().startswith("no job was submitted")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_resubmitted_job_has_the_configuration_it_had(scripts: Scripts, slurm:
     assert slurm.job_record(again)["NumNodes"].startswith("8")
     (new,) = {path.parent for path in scripts.stage.glob("results/**/run.json")} - {run_dir}
     assert (new / "config.yaml").read_text() == (run_dir / "config.yaml").read_text()
-    assert "no job 99999" in scripts.jobs("log", "99999", code=2).replace("has the job", "no job")
+    assert "no job 99999 was submitted" in scripts.jobs("log", "99999", code=2)
     scripts.jobs("cancel", again)
 
 

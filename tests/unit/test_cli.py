@@ -120,7 +120,7 @@ def test_jobs_of_no_stage_folder(project: Path, tmp_path: Path, stage: str) -> N
     command = [sys.executable, str(project / "jobs.py"), "--stage", stage]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"{tmp_path / stage} is no folder: --stage (or STAGE_PATH) must name a stage folder\n"
+    assert done.stderr == f"{tmp_path / stage} is not a folder: --stage (or STAGE_PATH) must name a stage folder\n"
 
 
 def test_a_reader_that_goes_away_is_no_error(train_cli: Cli, project: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from nemo_bench.cluster.processes import Outcome
 from nemo_bench.config import TrainConfig, load, typed
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_json
-from nemo_bench.launch import jobs, point
-from nemo_bench.launch.diagnosis import Evidence, diagnose, explain
+from nemo_bench.launch import point
+from nemo_bench.launch.diagnosis import Evidence, diagnose, explain, failure_text
 from nemo_bench.record import folder as record
 from nemo_bench.record.node import NODE
 
@@ -392,7 +392,7 @@ def test_jobs_log_explains_a_job_that_left_no_exception(run_dir: Path, eight: Tr
         record.RunFolder(run_dir).log(rank).write_text("step 12\n" if rank == 0 else timed_out(rank))
     record.RunFolder(run_dir).set_status(record.Status("submitted"))
     write_json(run_dir / record.EXIT, {"exit_code": 134, "ended_at": record.timestamp()})
-    shown = jobs.log_text(run_dir)
+    shown = failure_text(run_dir)
     assert shown.startswith("NCCL time-out: ALLREDUCE") and "not reported by rank 0" in shown
 
 

@@ -1,0 +1,224 @@
+"""What is said of jobs: whatever Slurm answers, and whatever they left in their folders."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nemo_bench.cluster import jobs, slurm
+from nemo_bench.cluster.jobs import Job
+from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.record.folder import RunFolder, timestamp
+
+
+class Cluster:
+    """Slurm's commands as scripts that print what is in a file of their name, and a stage folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin, self.stage = folder / "bin", folder / "stage"
+        self.bin.mkdir()
+
+    def says(self, command: str, text: str, code: int = 0) -> None:
+        (self.bin / f"{command}.text").write_text(text)
+        script = f'#!/bin/sh\necho "$@" >> {self.bin}/{command}.calls\n'
+        script += f'while read -r line; do echo "$line"; done < {self.bin}/{command}.text\nexit {code}\n'
+        (self.bin / command).write_text(script)
+        (self.bin / command).chmod(0o755)
+
+    def calls(self, command: str) -> int:
+        path = self.bin / f"{command}.calls"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def job(self, job_id: str | None, *, run: bool = False, **details: Any) -> Path:
+        parent = "results/24.09/fp8/70b/128" if run else "results.stage_setup"
+        folder = self.stage / parent / f"folder-{job_id}"
+        folder.mkdir(parents=True)
+        content = {"id": job_id, "name": "fill", "submitted_at": timestamp(), **details}
+        if run:
+            content |= {"point": "70b fp8 128gpu", "max_steps": 50, "requeue": False}
+        (folder / "job.json").write_text(json.dumps({**content, **details}))
+        return folder
+
+    def states(self) -> dict[str, str]:
+        return {job.job_id: job.state for job in jobs.submitted(self.stage)}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster(tmp_path)
+    monkeypatch.setenv("PATH", str(cluster.bin))
+    monkeypatch.setattr(jobs, "SETTLE_S", -1.0)
+    monkeypatch.setattr(jobs, "TICK_S", 0.01)
+    monkeypatch.setattr(Job, "watcher", slurm.Books())
+    slurm.cluster_name.cache_clear()
+    cluster.says("squeue", "")
+    return cluster
+
+
+def listing(cluster: Cluster) -> str:
+    console = Console(width=300, record=True)
+    console.print(jobs.table(jobs.submitted(cluster.stage)))
+    return console.export_text()
+
+
+def left(folder: Path, job_id: str, *, exit_code: int | None = None, log: str | None = None) -> None:
+    if exit_code is not None:
+        (folder / "exit.json").write_text(json.dumps({"exit_code": exit_code, "job_id": job_id, "ended_at": "now"}))
+    if log is not None:
+        (folder / f"slurm-{job_id}.out").write_text(log)
+
+
+TIME_LIMIT = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-24T10:00:00 DUE TO TIME LIMIT ***\n"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "exit_code", "log", "state"),
+    [
+        ("7|RUNNING||fill", None, None, None, "RUNNING"),
+        ("7|RUNNING||fill", "7|PENDING||fill", None, None, "RUNNING"),  # squeue is fresher
+        ("", "7|CANCELLED by 0||fill", None, None, "CANCELLED"),
+        ("", None, 0, None, "COMPLETED"),
+        ("", None, 3, None, "FAILED"),
+        ("", None, None, TIME_LIMIT, "TIMEOUT"),
+        ("", None, None, TIME_LIMIT.replace(" DUE TO TIME LIMIT", ""), "CANCELLED"),
+        ("", None, None, TIME_LIMIT.replace("TIME LIMIT", "NODE FAILURE"), "NODE_FAIL"),
+        ("", None, None, "nothing of note\n", "UNKNOWN"),
+        ("7|RUNNING||somebody-else", None, None, None, "UNKNOWN"),  # ids start over
+        ("7|RUNNING|2020-01-01T00:00:00|fill", None, None, None, "UNKNOWN"),
+        ("7|PREEMPTED||fill", None, None, None, "REQUEUED"),
+        ("70|RUNNING||fill", None, None, None, "UNKNOWN"),
+    ],
+)
+def test_a_jobs_state(
+    cluster: Cluster, squeue: str, sacct: str | None, exit_code: int | None, log: str | None, state: str
+) -> None:
+    cluster.says("squeue", squeue + "\n")
+    if sacct is not None:
+        cluster.says("sacct", sacct + "\n")
+    left(cluster.job("7"), "7", exit_code=exit_code, log=log)
+    assert cluster.states() == {"7": state}
+
+
+def test_of_two_jobs_of_one_id_slurm_means_the_last(cluster: Cluster) -> None:
+    old = cluster.job("7", submitted_at="2026-01-01T00:00:00Z")
+    old.rename(old.with_name("old"))
+    cluster.job("7")
+    cluster.says("squeue", "7|RUNNING||fill\n")
+    assert [job.state for job in jobs.submitted(cluster.stage)] == ["UNKNOWN", "RUNNING"]
+    assert jobs.find(jobs.submitted(cluster.stage), "7", cluster.stage).active
+
+
+def test_a_job_of_another_cluster_is_not_asked_for(cluster: Cluster) -> None:
+    cluster.says("scontrol", "ClusterName             = here\n")
+    cluster.says("squeue", "7|RUNNING||fill\n8|RUNNING||fill\n")
+    cluster.job("7", cluster="there")
+    cluster.job("8", cluster="here")
+    assert cluster.states() == {"7": "UNKNOWN", "8": "RUNNING"}
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("name", ["job.json", "exit.json", "run.json", "steps.jsonl"])
+def test_a_damaged_file_does_not_end_the_listing(cluster: Cluster, name: str, damage: str) -> None:
+    damaged = cluster.job("7", run=True)
+    (damaged / name).write_text(damage)
+    left(cluster.job("8"), "8", exit_code=0)
+    shown = listing(cluster)
+    assert "COMPLETED" in shown and "UNKNOWN" in shown
+
+
+def test_square_brackets_in_an_error_are_printed(cluster: Cluster) -> None:
+    folder = cluster.job("7", run=True)
+    (folder / "run.json").write_text(json.dumps({"status": {"state": "submitted"}}))
+    RunFolder(folder).write_rank_error(3, RuntimeError("[/pytorch/gloo.cc:81] [bold]timed out[/]"))
+    left(folder, "7", exit_code=1)
+    assert "RuntimeError: [/pytorch/gloo.cc:81] [bold]timed out[/]" in listing(cluster)
+
+
+def test_an_interrupted_submission_is_found_by_its_script(cluster: Cluster) -> None:
+    folder = cluster.job(None)
+    assert cluster.states() == {"?": "UNKNOWN"}
+    assert "its submission was interrupted" in (jobs.submitted(cluster.stage)[0].reason() or "")
+    cluster.says("squeue", f"9|{folder}/job.sbatch\n")
+    (job,) = jobs.submitted(cluster.stage)
+    assert job.job_id == "9" and json.loads((folder / "job.json").read_text())["id"] == "9"
+
+
+SCRIPT = "#!/bin/bash\n#SBATCH --job-name=fill\n"
+
+
+@pytest.mark.parametrize("answer", ["12", "12;lab", "Welcome 99\n12", "Submitted batch job 12"])
+def test_the_id_is_the_last_word_that_sbatch_prints(cluster: Cluster, tmp_path: Path, answer: str) -> None:
+    cluster.says("sbatch", answer + "\n")
+    assert jobs.submit(SCRIPT, tmp_path).job_id == "12"
+    assert json.loads((tmp_path / "job.json").read_text())["id"] == "12"
+
+
+def test_what_slurm_refuses_leaves_no_job(cluster: Cluster, tmp_path: Path) -> None:
+    words = "sbatch: error: Batch job submission failed: Invalid account"
+    (cluster.bin / "sbatch").write_text(f"#!/bin/sh\necho '{words}' >&2\nexit 1\n")
+    (cluster.bin / "sbatch").chmod(0o755)
+    with pytest.raises(slurm.Refused, match="Slurm refused fill: Batch job submission failed: Invalid account"):
+        jobs.submit(SCRIPT, tmp_path)
+    assert not (tmp_path / "job.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "words"),
+    [
+        ("echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1", "Socket timed out"),
+        ("exec /bin/sleep 60", "no answer within"),
+        ("echo nothing", "did not say"),
+    ],
+)
+def test_without_a_clear_answer_the_job_is_looked_for(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str, words: str
+) -> None:
+    monkeypatch.setattr(slurm, "TIMEOUT_S", 0.5)
+    (cluster.bin / "sbatch").write_text(f"#!/bin/sh\n{sbatch}\n")
+    (cluster.bin / "sbatch").chmod(0o755)
+    with pytest.raises(BenchError, match=words):
+        jobs.submit(SCRIPT, tmp_path)
+    assert json.loads((tmp_path / "job.json").read_text())["id"] is None
+    cluster.says("squeue", f"13|{tmp_path}/job.sbatch\n")
+    assert jobs.submit(SCRIPT, tmp_path).job_id == "13"
+
+
+def follow(cluster: Cluster) -> None:
+    jobs.follow(Console(width=200), jobs.submitted(cluster.stage))
+
+
+def test_commands_are_followed_to_the_ends_of_their_logs(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = cluster.job("7"), cluster.job("8")
+    left(good, "7", exit_code=0, log="image: made\n")
+    left(bad, "8", exit_code=2, log="no enroot\n")
+    with pytest.raises(RunFailed, match=r"1 of 2 jobs did not complete:\n  job 8 \(fill\): FAILED") as failure:
+        follow(cluster)
+    assert failure.value.exit_code == 2
+    shown = capsys.readouterr().out
+    assert f"==> {good}/slurm-7.out <==\nimage: made\n" in shown and "no enroot" in shown
+
+
+@pytest.mark.parametrize(("squeue", "state"), [("7|CANCELLED||fill\n", "CANCELLED"), ("", "UNKNOWN")])
+def test_a_job_that_left_nothing_is_not_waited_for(cluster: Cluster, squeue: str, state: str) -> None:
+    cluster.job("7")
+    cluster.says("squeue", squeue)
+    with pytest.raises(RunFailed, match=rf"job 7 \(fill\): {state}") as failure:
+        follow(cluster)
+    assert failure.value.exit_code == 1
+
+
+def test_a_thousand_runs_are_listed_with_one_question_to_slurm(cluster: Cluster) -> None:
+    step = json.dumps({"step": 49, "train_step_timing_s": 11.0}) + "\n"
+    for number in range(1000):
+        folder = cluster.job(str(number), run=True)
+        (folder / "steps.jsonl").write_text(step * 50)
+        left(folder, str(number), exit_code=0)
+    begin = time.process_time()
+    shown = jobs.table(jobs.submitted(cluster.stage))
+    assert time.process_time() - begin < 1.5
+    assert shown.row_count == 1000 and cluster.calls("squeue") == 1
