@@ -21,9 +21,12 @@ from nemo_bench.record.first_error import error_in  # noqa: E402
 from nemo_bench.record.folder import PROFILE, EventLog, RunFolder  # noqa: E402
 from nemo_bench.record.node import write_node  # noqa: E402
 
+# A message of NCCL or CUDA has several lines.
+ERROR_LINES = 8
+
 
 class ProgramError(Exception):
-    """The program ended with an exit status; the message is the first error of its log."""
+    """The program ended with an exit status; the message is what its log says from its first error on."""
 
 
 def main(run: RunFolder, command: list[str]) -> int:
@@ -55,7 +58,8 @@ def main(run: RunFolder, command: list[str]) -> int:
         os.kill(os.getpid(), -status)
     if status:
         error_in_log = error_in(run.log(rank))
-        run.write_rank_error(rank, ProgramError(error_in_log.line if error_in_log else f"exit status {status}"))
+        lines = error_in_log.text.splitlines()[:ERROR_LINES] if error_in_log else [f"exit status {status}"]
+        run.write_rank_error(rank, ProgramError("\n".join(lines)))
     else:
         events.write("done")
     return status

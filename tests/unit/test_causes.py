@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from nemo_bench.config import TrainConfig, typed
+from nemo_bench.config import TrainConfig
 from nemo_bench.launch.causes import CAUSES, read_causes
-from nemo_bench.launch.diagnosis import Diagnosis, diagnose
+from nemo_bench.launch.diagnosis import Diagnosis, Evidence, diagnose, explain
 from nemo_bench.record.first_error import first_error
 from nemo_bench.record.folder import RunFolder
 
-PROJECT = Path(__file__).resolve().parents[2]
+from ..composing import composed
+
 BOOST = "[NeMo W 2026-11-18 20:22:20 nemo_logging:393] error_if_no_checkpoint: false\n"
 TRACEBACK = 'Traceback (most recent call last):\n  File "rank.py", line 3, in <module>\n    train(cfg)\n'
 # What srun adds once a rank has failed.
@@ -110,10 +110,57 @@ KNOWN = [
 ]
 
 
+# An exception's message, and the start of its cause.
+EXCEPTIONS = [
+    (
+        "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be",
+        "torch, Transformer Engine or another library has no kernels for this GPU (torch 2.11.0, driver 580.1)",
+    ),
+    (
+        "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver",
+        "the GPU driver is too old for this torch: it offers CUDA 12.4 (torch 2.11.0, driver 580.1)",
+    ),
+    (
+        "CUDA error: CUDA driver version is insufficient for CUDA runtime version",
+        "the GPU driver is too old for a library's CUDA (torch 2.11.0, driver 580.1)",
+    ),
+    (
+        "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver",
+        "CUDA sees no GPU (torch 2.11.0, driver 580.1)",
+    ),
+    ("CUDA error: uncorrectable ECC error encountered", "the GPU's memory has an uncorrectable error"),
+    ("CUDA error: an illegal memory access was encountered", "a kernel read or wrote outside its memory"),
+    (
+        "CUDA error: device-side assert triggered",
+        "a kernel's assertion failed: often a token id outside the vocabulary; this model has 128,256 of them",
+    ),
+    (
+        "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1970, remote process exited or there was a "
+        "network error, NCCL version 2.19.3\n"
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
+        "Last error:\nNET/IB : Got completion from peer 10.42.0.2<47534> with error 5, opcode 48, vendor err 244",
+        "NCCL: the connection to another rank broke: that rank ended, or the network did (ncclRemoteError): NET/IB : ",
+    ),
+    ("ncclInvalidUsage: This usually reflects invalid usage of NCCL library.", "NCCL: it was called in a wrong way"),
+]
+
+
 @pytest.fixture(scope="module")
 def cfg() -> TrainConfig:
-    with initialize_config_dir(str(PROJECT / "conf"), version_base=None):
-        return typed(compose("train", ["scale=8gpu", "model=8b", "data=mock"]))
+    return composed("scale=8gpu", "model=8b", "data=mock")
+
+
+@pytest.mark.parametrize(("text", "cause"), EXCEPTIONS, ids=[cause for _, cause in EXCEPTIONS])
+def test_a_known_exception_is_explained(text: str, cause: str, cfg: TrainConfig) -> None:
+    lines = explain(Evidence(cfg, 0, f"AcceleratorError: {text}", {}, "torch 2.11.0, driver 580.1"))
+    assert lines is not None and len(lines) == 2 and lines[0].startswith(cause) and not lines[0].endswith(":")
+
+
+@pytest.mark.parametrize(
+    "text", ["AssertionError: an unspecified launch failure of ours", "ValueError: no", "", "[NeMo W] NCCL 2.28"]
+)
+def test_what_is_not_known_has_no_cause(text: str, cfg: TrainConfig) -> None:
+    assert explain(Evidence(cfg, 0, text, {0: text})) is None
 
 
 def diagnosed(cfg: TrainConfig, folder: Path) -> Diagnosis:

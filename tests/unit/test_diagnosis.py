@@ -1,26 +1,25 @@
-"""What torch, NCCL and CUDA print when a rank fails, and what the user is told of it."""
+"""Failures explained with the run's own numbers (memory, collectives), and what a failed run's user reads."""
 
 from __future__ import annotations
 
-import json
 import re
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_bench.cluster.processes import Outcome
-from nemo_bench.config import TrainConfig, load, typed
+from nemo_bench.config import TrainConfig, load
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_json
 from nemo_bench.launch import point
 from nemo_bench.launch.diagnosis import Evidence, diagnose, explain, failure_text
-from nemo_bench.record import folder as record
+from nemo_bench.record.folder import EXIT, RunFolder, Status, timestamp
 from nemo_bench.record.node import NODE
 
-PROJECT = Path(__file__).resolve().parents[2]
+from ..composing import PROJECT, composed
+
 FOUR_LAYERS = PROJECT / "benchmarks/results/h200/bf16_4layers_5f1a/config.yaml"
 
 # torch 2.6 to 2.11
@@ -43,12 +42,6 @@ NCCL_OUT_OF_MEMORY = (
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, unhandled cuda error (run with "
     "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n"
     "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nFailed to CUDA calloc 6291456 bytes"
-)
-NCCL_REMOTE = (
-    "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1970, remote process exited or there was a "
-    "network error, NCCL version 2.19.3\n"
-    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
-    "Last error:\nNET/IB : Got completion from peer 10.42.0.2<47534> with error 5, opcode 48, len 32764, vendor err 244"
 )
 
 
@@ -84,11 +77,6 @@ def timed_out(rank: int, *, enqueued: int = 2635, group: str = "0(default_pg)", 
     )
 
 
-def point_of(*overrides: str) -> TrainConfig:
-    with initialize_config_dir(str(PROJECT / "conf"), version_base=None):
-        return typed(compose("train", overrides=list(overrides)))
-
-
 def four_layers() -> TrainConfig:
     """As that run was, whatever the defaults are by now."""
     cfg = load(FOUR_LAYERS)
@@ -99,11 +87,11 @@ def four_layers() -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def eight() -> TrainConfig:
-    return point_of("scale=8gpu", "model=8b", "data=mock")
+    return composed("scale=8gpu", "model=8b", "data=mock")
 
 
-def told(cfg: TrainConfig, text: str, rank: int = 0, logs: dict[int, str] | None = None, software: str = "") -> str:
-    lines = explain(Evidence(cfg, rank, text, logs or {}, software))
+def explained(cfg: TrainConfig, text: str, rank: int = 0, logs: dict[int, str] | None = None) -> str:
+    lines = explain(Evidence(cfg, rank, text, logs or {}))
     assert lines is not None
     return "\n".join(lines)
 
@@ -112,7 +100,7 @@ def told(cfg: TrainConfig, text: str, rank: int = 0, logs: dict[int, str] | None
 
 
 def test_out_of_memory_says_what_there_was_what_is_needed_and_what_helps() -> None:
-    text = told(four_layers(), f"OutOfMemoryError: {OUT_OF_MEMORY}")
+    text = explained(four_layers(), f"OutOfMemoryError: {OUT_OF_MEMORY}")
     headline, needed, less, fragmented = text.splitlines()
     assert headline == (
         "out of GPU memory; asked for 3.91 GiB; the GPU has 79.11 GiB; free 1.02 GiB; this process holds 78.07 GiB; "
@@ -128,16 +116,16 @@ def test_out_of_memory_says_what_there_was_what_is_needed_and_what_helps() -> No
 
 
 def test_what_takes_less_is_what_the_checks_let_through() -> None:
-    text = told(point_of("scale=64gpu", "data=mock"), OUT_OF_MEMORY)
+    text = explained(composed("scale=64gpu", "data=mock"), OUT_OF_MEMORY)
     assert "model.tensor_model_parallel_size=8 (" in text and "model.context_parallel_size=4 (" in text
     assert "trainer." not in text and "micro_batch_size" not in text
-    assert "model.micro_batch_size=2" in told(
-        point_of("scale=64gpu", "data=mock", "model.micro_batch_size=4"), OUT_OF_MEMORY
+    assert "model.micro_batch_size=2" in explained(
+        composed("scale=64gpu", "data=mock", "model.micro_batch_size=4"), OUT_OF_MEMORY
     )
 
 
 def test_another_process_on_the_gpu_is_named() -> None:
-    text = told(four_layers(), OLDER_OUT_OF_MEMORY)
+    text = explained(four_layers(), OLDER_OUT_OF_MEMORY)
     assert "asked for 1002.00 MiB; the GPU has 79.11 GiB; free 512.00 KiB" in text
     assert "held by other processes 70.00 GiB" in text and "nvidia-smi names them" in text
     assert "expandable_segments" not in text
@@ -153,8 +141,14 @@ def test_another_process_on_the_gpu_is_named() -> None:
     ],
 )
 def test_memory_asked_for_outside_of_pytorch(text: str) -> None:
-    headline = told(four_layers(), text).splitlines()[0]
+    headline = explained(four_layers(), text).splitlines()[0]
     assert headline == "out of GPU memory (asked for outside PyTorch: by NCCL, cuBLAS, cuDNN or CUDA itself)"
+
+
+def test_every_override_that_is_named_exists() -> None:
+    overrides = re.findall(r"((?:model|trainer)\.\w+)=(\w+)", explained(four_layers(), OUT_OF_MEMORY))
+    assert len(overrides) > 5
+    composed(*(f"{key}={value}" for key, value in overrides))
 
 
 # --- collectives ---
@@ -163,7 +157,7 @@ def test_memory_asked_for_outside_of_pytorch(text: str) -> None:
 def test_the_rank_that_the_others_waited_for_is_named(eight: TrainConfig) -> None:
     logs = {rank: timed_out(rank) for rank in range(8) if rank != 5}
     logs[5] = "[NeMo I 2026-11-18 20:22:20 nemo_logging:393] Training epoch 0, iteration 12/49\nreading shard 7\n"
-    headline, missing, its_end, advice = told(eight, logs[2], 2, logs).splitlines()
+    headline, missing, its_end, advice = explained(eight, logs[2], 2, logs).splitlines()
     assert headline == (
         "NCCL time-out: ALLREDUCE of 1,259,621 elements (number 2635 of process group 0(default_pg)) did not "
         "end within "
@@ -180,21 +174,23 @@ def test_a_rank_of_a_process_group_is_told_by_whose_log_it_is(eight: TrainConfig
         4: timed_out(4, group="12(TENSOR_MODEL_PARALLEL_GROUP)", group_rank=0),
         6: timed_out(6, group="12(TENSOR_MODEL_PARALLEL_GROUP)", group_rank=2),
     }
-    text = told(eight, logs[4], 4, logs)
+    text = explained(eight, logs[4], 4, logs)
     assert "of process group 12(TENSOR_MODEL_PARALLEL_GROUP)) did not end within 600 s on ranks 4, 6" in text
     assert "not reported by ranks 0, 1, 2, 3, 5, 7," in text and "rank0.out ends: (nothing)" in text
 
 
 def test_where_all_reported_it_the_one_behind_is_named(eight: TrainConfig) -> None:
     logs = {rank: timed_out(rank, enqueued=2633 if rank == 3 else 2640) for rank in range(8)}
-    assert "\nrank 3 had begun fewer collectives than the others: look there first\n" in told(eight, logs[0], 0, logs)
+    assert "\nrank 3 had begun fewer collectives than the others: look there first\n" in explained(
+        eight, logs[0], 0, logs
+    )
     alike = {rank: timed_out(rank) for rank in range(8)}
-    assert "the network or a GPU is a likelier cause than one process" in told(eight, alike[0], 0, alike)
+    assert "the network or a GPU is a likelier cause than one process" in explained(eight, alike[0], 0, alike)
 
 
-def test_a_rank_that_was_only_told_of_the_time_out(eight: TrainConfig) -> None:
+def test_a_rank_that_was_only_dump_signal_the_time_out(eight: TrainConfig) -> None:
     """It may be the first to be ended, and it is one of those that did not report."""
-    told_of = (
+    dump_signal = (
         "reading shard 7\n[rank5]:[E703 21:51:54.112142364 ProcessGroupNCCL.cpp:1987] [PG ID 0 PG GUID "
         "0(default_pg) Rank 5] "
         "Received a dump signal due to a collective timeout from  rank 2 and we will try our best to dump the "
@@ -203,21 +199,21 @@ def test_a_rank_that_was_only_told_of_the_time_out(eight: TrainConfig) -> None:
         "usages of "
         "collectives\nterminate called after throwing an instance of 'c10::DistBackendError'\n"
     )
-    logs = {2: timed_out(2), 5: told_of}
-    text = told(eight, told_of, 5, logs)
+    logs = {2: timed_out(2), 5: dump_signal}
+    text = explained(eight, dump_signal, 5, logs)
     assert text.startswith("NCCL time-out: ALLREDUCE") and "within 600 s on rank 2\n" in text
     assert "rank5.out ends: reading shard 7" not in text  # after ranks 0, 1 and 3
     all_but_5 = {rank: timed_out(rank) for rank in range(8) if rank != 5}
-    assert "  rank5.out ends: reading shard 7\n" in told(eight, told_of, 5, {**all_but_5, 5: told_of})
+    assert "  rank5.out ends: reading shard 7\n" in explained(eight, dump_signal, 5, {**all_but_5, 5: dump_signal})
 
 
 def test_an_exception_that_holds_the_time_out_needs_no_log(eight: TrainConfig) -> None:
-    text = told(eight, f"DistBackendError: {timed_out(3)}", 3)
+    text = explained(eight, f"DistBackendError: {timed_out(3)}", 3)
     assert "within 600 s on rank 3\nnot reported by ranks 0, 1, 2, 4, 5, 6, 7," in text
 
 
 def test_a_watchdog_that_stands_still(eight: TrainConfig) -> None:
-    text = told(
+    text = explained(
         eight,
         "[rank1]:[E1111 17:10:53.1 ProcessGroupNCCL.cpp:1536] [PG ID 0 PG GUID 0(default_pg) Rank 1] "
         "ProcessGroupNCCL's "
@@ -229,9 +225,9 @@ def test_a_watchdog_that_stands_still(eight: TrainConfig) -> None:
 
 
 def test_many_ranks_are_counted() -> None:
-    cfg = point_of("scale=2048gpu", "data=mock")
+    cfg = composed("scale=2048gpu", "data=mock")
     logs = {rank: timed_out(rank) for rank in range(2000)}
-    text = told(cfg, logs[0], 0, logs)
+    text = explained(cfg, logs[0], 0, logs)
     assert "on ranks 0, 1, 2, 3, 4, 5, 6, 7 and 1992 more" in text
     assert "not reported by ranks 2000, 2001, 2002, 2003, 2004, 2005, 2006, 2007 and 40 more" in text
     assert len(text.splitlines()) == 6
@@ -261,149 +257,95 @@ def test_many_ranks_are_counted() -> None:
 )
 def test_the_formats_of_older_versions(lines: str, eight: TrainConfig) -> None:
     behind = {rank: lines.replace("work: 7755", "work: 7753") if rank == 6 else lines for rank in range(8)}
-    text = told(eight, lines, 0, behind)
+    text = explained(eight, lines, 0, behind)
     assert text.startswith(
         "NCCL time-out: _REDUCE_SCATTER_BASE of 544,997,376 elements (number 7753 of process group 1) did not end"
     )
     assert "\nrank 6 had begun fewer" in text
 
 
-def test_a_broken_connection_says_what_nccl_said(eight: TrainConfig) -> None:
-    headline, advice = told(eight, f"DistBackendError: {NCCL_REMOTE}").splitlines()
-    assert headline.startswith(
-        "NCCL: the connection to another rank broke: that rank ended, or the network did (ncclRemote"
-    )
-    assert "NET/IB : Got completion from peer" in headline and "NCCL_SOCKET_IFNAME" in advice
-
-
-# --- the GPU ---
-
-
-@pytest.mark.parametrize(
-    ("text", "headline"),
-    [
-        (
-            "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be",
-            "torch, Transformer Engine or another library has no kernels for this GPU (torch 2.11.0, driver 580.1)",
-        ),
-        (
-            "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver",
-            "the GPU driver is too old for this torch: it offers CUDA 12.4 (torch 2.11.0, driver 580.1)",
-        ),
-        (
-            "CUDA error: CUDA driver version is insufficient for CUDA runtime version",
-            "the GPU driver is too old for a library's CUDA (torch 2.11.0, driver 580.1)",
-        ),
-        (
-            "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver",
-            "CUDA sees no GPU (torch 2.11.0, driver 580.1)",
-        ),
-        ("CUDA error: uncorrectable ECC error encountered", "the GPU's memory has an uncorrectable error"),
-        ("CUDA error: an illegal memory access was encountered", "a kernel read or wrote outside its memory"),
-        (
-            "CUDA error: device-side assert triggered",
-            "a kernel's assertion failed: often a token id outside the vocabulary; this model has 128,256 of them",
-        ),
-    ],
-)
-def test_cudas_own_errors(text: str, headline: str, eight: TrainConfig) -> None:
-    said = told(eight, f"AcceleratorError: {text}", software="torch 2.11.0, driver 580.1")
-    assert said.splitlines()[0].startswith(headline)
-
-
-@pytest.mark.parametrize(
-    "text", ["AssertionError: an unspecified launch failure of ours", "ValueError: no", "", "[NeMo W] NCCL 2.28"]
-)
-def test_what_is_not_known_is_left_to_its_own_words(text: str, eight: TrainConfig) -> None:
-    assert explain(Evidence(eight, 0, text, {0: text})) is None
-
-
 # --- a run folder ---
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path, eight: TrainConfig) -> Path:
+def run(tmp_path: Path, eight: TrainConfig) -> RunFolder:
     eight.stage_path = str(tmp_path)
-    path = record.RunFolder.new(tmp_path / "results").path
+    run = RunFolder.new(tmp_path / "results")
     text = OmegaConf.to_yaml(OmegaConf.structured(eight))
-    record.RunFolder(path).create(config_yaml=text, command=["python", "train.py"], overrides=[], ranks=8)
-    return path
+    run.create(config_yaml=text, command=["python", "train.py"], overrides=[], ranks=8)
+    return run
 
 
-def failed(run_dir: Path, rank: int, error: BaseException, at: float = 1.0) -> None:
-    record.RunFolder(run_dir).write_rank_error(rank, error)
-    path = run_dir / f"rank{rank}.error.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "time": at}))
+def message_of(run: RunFolder, cfg: TrainConfig, rank: int, exit_code: int, error: BaseException | None = None) -> str:
+    """What the user reads of a run of which `rank` failed first, and had that exception."""
+    if error is not None:
+        run.write_rank_error(rank, error)
+    return point.record_failure(cfg, run, Outcome(rank, exit_code, seen_at=time.time()))
 
 
-def status(run_dir: Path) -> dict[str, Any]:
-    found = record.RunFolder(run_dir).read()["status"]
-    assert isinstance(found, dict)
-    return found
-
-
-def test_the_watchdogs_abort_is_explained_from_the_logs(run_dir: Path, eight: TrainConfig) -> None:
+def test_the_watchdogs_abort_is_explained_from_the_logs(run: RunFolder, eight: TrainConfig) -> None:
     for rank in range(8):
-        record.RunFolder(run_dir).log(rank).write_text("step 12\n" if rank == 5 else timed_out(rank))
+        run.log(rank).write_text("step 12\n" if rank == 5 else timed_out(rank))
     # an exception that another rank had because of it
-    failed(run_dir, 5, RuntimeError("Connection closed by peer"))
-    message = point.record_failure(eight, record.RunFolder(run_dir), Outcome(2, -6, seen_at=2.0))
-    lines = message.splitlines()
+    run.write_rank_error(5, RuntimeError("Connection closed by peer"))
+    lines = message_of(run, eight, 2, -6).splitlines()
     assert lines[0].startswith("rank 2 of 8 failed: killed by SIGABRT: NCCL time-out: ALLREDUCE of 1,259,621 elements")
     assert lines[1] == "  not reported by rank 5, for which the others may have waited: look there first"
-    assert f"the last lines of {record.RunFolder(run_dir).log(2)}:" in lines
-    assert status(run_dir)["state"] == "killed" and "NCCL time-out" in status(run_dir)["reason"]
+    assert f"the last lines of {run.log(2)}:" in lines
+    status = run.status()
+    assert status.state == "killed" and "NCCL time-out" in (status.reason or "")
 
 
-def test_an_exception_is_explained_in_the_message_and_in_the_record(run_dir: Path, eight: TrainConfig) -> None:
-    record.RunFolder(run_dir).log(3).write_text("Traceback (most recent call last):\n")
-    write_json(run_dir / NODE, {"packages": {"torch": "2.11.0"}, "gpus": [{"driver_version": "580.1"}]})
-    failed(run_dir, 3, RuntimeError("CUDA error: no kernel image is available for execution on the device"))
-    message = point.record_failure(eight, record.RunFolder(run_dir), Outcome(0, 1, seen_at=2.0))
+def test_an_exception_is_explained_in_the_message_and_in_the_record(run: RunFolder, eight: TrainConfig) -> None:
+    run.log(3).write_text("Traceback (most recent call last):\n")
+    write_json(run.path / NODE, {"packages": {"torch": "2.11.0"}, "gpus": [{"driver_version": "580.1"}]})
+    run.write_rank_error(3, RuntimeError("CUDA error: no kernel image is available for execution on the device"))
+    message = message_of(run, eight, 0, 1)
     assert message.startswith("rank 3 of 8 failed: RuntimeError: torch, Transformer Engine or another library has no ")
     assert "(torch 2.11.0, driver 580.1)" in message
-    assert status(run_dir)["rank"] == 3
+    assert run.status().rank == 3
 
 
-def test_what_a_rank_refuses_is_said_as_it_stands(run_dir: Path, eight: TrainConfig) -> None:
-    record.RunFolder(run_dir).log(0).write_text("one\ntwo\n")
-    failed(run_dir, 0, BenchError("NVIDIA A100 has no fp8\nwhat works here: precision=bf16"))
-    message = point.record_failure(eight, record.RunFolder(run_dir), Outcome(0, 1, seen_at=2.0))
-    assert message == "rank 0 of 8 failed: NVIDIA A100 has no fp8\n  what works here: precision=bf16"
+@pytest.mark.parametrize(
+    ("exit_code", "error", "message"),
+    [
+        (
+            1,
+            BenchError("NVIDIA A100 has no fp8\nwhat works here: precision=bf16"),
+            "NVIDIA A100 has no fp8\n  what works here: precision=bf16",
+        ),
+        (
+            1,
+            ValueError("no such thing\nat all"),
+            "ValueError: no such thing\nthe last lines of {log}:\n  | one\n  | two",
+        ),
+        (
+            -9,
+            None,
+            "killed by SIGKILL (from outside, or by the kernel for want of memory: `dmesg` says)\n"
+            "the last lines of {log}:\n  | one\n  | two",
+        ),
+        (3, None, "exit status 3\nthe last lines of {log}:\n  | one\n  | two"),
+    ],
+)
+def test_what_is_not_explained_keeps_its_own_words(
+    exit_code: int, error: BaseException | None, message: str, run: RunFolder, eight: TrainConfig
+) -> None:
+    run.log(1).write_text("one\ntwo\n")
+    assert message_of(run, eight, 1, exit_code, error) == f"rank 1 of 8 failed: {message.format(log=run.log(1))}"
 
 
-def test_an_unknown_failure_keeps_its_words_and_its_last_lines(run_dir: Path, eight: TrainConfig) -> None:
-    record.RunFolder(run_dir).log(1).write_text("one\ntwo\n")
-    failed(run_dir, 1, ValueError("no such thing\nat all"))
-    message = point.record_failure(eight, record.RunFolder(run_dir), Outcome(1, 1, seen_at=2.0))
-    log = record.RunFolder(run_dir).log(1)
-    assert message == f"rank 1 of 8 failed: ValueError: no such thing\nthe last lines of {log}:\n  | one\n  | two"
-
-
-def test_the_kernels_kill_is_still_told(run_dir: Path, eight: TrainConfig) -> None:
-    record.RunFolder(run_dir).log(0).write_text("one\n")
-    message = point.record_failure(eight, record.RunFolder(run_dir), Outcome(0, -9, seen_at=2.0))
-    assert "killed by SIGKILL (from outside, or by the kernel" in message
-
-
-def test_jobs_log_explains_a_job_that_left_no_exception(run_dir: Path, eight: TrainConfig) -> None:
-    """A rank that a signal ended in a Slurm job: which one it was, only the logs tell."""
+def test_a_job_that_left_no_exception_is_explained_from_its_logs(run: RunFolder) -> None:
+    """A rank that a signal ended in a Slurm job: only the logs tell which one it was."""
     for rank in range(8):
-        record.RunFolder(run_dir).log(rank).write_text("step 12\n" if rank == 0 else timed_out(rank))
-    record.RunFolder(run_dir).set_status(record.Status("submitted"))
-    write_json(run_dir / record.EXIT, {"exit_code": 134, "ended_at": record.timestamp()})
-    shown = failure_text(run_dir)
-    assert shown.startswith("NCCL time-out: ALLREDUCE") and "not reported by rank 0" in shown
+        run.log(rank).write_text("step 12\n" if rank == 0 else timed_out(rank))
+    run.set_status(Status("submitted"))
+    write_json(run.path / EXIT, {"exit_code": 134, "ended_at": timestamp()})
+    text = failure_text(run.path)
+    assert text.startswith("NCCL time-out: ALLREDUCE") and "not reported by rank 0" in text
 
 
-def test_missing_logs_are_no_failure(run_dir: Path, eight: TrainConfig) -> None:
+def test_a_run_without_logs_has_no_diagnosis(run: RunFolder, eight: TrainConfig) -> None:
     for rank in (0, None):
-        diagnosis = diagnose(eight, record.RunFolder(run_dir), rank, None)
+        diagnosis = diagnose(eight, run, rank, None)
         assert (diagnosis.cause, diagnosis.headline, diagnosis.advice) == (None, "", [])
-
-
-def test_every_override_that_is_named_is_one(eight: TrainConfig) -> None:
-    text = told(four_layers(), OUT_OF_MEMORY)
-    named = re.findall(r"((?:model|trainer)\.\w+)=(\w+)", text)
-    assert len(named) > 5
-    point_of(*(f"{key}={value}" for key, value in named))  # Hydra refuses a key that there is not

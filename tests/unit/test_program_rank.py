@@ -41,7 +41,11 @@ def test_the_exit_status_and_the_first_error_of_the_log_are_kept(tmp_path: Path)
     record.RunFolder(tmp_path).log(2).write_text("starting\nValueError: bad table\nRuntimeError: closed\n")
     assert wrapped(tmp_path, "exit 7", rank="2").wait(60) == 7
     (error,) = record.RunFolder(tmp_path).rank_errors()
-    assert (error["rank"], error["type"], error["message"]) == (2, "ProgramError", "ValueError: bad table")
+    assert (error["rank"], error["type"], error["message"]) == (
+        2,
+        "ProgramError",
+        "ValueError: bad table\nRuntimeError: closed",
+    )
 
 
 def test_without_a_log_the_status_is_named(tmp_path: Path) -> None:
