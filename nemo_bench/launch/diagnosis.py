@@ -87,7 +87,7 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
             logs[log_rank] = "\n".join(tail(run.log(log_rank), LOG_LINES))
     first, software = first_error(run, rank), _software(run)
     suspects = [rank] if rank is not None else sorted(logs)
-    if error is not None and not (first and first.killed):
+    if error is not None and (first is None or first.killed_rank is None):
         lines = explain(Evidence(cfg, int(error["rank"]), f"{error['type']}: {error['message']}", logs, software))
     else:
         evidence = [Evidence(cfg, suspect, logs.get(suspect, ""), logs, software) for suspect in suspects]
@@ -98,11 +98,9 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
 
 
 def failure_text(run_dir: Path) -> str:
-    """Return a recorded run's first error and what it means; empty if it did not fail."""
+    """Return a failed run's first error and what it means; empty if its logs have none."""
     run = RunFolder(run_dir)
     error = next(iter(run.rank_errors()), None)
-    if error is None and run.status().state != "failed":
-        return ""
     diagnosis = diagnose(load(run_dir / CONFIG), run, int(error["rank"]) if error else None, error)
     own_words = [f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}"] if error else []
     if diagnosis.refused:

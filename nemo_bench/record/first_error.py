@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nemo_bench.record.folder import RunFolder
+if TYPE_CHECKING:
+    from nemo_bench.record.folder import RunFolder
 
 # An error stands near the end of a log, before the stack traces that it causes.
 READ_BYTES = 1 << 20
@@ -31,7 +33,7 @@ _CONSEQUENCE = re.compile(
 # The first task that ended was killed: the exceptions of all other ranks are consequences.
 _KILLED = re.compile(
     r"(?s)\A(?:(?!\*\*\* (?:JOB|STEP)|error: \S+: tasks? [\d,-]+: ).)*?"
-    r"(?P<line>[^\n]*error: \S+: tasks? [\d,-]+: (?:Killed|Out Of Memory)[^\n]*)"
+    r"(?P<line>[^\n]*error: \S+: tasks? (?P<rank>\d+)[\d,-]*: (?:Killed|Out Of Memory)[^\n]*)"
 )
 _TASK = re.compile(r"error: \S+: tasks? (\d+)")
 
@@ -43,7 +45,7 @@ class FirstError:
     log: Path
     line: str
     text: str
-    killed: bool = False  # Slurm saw a rank killed before any other ended
+    killed_rank: int | None = None  # which Slurm saw killed before any other ended
 
 
 def first_error(run: RunFolder, rank: int | None = None) -> FirstError | None:
@@ -53,11 +55,10 @@ def first_error(run: RunFolder, rank: int | None = None) -> FirstError | None:
         run: its folder.
         rank: the rank that failed first, whose log is read first; None if that is not known: then Slurm's comes first.
     """
-    job_logs = sorted(run.path.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)[-1:]
-    job_text = read_end(job_logs[0]) if job_logs else ""
-    if killed := _KILLED.search(job_text):
-        return FirstError(job_logs[0], killed["line"], job_text[killed.start("line") :], killed=True)
-    if rank is None and (task := _TASK.search(job_text)):
+    if killed := killed_task(run):
+        return killed
+    job_logs = _job_logs(run)
+    if rank is None and job_logs and (task := _TASK.search(read_end(job_logs[0]))):
         rank_logs = _rank_logs(run, int(task[1]))
     else:
         rank_logs = _rank_logs(run, rank or 0)
@@ -69,6 +70,19 @@ def first_error(run: RunFolder, rank: int | None = None) -> FirstError | None:
             return error
         consequence = consequence or error
     return consequence
+
+
+def killed_task(run: RunFolder) -> FirstError | None:
+    """Return what Slurm says of a rank that was killed before any other ended; None if there was none."""
+    for log in _job_logs(run):
+        text = read_end(log)
+        if match := _KILLED.search(text):
+            return FirstError(log, match["line"], text[match.start("line") :], int(match["rank"]))
+    return None
+
+
+def _job_logs(run: RunFolder) -> list[Path]:
+    return sorted(run.path.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)[-1:]
 
 
 def _rank_logs(run: RunFolder, first: int) -> list[Path]:

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.files import dated_name, write_json, write_text
+from nemo_bench.record.first_error import first_error, killed_task
 from nemo_bench.record.node import git_revision
 
 SCHEMA_VERSION = 1
@@ -130,10 +131,14 @@ class RunFolder:
         if end["exit_code"] == 0:
             return Status("completed", exit_code=0, ended_at=end["ended_at"])
         rank, reason = None, f"exit status {end['exit_code']}"
-        if errors := self.rank_errors():
+        if killed := killed_task(self):
+            rank, reason = killed.killed_rank, killed.line
+        elif errors := self.rank_errors():
             rank = int(errors[0]["rank"])
             message = (str(errors[0]["message"]).strip().splitlines() or [""])[0]
             reason = f"rank {rank} on {errors[0]['host']}: {errors[0]['type']}: {message}"
+        elif error := first_error(self):
+            reason += f": {error.line}"
         return Status("failed", exit_code=end["exit_code"], reason=reason, rank=rank, ended_at=end["ended_at"])
 
     def set_status(self, status: Status) -> None:

@@ -181,9 +181,8 @@ def test_a_rank_of_a_process_group_is_told_by_whose_log_it_is(eight: TrainConfig
 
 def test_where_all_reported_it_the_one_behind_is_named(eight: TrainConfig) -> None:
     logs = {rank: timed_out(rank, enqueued=2633 if rank == 3 else 2640) for rank in range(8)}
-    assert "\nrank 3 had begun fewer collectives than the others: look there first\n" in explained(
-        eight, logs[0], 0, logs
-    )
+    behind = "\nrank 3 had begun fewer collectives than the others: look there first\n"
+    assert behind in explained(eight, logs[0], 0, logs)
     alike = {rank: timed_out(rank) for rank in range(8)}
     assert "the network or a GPU is a likelier cause than one process" in explained(eight, alike[0], 0, alike)
 
