@@ -1,5 +1,6 @@
 """Lists the jobs submitted to Slurm, shows a log, cancels, resubmits (`--help`)."""
 
+import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
 import argparse
 from pathlib import Path
 
@@ -20,8 +21,7 @@ def main() -> None:
         "resubmit", help="these jobs, or all failed ones, with the configuration they had"
     ).add_argument("job", nargs="*")
     arguments = parser.parse_args()
-    cli.guard(run, arguments)
-    cli.end()
+    run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -60,4 +60,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.Application().run(main)

@@ -1,10 +1,13 @@
 """Makes Megatron datasets from documents: downloads, tokenises, verifies (`--help`)."""
 
+import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
 import hydra
 from omegaconf import DictConfig
 
 from nemo_bench import cli
 from nemo_bench.data.preparation_config import PreparationConfig
+
+app = cli.Application(PreparationConfig)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
@@ -12,9 +15,9 @@ def main(cfg: DictConfig) -> None:
     # Imported here: composing and printing a configuration needs none of it.
     from nemo_bench.data.preparation import run_preparation
 
-    cli.guard(run_preparation, cfg)
+    app.guard(run_preparation, cfg)
 
 
 if __name__ == "__main__":
     cli.verbs("prepare", "check")
-    cli.run(main, PreparationConfig)
+    app.run(main)

@@ -1,10 +1,13 @@
 """Finished runs, or anybody's NeMo logs, to tables, verdicts and one page (`--help`)."""
 
+import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
 import hydra
 from omegaconf import DictConfig
 
 from nemo_bench import cli
 from nemo_bench.report.config import ReportConfig
+
+app = cli.Application(ReportConfig)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="report")
@@ -12,8 +15,8 @@ def main(cfg: DictConfig) -> None:
     # Imported here: composing and printing a configuration needs none of it.
     from nemo_bench.report.command import run_report
 
-    cli.guard(run_report, cfg)
+    app.guard(run_report, cfg)
 
 
 if __name__ == "__main__":
-    cli.run(main, ReportConfig)
+    app.run(main)

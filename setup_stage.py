@@ -1,10 +1,13 @@
 """Fills the stage folder with container image, tokenizer and code; checks it, packs it, installs it (`--help`)."""
 
+import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
 import hydra
 from omegaconf import DictConfig
 
 from nemo_bench import cli
 from nemo_bench.stage.config import StageConfig
+
+app = cli.Application(StageConfig)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="setup_stage")
@@ -12,9 +15,9 @@ def main(cfg: DictConfig) -> None:
     # Imported here: composing and printing a configuration needs none of it.
     from nemo_bench.stage.run import run_stage
 
-    cli.guard(run_stage, cfg)
+    app.guard(run_stage, cfg)
 
 
 if __name__ == "__main__":
     cli.verbs("fill", "check", "pack", "install")
-    cli.run(main, StageConfig)
+    app.run(main)

@@ -17,7 +17,16 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nemo_bench.errors import BenchError, ConfigurationRefused
-from nemo_bench.fields import PATH, absolute, choice, choice_problems, make_paths_absolute, number, number_problems
+from nemo_bench.fields import (
+    PATH,
+    absolute,
+    choice,
+    choice_problems,
+    has_unknown_keys,
+    make_paths_absolute,
+    number,
+    number_problems,
+)
 from nemo_bench.flops import Architecture
 
 T = TypeVar("T")
@@ -391,9 +400,11 @@ def typed_as(schema: type[T], cfg: DictConfig) -> T:
 
 def _object(schema: type[T], cfg: DictConfig) -> T:
     """Return the configuration as an object of its schema: interpolations resolved, paths absolute."""
-    # As plain values: a node that knows its type would let a key in that `+key=value` forced upon it.
-    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
-    result = OmegaConf.to_object(merged)
+    result = OmegaConf.to_object(cfg)
+    if not isinstance(result, schema) or has_unknown_keys(result):
+        # A file, or a key that `+key=value` forced in: slower, and refuses such a key.
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
+        result = OmegaConf.to_object(merged)
     assert isinstance(result, schema)
     if getattr(result, "stage_path", None) == "":
         # Else ${stage_path}/data is a folder of the root.

@@ -90,6 +90,12 @@ def choice_problems(config: Any) -> list[Problem]:
     return problems
 
 
+def has_unknown_keys(config: Any) -> bool:
+    """Return whether an object of the configuration holds more than its fields."""
+    sections = [config, *(getattr(owner, setting.name) for _, owner, setting in settings(config))]
+    return any(is_dataclass(section) and len(vars(section)) > len(fields(section)) for section in sections)
+
+
 def absolute(path: str) -> str:
     """Return the path as any working folder reads it, with `~` expanded; an empty one stays empty."""
     return path and str(Path(os.path.expanduser(path)).absolute())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,11 +29,18 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
         ("launch=fast", "run, dry"),
         ("model=[", "model=["),
         ("experiment=llama31_70b_bf16_65gpu", "llama31_70b_bf16_64gpu"),
+        ("model=null", "chosen by the name of one of its options"),
+        ("=5", "chosen by the name of one of its options"),
+        ("cluster.env={A: b}", "add one with +cluster.env.<key>=<value>"),
+        ("checkpoint.resume_from=/a=b", "\"checkpoint.resume_from='/a=b'\""),
+        ("--resolve", "--resolve"),
+        ("--shell-completion", "install"),
+        ("--run", "--multirun"),
         ("hydra/launcher=submitit_local", "-m runs the points of a sweep in turn, in the foreground"),
     ],
 )
 def test_bad_input_gets_one_message_and_exit_code_2(train_cli: Cli, override: str, expected: str) -> None:
-    result = train_cli(override)
+    result = train_cli(override, *(["-m"] if override == "--run" else []))
     assert result.returncode == 2, result.stderr
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
@@ -106,6 +116,23 @@ def test_an_unwritable_stage_folder_is_named(train_cli: Cli, tmp_path: Path) -> 
     assert result.returncode == 2
     assert "STAGE_PATH" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_scale_may_be_a_number(train_cli: Cli) -> None:
+    result = train_cli("-m", "launch=dry", "scale=64,128gpu,256")
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"(\d+) x h100", result.stdout) == ["64", "128", "256"]
+
+
+def test_ctrl_c_during_the_imports_shows_no_traceback(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "hydra.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, str(project / "train.py")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
 
 
 def test_an_empty_stage_path_is_no_folder(train_cli: Cli) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 # Lowest floor first; rooms of one floor do not know each other.
 FLOORS = (
-    ("errors", "project"),
+    ("errors", "interrupt", "project"),
     ("files", "flops", "fields"),
-    ("config",),
+    ("composition", "config"),
     ("record", "memory", "cli"),
     ("report",),
     ("cluster",),

@@ -1,0 +1,147 @@
+"""Composing with Hydra: what it does not do by itself, and its errors in our words."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import re
+import sys
+from typing import Any
+
+from nemo_bench.fields import settings
+
+# Groups that are not keys of the composed configuration.
+GROUPS_ONLY = ("scale", "experiment")
+# Lines of Hydra's and OmegaConf's messages about their own objects, or that propose `+key=value`: the schema is closed,
+# so that would only move the error.
+_NOISE = (
+    "To append to your config",
+    "reference_type=",
+    "object_type=",
+    "full_key:",
+    "Config search path",
+    "provider=",
+    "See https://hydra.cc",
+)
+
+
+def prepare_hydra() -> None:
+    """Prepare Hydra and the command line that it is about to read."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("temporary_folder", temporary_folder, replace=True)
+    # hydra-submitit-launcher, where it is installed, registers a launcher of the same name, and Hydra would hold
+    # conf/hydra/launcher/ against its schema.
+    Plugins.instance()  # finds and registers all plugins, once
+    _compose_once()
+    ConfigStore.instance().repo.get("hydra", {}).get("launcher", {}).pop("submitit_slurm.yaml", None)
+    # --cfg job shows numbers (global batch size 256), not the interpolations that they are computed from.
+    shows_job = re.search(r" (--cfg|-c)[ =]job\b", " ".join(sys.argv))
+    if shows_job and "--resolve" not in sys.argv:
+        sys.argv.append("--resolve")
+    # scale=64,128 means scale=64gpu,128gpu.
+    for position, argument in enumerate(sys.argv):
+        if argument.startswith("scale="):
+            sys.argv[position] = re.sub(r"(?<=[=,])(\d+)(?=,|$)", r"\1gpu", argument)
+
+
+@functools.cache
+def temporary_folder() -> str:
+    """Return a folder that is removed when this process ends, for what Hydra's sweeper writes about a sweep."""
+    import atexit
+    import shutil
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="nemo-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _compose_once() -> None:
+    """Let Hydra compose each point of a sweep once and read each file once, which halves the time of a sweep.
+
+    Its sweeper composes every point to find errors early, and its launcher composes every point again.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.sources_registry import SourcesRegistry
+
+    compose = ConfigLoaderImpl.load_sweep_config
+    points: dict[tuple[str, ...], Any] = {}
+
+    def composed(loader: Any, master_config: Any, sweep_overrides: list[str]) -> Any:
+        point = tuple(sweep_overrides)
+        if point in points:
+            return points.pop(point)
+        points[point] = compose(loader, master_config, sweep_overrides)
+        return points[point]
+
+    ConfigLoaderImpl.load_sweep_config = composed  # type: ignore[method-assign, assignment]
+    for scheme in ("file", "pkg"):
+        source = SourcesRegistry.instance().resolve(scheme)
+        source.load_config = _read_once(source.load_config)  # type: ignore[method-assign]
+
+
+def _read_once(read: Any) -> Any:
+    contents: dict[tuple[str, str], Any] = {}
+
+    def content(source: Any, config_path: str) -> Any:
+        file = (source.path, config_path)
+        if file not in contents:
+            contents[file] = read(source, config_path)
+        return copy.deepcopy(contents[file])
+
+    return content
+
+
+def composition_error(error: Exception, schema: type | None) -> str:
+    """Return Hydra's or OmegaConf's error as one message, with names that are close to a mistyped one."""
+    whole = f"{error}\n{error.__cause__ or ''}"
+    if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", whole):
+        return _unknown_option(missing[1], missing[2], whole)
+    if "is not in struct" in whole or re.search(r"Key '\S+' not in '", whole):
+        unknown = re.search(r"Could not override '([^']+)'", whole) or re.search(r"full_key: (\S+)", whole)
+        if unknown and schema is not None:
+            return _unknown_key(unknown[1], schema)
+    lines = [line.strip() for line in whole.splitlines()]
+    override = getattr(error, "override", None)  # Hydra's OverrideParseException
+    if override is not None:
+        key, _, value = str(override).partition("=")
+        lines.insert(0, f"cannot read the override {override}")
+        lines.append(f"a value that holds one of = , : [ ] {{ }} or a blank needs quotes: \"{key}='{value}'\"")
+    lines = [line for line in dict.fromkeys(lines) if line and not line.startswith(_NOISE)]  # the cause often repeats
+    return "\n  ".join(lines)
+
+
+def _unknown_option(group: str, option: str, message: str) -> str:
+    if (group, option) == ("hydra/launcher", "submitit_local"):
+        return (
+            "hydra/launcher=submitit_local no longer exists: leave it out; -m runs the points of a sweep in turn, "
+            "in the foreground\n  hydra/launcher=submitit_slurm submits them to Slurm"
+        )
+    options = re.findall(r"^\t(?!provider=)(\S+)$", message, re.MULTILINE)
+    options.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", name)])
+    return f"{group}={option}: there is no such {group}\n  valid: {', '.join(options)}"
+
+
+def _unknown_key(key: str, schema: type) -> str:
+    fields: dict[str, Any] = {name: str(setting.type) for name, _, setting in settings(schema())}
+    for dictionary in (key, key.rpartition(".")[0]):
+        if fields.get(dictionary, "").startswith("dict"):
+            return f"unknown key: {key}\n  {dictionary} takes any key: add one with +{dictionary}.<key>=<value>"
+    valid = [*fields, *(GROUPS_ONLY if "trainer" in fields else ())]
+    name = key.rpartition(".")[2]
+    # A long path in common says little about the last word, which is the one that was mistyped.
+    close = [
+        candidate
+        for candidate in difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
+        if difflib.SequenceMatcher(None, name, candidate.rpartition(".")[2]).ratio() >= 0.6
+    ]
+    close += [other for other in valid if name in other.rpartition(".")[2] and other not in close][:3]
+    if close:
+        return f"unknown key: {key}\n  did you mean: {', '.join(close)}"
+    parent = key.rpartition(".")[0]
+    siblings = [other for other in valid if other.rpartition(".")[0] == parent]
+    return f"unknown key: {key}\n  valid here: {', '.join(siblings or [other for other in valid if '.' not in other])}"
