@@ -1,4 +1,4 @@
-"""Fills the stage folder with container image, tokenizer and code; checks it, packs it, installs it (`--help`)."""
+"""Fill the stage folder with container image, tokenizer and code; check, pack and install it (`--help`)."""
 
 import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
 import hydra
@@ -13,7 +13,7 @@ app = cli.Application(StageConfig)
 @hydra.main(version_base="1.3", config_path="conf", config_name="setup_stage")
 def main(cfg: DictConfig) -> None:
     # Imported here: composing and printing a configuration needs none of it.
-    from nemo_bench.stage.run import run_stage
+    from nemo_bench.stage.command import run_stage
 
     app.guard(run_stage, cfg)
 

@@ -9,12 +9,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from nemo_bench.config import ClusterConfig, EntrypointConfig, Launch
+from nemo_bench.fields import PATH, number
 
 
 class Action(Enum):
     """What `setup_stage.py` does."""
 
-    fill = "fill"  # what is missing; with bundle=FILE: from it where it is there, into it where it is not
+    fill = "fill"  # make what is missing; with bundle=FILE: install it if it exists, else pack it afterwards
     check = "check"
     pack = "pack"
     install = "install"
@@ -41,13 +42,13 @@ class TokenizerConfig:
 
     name: str = MISSING
     source: TokenizerSource = MISSING
-    folder: str = MISSING  # inside the stage folder
+    folder: str = field(default=MISSING, metadata=PATH)  # inside the stage folder
     repo: str | None = None  # source=huggingface
     revision: str = "main"  # source=huggingface: branch, tag or commit
     files: list[str] = field(default_factory=list)  # source=huggingface
-    optional_files: list[str] = field(default_factory=list)  # source=huggingface: taken where the repository has them
-    vocab_size: int | None = None  # tokens, added ones included; source=huggingface: what it must have (null: any)
-    corpus_bytes: int | None = None  # source=local: about this much text
+    # Tokens, added ones included; source=huggingface: the expected number (null: any).
+    vocab_size: int | None = number(None, least=1, most=2**24)
+    corpus_bytes: int | None = number(None, least=1, most=10**12)  # source=local: about this much text
 
 
 @dataclass
@@ -55,14 +56,14 @@ class StageConfig:
     """One call of `setup_stage.py`."""
 
     action: Action = Action.fill
-    stage_path: str = MISSING
+    stage_path: str = field(default=MISSING, metadata=PATH)
     entrypoint: EntrypointConfig = field(default_factory=EntrypointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # of the Slurm job, with its launcher
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     parts: list[PartName] = field(default_factory=lambda: list(PartName))
-    bundle: str | None = None  # a .tar or .tar.zst file
+    bundle: str | None = field(default=None, metadata=PATH)  # a .tar or .tar.zst file
     enroot: str = "enroot"  # the executable
-    image_gib: float = 25.0  # free space asked for before an image is imported: an estimate
+    image_gib: float = number(25.0, least=0, most=10**6)  # free space required before an image is imported: an estimate
     launch: Launch = Launch.run
 
 

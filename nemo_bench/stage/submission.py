@@ -9,19 +9,19 @@ from pathlib import Path
 from nemo_bench.cli import quoted_path
 from nemo_bench.cluster import jobs, slurm
 from nemo_bench.config import ComposedPoint, Launch, typed_as
-from nemo_bench.files import dated_name
+from nemo_bench.files import dated_name, explained_disk_errors
 from nemo_bench.project import PROJECT
 from nemo_bench.report.terminal import make_console
 from nemo_bench.stage.config import StageConfig
-from nemo_bench.stage.files import require_stage_folder, writing_error
+from nemo_bench.stage.stage import REMEDY, require_stage_folder
 
 LOGS = "results.stage_setup"
-# What only concerns the submission: what Slurm sets in a job is not read as the user's settings there.
+# These concern the submission alone: in the job, what Slurm sets is not read as the user's settings.
 _SUBMISSION_KEYS = ("cluster", "launch")
 
 
 def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
-    """Submits the command of each point, and follows the jobs to their end where `wait` is set.
+    """Submit the command of each point, and follow the jobs to their end if `wait` is set.
 
     HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.
 
@@ -30,43 +30,34 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
         RunFailed: a job failed.
     """
     configs = [typed_as(StageConfig, point.config) for point in points]
+    dry = any(cfg.launch is Launch.dry for cfg in configs)
     for cfg in configs:
         jobs.require_slurm(cfg.cluster)
-        require_stage_folder(_stage(cfg))
-    commands = [_command(cfg, point.overrides) for cfg, point in zip(configs, points)]
-    if any(cfg.launch is Launch.dry for cfg in configs):
-        for cfg, command in zip(configs, commands):
-            jobs.show(slurm.command_script(cfg.cluster, _name(cfg), command, _new_folder(cfg)))
-        print("launch=dry: nothing was submitted.")
-        return
-    jobs.require_sbatch()
+    if not dry:
+        jobs.require_sbatch()
+    for cfg in configs:
+        require_stage_folder(Path(cfg.stage_path), create=not dry)
     submitted: list[jobs.Job] = []
-    for cfg, command in zip(configs, commands):
-        folder = _new_folder(cfg)
-        try:
+    for cfg, point in zip(configs, points):
+        folder = Path(cfg.stage_path) / LOGS / dated_name()
+        script = slurm.command_script(cfg.cluster, _name(cfg), _command(cfg, point.overrides), folder)
+        if dry:
+            jobs.show(script)
+            continue
+        with explained_disk_errors(Path(cfg.stage_path), REMEDY):
             folder.mkdir(parents=True)
-            script = slurm.command_script(cfg.cluster, _name(cfg), command, folder)
             submitted.append(jobs.submit(script, folder))
-        except OSError as error:
-            raise writing_error(_stage(cfg), error) from error
         print(f"job {submitted[-1].job_id}: {_name(cfg)}, log {submitted[-1].log}", flush=True)
-    if wait:
+    if dry:
+        print("launch=dry: nothing was submitted.")
+    elif wait:
         jobs.follow(make_console(), submitted)
     else:
-        print("python setup_stage.py check says what is there; python jobs.py lists the jobs")
-
-
-def _stage(cfg: StageConfig) -> Path:
-    return Path(cfg.stage_path).absolute()
-
-
-def _new_folder(cfg: StageConfig) -> Path:
-    """The path of a job's own folder."""
-    return _stage(cfg) / LOGS / dated_name()
+        print("`python setup_stage.py check` shows what exists; `python jobs.py` lists the jobs")
 
 
 def _command(cfg: StageConfig, overrides: list[str]) -> list[str]:
-    """The command with its paths absolute: the job may have another environment, and stand in another folder."""
+    """Return the command with absolute paths: the job may have another environment and working folder."""
     by_key = {override.lstrip("+").partition("=")[0]: override for override in overrides}
     paths = {"stage_path": cfg.stage_path, "bundle": cfg.bundle}
     if "tokenizer.folder" in by_key:

@@ -1,0 +1,330 @@
+"""A stage folder and its manifest, stage.json: what each part was made with, and the size and SHA-256 of its files.
+
+A part is made in a hidden folder next to its place, recorded, and renamed into its place, in this order: a kill at any
+moment leaves the old part, none or the new one, and never a part that its record does not describe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_bench.errors import BenchError
+from nemo_bench.files import explained_disk_errors, fsync_folder, locked, sha256_of, size_text, write_json
+from nemo_bench.record.folder import timestamp
+from nemo_bench.stage.config import PartName
+
+NAME = "stage.json"
+FORMAT, VERSION = "nemo-bench stage", 2
+REMEDY = "free some space, or choose another stage folder (STAGE_PATH, or stage_path=...), and run this again"
+DATASET = "dataset"  # in bundles: prepare_data.py describes a dataset in a file next to it
+_LARGE_BYTES = 10**9  # takes a few seconds to read
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """The size and the hexadecimal SHA-256 of a file."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recorded file or folder.
+
+    Attributes:
+        part: the name of the part, or DATASET.
+        made_with: the settings that decide its contents, by key of the configuration.
+        details: what else is known about it; "version" is for people.
+        files: by path relative to the stage folder.
+    """
+
+    part: str
+    made_at: str
+    made_with: dict[str, Any]
+    details: dict[str, Any]
+    files: dict[str, FileRecord]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files.values())
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part as the configuration asks for it.
+
+    Attributes:
+        place: its path relative to the stage folder.
+        place_key: the key of the configuration that chooses the place.
+        made_with: the settings that decide its contents, by key of the configuration.
+        plan: what `make` does, for launch=dry.
+        make: makes and verifies the part at a path that does not exist yet, and returns the details to record.
+            It also gets the lock's descriptor: a child process that inherits it keeps the lock if this process dies.
+    """
+
+    name: PartName
+    place: str
+    place_key: str
+    made_with: dict[str, Any]
+    plan: str
+    make: Callable[[Path, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class State:
+    """How a part stands: ok, missing or wrong. `blocked`: it is not all ours, so that it is not replaced."""
+
+    name: str
+    detail: str = ""
+    blocked: bool = False
+
+
+class Stage:
+    """A stage folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = folder / NAME
+
+    def entries(self) -> dict[str, Entry]:
+        """Return what is recorded, by place.
+
+        Raises:
+            BenchError: stage.json is damaged.
+        """
+        if not self.manifest.exists():
+            return {}
+        try:
+            return read_manifest(self.manifest.read_bytes())
+        except ValueError as error:
+            raise BenchError(
+                f"{self.manifest} is damaged, or of another version: {error}\n"
+                f"`mv {self.manifest} {self.manifest}.old`, and run this again"
+            ) from None
+
+    def record(self, place: str, entry: Entry) -> None:
+        """Add an entry to stage.json; entries that other processes write at the same time are kept."""
+        with locked(self.folder / ".stage.lock", "writes stage.json", print_line):
+            for leftover in self.folder.glob(f".{NAME}.*.tmp"):  # of a process that was killed
+                leftover.unlink()
+            write_json(self.manifest, manifest_json({**self.entries(), place: entry}))
+
+    def lock(self, name: PartName) -> AbstractContextManager[int]:
+        """Hold the lock of whoever makes this part."""
+        return locked(self.folder / f".stage-{name.value}.lock", f"fills the part {name.value}", print_line)
+
+    def state(self, place: str, made_with: dict[str, Any] | None = None, *, contents: bool) -> State:
+        """Compare what lies at `place` with its record, and the record with the settings `made_with`.
+
+        Args:
+            contents: read every byte; otherwise only sizes are compared.
+        """
+        path, entry = self.folder / place, self.entries().get(place)
+        if not os.path.lexists(path):
+            return State("missing", "does not exist")
+        if entry is None:
+            return State("wrong", "was not made by setup_stage.py", blocked=True)
+        changed, absent = differences(self.folder, entry.files, contents=contents)
+        if changed:
+            return State("wrong", f"has changed since it was recorded: {_names(changed)}", blocked=True)
+        unknown = sorted(set(files_of(path, place)) - set(entry.files))
+        for key, value in (made_with or {}).items():
+            if entry.made_with.get(key) != value:
+                replaced = entry.part == PartName.code.value and not unknown
+                return State("wrong", f"was made with {key}={entry.made_with.get(key)}, not {value}", not replaced)
+        if absent:
+            return State("missing", f"lacks {_names(absent)}", blocked=bool(unknown))
+        return State("ok")
+
+    def put(self, made: Path, place: str, entry: Entry) -> None:
+        """Record `made`, a file or folder in a hidden folder of the stage, and move it to `place`."""
+        destination = self.folder / place
+        for path in (made, *made.rglob("*")):
+            fsync(path)
+        if destination.exists():
+            os.replace(destination, made.with_name(f"{made.name}.old"))
+        if entry.part != DATASET:
+            self.record(place, entry)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(made, destination)
+        fsync_folder(destination.parent)
+
+
+def fill(stage: Stage, part: Part) -> None:
+    """Make the part unless it is complete.
+
+    Raises:
+        BenchError: it cannot be made, or something else is in its place.
+    """
+    destination = stage.folder / part.place
+    state = stage.state(part.place, part.made_with, contents=False)
+    if state.name == "ok" and not _hidden(destination).exists():
+        print_line(f"{part.name.value}: complete ({destination})")
+        return
+    with explained_disk_errors(stage.folder, REMEDY):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with stage.lock(part.name) as lock, hidden_folder(destination) as folder:
+            state = stage.state(part.place, part.made_with, contents=False)  # another process may have made it
+            if state.blocked:
+                raise BenchError(
+                    f"{destination} {state.detail}\nIt is left alone: move it away, or choose another place "
+                    f"({part.place_key}=...), and run this again"
+                )
+            if state.name == "ok":
+                print_line(f"{part.name.value}: complete ({destination})")
+                return
+            made = folder / destination.name
+            details = part.make(made, lock)
+            files = describe(made, part.place)
+            entry = Entry(part.name.value, timestamp(), part.made_with, details, files)
+            stage.put(made, part.place, entry)
+    print_line(f"{part.name.value}: made ({destination}, {size_text(entry.size_bytes)})")
+
+
+# --- stage.json ---------------------------------------------------------------------------------------------
+
+
+def manifest_json(entries: dict[str, Entry]) -> dict[str, Any]:
+    """Return the content of stage.json."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "updated_at": timestamp(),
+        "entries": {place: asdict(entry) for place, entry in entries.items()},
+    }
+
+
+def read_manifest(text: bytes) -> dict[str, Entry]:
+    """Parse stage.json.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
+    try:
+        content = json.loads(text)
+        if (content["format"], content["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"format {content['format']!r}, version {content['version']}")
+        entries = {}
+        for place, entry in content["entries"].items():
+            files = {name: FileRecord(**file) for name, file in entry["files"].items()}
+            entries[place] = Entry(**{**entry, "files": files})
+        return entries
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def files_of(path: Path, place: str) -> dict[str, Path]:
+    """Return the file `path`, or all files below the folder `path`, by their names as parts of `place`."""
+    if not path.is_dir():
+        return {place: path}
+    files = sorted(file for file in path.rglob("*") if not file.is_dir() and "__pycache__" not in file.parts)
+    return {f"{place}/{file.relative_to(path).as_posix()}": file for file in files}
+
+
+def describe(path: Path, place: str) -> dict[str, FileRecord]:
+    """Return size and SHA-256 of the files of `path` by their names as parts of `place`."""
+    return {name: FileRecord(file.stat().st_size, _sha256(file)) for name, file in files_of(path, place).items()}
+
+
+def differences(folder: Path, files: dict[str, FileRecord], *, contents: bool) -> tuple[list[str], list[str]]:
+    """Return which of these files in `folder` are not as recorded, and which do not exist."""
+    changed, absent = [], []
+    for name, recorded in files.items():
+        path = folder / name
+        if not path.exists():
+            absent.append(name)
+        elif path.stat().st_size != recorded.size_bytes or (contents and _sha256(path) != recorded.sha256):
+            changed.append(name)
+    return changed, absent
+
+
+def _sha256(path: Path) -> str:
+    size_bytes = path.stat().st_size
+    if size_bytes > _LARGE_BYTES:
+        print_line(f"reading {path.name} for its checksum ({size_text(size_bytes)})")
+    return sha256_of(path)
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+def _hidden(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.making")
+
+
+@contextmanager
+def hidden_folder(destination: Path) -> Iterator[Path]:
+    """Give an empty folder next to `destination`, on its file system; removed at the end.
+
+    The caller holds the lock of what it makes: a folder of this name was left by a process that was killed.
+    """
+    folder = _hidden(destination)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Make a file or folder durable, so that a rename never shows a name without its contents."""
+    if path.is_dir():
+        fsync_folder(path)
+    else:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def require_space(folder: Path, size_bytes: int, what: str) -> None:
+    """Raise BenchError if the file system of `folder` has less free space than that."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < size_bytes:
+        raise BenchError(
+            f"not enough disk space in {folder}: {size_text(free_bytes)} free, {size_text(size_bytes)} needed "
+            f"for {what}"
+        )
+
+
+def require_stage_folder(folder: Path, *, create: bool) -> None:
+    """Raise BenchError if `folder` is not a folder, or, with `create`, cannot be made."""
+    try:
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        elif folder.exists():
+            os.listdir(folder)
+    except OSError as error:
+        raise BenchError(
+            f"{folder} cannot be used as the stage folder ({error.strerror})\n"
+            "STAGE_PATH (or stage_path=...) must name a folder that you can write"
+        ) from None
+
+
+def place_inside(stage_folder: Path, value: str, key: str) -> str:
+    """Return the path `value` relative to the stage folder.
+
+    Raises:
+        BenchError: it lies elsewhere.
+    """
+    relative = os.path.relpath(stage_folder / value, stage_folder)
+    if relative.split(os.sep)[0] in (os.curdir, os.pardir):
+        raise BenchError(f"{key}={value} must lie inside the stage folder, {stage_folder}")
+    return relative
+
+
+def print_line(line: str) -> None:
+    """Print a line at once, also into a file."""
+    print(line, flush=True)
