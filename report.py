@@ -1,11 +1,13 @@
-"""Finished runs, or anybody's NeMo logs, to tables, verdicts and one page (`--help`)."""
+"""Finished runs, or anybody's logs, to tables, verdicts and one page (`--help`)."""
 
 import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
 from nemo_bench import cli
-from nemo_bench.report.config import ReportConfig
+from nemo_bench.report.config import ReportConfig, quoted
 
 app = cli.Application(ReportConfig)
 
@@ -19,4 +21,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quoted(sys.argv[1:])
     app.run(main)

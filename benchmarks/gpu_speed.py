@@ -33,7 +33,7 @@ sys.path.insert(0, str(PROJECT))
 
 from omegaconf import OmegaConf  # noqa: E402
 
-from benchmarks.fork_server import ForkServer  # noqa: E402
+from benchmarks.rank_server import RankServer  # noqa: E402
 from nemo_bench.checks.problems import problems  # noqa: E402
 from nemo_bench.cli import quoted_path  # noqa: E402
 from nemo_bench.cluster import processes  # noqa: E402
@@ -44,7 +44,7 @@ from nemo_bench.errors import BenchError, ConfigurationRefused  # noqa: E402
 from nemo_bench.launch import point  # noqa: E402
 from nemo_bench.launch.plan import results_dir  # noqa: E402
 from nemo_bench.record.folder import STEPS, RunFolder, Status, read_lines  # noqa: E402
-from nemo_bench.report.numbers import summarise  # noqa: E402
+from nemo_bench.report.runs import load_run  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Case:
     cfg: TrainConfig
     run: RunFolder
 
-    def start(self, server: ForkServer, gpus: list[int]) -> contextlib.AbstractContextManager[ProcessGroup]:
+    def start(self, server: RankServer, gpus: list[int]) -> contextlib.AbstractContextManager[ProcessGroup]:
         """Record the run and fork its ranks onto `gpus`; they end with the context at the latest."""
         cfg, _ = point.prepare_data(self.cfg)
         self.run.create(
@@ -112,13 +112,13 @@ class Running:
         self.case.run.set_status(Status("failed" if failed else "completed", exit_code=int(failed)))
 
 
-def fork_server(case: Case) -> ForkServer:
+def rank_server(case: Case) -> RankServer:
     """Start the server of a case's device, in the environment that the case's ranks have."""
-    return ForkServer(case.cfg.gpu.device, point.rank_environment(case.cfg))
+    return RankServer(case.cfg.gpu.device, point.rank_environment(case.cfg))
 
 
 def run_all(
-    server: ForkServer, cases: list[Case], gpus: int, timeout_s: float, done: Callable[[Case, dict[str, Any]], None]
+    server: RankServer, cases: list[Case], gpus: int, timeout_s: float, done: Callable[[Case, dict[str, Any]], None]
 ) -> None:
     """Run every case, as many side by side as there are GPUs for, and call `done` with the numbers of each."""
     waiting, running, free = list(cases), list[Running](), list(range(gpus))
@@ -144,7 +144,7 @@ def run_all(
 
 def numbers_of(run: RunFolder) -> dict[str, Any]:
     """Return the median step time (s), and what follows from it."""
-    summary = summarise(run.path)
+    summary = load_run(run.path)
     times, derived = summary.times, summary.numbers
     if times is None or derived is None:
         errors = [f"{error['type']}: {error['message']}"[:300] for error in run.rank_errors()]
@@ -152,7 +152,7 @@ def numbers_of(run: RunFolder) -> dict[str, Any]:
     rows, _ = read_lines(run.path / STEPS)
     return {
         "step_time_s": times.median_s,
-        "spread_s": times.spread_s,
+        "spread": times.spread,
         "steps": times.counted,
         "tflops_per_gpu": derived.tflops_per_gpu,
         "mfu": derived.mfu,
@@ -241,7 +241,7 @@ def main() -> None:
     if not options.no_matrix_rate:
         results["matrix_rate_before"] = script("matrix_rate.py")
     try:
-        with processes.termination_raises(), fork_server(cases[0]) as server:
+        with processes.termination_raises(), rank_server(cases[0]) as server:
             run_all(server, cases, options.side_by_side or options.gpus, options.timeout, done)
     except processes.Terminated as ended:
         sys.exit(128 + ended.signum)

@@ -29,7 +29,7 @@ from nemo_bench.config import ClusterConfig
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import write_json
 from nemo_bench.record import folder as record
-from nemo_bench.report.numbers import summarise
+from nemo_bench.report.runs import load_run
 from nemo_bench.report.terminal import print_summary
 
 FOLDERS = ("results/*/*/*/*/*", "results.data_preparation/*/*", "results.stage_setup/*")
@@ -419,7 +419,7 @@ def follow(console: Console, jobs: Sequence[Job]) -> None:
         if not job.is_run:
             print(job.log_text())
         elif job.state == "COMPLETED":
-            print_summary(console, summarise(job.folder))
+            print_summary(console, load_run(job.folder))
     failed = [job for job in jobs if job.state != "COMPLETED"]
     if failed:
         lines = [f"  job {job.job_id} ({job.what}): {job.state}: {job.reason() or 'see its log'}" for job in failed]

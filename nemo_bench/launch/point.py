@@ -58,7 +58,7 @@ def run_point(raw: DictConfig) -> None:
 
 
 def _run_here(cfg: TrainConfig) -> None:
-    from nemo_bench.report.numbers import summarise
+    from nemo_bench.report.runs import load_run
     from nemo_bench.report.terminal import Follower, make_console, print_summary
 
     console = make_console()
@@ -69,7 +69,7 @@ def _run_here(cfg: TrainConfig) -> None:
     console.print(f"run folder: {run.path}", soft_wrap=True, highlight=False)
     with Follower(cfg, run.path, console) as follower:
         execute(cfg, run, follower.tick)
-    print_summary(console, summarise(run.path))
+    print_summary(console, load_run(run.path))
     profile = run.path / PROFILE
     if profile.is_dir():
         names = ", ".join(sorted(path.name for path in profile.iterdir()))

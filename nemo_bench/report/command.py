@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import write_text
 from nemo_bench.report import archive, model, page, tables
+from nemo_bench.report.bare_logs import Given
 from nemo_bench.report.build import build_report
 from nemo_bench.report.config import ReportConfig
-from nemo_bench.report.model import Report
-from nemo_bench.report.runs import Given, architecture_of
+from nemo_bench.report.model import SUCCESSES, Report
+from nemo_bench.report.runs import architecture_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +27,7 @@ _GROUPS = ("model", "precision", "gpu")
 
 
 def run_report(raw: DictConfig) -> None:
-    """Makes the report, prints it, and writes its files.
+    """Make the report, print it, and write its files.
 
     Raises:
         BenchError: input that cannot be used; nothing was written.
@@ -92,7 +94,11 @@ def _paths(key: str, value: Any) -> list[Path]:
     values = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
     if "" in values or (key == "runs" and not values):  # the empty path would be the current folder
         raise BenchError(f"{key}: name at least one run folder, folder of runs, or log file")
-    return [Path(str(each)) for each in values]
+    paths = []
+    for text in map(str, values):
+        matches = sorted(glob.glob(text)) if glob.has_magic(text) and not Path(text).exists() else []
+        paths += [Path(match) for match in matches or [text]]
+    return paths
 
 
 def _output(output: str, inputs: list[Path]) -> Path:
@@ -115,15 +121,18 @@ def _write(folder: Path, files: dict[str, str]) -> None:
 
 
 def _failure(report: Report) -> str:
-    bad = [f"{point.name}: {point.verdict.value}" for point in report.points if point.verdict.value in _BAD]
+    bad = [f"{point.name}: {point.verdict.text}" for point in report.points if point.verdict.value not in SUCCESSES]
     bad += [f"{each.point}: slower than the baseline" for each in report.comparisons if each.regression]
+    if not report.points:
+        return "it is not known what was run: name it with model=... precision=... gpus=... gpu=..."
     return "\n".join([f"{report.verdict}: {len(bad)} of {len(report.points)} points", *(f"  {text}" for text in bad)])
 
 
-_BAD = (model.FAIL, model.INCOMPLETE)
 _COLOURS = {
     model.PASS: "green",
     model.FAIL: "bold red",
+    model.INVALID: "bold red",
+    model.UNDECIDED: "yellow",
     model.INCOMPLETE: "red",
     model.FASTER: "cyan",
     model.NOT_COMPARABLE: "yellow",
@@ -137,9 +146,13 @@ def show(console: Console, report: Report) -> None:
     if report.points:
         console.print(_rich(tables.points_table(report)))
     for point in report.points:
-        # Of one that passes, the files tell what there is to know.
-        for text in tables.remarks(point) if point.verdict.value != model.PASS else []:
-            console.print(f"  [bold]{escape(point.name)}[/]: {escape(text)}", highlight=False, soft_wrap=True)
+        if point.verdict.value != model.NO_REFERENCE:
+            console.print(
+                f"  [bold]{escape(point.name)}[/] {escape(point.verdict.line)}", highlight=False, soft_wrap=True
+            )
+        # Of one that passes, the files tell the rest.
+        for text in point.verdict.remarks if point.verdict.value not in SUCCESSES else []:
+            console.print(f"    {escape(text)}", highlight=False, soft_wrap=True)
     if report.comparisons:
         console.print(_rich(tables.comparison_table(report.comparisons)))
     for each in report.comparisons:
@@ -169,5 +182,5 @@ def _rich(table: tables.Table) -> Any:
     for name in table.header:
         made.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
     for row in table.rows:
-        made.add_row(*(Text(cell, style=_COLOURS.get(cell, "")) for cell in row))
+        made.add_row(*(Text(cell, style=_COLOURS.get(cell.partition(",")[0], "")) for cell in row))
     return made

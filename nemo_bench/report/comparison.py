@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 
 from nemo_bench.report import model
-from nemo_bench.report.model import Change, Comparison, Point, Run
-from nemo_bench.report.points import Group, estimate, flatten
-from nemo_bench.report.statistics import Estimate, ratio_interval
+from nemo_bench.report.model import Change, Comparison, Point, Run, flatten
+from nemo_bench.report.points import Group
+from nemo_bench.report.statistics import Mean, ratio_of
 
 KINDS = ("configuration", "packages", "environment", "hardware")
 
@@ -26,61 +26,56 @@ def compare(
     baseline_points: Sequence[Point],
     tolerance: float,
 ) -> tuple[list[Comparison], list[str]]:
-    """Each point with the baseline's of the same model, precision and number of GPUs; and what found no counterpart."""
+    """Return each point with the baseline's of the same model, precision and number of GPUs; and what has none."""
     comparisons, unmatched = [], []
     everything = [*groups, *baseline_groups]
-    baseline = list(zip(baseline_groups, baseline_points))
     for group, point in zip(groups, points):
-        alike = [
-            (other, its)
-            for other, its in baseline
-            if (its.model, its.precision, its.gpus) == (point.model, point.precision, point.gpus)
+        candidates = [
+            (old_group, old)
+            for old_group, old in zip(baseline_groups, baseline_points)
+            if (old.model, old.precision, old.gpus) == (point.model, point.precision, point.gpus)
         ]
-        if not alike:
+        if not candidates:
             unmatched.append(f"{point.name}: the baseline has no such point")
             continue
-        other, its = max(alike, key=lambda pair: _likeness(point, pair[1]))
-        comparisons.append(_compare(group, point, other, its, everything, tolerance))
+        old_group, old = max(candidates, key=lambda pair: _likeness(point, pair[1]))
+        noise = _noise([each for each in everything if each.kind == group.kind])
+        comparisons.append(_compare(group, point, old_group, old, noise, tolerance))
     return comparisons, unmatched
 
 
 def _likeness(point: Point, other: Point) -> int:
-    keys = ("gpu", "version", "entrypoint", "data", "global_batch_size", "seq_length", "layout", "nodes")
+    keys = ("gpu", "software", "entrypoint", "data", "global_batch_size", "seq_length", "layout", "nodes")
     same = [key for key in keys if getattr(point, key) == getattr(other, key)]
     return len(same) + (other.numbers is not None)
 
 
 def _compare(
-    group: Group, point: Point, other: Group, its: Point, everything: Sequence[Group], tolerance: float
+    group: Group, point: Point, old_group: Group, old: Point, noise: Mean | None, tolerance: float
 ) -> Comparison:
-    new, old = group.one, other.one
-    ratio, low, high = None, None, None
-    if point.numbers is None or its.numbers is None:
-        verdict, why = model.UNDECIDED, "one of the two has no finished run"
-    else:
-        ratio = point.numbers.tokens_per_s / its.numbers.tokens_per_s
-        verdict, why = model.UNDECIDED, "too few steps to know the noise"
-        noise = _noise([each for each in everything if each.alike == group.alike])
-        new_time, old_time = _estimate(group, noise), _estimate(other, noise)
+    ratio, interval = None, None
+    verdict, why = model.UNDECIDED, "one of the two has no finished run"
+    if point.numbers is not None and old.numbers is not None:
+        ratio, why = point.numbers.tokens_per_s / old.numbers.tokens_per_s, "too few steps to know the noise"
+        new_time, old_time = _step_time(group, noise), _step_time(old_group, noise)
         if new_time is not None and old_time is not None:
             # Of step times; throughput is its inverse, at each point's own batch.
-            times_low, times_high = ratio_interval(new_time, old_time)
+            low_s, high_s = ratio_of(new_time, old_time).interval
             work = ratio * new_time.value / old_time.value
-            low, high = work / times_high, work / times_low if times_low > 0 else float("inf")
+            low, high = interval = work / high_s, work / low_s if low_s > 0 else float("inf")
             verdict = model.SLOWER if high < 1 else model.QUICKER if low > 1 else model.NO_DIFFERENCE
             if noise is None:
                 source = "noise from the steps of one run each: repeat the runs to know how runs differ"
             else:
-                repeats = "repeats" if len(group.final) > 1 or len(other.final) > 1 else "repeats of other points"
-                source = f"noise from {repeats} ({_runs(len(group.final))}, baseline {len(other.final)})"
+                repeats = "repeats" if len(group.final) > 1 or len(old_group.final) > 1 else "repeats of other points"
+                source = f"noise from {repeats} ({_runs(len(group.final))}, baseline {len(old_group.final)})"
             why = f"throughput {ratio - 1:+.1%}, 95% interval {low - 1:+.1%} to {high - 1:+.1%}; {source}"
-    before, after = recorded(old), recorded(new)
+    before, after = recorded(old_group.representative), recorded(group.representative)
     return Comparison(
         point=point.name,
-        baseline=its.name,
+        baseline=old.name,
         ratio=ratio,
-        low=low,
-        high=high,
+        interval=interval,
         verdict=verdict,
         regression=verdict == model.SLOWER and ratio is not None and ratio < 1 - tolerance,
         why=why,
@@ -93,36 +88,35 @@ def _runs(number: int) -> str:
 
 
 def recorded(run: Run) -> dict[str, dict[str, str]]:
-    """What the record tells of a run, by kind (`KINDS`), as text; of a bare log, its version at most.
+    """Return what the record tells of a run, by kind (`KINDS`), as text; of a bare log, its version at most.
 
     Variables that are other ones in every job (a port, the job's id) are left out: they are no difference.
     """
     return {
-        "configuration": flatten(run.config or {}),
+        "configuration": flatten(run.record.config or {}),
         "packages": _software(run),
-        "environment": {key: value for key, value in run.environment.items() if not _VOLATILE.match(key)},
+        "environment": {key: value for key, value in run.record.environment.items() if not _VOLATILE.match(key)},
         "hardware": _hardware(run),
     }
 
 
-def _noise(groups: Sequence[Group]) -> Estimate | None:
-    """How the runs of a point differ, relative to their mean, pooled over the repeated points; None: none was."""
-    repeated = [[run.times.median_s for run in group.final if run.times is not None] for group in groups]
-    repeated = [medians for medians in repeated if len(medians) > 1]
-    freedom = sum(len(medians) - 1 for medians in repeated)
+def _noise(groups: Sequence[Group]) -> Mean | None:
+    """Return how the runs of a point differ, relative to their mean, pooled over repeated points, if there are any."""
+    repeated = [means for group in groups if len(means := group.means_s()) > 1]
+    freedom = sum(len(means) - 1 for means in repeated)
     if not freedom:
         return None
-    squares = sum((median / statistics.fmean(each) - 1) ** 2 for each in repeated for median in each)
-    return Estimate(1.0, (squares / freedom) ** 0.5, freedom)
+    squares = sum((mean / statistics.fmean(means) - 1) ** 2 for means in repeated for mean in means)
+    return Mean(1.0, (squares / freedom) ** 0.5, freedom)
 
 
-def _estimate(group: Group, noise: Estimate | None) -> Estimate | None:
-    """The point's step time, with the error that `noise` gives it; a single run's own steps know less."""
+def _step_time(group: Group, noise: Mean | None) -> Mean | None:
+    """Return the point's step time, with the error that `noise` gives it; a single run's own steps know less."""
     if noise is None:
-        return estimate(group)
-    medians = [run.times.median_s for run in group.final if run.times is not None]
-    mean = statistics.fmean(medians)
-    return Estimate(mean, mean * noise.error / len(medians) ** 0.5, noise.freedom)
+        return group.step_time()
+    mean = statistics.fmean(group.means_s())
+    error = mean * noise.standard_error / len(group.final) ** 0.5
+    return Mean(mean, error, noise.degrees_of_freedom)
 
 
 def _changes(before: dict[str, str], after: dict[str, str]) -> tuple[Change, ...]:
@@ -131,20 +125,20 @@ def _changes(before: dict[str, str], after: dict[str, str]) -> tuple[Change, ...
 
 
 def _software(run: Run) -> dict[str, str]:
-    found = dict(run.packages)
+    packages = dict(run.record.packages)
     for key, value in (("version", run.version), ("entrypoint", run.entrypoint), ("container", run.container)):
         if value is not None:
-            found[key] = value
-    if run.git:
-        modified = ", modified" if run.git.get("modified") else ""
-        found["nemo_bench (git)"] = f"{run.git.get('revision')}{modified}"
-    return found
+            packages[key] = value
+    if git := run.record.git:
+        modified = ", modified" if git.get("modified") else ""
+        packages["nemo_bench (git)"] = f"{git.get('revision')}{modified}"
+    return packages
 
 
 def _hardware(run: Run) -> dict[str, str]:
-    found = flatten({key: value for key, value in run.hardware.items() if key != "gpus"})
-    gpus = run.hardware.get("gpus") or []
+    hardware = flatten({key: value for key, value in run.record.hardware.items() if key != "gpus"})
+    gpus = run.record.hardware.get("gpus") or []
     if gpus:
-        found["gpus"] = f"{len(gpus)} x {gpus[0].get('name')}"
-        found |= {f"gpu.{key}": str(value) for key, value in gpus[0].items() if key != "name"}
-    return found
+        hardware["gpus"] = f"{len(gpus)} x {gpus[0].get('name')}"
+        hardware |= {f"gpu.{key}": str(value) for key, value in gpus[0].items() if key != "name"}
+    return hardware

@@ -1,8 +1,10 @@
-"""The schema of `report.py`'s configuration (conf/report.yaml)."""
+"""The schema of `report.py`'s configuration (conf/report.yaml), and plain paths on its command line."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -19,7 +21,7 @@ class ReportConfig:
     baseline: Any = None  # the same
     output: str | None = "auto"
     archive: str | None = None
-    reference: str | None = None
+    reference: Any = None  # a table's name or file, or a list of them
     tolerance: float = 0.05
     total_tokens: float = 1e12  # the budget behind "days to train"
     stage_path: str = MISSING
@@ -33,3 +35,28 @@ class ReportConfig:
 
 
 ConfigStore.instance().store(name="report_schema", node=ReportConfig)
+
+_PATHS = ("runs", "baseline", "output", "archive", "reference")
+
+
+def quoted(arguments: list[str]) -> list[str]:
+    """Return the command line with its paths in Hydra's quotes; a plain path, `job.out`, means `runs=job.out`."""
+    plain, others = [], []
+    for i, argument in enumerate(arguments):
+        key, equals, value = argument.partition("=")
+        if i and arguments[i - 1] in ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"):
+            others.append(argument)
+        elif equals and key in _PATHS and value and value[0] not in "[\"'$" and not re.fullmatch(r"[\w./-]+", value):
+            # A list without brackets is Hydra's to refuse.
+            others.append(argument if "," in value and not Path(value).exists() else f"{key}={_quote(value)}")
+        elif argument.startswith(("-", "+", "~")) or (
+            equals and re.fullmatch(r"[\w.@/]+", key) and not Path(argument).exists()
+        ):
+            others.append(argument)
+        else:
+            plain.append(argument)
+    return [*([f"runs=[{','.join(map(_quote, plain))}]"] if plain else []), *others]
+
+
+def _quote(path: str) -> str:
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", path)) + "'"

@@ -1,388 +1,275 @@
 """What a report is made of, and `results.json`: the same objects, field by field, as JSON.
 
-Reading one (`from_json`) gives the objects back; `Report.schema_version` is raised when a field changes its meaning or
-goes away, and a file of another version is refused. Times are in seconds and end in `_s`, fractions are 0 to 1 (an MFU
-of 0.54 is 54%), moments are ISO 8601 in UTC, sizes of memory are GiB (2^30 bytes), peaks and rates of one GPU are
-TFLOP/s (10^12 a second). None (JSON null) means "not known" or "does not apply". A number that is not finite, such as a
-loss, is the string "nan", "inf" or "-inf" in JSON.
-
-`Report`
-    `runs` are all that was found, good and bad; `points` gather the repeats of one configuration, and hold the
-    verdicts; `references` are the published tables; `scaling` the curves of throughput over the number of GPUs,
-    measured and published; `comparisons` come with `baseline=` only. `assumptions` and `methods` say what the numbers
-    rest on.
-`Run`
-    One run folder, or one log file of somebody else's run. A run that is not `final` has no `numbers`: whoever shows it
-    shows `why_not_final` instead. Its `steps` and `times` are there as far as they were recorded.
-`Point`
-    Repeats of one configuration on one number of GPUs. Its numbers are at the mean of the runs' median step times.
+Times are in seconds and end in `_s`, fractions are 0 to 1 (an MFU of 0.54 is 54%), moments are ISO 8601 in UTC, memory
+is in GiB (2^30 bytes), peaks and rates of one GPU in TFLOP/s (10^12 a second). None (JSON null) means "not known" or
+"does not apply". A number that is not finite, such as a loss, is the string "nan", "inf" or "-inf" in JSON.
+`Report.schema_version` rises when a field changes its meaning or goes away.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import types
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from nemo_bench.errors import BenchError
-from nemo_bench.flops import Architecture, pipeline_bubble
+from nemo_bench.flops import Architecture, days_to_train, pipeline_bubble
 from nemo_bench.report.profile import StepProfile
-from nemo_bench.report.statistics import Interval, StepTimes
+from nemo_bench.report.statistics import Mean, Steps, StepTimes
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from nemo_bench.report.references import Reference, ReferencePoint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-# Verdicts of a point against published numbers.
+# Verdicts of a point against a published number.
 PASS = "PASS"
 FAIL = "FAIL"
-FASTER = "FASTER THAN PUBLISHED"  # by more than the tolerance: also worth a look
-INCOMPLETE = "INCOMPLETE"  # there is a published number, and no finished run to hold against it
-NOT_COMPARABLE = "NOT COMPARABLE"  # another model size or sequence length under the same name
+FASTER = "FASTER"  # by more than the tolerance: also worth a look
+UNDECIDED = "UNDECIDED"  # the interval is wider than the tolerance, or mean, median and last step disagree
+INVALID = "INVALID"  # its numbers cannot be right: NaN gradients, more than the GPU can do, a contradiction
+INCOMPLETE = "INCOMPLETE"  # no run of it has finished
+NOT_COMPARABLE = "NOT COMPARABLE"  # it differs from the published run in what must agree, or that is not known
 NO_REFERENCE = "NO REFERENCE"
+SUCCESSES = (PASS, FASTER, NO_REFERENCE)  # report.py ends with 0 where every point has one of these
 
-# Verdicts of a comparison with a baseline.
+# Verdicts of a comparison with a baseline; also UNDECIDED, where too little was measured to know the noise.
 SLOWER = "SLOWER"
 QUICKER = "FASTER"
 NO_DIFFERENCE = "NO DIFFERENCE"  # smaller than the noise
-UNDECIDED = "UNDECIDED"  # too little was measured to know the noise
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The training steps of a run, in columns of equal length, in order of `step`.
-
-    Attributes:
-        step: the optimizer step's number as it was logged (NeMo counts from 0).
-        time_s: NeMo's `train_step_timing`.
-        loss: `reduced_train_loss`.
-        grad_norm: global gradient norm before clipping.
-        excluded: why the step is left out of the statistics: None (it counts), "warm-up", "validation", "checkpoint",
-            "profile", "restart" (first steps after a restart), "no time" (none recorded, or no positive number).
-    """
-
-    step: tuple[int, ...]
-    time_s: tuple[float | None, ...]
-    loss: tuple[float | None, ...]
-    grad_norm: tuple[float | None, ...]
-    excluded: tuple[str | None, ...]
-
-    def __len__(self) -> int:
-        return len(self.step)
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What follows from one step time.
-
-    Attributes:
-        step_time_s: the step time that all others follow from.
-        tokens_per_s: of the whole job: sequence length * global batch size / step time.
-        tokens_per_s_per_gpu: the same a GPU (a process, on CPU).
-        tflops_per_gpu: model TFLOP/s a GPU, the recipe's convention (attention in full).
-        tflops_per_gpu_causal: the same, attention counted causally (Megatron-LM's convention).
-        peak_tflops: dense peak of one GPU in the run's number format.
-        peak_source: where that peak comes from.
-        mfu: tflops_per_gpu / peak_tflops, the recipe's MFU.
-        mfu_causal: tflops_per_gpu_causal / peak_tflops.
-        flops_per_sequence: model FLOPs to train on one sequence, the recipe's convention.
-        total_tokens: token budget behind `days_to_train`.
-        days_to_train: total_tokens / tokens_per_s / 86400.
-    """
+    """What follows from one step time."""
 
     step_time_s: float
-    tokens_per_s: float
-    tokens_per_s_per_gpu: float
-    tflops_per_gpu: float | None
-    tflops_per_gpu_causal: float | None
-    peak_tflops: float | None
+    tokens_per_s: float  # of the whole job: sequence length * global batch size / step time
+    tokens_per_s_per_gpu: float  # a GPU, or a process on CPU
+    tflops_per_gpu: float | None  # model TFLOP/s, the recipe's convention (attention in full)
+    tflops_per_gpu_causal: float | None  # attention counted causally (Megatron-LM's convention)
+    peak_tflops: float | None  # dense peak of one GPU in the run's number format
     peak_source: str | None
-    mfu: float | None
+    mfu: float | None  # the recipe's: tflops_per_gpu / peak_tflops
     mfu_causal: float | None
-    flops_per_sequence: float | None
-    total_tokens: float
+    total_tokens: float  # the budget behind days_to_train
     days_to_train: float
+
+    def at(self, step_time_s: float) -> Numbers:
+        """Return the same at another step time."""
+        names = ("tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "tflops_per_gpu_causal", "mfu", "mfu_causal")
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        scale = self.step_time_s / step_time_s
+        scaled: dict[str, Any] = {name: None if value is None else value * scale for name, value in values.items()}
+        days = days_to_train(tokens=self.total_tokens, tokens_per_s=self.tokens_per_s * scale)
+        return replace(self, step_time_s=step_time_s, days_to_train=days, **scaled)
 
 
 @dataclass(frozen=True)
 class RankTimes:
-    """What one rank did beside the others, where the record or the log tells the ranks apart.
+    """What one rank did compared with the others, where the record or the log tells the ranks apart."""
 
-    Attributes:
-        rank: its global rank.
-        measure: what is compared: "step time (s)", "matrix rate (TFLOP/s)" or "NVIDIA's straggler detection".
-        value: of this rank, its median over the run; None where only the straggler itself is named.
-        others: the median of the other ranks; None as above.
-        slower: how much slower than that median, as a fraction (0.2: 20% slower; negative: faster).
-        straggler: whether that is more than the others' spread explains (or the log itself says so).
-    """
-
-    rank: int
-    measure: str
-    value: float | None
-    others: float | None
-    slower: float | None
-    straggler: bool
+    rank: int  # global
+    measure: str  # "step time (s)", "matrix rate (TFLOP/s)" or "NVIDIA's straggler detection"
+    value: float | None  # its median over the run; None where only the straggler is named
+    others: float | None  # the median of the other ranks
+    slower: float | None  # than that median, as a fraction (0.2: 20% slower; negative: faster)
+    straggler: bool  # slower by more than the others' spread explains, or named so by the log
 
 
 @dataclass(frozen=True)
 class DeviceUse:
-    """What one rank's device did over its steps, without the first few; None for what was not measured.
+    """What one rank's device did over its steps, without the first few; None for what was not measured."""
 
-    Attributes:
-        rank: its global rank.
-        host: where it ran.
-        gpu_name, gpu_uuid: the driver's name of the GPU, and its identity.
-        steps: steps that the numbers are of.
-        step_time_median_s, step_time_max_s: NeMo's `train_step_timing` as this rank saw it. Ranks that wait for each
-            other see nearly the same.
-        matrix_tflops: rate of a bf16 matrix product of this GPU by itself, before the training.
-        power_w: mean over the steps.
-        sm_clock_mhz, sm_clock_min_mhz: mean over the steps, and the smallest sample.
-        temperature_max_c: of the GPU.
-        peak_memory_gib, reserved_memory_gib: largest allocation, and what PyTorch held.
-        throttled: share of the steps in which the driver named each reason to hold clocks back (sw_power_cap,
-            hw_slowdown, sync_boost, sw_thermal, hw_thermal, hw_power_brake).
-    """
+    rank: int  # global
+    steps: int  # that the numbers are of
+    host: str | None = None
+    step_time_median_s: float | None = None  # as this rank saw it; ranks that wait for each other see nearly the same
+    matrix_tflops: float | None = None  # rate of a bf16 matrix product of this GPU alone, before the training
+    power_w: float | None = None  # mean over the steps
+    sm_clock_mhz: float | None = None  # mean over the steps
+    sm_clock_min_mhz: float | None = None
+    temperature_max_c: float | None = None
+    peak_memory_gib: float | None = None
+    # Share of the steps in which the driver named each reason to hold clocks back (sw_power_cap, hw_slowdown, ...).
+    throttled: dict[str, float] = field(default_factory=dict)
 
-    rank: int
-    host: str | None
-    gpu_name: str | None
-    gpu_uuid: str | None
-    steps: int
-    step_time_median_s: float | None
-    step_time_max_s: float | None
-    matrix_tflops: float | None
-    power_w: float | None
-    sm_clock_mhz: float | None
-    sm_clock_min_mhz: float | None
-    temperature_max_c: float | None
-    peak_memory_gib: float | None
-    reserved_memory_gib: float | None
-    throttled: dict[str, float]
+
+@dataclass(frozen=True)
+class Record:
+    """What a run folder says beside its steps, without secrets; empty for a bare log."""
+
+    started_at: str | None = None
+    ended_at: str | None = None
+    command: str | None = None  # the command line
+    overrides: tuple[str, ...] = ()  # what was chosen on it
+    git: dict[str, Any] | None = None  # {"revision": ..., "modified": ...} of this project
+    config: dict[str, Any] | None = None  # the composed configuration, nested
+    packages: dict[str, str] = field(default_factory=dict)  # package -> version
+    hardware: dict[str, Any] = field(default_factory=dict)  # host, cpu, cpu_cores, memory_gib, gpus, system, python
+    environment: dict[str, str] = field(default_factory=dict)
+    # What happened beside the steps: {"event", "after_step" or None, "time" in seconds since 1970 or None}.
+    events: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run: a run folder, or one log file of anybody's run."""
 
-    Attributes:
-        name: unique in the report: the run folder's or the log file's name, with as much of its path as it takes.
-        path: the run folder or the log file.
-        source: "run folder" or "log".
-        state: completed, failed, killed, interrupted, running, submitted; of a log: completed, incomplete (it ends
-            before its last step) or unknown.
-        state_reason: the recorded reason of a failure.
-        final: whether its numbers may be shown as results.
-        why_not_final: the reasons in one line, where they may not.
-        model: 70b, 8b, tiny, ...; None where nothing names it.
-        precision: bf16, fp8, fp32.
-        gpus: GPUs (processes, on CPU) of the job.
-        nodes: number of nodes.
-        gpu: the device's name in conf/gpu: h100, h200, cpu, ...
-        gpu_reported: the device's own name, as the driver gave it ("NVIDIA H100 80GB HBM3").
-        global_batch_size: sequences a step.
-        seq_length: tokens a sequence.
-        layout: parallel sizes by their short names: TP, PP, VP, CP, DP, MBS, GA.
-        architecture: num_layers, hidden_size, ... (flops.Architecture), where it is known.
-        version: the software's name under results/ ("nemo-2.7.3", "24.09").
-        entrypoint: the program that trained (conf/entrypoint).
-        container: the image that it ran in; None: bare on the machine, or not known.
-        data: conf/data's name, "mock" being random tokens.
-        identified: where each part of the identity comes from: field -> "run record", "path", "log", "command line".
-        started_at: when it started.
-        ended_at: when it ended.
-        max_steps: steps it was meant to reach.
-        steps: its steps; empty columns where none was recorded.
-        times: statistics of the step times; None where there is none that counts.
-        numbers: at the median step time; None unless `final`.
-        numbers_last: at the last step's time, as the recipe computes them; None unless `final`.
-        first_loss: of the first step.
-        last_loss: mean of the last 5 steps.
-        peak_memory_gib: largest allocation of a GPU, as far as it was logged.
-        ranks: ranks beside each other; empty where the record does not tell them apart.
-        command: the command line.
-        overrides: what was chosen on it.
-        git: {"revision": ..., "modified": ...} of this project.
-        config: the composed configuration, nested; None for a log.
-        packages: version of each package.
-        hardware: host, cpu, cpu_cores, memory_gib, gpus, system, python, as the record has them.
-        environment: environment variables, without secrets.
-        profiles: where the time of profiled steps went, one a profiled rank.
-        events: what happened beside the steps: {"event", "after_step" or None, "time" in seconds since 1970 or None}.
-        warnings: what a reader should know about this run's record.
-        devices: what each rank's device did; empty where nothing measured it.
-    """
-
-    name: str
+    name: str  # unique in the report: the folder's or the file's name, with as much of its path as it takes
     path: str
-    source: str
-    state: str
-    state_reason: str | None
-    final: bool
-    why_not_final: str | None
-    model: str | None
-    precision: str | None
-    gpus: int | None
-    nodes: int | None
-    gpu: str | None
-    gpu_reported: str | None
-    global_batch_size: int | None
-    seq_length: int | None
-    layout: dict[str, int]
-    architecture: Architecture | None
-    version: str | None
-    entrypoint: str | None
-    container: str | None
-    data: str | None
-    identified: dict[str, str]
-    started_at: str | None
-    ended_at: str | None
-    max_steps: int | None
-    steps: Steps
-    times: StepTimes | None
-    numbers: Numbers | None
-    numbers_last: Numbers | None
-    first_loss: float | None
-    last_loss: float | None
-    peak_memory_gib: float | None
-    ranks: tuple[RankTimes, ...]
-    command: str | None
-    overrides: tuple[str, ...]
-    git: dict[str, Any] | None
-    config: dict[str, Any] | None
-    packages: dict[str, str]
-    hardware: dict[str, Any]
-    environment: dict[str, str]
-    events: tuple[dict[str, Any], ...]
-    warnings: tuple[str, ...]
+    source: str  # "run folder" or "log"
+    # completed, failed, killed, interrupted, running, submitted; of a log: completed, incomplete or unknown
+    state: str = "unknown"
+    why_not_final: str | None = None  # why its numbers may not be shown as results; None: they may
+    invalid: str | None = None  # why its numbers cannot be right; part of why_not_final
+    # what it is; None where nothing tells
+    model: str | None = None  # 70b, 8b, tiny, ...
+    precision: str | None = None  # bf16, fp8, fp32
+    gpus: int | None = None  # GPUs (processes, on CPU) of the job
+    nodes: int | None = None
+    gpu: str | None = None  # the device's name in conf/gpu: h100, h200, cpu, ...
+    gpu_reported: str | None = None  # the driver's name of it: "NVIDIA H100 80GB HBM3"
+    global_batch_size: int | None = None  # sequences a step
+    seq_length: int | None = None  # tokens a sequence
+    layout: dict[str, int] = field(default_factory=dict)  # parallel sizes: TP, PP, VP, CP, DP, MBS, GA
+    architecture: Architecture | None = None  # the model's sizes
+    version: str | None = None  # the folder's name under results/ ("nemo-2.7.3", "24.09"), which anybody may choose
+    software: str | None = None  # what trained, by the record: "nemo-2.7.3", "24.09"
+    entrypoint: str | None = None  # the program that trained (conf/entrypoint)
+    container: str | None = None  # the image that it ran in; None: bare on the machine, or not known
+    data: str | None = None  # conf/data's name; "mock" is random tokens
+    identified: dict[str, str] = field(default_factory=dict)  # field -> "run record", "path", "log", "command line"
+    # what it did
+    max_steps: int | None = None  # steps it was meant to reach
+    steps: Steps = field(default_factory=Steps)
+    times: StepTimes | None = None  # of the steps that count; None where there is none
+    numbers: Numbers | None = None  # at the mean step time; None unless final
+    first_loss: float | None = None
+    last_loss: float | None = None  # mean of the last 5 steps
+    peak_memory_gib: float | None = None  # largest allocation of a GPU, as far as it was logged
+    ranks: tuple[RankTimes, ...] = ()
     devices: tuple[DeviceUse, ...] = ()
-    profiles: tuple[StepProfile, ...] = ()
+    profiles: tuple[StepProfile, ...] = ()  # where the time of profiled steps went, one a profiled rank
+    record: Record = field(default_factory=Record)
+    warnings: tuple[str, ...] = ()  # what a reader should know about this run's record
+
+    @property
+    def final(self) -> bool:
+        """Whether its numbers may be shown as results."""
+        return self.why_not_final is None
+
+    @property
+    def point(self) -> str:
+        """The name of its point."""
+        return point_name(self.model, self.precision, self.gpus, self.record.overrides)
+
+
+# Keys of the configuration that no step time depends on; of `cluster`, all but the environment and the container.
+BESIDE_PERFORMANCE = re.compile(
+    r"(stage_path|results_version|total_tokens|launch|cluster|hydra[./].*|checkpoint\..*"
+    r"|cluster\.(?!env\.|container\.image|srun_args|setup).*|trainer\.(max_steps|seed|limit_val_batches)"
+    r"|data\.(folder|paths|tokenizer)|gpu\.source|entrypoint\.(container|image|version))$"
+)
+_SAID_BY_THE_NAME = ("model", "precision", "scale", "experiment", "trainer.num_nodes", "trainer.devices")
+_SHORT_NAMES = {
+    "tensor_model_parallel_size": "TP",
+    "pipeline_model_parallel_size": "PP",
+    "virtual_pipeline_model_parallel_size": "VP",
+    "context_parallel_size": "CP",
+    "micro_batch_size": "MBS",
+    "global_batch_size": "GBS",
+}
+
+
+def point_name(model: str | None, precision: str | None, gpus: int | None, overrides: Sequence[str] = ()) -> str:
+    """Return `70b fp8 64gpu` and what else was chosen for it: the same name in every report and listing."""
+    chosen = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
+    texts = []
+    for key, value in chosen.items():
+        if key not in _SAID_BY_THE_NAME and not BESIDE_PERFORMANCE.match(key):
+            name = key.rpartition(".")[2]
+            size = "1" if value == "null" else value
+            texts.append(f"{_SHORT_NAMES[name]}{size}" if name in _SHORT_NAMES else f"{name}={value}")
+    return " ".join([f"{model} {precision} {gpus}gpu", *texts])
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, str]:
+    """Return a nested configuration as dotted keys with their values as text."""
+    if isinstance(config, dict) and config:
+        return {
+            key: text
+            for name, item in config.items()
+            for key, text in flatten(item, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+    return {prefix: "null" if config is None else str(config)} if prefix else {}
 
 
 @dataclass(frozen=True)
-class ReferencePoint:
-    """A published number, as printed, with what follows from it.
+class Change:
+    """What is called `key` is `before` in a published run or a baseline, and `after` in the runs; None: not known."""
 
-    Attributes:
-        reference: name of the table it stands in (`Reference.name`).
-        model, precision, gpus, gpu, global_batch_size, seq_length: the configuration.
-        step_time_s: printed; the statistic is the table's (`Reference.statistic`).
-        tokens_per_s: printed throughput.
-        mfu: printed MFU; None where none is printed.
-        days_to_1t_tokens: printed.
-        tokens_per_s_from_step_time: computed from the printed step time: what verdicts are held against.
-        notes: contradictions in what was printed.
-    """
-
-    reference: str
-    model: str
-    precision: str
-    gpus: int
-    gpu: str
-    global_batch_size: int
-    seq_length: int
-    step_time_s: float
-    tokens_per_s: float
-    mfu: float | None
-    days_to_1t_tokens: float
-    tokens_per_s_from_step_time: float
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A published table.
-
-    Attributes:
-        name: what `reference=` chooses it by.
-        title: for people.
-        source: who published it, where.
-        version: of the recipe and its container.
-        date: of publication, as exactly as is known.
-        hardware: what it was measured on.
-        statistic: what the printed step times are ("last step").
-        container: the image.
-        layout: parallel sizes that all its points share, by their short names.
-        data: what it trained on.
-        notes: what is inconsistent in it, or missing.
-        architecture: sizes of each model in it, by name.
-        points: its rows.
-    """
-
-    name: str
-    title: str
-    source: str
-    version: str
-    date: str
-    hardware: str
-    statistic: str
-    container: str
-    layout: dict[str, int]
-    data: str
-    notes: tuple[str, ...]
-    architecture: dict[str, dict[str, int]]
-    points: tuple[ReferencePoint, ...]
+    key: str
+    before: str | None
+    after: str | None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A point held against a published number.
+    """A point judged by a published number."""
 
-    Attributes:
-        value: PASS, FAIL, FASTER THAN PUBLISHED, INCOMPLETE, NOT COMPARABLE or NO REFERENCE.
-        ratio: measured tokens/s divided by the published ones (1: equal, 0.9: 10% slower); None where not judged.
-        ratio_last: the same by the last steps' times, as the recipe reads them.
-        tolerance: PASS lies between 1 - tolerance and 1 + tolerance.
-        why: the verdict in a sentence.
-        reasons: what is visible in the record that may explain a difference, or that a reader should know.
-    """
+    value: str = NO_REFERENCE
+    why: str = "nothing is published for it"  # the verdict in a sentence
+    ratio: float | None = None  # published step time / the measured one (1: equal, 0.9: 10% slower); None: not judged
+    statistic: str | None = None  # the step time that was judged: the reference's own ("last step", ...), else the mean
+    tolerance: float = 0.0  # PASS lies between 1 - tolerance and 1 + tolerance
+    must_agree: tuple[Change, ...] = ()  # what makes it comparable: what was published, and what was run
+    differences: tuple[str, ...] = ()  # from the published run, which leave the verdict standing
+    remarks: tuple[str, ...] = ()  # what the record shows that may explain it, or that a reader should know
 
-    value: str
-    ratio: float | None
-    ratio_last: float | None
-    tolerance: float
-    why: str
-    reasons: tuple[str, ...]
+    @property
+    def text(self) -> str:
+        """The verdict in a table's cell: "PASS, 3 differences"."""
+        number = len(self.differences)
+        judged = self.value in (PASS, FAIL, FASTER, UNDECIDED)
+        return f"{self.value}, {number} difference{'s'[: number > 1]}" if judged and number else self.value
+
+    @property
+    def line(self) -> str:
+        """The verdict in a line, with its reason and the differences."""
+        texts = (self.why, *self.differences) if self.text != self.value else (self.why,)
+        return f"{self.text}: {'; '.join(texts)}"
 
 
 @dataclass(frozen=True)
 class Point:
-    """Repeats of one configuration.
+    """Repeats of one configuration on one number of GPUs; the fields of its identity are those of `Run`."""
 
-    Attributes:
-        name: unique in the report: "70b bf16 64gpu", with what tells it from others of that name.
-        model, precision, gpus, gpu, nodes, version, entrypoint, global_batch_size, seq_length, layout, data: see `Run`.
-        runs: names of all its runs.
-        final_runs: names of those that its numbers come from.
-        numbers: at the mean of the final runs' median step times; None where no run is final.
-        step_time_interval: confidence interval of that mean: over the repeats where there are two or more, else over
-            the steps of the one run (which says nothing about the next run); None where too little was measured.
-        reference: the published number; None where there is none.
-        verdict: against it.
-    """
-
-    name: str
+    name: str  # `point_name`; where two points of a report share it, the second is called "... #2"
     model: str
     precision: str
     gpus: int
     gpu: str | None
     nodes: int | None
     version: str | None
+    software: str | None
     entrypoint: str | None
     global_batch_size: int | None
     seq_length: int | None
     layout: dict[str, int]
     data: str | None
-    runs: tuple[str, ...]
-    final_runs: tuple[str, ...]
-    numbers: Numbers | None
-    step_time_interval: Interval | None
-    reference: ReferencePoint | None
-    verdict: Verdict
+    runs: tuple[str, ...]  # names of all its runs
+    final_runs: tuple[str, ...]  # names of those that its numbers come from
+    numbers: Numbers | None = None  # at the mean of the final runs' mean step times; None where no run is final
+    # With the error over the repeats where there are two or more, else over the steps of the one run, which says
+    # nothing about the next run; None where too little was measured.
+    step_time: Mean | None = None
+    median_s: float | None = None  # mean of the final runs' medians
+    last_s: float | None = None  # mean of the final runs' last steps
+    reference: ReferencePoint | None = None  # the published number
+    verdict: Verdict = field(default_factory=Verdict)
 
     @property
     def pipeline_bubble(self) -> float | None:
@@ -391,7 +278,7 @@ class Point:
 
 
 def bubble_of(layout: dict[str, int]) -> float | None:
-    """As `Point.pipeline_bubble`, of a layout by its short names."""
+    """Return `Point.pipeline_bubble` of a layout by its short names."""
     if layout.get("PP", 1) == 1 or not layout.get("GA"):
         return None
     return pipeline_bubble(pipeline_stages=layout["PP"], virtual_stages=layout["VP"], micro_batches=layout["GA"])
@@ -399,59 +286,30 @@ def bubble_of(layout: dict[str, int]) -> float | None:
 
 @dataclass(frozen=True)
 class ScalingCurve:
-    """Throughput over the number of GPUs, of points that differ in nothing else.
+    """Throughput over the number of GPUs, of points that differ in nothing else."""
 
-    Attributes:
-        label: "70b bf16 h100" and what else tells it from the others.
-        model, precision, gpu: as in `Run`.
-        published: whether it is a published table's.
-        gpus: ascending.
-        tokens_per_s: one a number of GPUs.
-        efficiency: parallel efficiency: tokens/s a GPU divided by that of the fewest GPUs of the curve; 1 at the first.
-    """
-
-    label: str
+    label: str  # "70b bf16 h100" and what else tells it from the others
     model: str
     precision: str
     gpu: str | None
     published: bool
-    gpus: tuple[int, ...]
-    tokens_per_s: tuple[float, ...]
-    efficiency: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Change:
-    """What is called `key` is `before` in the baseline and `after` in the runs; None: not there."""
-
-    key: str
-    before: str | None
-    after: str | None
+    gpus: tuple[int, ...]  # ascending
+    tokens_per_s: tuple[float, ...]  # one a number of GPUs
+    efficiency: tuple[float, ...]  # tokens/s a GPU over that of the fewest GPUs of the curve; 1 at the first
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A point beside the baseline's point of the same model, precision and number of GPUs.
+    """A point beside the baseline's point of the same model, precision and number of GPUs."""
 
-    Attributes:
-        point: `Point.name` in `Report.points`.
-        baseline: `Point.name` in `Report.baseline_points`.
-        ratio: tokens/s divided by the baseline's (1: equal, 0.9: 10% slower); None where one has no numbers.
-        low, high: 95% confidence interval of the ratio; None where the noise is not known.
-        verdict: SLOWER, FASTER, NO DIFFERENCE (smaller than the noise) or UNDECIDED.
-        regression: slower than the noise explains, and by more than the tolerance.
-        why: the verdict in a sentence, with how the noise was estimated.
-        configuration, packages, environment, hardware: what changed.
-    """
-
-    point: str
-    baseline: str
-    ratio: float | None
-    low: float | None
-    high: float | None
-    verdict: str
-    regression: bool
-    why: str
+    point: str  # `Point.name` in `Report.points`
+    baseline: str  # `Point.name` in `Report.baseline_points`
+    ratio: float | None  # tokens/s over the baseline's (1: equal, 0.9: 10% slower); None where one has no numbers
+    interval: tuple[float, float] | None  # 95% confidence interval of the ratio; None where the noise is not known
+    verdict: str  # SLOWER, FASTER, NO DIFFERENCE or UNDECIDED
+    regression: bool  # slower than the noise explains, and by more than the tolerance
+    why: str  # the verdict in a sentence, with how the noise was estimated
+    # what changed
     configuration: tuple[Change, ...]
     packages: tuple[Change, ...]
     environment: tuple[Change, ...]
@@ -460,86 +318,40 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What was chosen: `tolerance` (fraction), `total_tokens`, `confidence` (0.95) and `references` (names)."""
+    """What was chosen for a report."""
 
-    tolerance: float
+    tolerance: float  # a fraction
     total_tokens: float
-    confidence: float
-    references: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Method:
-    """How one number is computed: its `name`, its `unit`, and the formula and its conventions in words (`how`)."""
-
-    name: str
-    unit: str
-    how: str
+    confidence: float  # 0.95
+    references: tuple[str, ...]  # names
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything in `results.json`.
+    """Everything in `results.json`."""
 
-    Attributes:
-        schema_version: 1.
-        generated_at: when.
-        generator: name and version of the program.
-        inputs: what `runs=` named.
-        verdict: of the whole: PASS, FAIL, INCOMPLETE or NO REFERENCE (none to judge).
-        exit_code: what `report.py` ends with: 0, or 1 where a point fails, is incomplete or regressed.
-        runs, points, references, scaling: see the module.
-        baseline_inputs, baseline_runs, baseline_points, comparisons: empty without `baseline=`.
-        assumptions, methods: what the numbers rest on.
-        warnings: what could not be read, and what was left out.
-    """
-
-    schema_version: int
     generated_at: str
-    generator: str
-    inputs: tuple[str, ...]
-    verdict: str
-    exit_code: int
-    runs: tuple[Run, ...]
+    generator: str  # name and version of the program
+    inputs: tuple[str, ...]  # what `runs=` named
+    verdict: str  # of the whole: the gravest of its points'
+    exit_code: int  # what `report.py` ends with: 0, or 1 where a point has another verdict than SUCCESSES or regressed
+    runs: tuple[Run, ...]  # all that was read, good and bad
     points: tuple[Point, ...]
     references: tuple[Reference, ...]
-    scaling: tuple[ScalingCurve, ...]
-    baseline_inputs: tuple[str, ...]
-    baseline_runs: tuple[Run, ...]
-    baseline_points: tuple[Point, ...]
-    comparisons: tuple[Comparison, ...]
+    scaling: tuple[ScalingCurve, ...]  # measured and published
     assumptions: Assumptions
-    methods: tuple[Method, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()  # what could not be read, and what was left out
+    # with `baseline=` only
+    baseline_inputs: tuple[str, ...] = ()
+    baseline_runs: tuple[Run, ...] = ()
+    baseline_points: tuple[Point, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    schema_version: int = SCHEMA_VERSION
 
 
 def to_json(report: Report) -> str:
-    """The report as the text of `results.json`."""
+    """Return the report as the text of `results.json`."""
     return json.dumps(_plain(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def from_json(text: str) -> Report:
-    """The report that `to_json` wrote.
-
-    Raises:
-        BenchError: it is no report, or one of another schema version.
-    """
-    try:
-        content = json.loads(text)
-        version = content["schema_version"]
-    except (ValueError, TypeError, KeyError):
-        raise BenchError("this is no results.json of report.py") from None
-    if version != SCHEMA_VERSION:
-        raise BenchError(
-            f"results.json has schema version {version}, and this program reads version {SCHEMA_VERSION}: "
-            "make the report anew with python report.py runs=..."
-        )
-    try:
-        report = _typed(content, Report)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BenchError(f"results.json is damaged ({type(error).__name__}: {error})") from None
-    assert isinstance(report, Report)
-    return report
 
 
 def _plain(value: Any) -> Any:
@@ -552,26 +364,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _typed(value: Any, kind: Any) -> Any:
-    """The value of JSON as an object of type `kind`."""
-    if kind is Any or value is None:
-        return value
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):  # only `X | None` is used
-        return _typed(value, next(item for item in get_args(kind) if item is not type(None)))
-    if origin is tuple:
-        return tuple(_typed(item, get_args(kind)[0]) for item in value)
-    if origin is dict:
-        return {key: _typed(item, get_args(kind)[1]) for key, item in value.items()}
-    if is_dataclass(kind) and isinstance(kind, type):
-        # A field with a default was added after reports had been written without it.
-        known = [field.name for field in fields(kind) if field.name in value or field.default is MISSING]
-        return kind(**{name: _typed(value[name], _hints(kind)[name]) for name in known})
-    return float(value) if kind is float else value

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from nemo_bench.report import model, page_environment, page_points, page_runs, plots
 from nemo_bench.report.markup import Child, document, el
-from nemo_bench.report.model import Reference, Report
+from nemo_bench.report.methods import METHODS
+from nemo_bench.report.model import Report
 from nemo_bench.report.numbers import tokens_text
 from nemo_bench.report.page_parts import (
     NONE,
@@ -31,6 +32,7 @@ from nemo_bench.report.page_parts import (
     table,
     whole,
 )
+from nemo_bench.report.references import Reference
 
 _STYLE = Path(__file__).with_name("page.css")
 
@@ -209,12 +211,17 @@ def _comparison(report: Report) -> ET.Element | None:
     )
     rows = []
     for each in report.comparisons:
-        known = each.low is not None and each.high is not None
         text = badge(REGRESSION, f"{each.verdict}, {REGRESSION}") if each.regression else badge(each.verdict)
-        interval = f"{percent(each.low, 1)} to {percent(each.high, 1)}" if known else NONE
+        interval = NONE if each.interval is None else " to ".join(percent(end, 1) for end in each.interval)
         rows.append(row(columns, [each.point, text, percent(each.ratio, 1), interval, each.baseline, each.why]))
     spreads = [
-        plots.Spread(each.point, each.ratio, each.low, each.high, each.verdict)
+        plots.Spread(
+            each.point,
+            each.ratio,
+            each.interval[0] if each.interval else None,
+            each.interval[1] if each.interval else None,
+            each.verdict,
+        )
         for each in report.comparisons
         if each.ratio is not None
     ]
@@ -235,11 +242,9 @@ def _comparison(report: Report) -> ET.Element | None:
 # --- what it rests on ---------------------------------------------------------------------------------------
 
 
-def _methods(report: Report) -> ET.Element | None:
-    if not report.methods:
-        return None
+def _methods(report: Report) -> ET.Element:
     columns = (Column("number"), Column("unit"), Column("how it is computed"))
-    rows = [row(columns, [each.name, each.unit or NONE, each.how]) for each in report.methods]
+    rows = [row(columns, [each.name, each.unit or NONE, each.how]) for each in METHODS]
     chosen = report.assumptions
     said = (
         f"Chosen for this report: a tolerance of {chosen.tolerance:.1%}, a budget of "
@@ -292,7 +297,7 @@ def _reference(reference: Reference) -> list[Child]:
         facts(
             [
                 ("name", reference.name),
-                ("version", reference.version),
+                ("version", reference.software),
                 ("date", reference.date),
                 ("hardware", reference.hardware),
                 ("container", reference.container),

@@ -22,6 +22,7 @@ _BADGES = {
     model.FAIL: ("✗", "bad"),
     model.FASTER: ("▲", "info"),
     model.INCOMPLETE: ("◌", "warn"),
+    model.INVALID: ("✗", "bad"),
     model.NOT_COMPARABLE: ("≠", "warn"),
     model.NO_REFERENCE: (NONE, "none"),
     model.SLOWER: ("▼", "warn"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
@@ -39,8 +38,9 @@ def summary(report: Report) -> ET.Element:
         Column("verdict"),
         Column("of published", "tokens/s", number=True),
         Column("published", "s", number=True),
-        Column("step time", "s, median", number=True),
+        Column("step time", "s, mean", number=True),
         Column("±", "s, 95%", number=True),
+        Column("median", "s", number=True),
         Column("last", "s", number=True),
         Column("tokens/s", number=True),
         Column("tokens/s", "a GPU", number=True),
@@ -55,7 +55,7 @@ def summary(report: Report) -> ET.Element:
     )
     bodies = [_point_rows(report, number, point, columns) for number, point in enumerate(report.points)]
     note = (
-        "Step time: of several runs, the mean of their medians; ±: half of its 95% confidence interval, over the "
+        "Step time: of several runs, the mean of their means; ±: half of its 95% confidence interval, over the "
         "repeats where there are some, else over the steps. Last: the last step, which the recipe reads. "
         f"{NONE}: not known, or does not apply. "
     )
@@ -69,7 +69,7 @@ def _point_rows(report: Report, number: int, point: Point, columns: Sequence[Col
     reference = point.reference
     judged: list[Child] = [
         point.name,
-        badge(point.verdict.value),
+        badge(point.verdict.value, point.verdict.text),
         percent(point.verdict.ratio, 1),
         four(reference.step_time_s) if reference else NONE,
     ]
@@ -80,7 +80,7 @@ def _point_rows(report: Report, number: int, point: Point, columns: Sequence[Col
         f"{len(point.final_runs)}/{len(point.runs)}",
     ]
     between = columns[len(judged) : -len(identity)]
-    numbers = _point_numbers(report, point)
+    numbers = _point_numbers(point)
     made = row(columns, [*judged, *(numbers or [None] * len(between)), *identity], id=f"point-{number}")
     if not numbers:  # one cell in place of them, so that nobody looks for a number
         for cell in list(made)[len(judged) + 1 : -len(identity)]:
@@ -90,20 +90,16 @@ def _point_rows(report: Report, number: int, point: Point, columns: Sequence[Col
     return el("tbody", made, el("tr", el("td", _remarks(report, point), colspan=len(columns)), class_="remarks"))
 
 
-def _point_numbers(report: Report, point: Point) -> list[Child]:
+def _point_numbers(point: Point) -> list[Child]:
     """The cells of a point's results; none for one without."""
-    n, interval = point.numbers, point.step_time_interval
+    n = point.numbers
     if n is None:
         return []
-    lasts = [
-        run.numbers_last.step_time_s
-        for run in report.runs
-        if run.name in point.final_runs and run.numbers_last is not None
-    ]
     return [
         four(n.step_time_s),
-        NONE if interval is None else f"{(interval.high - interval.low) / 2:.2g}",
-        four(statistics.fmean(lasts)) if lasts else NONE,
+        NONE if point.step_time is None else f"{point.step_time.margin:.2g}",
+        four(point.median_s),
+        four(point.last_s),
         whole(n.tokens_per_s),
         whole(n.tokens_per_s_per_gpu),
         four(n.tflops_per_gpu),
@@ -128,7 +124,7 @@ def _size(point: Point, key: str) -> str:
 def _remarks(report: Report, point: Point) -> ET.Element:
     """The verdict in words, its reasons, and the runs behind it."""
     why = [each.why_not_final for each in report.runs if each.name in point.runs and each.why_not_final]
-    texts = list(dict.fromkeys([point.verdict.why, *point.verdict.reasons]))
+    texts = list(dict.fromkeys([point.verdict.why, *point.verdict.differences, *point.verdict.remarks]))
     # The verdict's own sentence tells it already where nothing was finished.
     texts += [f"left out: {text}" for text in dict.fromkeys(why) if not any(text in told for told in texts)]
     numbers = {run.name: number for number, run in enumerate(report.runs)}

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from nemo_bench.report import plots
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.markup import Child, el
-from nemo_bench.report.model import INCOMPLETE, PASS, DeviceUse, Numbers, Point, Run
+from nemo_bench.report.model import INCOMPLETE, PASS, DeviceUse, Numbers, Point, Run, flatten
 from nemo_bench.report.numbers import LAST_LOSSES, counted, tokens_text, unit_name
 from nemo_bench.report.page_parts import (
     NONE,
@@ -32,7 +32,6 @@ from nemo_bench.report.page_parts import (
     table,
     whole,
 )
-from nemo_bench.report.points import flatten
 from nemo_bench.report.profile import StepProfile
 
 # More runs than this are closed, and opened at a click.
@@ -69,7 +68,7 @@ def losses(runs: Sequence[Run]) -> ET.Element | None:
     """
     alike: dict[tuple[object, ...], dict[str, Run]] = {}
     for run in sorted(runs, key=lambda run: (not run.final, -len(run.steps))):
-        if run.config is not None and run.precision is not None and run.data not in (None, "mock"):
+        if run.record.config is not None and run.precision is not None and run.data not in (None, "mock"):
             alike.setdefault((run.model, run.data, *_training(run)), {}).setdefault(run.precision, run)
     figures = []
     for work, formats in alike.items():
@@ -99,7 +98,7 @@ def _training(run: Run) -> list[tuple[str, str]]:
     without = ("data.folder", "data.num_workers")
     return [
         (key, value)
-        for key, value in flatten(run.config or {}).items()
+        for key, value in flatten(run.record.config or {}).items()
         if key.startswith(wanted) and not key.startswith(without)
     ]
 
@@ -149,7 +148,7 @@ def _overview_cells(run: Run) -> list[Child]:
         if t.warmup_steps or t.excluded:
             remarks.insert(0, counted(t))
         times = (four(each) for each in (t.median_s, t.mean_s, t.p95_s))
-        numbers = [f"{t.counted:,}", *times, f"{t.spread_s:.2g}", four(t.last_s), _loss(run) or NONE]
+        numbers = [f"{t.counted:,}", *times, f"{t.spread:.1%}", four(t.last_s), _loss(run) or NONE]
     return [*numbers, "; ".join([*remarks, *run.warnings])]
 
 
@@ -224,13 +223,13 @@ def _statistics(run: Run) -> Child:
     columns = (
         Column("step time", "s"),
         *(Column(name, number=True) for name in ("median", "mean", "p95", "min", "max", "spread")),
-        Column("95% interval", "of the median", number=True),
+        Column("95% interval", "of the mean", number=True),
         Column("drift", "2nd half to 1st", number=True),
     )
-    interval = f"{four(t.interval.low)} to {four(t.interval.high)}" if t.interval else NONE
+    interval = " to ".join(four(end) for end in t.mean.interval) if t.mean else NONE
     times = [four(each) for each in (t.median_s, t.mean_s, t.p95_s, t.min_s, t.max_s)]
-    cells = ["steps that count", *times, f"{t.spread_s:.2g}", interval, f"{t.drift:+.2%}"]
-    method = f" (from {t.interval.n} {t.interval.method})" if t.interval else ""
+    cells = ["steps that count", *times, f"{t.spread:.1%}", interval, f"{t.drift:+.2%}"]
+    method = f" (from {t.mean.degrees_of_freedom + 1} batches of steps)" if t.mean else ""
     return table(f"Step times: {counted(t)}{method}", columns, [el("tbody", row(columns, cells))])
 
 
@@ -249,9 +248,9 @@ def _numbers(run: Run) -> Child:
         Column("MFU causal", number=True),
         Column(f"days to {tokens_text(run.numbers.total_tokens)}", "tokens", number=True),
     )
-    rows = [row(columns, _cells("the median", run.numbers))]
-    if run.numbers_last is not None:
-        rows.append(row(columns, _cells("the last step (the recipe's)", run.numbers_last)))
+    rows = [row(columns, _cells("the mean", run.numbers))]
+    if run.numbers is not None and run.times is not None:
+        rows.append(row(columns, _cells("the last step (the recipe's)", run.numbers.at(run.times.last_s))))
     peak = run.numbers.peak_tflops
     told = f"; peak {four(peak)} TFLOP/s ({run.numbers.peak_source})" if peak is not None else ""
     return table(f"What follows from the step time{told}", columns, [el("tbody", rows)])
@@ -374,7 +373,7 @@ def _devices(run: Run) -> Child:
 
 
 def _record(run: Run) -> ET.Element:
-    git = run.git or {}
+    git = run.record.git or {}
     modified = ", modified" if git.get("modified") else ""
     loss = _loss(run)
     peak = None if run.peak_memory_gib is None else f"{run.peak_memory_gib:.1f} GiB, of one {unit_name(run)}"
@@ -394,11 +393,11 @@ def _record(run: Run) -> ET.Element:
             ("steps", f"{len(run.steps):,} recorded" + (f" of {run.max_steps:,}" if run.max_steps else "")),
             ("loss", f"{loss} (first step, mean of the last {LAST_LOSSES})" if loss else None),
             ("peak memory", peak),
-            ("started", moment(run.started_at)),
-            ("ended", moment(run.ended_at)),
+            ("started", moment(run.record.started_at)),
+            ("ended", moment(run.record.ended_at)),
         ],
         long=[
-            ("command", el("code", run.command) if run.command else None),
+            ("command", el("code", run.record.command) if run.record.command else None),
             ("this project", el("code", f"{git.get('revision')}{modified}") if git else None),
             (run.source, el("code", run.path)),
             ("known from", ", ".join(f"{key}: {source}" for key, source in run.identified.items())),
@@ -408,12 +407,12 @@ def _record(run: Run) -> ET.Element:
 
 
 def _events(run: Run) -> Child:
-    if len(run.events) > SHOWN_EVENTS:
+    if len(run.record.events) > SHOWN_EVENTS:
         return ", ".join(
-            f"{number:,} x {name}" for name, number in Counter(str(e["event"]) for e in run.events).items()
+            f"{number:,} x {name}" for name, number in Counter(str(e["event"]) for e in run.record.events).items()
         )
     told = []
-    for event in run.events:
+    for event in run.record.events:
         text = str(event["event"])
         if event.get("after_step") is not None:
             text += f" after step {event['after_step']}"

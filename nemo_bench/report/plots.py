@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from nemo_bench.report.markup import el
-from nemo_bench.report.model import Steps
-from nemo_bench.report.series import CHECKPOINT, PROFILE, VALIDATION
-from nemo_bench.report.statistics import NO_TIME, RESTART, WARM_UP
+from nemo_bench.report.statistics import CHECKPOINT, NO_TIME, PROFILE, RESTART, VALIDATION, WARM_UP, Steps
 
 # More steps than this are thinned out for a line, and more marks than this for marks: a plot is 560 pixels wide.
 LINE_POINTS = 1000

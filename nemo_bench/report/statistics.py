@@ -1,11 +1,11 @@
-"""Statistics of step times that leave the warm-up out, and say what they left out and how sure they are.
+"""The steps of a run, which of them count, and statistics of their times that say how sure they are.
 
 Step times of one run are not independent of each other: garbage collection, clocks and neighbours on the network last
 for more than a step. An interval that treated them as independent would be too narrow. So the interval of one run's
-median comes from *batches*: its steps are cut into about sqrt(n) consecutive batches of about sqrt(n) steps, the median
-of each is one observation, and Student's t with one degree of freedom less than there are batches gives the interval.
+mean comes from *batches*: its steps are cut into about sqrt(n) consecutive batches of about sqrt(n) steps, the mean of
+each is one observation, and Student's t with one degree of freedom less than there are batches gives the interval.
 What is correlated over a few steps then falls within a batch. What changes from run to run (other nodes, other days)
-is in no single run: only repeats show it, and where there are repeats, the interval is over their medians.
+is in no single run: only repeats show it, and where there are repeats, the interval is over their means.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import itertools
 import math
 import statistics
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 # Fewer steps than this after the warm-up give no number that could be defended.
 MIN_STEADY_STEPS = 5
 # Fewer than three batches of three steps say nothing about noise.
 MIN_BATCHED_STEPS = 9
 CONFIDENCE = 0.95
+# A larger share of the steps is no warm-up: it is a run that became faster.
+LONGEST_WARM_UP = 0.2
 
-WARM_UP = "warm-up"
-RESTART = "restart"
-NO_TIME = "no time"
+WARM_UP, RESTART, NO_TIME = "warm-up", "restart", "no time"
+VALIDATION, CHECKPOINT, PROFILE, OTHER_BATCH = "validation", "checkpoint", "profile", "other batch size"
 # No step takes thirty years: a damaged line does.
 _LONGEST_S = 1e9
 
@@ -37,74 +39,93 @@ _T = (
 )
 
 
+@dataclass
+class Steps:
+    """The training steps of a run, in columns of equal length, ascending by `step`."""
+
+    step: list[int] = field(default_factory=list)  # the optimizer step's number as it was logged (NeMo counts from 0)
+    time_s: list[float] = field(default_factory=list)  # train_step_timing
+    loss: list[float | None] = field(default_factory=list)  # reduced_train_loss
+    grad_norm: list[float | None] = field(default_factory=list)  # global, before clipping
+    # Why a step is left out of the statistics: None (it counts), or one of the words above.
+    excluded: list[str | None] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def append(
+        self, step: int, time_s: float, loss: float | None, grad_norm: float | None, excluded: str | None = None
+    ) -> None:
+        """Add a step."""
+        for column, value in zip(self._columns(), (step, time_s, loss, grad_norm, excluded)):
+            column.append(value)
+
+    def cut_from(self, step: int) -> int:
+        """Forget this step and all later ones, which a restarted process does again; return how many there were."""
+        length = bisect.bisect_left(self.step, step)
+        removed = len(self.step) - length
+        for column in self._columns():
+            del column[length:]
+        return removed
+
+    def counted_s(self) -> list[float]:
+        """Return the step times that count."""
+        return [time for time, why in zip(self.time_s, self.excluded) if why is None]
+
+    def _columns(self) -> tuple[list[Any], ...]:
+        return self.step, self.time_s, self.loss, self.grad_norm, self.excluded
+
+
 @dataclass(frozen=True)
-class Interval:
-    """A confidence interval in the unit of what it is about.
+class Mean:
+    """A mean with its standard error, and the degrees of freedom of that."""
 
-    Attributes:
-        low, high: its ends.
-        confidence: 0.95.
-        n: independent observations behind it: repeats, or batches of steps.
-        method: what was observed: "repeats" or "batches of steps".
-    """
+    value: float
+    standard_error: float
+    degrees_of_freedom: int
 
-    low: float
-    high: float
-    confidence: float
-    n: int
-    method: str
+    @property
+    def margin(self) -> float:
+        """Half the width of the 95% confidence interval."""
+        return t_quantile(self.degrees_of_freedom) * self.standard_error
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% confidence interval."""
+        return self.value - self.margin, self.value + self.margin
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Step times of one run in seconds; all but `last_s` are over the steps that count.
+    """Step times of one run in seconds; all but `last_s` are of the steps that count."""
 
-    Attributes:
-        last_s: the last step's, which the recipe reads.
-        median_s, mean_s, p95_s, min_s, max_s: of the steps that count; p95 interpolates between neighbours.
-        spread_s: median absolute deviation, scaled to a normal distribution's standard deviation.
-        steps: steps that have a time.
-        warmup_steps: leading ones left out.
-        excluded: others left out: reason -> number of steps.
-        drift: median of the second half of the steps that count, over that of the first half, less 1: 0.02 is a run
-            that became 2% slower.
-        interval: of the median; None with fewer than 9 steps.
-    """
-
-    last_s: float
+    last_s: float  # of the last step, which the recipe reads
     median_s: float
     mean_s: float
+    p5_s: float  # quantiles, interpolated between neighbours
     p95_s: float
     min_s: float
     max_s: float
-    spread_s: float
-    steps: int
-    warmup_steps: int
-    excluded: dict[str, int]
-    drift: float
-    interval: Interval | None
+    steps: int  # that have a time
+    warmup_steps: int  # leading ones left out
+    unsteady_steps: int  # leading ones slower than the rest; as many as warmup_steps, unless too many for a warm-up
+    excluded: dict[str, int]  # others left out: reason -> number of steps
+    drift: float  # median of the second half over that of the first, less 1: 0.02 is a run that became 2% slower
+    mean: Mean | None  # with its error, by batches of steps; None with fewer than 9 steps
 
     @property
     def counted(self) -> int:
-        """Steps behind the median."""
+        """Steps behind the mean."""
         return self.steps - self.warmup_steps - sum(self.excluded.values())
 
     @property
-    def enough(self) -> bool:
-        return self.counted >= MIN_STEADY_STEPS
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean, its standard error and the degrees of freedom of that."""
-
-    value: float
-    error: float
-    freedom: int
+    def spread(self) -> float:
+        """From the 5% to the 95% quantile, over the median."""
+        return (self.p95_s - self.p5_s) / self.median_s
 
 
 def t_quantile(freedom: int) -> float:
-    """97.5% quantile of Student's t distribution: half the width of a 95% interval, in standard errors."""
+    """Return the 97.5% quantile of Student's t: half the width of a 95% interval, in standard errors."""
     if freedom <= len(_T):
         return _T[freedom - 1]
     z = statistics.NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
@@ -112,85 +133,81 @@ def t_quantile(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def _spread(times: Sequence[float]) -> float:
-    middle = statistics.median(times)
-    return 1.4826 * statistics.median(abs(t - middle) for t in times)
-
-
-def _limit(times: Sequence[float]) -> float:
-    """The longest time that is no warm-up: what is usual in the second half, and three spreads (at least 2%) more."""
-    half = times[len(times) // 2 :]
-    usual = statistics.median(half)
-    return usual + max(3 * _spread(half), 0.02 * usual)
+def is_time(time_s: float | None) -> bool:
+    """Return whether a step can have taken so long."""
+    return time_s is not None and 0 < time_s < _LONGEST_S
 
 
 def _leading(times: Sequence[float], limit: float) -> int:
-    """Leading times over the limit, at most half of them."""
-    return next((i for i, t in enumerate(times[: len(times) // 2]) if t <= limit), len(times) // 2)
+    """Return how many leading times are over the limit, at most half of them."""
+    return next((i for i, time in enumerate(times[: len(times) // 2]) if time <= limit), len(times) // 2)
 
 
-def exclusions(
-    times: Sequence[float | None], paused: Sequence[str | None] | None = None, restarts: Collection[int] = ()
-) -> list[str | None]:
-    """Why each step is left out of the statistics; None for those that count.
+def _limit(times: Sequence[float]) -> float:
+    """Return the longest time that is no warm-up: the second half's median, and three spreads (at least 2%) more."""
+    half = times[len(times) // 2 :]
+    usual = statistics.median(half)
+    spread = 1.4826 * statistics.median(abs(time - usual) for time in half)
+    return usual + max(3 * spread, 0.02 * usual)
+
+
+def exclude(steps: Steps, restarts: Collection[int] = ()) -> int:
+    """Mark the steps without a time, the warm-up, and the first steps after each restart; return `unsteady_steps`.
 
     The second half of the run shows what is usual. The warm-up are the leading steps before the first that is within
-    three spreads (and never less than 2%) of its median, at most half of all; after each restart the same is done.
+    three spreads (and never less than 2%) of its median, at most a fifth of all; after each restart the same is done.
 
     Args:
-        times: step times in seconds, in order; None, a number that is not positive, and one of years is no time.
-        paused: of each step, what disturbed it ("validation", "checkpoint", "profile"), or None.
-        restarts: indices of the steps that a restarted process began with.
+        steps: their `excluded` says already what disturbed them (a validation, a checkpoint, a profile).
+        restarts: numbers of the steps that a restarted process began with.
     """
-    reasons: list[str | None] = list(paused) if paused is not None else [None] * len(times)
-    timed: dict[int, float] = {}  # the steps that may count
-    for i, time in enumerate(times):
-        if time is None or not 0 < time < _LONGEST_S:
-            reasons[i] = NO_TIME
-        elif reasons[i] is None:
-            timed[i] = time
-    if not timed:
-        return reasons
-    limit = _limit(list(timed.values()))
-    order = list(timed)
-    begins = [bisect.bisect_left(order, start) for start in sorted({0, *restarts})]
+    for i, time in enumerate(steps.time_s):
+        if not is_time(time):
+            steps.excluded[i] = NO_TIME
+    order = [i for i, why in enumerate(steps.excluded) if why is None]
+    if not order:
+        return 0
+    limit = _limit([steps.time_s[i] for i in order])
+    numbers = [steps.step[i] for i in order]
+    begins = sorted({0, *(bisect.bisect_left(numbers, step) for step in restarts)})
+    unsteady = 0
     for begin, end in itertools.pairwise([*begins, len(order)]):
         session = order[begin:end]
-        for i in session[: _leading([timed[i] for i in session], limit)]:
-            reasons[i] = RESTART if begin else WARM_UP
-    return reasons
+        slow = _leading([steps.time_s[i] for i in session], limit)
+        if not begin:
+            unsteady = slow
+        for i in session[: min(slow, max(1, int(len(session) * LONGEST_WARM_UP)))]:
+            steps.excluded[i] = RESTART if begin else WARM_UP
+    return unsteady
 
 
-def step_times(times: Sequence[float | None], excluded: Sequence[str | None] | None = None) -> StepTimes:
-    """Statistics of a run's step times (seconds, in order), with `excluded` as `exclusions` gives it.
-
-    Raises:
-        ValueError: no step that counts.
-    """
-    reasons = exclusions(times) if excluded is None else excluded
-    timed = [time for time, reason in zip(times, reasons) if reason != NO_TIME and time is not None]
-    counted = [time for time, reason in zip(times, reasons) if reason is None and time is not None]
+def step_times(steps: Steps, unsteady_steps: int = 0) -> StepTimes | None:
+    """Return the statistics of a run's step times, with what `exclude` marked; None where no step counts."""
+    timed = [time for time, why in zip(steps.time_s, steps.excluded) if why != NO_TIME]
+    counted = steps.counted_s()
     if not counted:
-        raise ValueError("no step times")
-    left_out = [reason for reason in reasons if reason not in (None, NO_TIME)]
+        return None
+    reasons = [why for why in steps.excluded if why not in (None, NO_TIME)]
     half = len(counted) // 2
     return StepTimes(
         last_s=timed[-1],
         median_s=statistics.median(counted),
         mean_s=statistics.fmean(counted),
-        p95_s=_quantile(counted, 0.95),
+        p5_s=quantile(counted, 0.05),
+        p95_s=quantile(counted, 0.95),
         min_s=min(counted),
         max_s=max(counted),
-        spread_s=_spread(counted),
         steps=len(timed),
-        warmup_steps=left_out.count(WARM_UP),
-        excluded={reason: left_out.count(reason) for reason in sorted({*left_out} - {WARM_UP}) if reason},
+        warmup_steps=reasons.count(WARM_UP),
+        unsteady_steps=unsteady_steps,
+        excluded={why: reasons.count(why) for why in sorted({*reasons} - {WARM_UP}) if why},
         drift=statistics.median(counted[half:]) / statistics.median(counted[:half]) - 1 if half else 0.0,
-        interval=interval(estimate_of_steps(counted), "batches of steps"),
+        mean=mean_of_steps(counted),
     )
 
 
-def _quantile(values: Sequence[float], fraction: float) -> float:
+def quantile(values: Sequence[float], fraction: float) -> float:
+    """Return the value below which this fraction lies, interpolated between neighbours."""
     ordered = sorted(values)
     position = fraction * (len(ordered) - 1)
     low = math.floor(position)
@@ -198,41 +215,30 @@ def _quantile(values: Sequence[float], fraction: float) -> float:
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
-def estimate_of_steps(counted: Sequence[float]) -> Estimate | None:
-    """The median of one run's steps with its error, by batches (see the module); None with too few steps."""
+def mean_of_steps(counted: Sequence[float]) -> Mean | None:
+    """Return the mean of one run's steps with its error, by batches (see the module); None with too few steps."""
     if len(counted) < MIN_BATCHED_STEPS:
         return None
     length = math.isqrt(len(counted) - 1) + 1
     batches = len(counted) // length
     rest = len(counted) - batches * length  # the earliest steps are spared, being the nearest to the warm-up
-    medians = [statistics.median(counted[rest + i * length : rest + (i + 1) * length]) for i in range(batches)]
-    error = statistics.stdev(medians) / math.sqrt(batches)
-    return Estimate(statistics.median(counted), error, batches - 1)
+    means = [statistics.fmean(counted[rest + i * length : rest + (i + 1) * length]) for i in range(batches)]
+    return Mean(statistics.fmean(counted), statistics.stdev(means) / math.sqrt(batches), batches - 1)
 
 
-def estimate_of_repeats(medians: Sequence[float]) -> Estimate | None:
-    """The mean over repeated runs with its error; None with fewer than two."""
-    if len(medians) < 2:
+def mean_of_repeats(means: Sequence[float]) -> Mean | None:
+    """Return the mean over repeated runs with its error; None with fewer than two."""
+    if len(means) < 2:
         return None
-    error = statistics.stdev(medians) / math.sqrt(len(medians))
-    return Estimate(statistics.fmean(medians), error, len(medians) - 1)
+    return Mean(statistics.fmean(means), statistics.stdev(means) / math.sqrt(len(means)), len(means) - 1)
 
 
-def interval(estimate: Estimate | None, method: str) -> Interval | None:
-    """The estimate's 95% confidence interval."""
-    if estimate is None:
-        return None
-    margin = t_quantile(estimate.freedom) * estimate.error
-    return Interval(estimate.value - margin, estimate.value + margin, CONFIDENCE, estimate.freedom + 1, method)
-
-
-def ratio_interval(new: Estimate, old: Estimate) -> tuple[float, float]:
-    """The 95% confidence interval of new / old: Welch's, on relative errors."""
-    variances = (new.error / new.value) ** 2, (old.error / old.value) ** 2
+def ratio_of(new: Mean, old: Mean) -> Mean:
+    """Return new / old with Welch's error, from the relative errors of both."""
+    variances = (new.standard_error / new.value) ** 2, (old.standard_error / old.value) ** 2
     total = sum(variances)
-    if total == 0:
-        return new.value / old.value, new.value / old.value
-    freedom = total**2 / (variances[0] ** 2 / new.freedom + variances[1] ** 2 / old.freedom)
-    margin = t_quantile(max(1, math.floor(freedom))) * math.sqrt(total)
     ratio = new.value / old.value
-    return ratio * (1 - margin), ratio * (1 + margin)
+    if total == 0:
+        return Mean(ratio, 0.0, 1)
+    freedom = total**2 / (variances[0] ** 2 / new.degrees_of_freedom + variances[1] ** 2 / old.degrees_of_freedom)
+    return Mean(ratio, ratio * math.sqrt(total), max(1, math.floor(freedom)))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nemo_bench.report import model
+from nemo_bench.report.methods import METHODS
 from nemo_bench.report.model import Comparison, Point, Report, Run
 from nemo_bench.report.numbers import counted, tokens_text
 
@@ -24,7 +25,17 @@ class Table:
 def points_table(report: Report) -> Table:
     """A row a point, with its verdict."""
     tokens = tokens_text(report.assumptions.total_tokens)
-    header = ["point", ">runs", ">step time (s)", ">tokens/s", ">a GPU", ">TFLOP/s a GPU", ">MFU", ">causal"]
+    header = [
+        "point",
+        ">runs",
+        ">step time (s)",
+        ">median (s)",
+        ">tokens/s",
+        ">a GPU",
+        ">TFLOP/s a GPU",
+        ">MFU",
+        ">causal",
+    ]
     pipelined = any(point.pipeline_bubble is not None for point in report.points)
     if pipelined:
         header.append(">bubble")
@@ -38,15 +49,16 @@ def points_table(report: Report) -> Table:
 
 
 def _point_row(point: Point, *, pipelined: bool, judged: bool) -> tuple[str, ...]:
-    n, interval = point.numbers, point.step_time_interval
+    n = point.numbers
     runs = f"{len(point.final_runs)}/{len(point.runs)}"
-    cells = [point.name, runs, *[""] * 7]
+    cells = [point.name, runs, *[""] * 8]
     if n is not None:
-        margin = "" if interval is None else f" ± {(interval.high - interval.low) / 2:.2g}"
+        margin = "" if point.step_time is None else f" ± {point.step_time.margin:.2g}"
         cells = [
             point.name,
             runs,
             f"{n.step_time_s:.4g}{margin}",
+            _text(point.median_s, "{:.4g}"),
             f"{n.tokens_per_s:,.0f}",
             f"{n.tokens_per_s_per_gpu:,.0f}",
             _text(n.tflops_per_gpu, "{:.4g}"),
@@ -60,14 +72,14 @@ def _point_row(point: Point, *, pipelined: bool, judged: bool) -> tuple[str, ...
         cells += [
             _text(point.reference.step_time_s if point.reference else None, "{:g}"),
             _text(point.verdict.ratio, "{:.1%}"),
-            "" if point.verdict.value == model.NO_REFERENCE else point.verdict.value,
+            "" if point.verdict.value == model.NO_REFERENCE else point.verdict.text,
         ]
     return tuple(cells)
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """A row a run; no times and no losses of those that are no result."""
-    header = (">counted", ">median (s)", ">mean (s)", ">p95 (s)", ">spread (s)", ">last (s)", ">loss")
+    header = (">counted", ">median (s)", ">mean (s)", ">5% (s)", ">95% (s)", ">last (s)", ">loss")
     return Table("Runs", ("run", "state", *header, "remark"), tuple(_run_row(run) for run in runs))
 
 
@@ -80,7 +92,7 @@ def _run_row(run: Run) -> tuple[str, ...]:
     times = (
         [""] * 6
         if t is None
-        else [str(t.counted), *(f"{each:.4g}" for each in (t.median_s, t.mean_s, t.p95_s, t.spread_s, t.last_s))]
+        else [str(t.counted), *(f"{each:.4g}" for each in (t.median_s, t.mean_s, t.p5_s, t.p95_s, t.last_s))]
     )
     return (run.name, run.state, *times, loss, "; ".join(remarks))
 
@@ -114,7 +126,7 @@ def remarks(point: Point) -> list[str]:
     verdict = point.verdict
     if verdict.value == model.NO_REFERENCE:
         return []
-    return [verdict.why, *verdict.reasons]
+    return [verdict.why, *verdict.differences, *verdict.remarks]
 
 
 # --- Markdown -----------------------------------------------------------------------------------------------
@@ -138,9 +150,7 @@ def markdown(report: Report) -> str:
         lines += [f"## Published numbers: {reference.title}", "", f"{reference.source}. {reference.hardware}.", ""]
         lines += [*(f"- {_cell(note)}" for note in reference.notes), ""]
     lines += ["## How the numbers are computed", ""]
-    lines += [
-        f"- **{method.name}**{f' ({method.unit})' if method.unit else ''}: {method.how}" for method in report.methods
-    ]
+    lines += [f"- **{method.name}**{f' ({method.unit})' if method.unit else ''}: {method.how}" for method in METHODS]
     if report.warnings:
         lines += ["", "## Warnings", "", *(f"- {_cell(text)}" for text in report.warnings)]
     return "\n".join(lines) + "\n"
@@ -163,10 +173,10 @@ CSV_COLUMNS = (
     *("run", "point", "path", "state", "final", "why_not_final", "model", "precision", "gpus", "nodes", "gpu"),
     *("version", "entrypoint", "container", "data", "global_batch_size", "seq_length", "TP", "PP", "VP", "CP", "DP"),
     *("MBS", "GA", "pipeline_bubble", "steps", "warmup_steps", "excluded_steps", "counted_steps", "step_time_last_s"),
-    *("step_time_median_s", "step_time_mean_s", "step_time_p95_s", "step_time_spread_s", "step_time_low_s"),
+    *("step_time_median_s", "step_time_mean_s", "step_time_p5_s", "step_time_p95_s", "step_time_low_s"),
     *("step_time_high_s", "tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "tflops_per_gpu_causal"),
     *("peak_tflops", "mfu", "mfu_causal", "total_tokens", "days_to_train", "first_loss", "last_loss"),
-    *("peak_memory_gib", "verdict", "ratio_of_published", "published_step_time_s", "reference"),
+    *("peak_memory_gib", "verdict", "differences", "ratio_of_published", "published_step_time_s", "reference"),
 )
 
 
@@ -199,10 +209,10 @@ def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
             "step_time_last_s": t.last_s,
             "step_time_median_s": t.median_s,
             "step_time_mean_s": t.mean_s,
+            "step_time_p5_s": t.p5_s,
             "step_time_p95_s": t.p95_s,
-            "step_time_spread_s": t.spread_s,
-            "step_time_low_s": t.interval.low if t.interval else None,
-            "step_time_high_s": t.interval.high if t.interval else None,
+            "step_time_low_s": t.mean.interval[0] if t.mean else None,
+            "step_time_high_s": t.mean.interval[1] if t.mean else None,
         }
     if n is not None:
         names = ("tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "tflops_per_gpu_causal", "peak_tflops")
@@ -210,6 +220,7 @@ def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
         if point is not None and point.reference is not None:
             row |= {
                 "verdict": point.verdict.value,
+                "differences": "; ".join(point.verdict.differences),
                 "ratio_of_published": point.verdict.ratio,
                 "published_step_time_s": point.reference.step_time_s,
                 "reference": point.reference.reference,

@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from nemo_bench.report.devices import RANKS
+from nemo_bench.record.ranks import RANKS
 from tests.gpu.conftest import LAYOUTS, OPTIONS, RECIPES, Trained
 
 pytestmark = pytest.mark.gpu
@@ -103,12 +103,12 @@ def test_the_gradient_of_swiglu_is_that_of_megatron(monkeypatch: pytest.MonkeyPa
     import torch
     from megatron.core.fusions import fused_bias_swiglu
 
-    from nemo_bench.training import patches
+    from nemo_bench.training import swiglu
 
     megatrons = fused_bias_swiglu.swiglu_back
     monkeypatch.setattr(fused_bias_swiglu, "swiglu_back", megatrons)  # and so put back behind the test
     both_halves, grad_output = (torch.randn(64, size, device="cuda", dtype=torch.bfloat16) for size in (512, 256))
-    patches.te_swiglu_backward()
+    swiglu.install()
     ours = fused_bias_swiglu.SwiGLUFunction.apply(both_halves.requires_grad_(), False, False)
     ours.backward(grad_output)
     assert fused_bias_swiglu.swiglu_back is not megatrons

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,8 +54,11 @@ print(json.dumps(found))
 
 
 @pytest.mark.train
-def test_megatron_takes_the_settings_of_every_size(python: Callable[..., str]) -> None:
-    found = json.loads(python(PROGRAM, json.dumps(POINTS), str(PROJECT / "conf")).splitlines()[-1])
+def test_megatron_takes_the_settings_of_every_size() -> None:
+    command = [sys.executable, "-c", PROGRAM, json.dumps(POINTS), str(PROJECT / "conf")]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
     # The 70B and the 405B reduce gradients over several ranks meanwhile, which would lose what was deferred.
     deferring = {name for name, made in found.items() if made["defer_embedding_wgrad_compute"]}
     assert deferring == {"70b as the recipe", "slice PP2 VP2"}
@@ -74,11 +79,10 @@ def general_gemm(A, B, *, layout, grad, accumulate, out, out_dtype, use_split_ac
 """
 FUSION = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import torch
-from nemo_bench.training import patches
-accumulation = patches.te_weight_gradient_accumulation()
-if accumulation == "transformer_engine":
+from nemo_bench.training import weight_gradient
+print(weight_gradient.install())
+if len(sys.argv) > 1:
     import fused_weight_gradient_mlp_cuda as fused
     tokens, inputs, outputs = 6, 4, 3
     total_input, grad_output = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
@@ -86,28 +90,31 @@ if accumulation == "transformer_engine":
         main_grad = torch.ones(outputs, inputs)
         getattr(fused, name)(total_input, grad_output, main_grad)
         assert torch.allclose(main_grad, 1 + grad_output.T @ total_input)
-print(accumulation)
 """
 
 
-@pytest.mark.train
-def test_gradient_accumulation_fusion_is_apexs_or_transformer_engines_or_missing(
-    python: Callable[..., str], tmp_path: Path
-) -> None:
-    assert python(FUSION, str(tmp_path)) == "none\n"
+def fusion(path: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{path}"}
+    command = [sys.executable, "-c", FUSION, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_gradient_accumulation_fusion_is_apexs_or_transformer_engines_or_missing(tmp_path: Path) -> None:
+    assert fusion(tmp_path) == "none"
     engine = tmp_path / "transformer_engine" / "pytorch"
     engine.mkdir(parents=True)
     for package in (engine.parent, engine):
         (package / "__init__.py").touch()
     (engine / "cpp_extensions.py").write_text(GENERAL_GEMM)
-    assert python(FUSION, str(tmp_path)) == "transformer_engine\n"
+    assert fusion(tmp_path, "multiply") == "transformer_engine"
     (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
-    assert python(FUSION, str(tmp_path)) == "apex\n"
+    assert fusion(tmp_path) == "apex"
 
 
 CAST = """
-from megatron.core.optimizer import distrib_optimizer
-from nemo_bench.training import patches
+from nemo_bench.training import fp8_weights
 
 class Float8Quantizer:
     columnwise_usage = True
@@ -129,12 +136,12 @@ def cast(model_params, main_params, start_offsets, group):
     if group == "broken":
         raise RuntimeError("broken")
 
-distrib_optimizer.quantize_param_shard = cast
-patches.fp8_cast_without_transpose()
+fp8_weights._original = cast
+fp8_weights.install()
 params = [Parameter(Float8Quantizer()), Parameter(Float8BlockQuantizer())]
-distrib_optimizer.quantize_param_shard(params, [], [], "group")
+fp8_weights.distrib_optimizer.quantize_param_shard(params, [], [], "group")
 try:
-    distrib_optimizer.quantize_param_shard(params, [], [], "broken")
+    fp8_weights.distrib_optimizer.quantize_param_shard(params, [], [], "broken")
 except RuntimeError:
     pass
 print(seen, [param.quantizer.columnwise_usage for param in params])
@@ -142,15 +149,17 @@ print(seen, [param.quantizer.columnwise_usage for param in params])
 
 
 @pytest.mark.train
-def test_fp8_parameters_are_cast_without_a_transposed_copy_and_keep_their_use(python: Callable[..., str]) -> None:
-    assert python(CAST).splitlines()[-1] == "[[False, True], [False, True]] [True, True]"
+def test_fp8_parameters_are_cast_without_a_transposed_copy_and_keep_their_use() -> None:
+    done = subprocess.run([sys.executable, "-c", CAST], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "[[False, True], [False, True]] [True, True]"
 
 
 # A FusedAdam that widens bf16 moments as Transformer Engine's does; its kernel is tested on a GPU (tests/gpu).
 NARROW_MOMENTS = """
 import sys, types
 import torch
-from nemo_bench.training import patches
+from nemo_bench.training import adam_memory
 
 class FusedAdam(torch.optim.Optimizer):
     widest = 0
@@ -186,7 +195,7 @@ whole, widest = trained(), FusedAdam.widest
 for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules[name].FusedAdam = FusedAdam
-patches.adam_one_parameter_at_a_time()
+adam_memory.install()
 FusedAdam.widest = 0
 single = trained()
 assert all(torch.equal(a, b) for a, b in zip(whole[0], single[0]))
@@ -195,5 +204,7 @@ print(widest, FusedAdam.widest, whole[1], single[1])
 
 
 @pytest.mark.train
-def test_narrow_moments_are_widened_one_parameter_at_a_time(python: Callable[..., str]) -> None:
-    assert python(NARROW_MOMENTS).splitlines()[-1] == "2 1 [3, None, 3] [3, None, 3]"
+def test_narrow_moments_are_widened_one_parameter_at_a_time() -> None:
+    done = subprocess.run([sys.executable, "-c", NARROW_MOMENTS], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "2 1 [3, None, 3] [3, None, 3]"

@@ -112,7 +112,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 def test_nemo_1_trains_and_its_log_reads_as_a_run(trained: Callable[..., Run]) -> None:
     run = trained()
     assert RunFolder(Path(run.path)).status().finished
-    assert run.final and run.steps.step == tuple(range(20))
+    assert run.final and run.steps.step == [*range(20)]
     assert run.first_loss is not None and run.last_loss is not None and run.last_loss < 0.9 * run.first_loss
     assert (run.entrypoint, run.model, run.version) == ("nemo_24_09", "tiny", "24.09")
     packages = json.loads((Path(run.path) / "node.json").read_text())["packages"]
@@ -129,7 +129,7 @@ def test_the_model_has_the_configuration_that_was_written(trained: Callable[...,
 
 def test_random_tokens_need_no_tokenizer_and_the_vocabulary_is_the_configured_one(trained: Callable[..., Run]) -> None:
     run = trained("data=mock", "model.vocab_size=8192", "trainer.max_steps=6")
-    assert run.steps.step == tuple(range(6))
+    assert run.steps.step == [*range(6)]
     # Untrained, every token of the vocabulary is about as likely.
     assert run.first_loss is not None and abs(run.first_loss - math.log(8192)) < 1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.report.devices import UNSTEADY_STEPS
+from nemo_bench.record.ranks import UNSTEADY_STEPS
 
 from .conftest import Run
 

@@ -13,7 +13,7 @@ from nemo_bench.record import folder as record
 from nemo_bench.report import archive, page
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.build import build_report
-from nemo_bench.report.model import from_json, to_json
+from nemo_bench.report.model import to_json
 from nemo_bench.report.runs import load_run
 
 from ..traces import ALL_GATHER, GEMM, kernel, mark, write
@@ -45,7 +45,8 @@ def test_the_record_holds_each_ranks_profile(profiled: Path) -> None:
     assert run.profiles[0].exposed_communication_ms == pytest.approx(15.0)
     assert not any(record.PROFILE in warning for warning in run.warnings)
     report = build_report([profiled])
-    assert from_json(to_json(report)).runs[0].profiles == run.profiles
+    written = json.loads(to_json(report))["runs"][0]["profiles"][0]
+    assert written["exposed_communication_ms"] == run.profiles[0].exposed_communication_ms
 
 
 @pytest.mark.parametrize("first", [0, 9])

@@ -9,7 +9,7 @@ import pytest
 from nemo_bench import flops
 from nemo_bench.errors import BenchError
 from nemo_bench.report import references
-from nemo_bench.report.model import ReferencePoint
+from nemo_bench.report.references import ReferencePoint
 
 RECIPE = references.load("nvidia-24.09")
 SIZES = RECIPE.architecture["70b"]
@@ -68,7 +68,7 @@ def test_throughput_and_days_come_out_to_the_printed_digits(point: ReferencePoin
         assert any("14.92 s" in note and "2239949" in note for note in point.notes)
     else:
         assert (round(throughput(point)), days) == (point.tokens_per_s, point.days_to_1t_tokens)
-        assert point.notes == ()
+        assert point.notes == []
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -105,13 +105,13 @@ def test_what_does_not_fit_together_is_recorded() -> None:
     notes = " ".join(RECIPE.notes)
     assert "11.31 s" in notes and 11.31 not in [point.step_time_s for point in RECIPE.points]
     assert "8129" in notes
-    assert RECIPE.statistic == "last step" and RECIPE.version == "24.09" and "H100" in RECIPE.hardware
+    assert RECIPE.statistic == "last step" and RECIPE.software == "24.09" and "H100" in RECIPE.hardware
 
 
 def test_the_later_table_is_consistent_to_the_rounding_of_its_step_times() -> None:
     for point in references.load("nvidia-24.12").points:
         slowest, fastest = (8192 * point.global_batch_size / (point.step_time_s + half) for half in (0.005, -0.005))
-        assert slowest - 1 <= point.tokens_per_s <= fastest + 1
+        assert point.tokens_per_s is not None and slowest - 1 <= point.tokens_per_s <= fastest + 1
         assert round(1e12 / throughput(point) / 86400, 2) == point.days_to_1t_tokens
 
 
@@ -122,14 +122,36 @@ def test_every_table_says_where_it_comes_from() -> None:
 
 
 def test_a_table_of_ones_own(tmp_path: Path) -> None:
-    folder = Path(references.__file__).parent
+    folder = Path(references.__file__).parent / "published"
     mine = tmp_path / "ours.yaml"
-    mine.write_text((folder / "nvidia-24.09.yaml").read_text().replace("14.72", "13.00"))
+    whole = (folder / "nvidia-24.09.yaml").read_text()
+    mine.write_text(whole.replace("14.72", "13.00"))
     assert references.load(str(mine)).name == "ours"
     assert references.load(str(mine)).points[0].step_time_s == 13.0
     with pytest.raises(BenchError, match=r"no such table\n  valid: nvidia-24.09, nvidia-24.12, null"):
         references.load("nvidia")
-    for damaged in ("points: [", "[1, 2]", "title: only", "a"):
+    for damaged in (
+        "points: [",
+        "[1, 2]",
+        "title: only",
+        "a",
+        whole.replace("gpus: 64", "gpus: many"),
+        f"{whole}odd: 1\n",
+    ):
         mine.write_text(damaged)
         with pytest.raises(BenchError, match="not a table of published numbers"):
             references.load(str(mine))
+
+
+def test_a_point_may_say_otherwise_than_its_table(tmp_path: Path) -> None:
+    mine = tmp_path / "ours.yaml"
+    own = (
+        "  - {model: 70b, precision: fp8, gpus: 64, global_batch_size: 128, step_time_s: 9.86, gpu: gb200,\n"
+        "     statistic: mean of steps 11 to 44, layout: {layers: 8, TP: 4, PP: 8}, container: x, software: '25.04'}\n"
+    )
+    table = (Path(references.__file__).parent / "published/nvidia-24.09.yaml").read_text()
+    mine.write_text(table.rstrip() + "\n" + own)
+    *others, point = references.load(str(mine)).points
+    assert (point.gpu, point.statistic, point.software) == ("gb200", "mean of steps 11 to 44", "25.04")
+    assert (point.architecture["num_layers"], point.layout["PP"], point.seq_length) == (8, 8, 8192)
+    assert (others[0].gpu, others[0].layout["PP"], others[0].architecture["num_layers"]) == ("h100", 4, 80)

@@ -13,9 +13,10 @@ import pytest
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
 from nemo_bench.record.node import NODE
-from nemo_bench.report import runs
-from nemo_bench.report.numbers import rows
-from nemo_bench.report.runs import Given, load_log, load_run
+from nemo_bench.report import inputs
+from nemo_bench.report.bare_logs import Given, check, load_log
+from nemo_bench.report.runs import load_run
+from nemo_bench.report.terminal import rows
 
 LOGS = Path(__file__).parents[1] / "logs"
 TINY = Path(__file__).parents[1] / "runs/nemo-2.7.3/fp32/tiny"
@@ -53,15 +54,15 @@ def test_a_real_run_is_a_result() -> None:
     run = load_run(PLAIN)
     assert (run.state, run.final, run.why_not_final) == ("completed", True, None)
     assert (run.model, run.precision, run.gpus, run.nodes, run.gpu, run.data) == ("tiny", "fp32", 1, 1, "cpu", "local")
-    assert (run.version, run.entrypoint, run.container) == ("nemo-2.7.3", "nemo2", None)
+    assert (run.version, run.software, run.entrypoint, run.container) == ("nemo-2.7.3", "nemo-2.7.3", "nemo2", None)
     assert run.layout == {"TP": 1, "PP": 1, "VP": 1, "CP": 1, "MBS": 8, "DP": 1, "GA": 4}
     assert len(run.steps) == 30 and run.times is not None and run.times.counted == 28
-    assert run.numbers is not None and run.numbers_last is not None
-    assert run.numbers.step_time_s == run.times.median_s
-    assert run.numbers.tokens_per_s == pytest.approx(128 * 32 / run.times.median_s)
-    assert run.numbers_last.tokens_per_s == pytest.approx(128 * 32 / run.times.last_s)
+    assert run.numbers is not None
+    assert run.numbers.step_time_s == run.times.mean_s
+    assert run.numbers.tokens_per_s == pytest.approx(128 * 32 / run.times.mean_s)
+    assert run.numbers.at(run.times.last_s).tokens_per_s == pytest.approx(128 * 32 / run.times.last_s)
     assert run.numbers.peak_source is not None and run.numbers.peak_source.startswith("measured: float32")
-    assert run.packages["megatron-core"] == "0.15.3" and run.environment["RANK"] == "0"
+    assert run.record.packages["megatron-core"] == "0.15.3" and run.record.environment["RANK"] == "0"
 
 
 def test_steps_after_a_checkpoint_are_left_out_and_counted() -> None:
@@ -89,16 +90,13 @@ def test_a_real_run_on_an_h200() -> None:
     assert run.numbers.peak_source == "h200 bf16, dense, published" and run.peak_memory_gib == pytest.approx(
         102.99, rel=1e-5
     )
-    assert runs.changed_sizes(run) == {"num_layers": 4} and runs.changed_sizes(load_run(PLAIN)) == {}
 
 
-def test_a_run_killed_after_its_last_step_is_no_result() -> None:
-    """By its time limit, while it wound up: all steps are there, and how it ended is not what was asked for."""
+def test_a_run_killed_after_its_last_step_keeps_its_numbers_with_a_warning() -> None:
+    """By its time limit, while it wound up: all steps are there."""
     run = load_run(H200_KILLED)
-    assert len(run.steps) == 30 and run.events[-1]["event"] == "done"
-    assert (run.state, run.final, run.numbers, run.numbers_last) == ("killed", False, None, None)
-    assert run.why_not_final == "killed after its last step, 30 of 30: SIGTERM from outside"
-    assert [name for name, _, _ in rows(run)][-2:] == ["peak memory (GiB)", "no result"]
+    assert (run.state, run.final, len(run.steps)) == ("killed", True, 30) and run.numbers is not None
+    assert "killed after its last step, 30 of 30: SIGTERM from outside" in run.warnings
 
 
 def test_ranks_are_held_beside_each_other(tmp_path: Path) -> None:
@@ -118,7 +116,13 @@ def test_a_run_that_was_ended(copy: Path, state: str, text: str) -> None:
     run = load_run(copy)
     assert run.why_not_final is not None and run.why_not_final.startswith(text)
     assert run.numbers is None and run.times is not None
-    assert [name for name, _, _ in rows(run)] == ["loss", "step time so far (s)", "  last step (s)", "no result"]
+    assert [name for name, _, _ in rows(run)] == [
+        "loss",
+        "step time so far (s)",
+        "  median (s)",
+        "  last step (s)",
+        "no result",
+    ]
 
 
 def test_a_run_that_goes_on(copy: Path) -> None:
@@ -147,7 +151,7 @@ def test_a_loss_that_is_no_number_is_no_result(copy: Path, loss: str) -> None:
     steps[7]["loss"] = loss
     rewrite_steps(copy, steps)
     run = load_run(copy)
-    assert run.why_not_final == f"the loss is {loss} at step 7" and run.numbers is None
+    assert run.why_not_final == run.invalid == f"the loss is {loss} at step 7" and run.numbers is None
     assert run.steps.loss[7] is not None and not math.isfinite(run.steps.loss[7])
 
 
@@ -165,8 +169,8 @@ def test_a_requeued_run_counts_the_later_steps(copy: Path) -> None:
     events += [{"event": "checkpoint", "after_step": 9}, {"event": "training", "first_step": 10}, {"event": "done"}]
     (copy / record.EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events))
     run = load_run(copy)
-    assert run.final and run.steps.step == tuple(range(30))
-    assert run.steps.time_s[10:15] == (9.0, 0.5, 0.5, 0.5, 0.5)
+    assert run.final and run.steps.step == [*range(30)]
+    assert run.steps.time_s[10:15] == [9.0, 0.5, 0.5, 0.5, 0.5]
     # the validation after step 12 belongs to the steps that were lost
     assert run.steps.excluded[10] == "checkpoint" and run.steps.excluded[13] is None
     assert any("5 steps were done again" in text for text in run.warnings)
@@ -238,18 +242,18 @@ def test_the_command_line_wins_over_the_path(tmp_path: Path) -> None:
     path = tmp_path / "24.11/fp8/70b/128/a.out"
     path.parent.mkdir(parents=True)
     shutil.copy(LOGS / "nemo1_24_09.out", path)
-    run = load_log(path, Given(gpus=64, gpu="h100", global_batch_size=256, seq_length=4096), 1e12)
-    assert (run.gpus, run.global_batch_size, run.seq_length) == (64, 256, 4096)
+    run = load_log(path, Given(gpus=64, gpu="h100", seq_length=4096), 1e12)
+    assert (run.gpus, run.global_batch_size, run.seq_length) == (64, 128, 4096)
     assert run.identified["gpus"] == "command line"
 
 
 def test_the_recipes_numbers_of_a_log() -> None:
     run = load_log(LOGS / "nemo1_24_09.out", KNOWN, 1e12)
-    assert run.numbers_last is not None and run.numbers_last.step_time_s == 11.20
-    assert round(run.numbers_last.tokens_per_s) == 93623
-    assert round(run.numbers_last.days_to_train, 2) == 123.62
-    assert run.numbers_last.mfu is not None and run.numbers_last.mfu == pytest.approx(0.3555, abs=5e-4)
-    assert run.times is not None and (run.times.warmup_steps, run.times.excluded) == (2, {"validation": 1})
+    assert run.times is not None and run.numbers is not None
+    last = run.numbers.at(run.times.last_s)
+    assert (last.step_time_s, round(last.tokens_per_s), round(last.days_to_train, 2)) == (11.20, 93623, 123.62)
+    assert last.mfu is not None and last.mfu == pytest.approx(0.3555, abs=5e-4)
+    assert (run.times.warmup_steps, run.times.excluded) == (2, {"validation": 1})
 
 
 def test_a_single_line_is_no_measurement() -> None:
@@ -315,7 +319,7 @@ def test_a_straggling_rank_of_a_log() -> None:
 )
 def test_names_that_do_not_exist_are_refused(given: Given, text: str) -> None:
     with pytest.raises(BenchError, match=f"(?s){text}"):
-        runs.check(given)
+        check(given)
 
 
 # --- finding ---
@@ -326,18 +330,18 @@ def test_a_tree_gives_its_run_folders_and_the_logs_beside_them(tmp_path: Path) -
     shutil.copy(LOGS / "nemo2.out", tmp_path / "tree/other.log")
     (tmp_path / "tree/notes.md").write_text("train_step_timing")
     (tmp_path / "tree/loop").symlink_to(tmp_path / "tree")
-    paths, closed = runs.find([tmp_path / "tree"])
+    paths, closed = inputs.find([tmp_path / "tree"])
     found = [path.name for path in paths]
     assert closed == []
     assert sorted(found) == sorted(
         [FAILED.name, CHECKPOINTS.name, PLAIN.name, "20261122-165301-2f07", TWO.name, "other.log"]
     )
-    twice, _ = runs.find([tmp_path / "tree", tmp_path / "tree/tiny/1", tmp_path / "tree/other.log"])
+    twice, _ = inputs.find([tmp_path / "tree", tmp_path / "tree/tiny/1", tmp_path / "tree/other.log"])
     assert len(twice) == 6
     with pytest.raises(BenchError, match="there is no such file or folder"):
-        runs.find([tmp_path / "nowhere"])
+        inputs.find([tmp_path / "nowhere"])
 
 
 def test_names_are_as_short_as_they_can_be() -> None:
     paths = [Path("/a/b/x.out"), Path("/a/c/x.out"), Path("/a/c/y.out")]
-    assert runs.unique_names(paths) == ["b/x.out", "c/x.out", "y.out"]
+    assert inputs.unique_names(paths) == ["b/x.out", "c/x.out", "y.out"]

@@ -1,4 +1,4 @@
-"""Warm-up detection and the median behind every reported number."""
+"""Which steps count, the statistics behind every reported number, and how sure they are."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_bench.report.statistics import (
-    Estimate,
-    estimate_of_repeats,
-    estimate_of_steps,
-    exclusions,
-    interval,
-    ratio_interval,
+    Mean,
+    Steps,
+    StepTimes,
+    exclude,
+    mean_of_repeats,
+    mean_of_steps,
+    ratio_of,
     step_times,
     t_quantile,
 )
@@ -24,103 +25,92 @@ from nemo_bench.report.statistics import (
 TIMES = st.lists(st.floats(min_value=1e-3, max_value=1e3), min_size=1, max_size=200)
 
 
-def test_a_slow_start_is_left_out() -> None:
-    result = step_times([30.0, 5.0, 1.2, *[1.0, 1.01, 0.99] * 10])
-    assert result.warmup_steps == 3
-    assert result.median_s == 1.0
-    assert result.last_s == 0.99
-    assert result.enough
+def steps_of(times: list[float], paused: dict[int, str] | None = None) -> Steps:
+    steps = Steps()
+    for i, time_s in enumerate(times):
+        steps.append(i, time_s, None, None, (paused or {}).get(i))
+    return steps
 
 
-def test_a_steady_run_has_no_warmup() -> None:
-    result = step_times([1.0] * 50)
-    assert (result.warmup_steps, result.spread_s, result.steps) == (0, 0.0, 50)
+def measured(times: list[float], paused: dict[int, str] | None = None, restarts: tuple[int, ...] = ()) -> StepTimes:
+    steps = steps_of(times, paused)
+    result = step_times(steps, exclude(steps, restarts))
+    assert result is not None
+    return result
 
 
-def test_a_slow_step_later_on_is_no_warmup() -> None:
-    assert step_times([1.0, 1.0, 9.0, *[1.0] * 20]).warmup_steps == 0
+@pytest.mark.parametrize(
+    ("times", "warmup", "unsteady"),
+    [
+        ([30.0, 5.0, 1.2, *[1.0, 1.01, 0.99] * 10], 3, 3),
+        ([1.0] * 50, 0, 0),
+        ([1.0, 1.0, 9.0, *[1.0] * 20], 0, 0),  # a slow step later on
+        ([3.0] * 15 + [1.0] * 35, 10, 15),  # a warm-up is at most a fifth of the steps
+        ([30.0] * 30 + [11.0] * 20, 10, 25),
+    ],
+)
+def test_the_warm_up_is_a_slow_start_of_at_most_a_fifth(times: list[float], warmup: int, unsteady: int) -> None:
+    result = measured(times)
+    assert (result.warmup_steps, result.counted) == (warmup, len(times) - warmup)
+    assert result.unsteady_steps == unsteady
+    assert result.last_s == times[-1]
 
 
-def test_too_few_steps_are_not_enough() -> None:
-    assert not step_times([3.0, 1.0, 1.0]).enough
-    assert not step_times([1.0]).enough
+def test_without_steps_there_is_nothing() -> None:
+    assert step_times(Steps()) is None
+    steps = steps_of([math.nan, -1.0, 1e10])
+    assert step_times(steps, exclude(steps)) is None and steps.excluded == ["no time"] * 3
 
 
-def test_no_steps_are_refused() -> None:
-    with pytest.raises(ValueError, match="no step times"):
-        step_times([])
+def test_each_step_left_out_says_why() -> None:
+    steps = steps_of([9.0, 1.0, 1.0, 1.0, 0.0, 1.0, 7.0, 1.0, math.nan, 1.0, -1.0, 1.0], {6: "checkpoint"})
+    result = step_times(steps, exclude(steps))
+    assert steps.excluded[0] == "warm-up" and steps.excluded[6] == "checkpoint"
+    assert [i for i, why in enumerate(steps.excluded) if why == "no time"] == [4, 8, 10]
+    assert result is not None
+    assert (result.steps, result.warmup_steps, result.excluded, result.counted) == (9, 1, {"checkpoint": 1}, 7)
+    assert result.median_s == result.mean_s == result.max_s == 1.0
 
 
-@given(TIMES)
-def test_the_median_lies_within_the_times_and_half_the_run_is_kept(times: list[float]) -> None:
-    result = step_times(times)
-    assert min(times) <= result.median_s <= max(times)
-    assert result.steps - result.warmup_steps >= len(times) - len(times) // 2
-    assert result.spread_s >= 0
+def test_a_restart_warms_up_again() -> None:
+    steps = steps_of([9.0, *[1.0] * 9, 8.0, 2.0, *[1.0] * 8])
+    exclude(steps, {10})
+    assert [i for i, why in enumerate(steps.excluded) if why == "restart"] == [10, 11]
+
+
+def test_mean_median_and_quantiles_tell_what_the_median_alone_hides() -> None:
+    result = measured([60.0 if i % 10 == 9 else 11.0 for i in range(50)])
+    assert (result.median_s, result.p5_s, result.p95_s) == (11.0, 11.0, 60.0)
+    assert result.mean_s == pytest.approx(15.9)
+    assert result.spread == pytest.approx(49 / 11)
+    assert measured([1.0] * 20 + [1.1] * 20).drift == pytest.approx(0.1)
+
+
+@given(
+    st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=60),
+    st.sets(st.integers(0, 60)),
+    st.dictionaries(st.integers(0, 60), st.just("validation")),
+)
+def test_any_times_are_sorted_out(times: list[float], restarts: set[int], paused: dict[int, str]) -> None:
+    steps = steps_of(times, paused)
+    result = step_times(steps, exclude(steps, restarts))
+    counted = steps.counted_s()
+    assert all(0 < time < 1e9 for time in counted)
+    usable = [time for i, time in enumerate(times) if i not in paused and 0 < time < 1e9]
+    # Of each session, one step or a fifth is called warm-up.
+    assert len(counted) >= len(usable) * 0.8 - len(restarts) - 1
+    if result is not None:
+        assert result.counted == len(counted)
+        # a sum of numbers near the largest may round up over it
+        assert result.min_s <= result.p5_s <= result.median_s * (1 + 1e-9) <= result.max_s * (1 + 2e-9)
+        assert result.p95_s <= result.max_s * (1 + 1e-9)
 
 
 @given(TIMES, st.floats(min_value=0.1, max_value=10))
 def test_other_units_change_nothing_but_the_scale(times: list[float], factor: float) -> None:
-    scaled = step_times([t * factor for t in times])
-    assert scaled.median_s == pytest.approx(step_times(times).median_s * factor, rel=1e-6) or (
-        # rounding may move one step over the limit
-        abs(scaled.warmup_steps - step_times(times).warmup_steps) > 0
-    )
-
-
-# --- which steps count ---
-
-
-def test_each_step_left_out_says_why() -> None:
-    times = [9.0, 1.0, 1.0, 1.0, None, 1.0, 7.0, 1.0, math.nan, 1.0, -1.0, 1.0]
-    paused = [None] * 6 + ["checkpoint"] + [None] * 5
-    reasons = exclusions(times, paused)
-    assert reasons[0] == "warm-up" and reasons[6] == "checkpoint"
-    assert [i for i, reason in enumerate(reasons) if reason == "no time"] == [4, 8, 10]
-    result = step_times(times, reasons)
-    assert (result.steps, result.warmup_steps, result.excluded, result.counted) == (9, 1, {"checkpoint": 1}, 7)
-    assert result.median_s == result.max_s == 1.0
-
-
-def test_a_restart_warms_up_again() -> None:
-    times = [9.0, *[1.0] * 9, 8.0, 2.0, *[1.0] * 8]
-    reasons = exclusions(times, restarts={10})
-    assert [i for i, reason in enumerate(reasons) if reason == "restart"] == [10, 11]
-    assert step_times(times, reasons).excluded == {"restart": 2}
-
-
-def test_mean_and_percentile_are_over_the_steps_that_count() -> None:
-    result = step_times([50.0, *[1.0 + i / 100 for i in range(20)]])
-    assert result.warmup_steps == 1
-    assert result.mean_s == pytest.approx(1.095)
-    assert result.p95_s == pytest.approx(1.1805)
-    assert result.min_s == 1.0 and result.max_s == pytest.approx(1.19)
-
-
-def test_a_run_that_slows_down_shows_a_drift() -> None:
-    assert step_times([1.0] * 20 + [1.1] * 20).drift == pytest.approx(0.1)
-    assert step_times([1.0] * 40).drift == 0
-
-
-@given(
-    st.lists(st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True)), max_size=60),
-    st.sets(st.integers(0, 60)),
-    st.data(),
-)
-def test_any_times_are_sorted_out(times: list[float | None], restarts: set[int], data: st.DataObject) -> None:
-    paused = data.draw(st.lists(st.sampled_from([None, None, "validation"]), min_size=len(times), max_size=len(times)))
-    reasons = exclusions(times, paused, restarts)
-    assert len(reasons) == len(times)
-    counted = [time for time, reason in zip(times, reasons) if reason is None]
-    assert all(time is not None and 0 < time < 1e9 for time in counted)
-    usable = [time for time, why in zip(times, paused) if why is None and time and 0 < time < 1e9]
-    # at most half of each session is called warm-up
-    assert len(counted) >= len(usable) // 2 - len(restarts)
-    if counted:
-        result = step_times(times, reasons)
-        assert result.counted == len(counted)
-        # a sum of numbers near the largest may round up over it
-        assert result.min_s <= result.median_s <= result.p95_s * (1 + 1e-9) and result.p95_s <= result.max_s
+    result, scaled = measured(times), measured([time * factor for time in times])
+    # rounding may move one step over the limit
+    assert scaled.median_s == pytest.approx(result.median_s * factor) or scaled.warmup_steps != result.warmup_steps
 
 
 # --- confidence ---
@@ -133,16 +123,16 @@ def test_students_t() -> None:
 
 
 def test_the_interval_over_repeats_is_the_textbooks() -> None:
-    found = interval(estimate_of_repeats([10.0, 11.0, 12.0]), "repeats")
-    assert found is not None
+    mean = mean_of_repeats([10.0, 11.0, 12.0])
+    assert mean is not None and mean.degrees_of_freedom == 2
     # 11 +- 4.3027 * 1 / sqrt(3)
-    assert [found.low, found.high] == pytest.approx([8.5159, 13.4841], abs=1e-3) and found.n == 3
-    assert estimate_of_repeats([10.0]) is None
+    assert mean.interval == pytest.approx((8.5159, 13.4841), abs=1e-3)
+    assert mean_of_repeats([10.0]) is None
 
 
 def test_too_few_steps_have_no_interval() -> None:
-    assert step_times([1.0] * 8).interval is None
-    assert step_times([1.0] * 9).interval is not None
+    assert measured([1.0] * 8).mean is None
+    assert measured([1.0] * 9).mean is not None
 
 
 def correlated(number: int, rng: random.Random, correlation: float) -> list[float]:
@@ -161,26 +151,25 @@ def test_the_interval_of_one_run_holds_what_it_promises(correlation: float, step
     held = naive = 0
     for _ in range(400):
         times = correlated(steps, rng, correlation)
-        found = interval(estimate_of_steps(times), "batches of steps")
-        assert found is not None
-        held += found.low <= 10 <= found.high
-        margin = 1.96 * 1.2533 * statistics.stdev(times) / math.sqrt(steps)
-        naive += abs(statistics.median(times) - 10) <= margin
+        mean = mean_of_steps(times)
+        assert mean is not None
+        held += mean.interval[0] <= 10 <= mean.interval[1]
+        naive += abs(statistics.fmean(times) - 10) <= 1.96 * statistics.stdev(times) / math.sqrt(steps)
     assert held / 400 > 0.89
     if correlation:
         assert naive / 400 < 0.85
 
 
 def test_a_difference_is_judged_by_both_errors() -> None:
-    low, high = ratio_interval(Estimate(11.0, 0.1, 5), Estimate(10.0, 0.1, 5))
+    low, high = ratio_of(Mean(11.0, 0.1, 5), Mean(10.0, 0.1, 5)).interval
     assert 1.0 < low < 1.1 < high < 1.2
-    low, high = ratio_interval(Estimate(11.0, 0.5, 2), Estimate(10.0, 0.5, 2))
+    low, high = ratio_of(Mean(11.0, 0.5, 2), Mean(10.0, 0.5, 2)).interval
     assert low < 1 < high
-    assert ratio_interval(Estimate(11.0, 0, 5), Estimate(10.0, 0, 5)) == (1.1, 1.1)
+    assert ratio_of(Mean(11.0, 0, 5), Mean(10.0, 0, 5)).interval == (1.1, 1.1)
 
 
 @given(st.lists(st.floats(min_value=0.1, max_value=100), min_size=18, max_size=100))
-def test_the_interval_is_around_the_median(times: list[float]) -> None:
-    found = step_times(times)
-    assert found.interval is not None
-    assert found.interval.low <= found.median_s <= found.interval.high
+def test_the_interval_is_around_the_mean(times: list[float]) -> None:
+    result = measured(times)
+    assert result.mean is not None
+    assert result.mean.interval[0] <= result.mean_s <= result.mean.interval[1]

@@ -1,0 +1,66 @@
+"""What each rank's device did during a run: `ranks.json`, written once after the last step."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_bench.files import write_text
+
+RANKS = "ranks.json"
+# The first steps choose kernels, allocate, and wait for each other.
+UNSTEADY_STEPS = 3
+
+_NUMBERS = (
+    ("step_time_median_s", "train_step_timing_s", statistics.median),
+    ("step_time_max_s", "train_step_timing_s", max),
+    ("power_w", "power_w", statistics.fmean),
+    ("sm_clock_mhz", "sm_clock_mhz", statistics.fmean),
+    ("sm_clock_min_mhz", "sm_clock_min_mhz", min),
+    ("temperature_max_c", "temperature_max_c", max),
+    ("peak_memory_gib", "peak_memory_gib", max),
+    ("reserved_memory_gib", "reserved_memory_gib", max),
+)
+
+
+def gathered(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one rank's steps in numbers, as far as the rows have what they follow from.
+
+    Args:
+        rows: lines of steps.jsonl in order, or the part of them that a rank other than 0 has.
+    """
+    steady = rows[min(UNSTEADY_STEPS, len(rows) - 1) :] if rows else []
+    numbers: dict[str, Any] = {"steps": len(steady)}
+    for name, source, summary in _NUMBERS:
+        values = [float(row[source]) for row in steady if row.get(source) is not None]
+        if values:
+            numbers[name] = round(summary(values), 6)  # type: ignore[operator]  # each takes a list of floats
+    watched = [row["throttle_reasons"] for row in steady if row.get("throttle_reasons") is not None]
+    if watched:
+        counts = Counter(reason for reasons in watched for reason in set(reasons))
+        numbers["throttled"] = {reason: round(counts[reason] / len(watched), 4) for reason in sorted(counts)}
+    return numbers
+
+
+def write_ranks(run_dir: Path, ranks: Sequence[dict[str, Any]]) -> None:
+    """Write `ranks.json`: a line a rank, so that it can be searched by lines."""
+    lines = ",\n".join(json.dumps(rank) for rank in ranks)
+    write_text(run_dir / RANKS, f'{{"schema_version": 1, "ranks": [\n{lines}\n]}}\n')
+
+
+def read_ranks(run_dir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the ranks of `ranks.json`; without one (a run that ended early), rank 0 by its steps.
+
+    Raises:
+        ValueError, KeyError, TypeError: the file is damaged.
+    """
+    try:
+        ranks: list[dict[str, Any]] = json.loads((run_dir / RANKS).read_text())["ranks"]
+        return ranks
+    except FileNotFoundError:
+        measured = any("power_w" in row or "sm_clock_mhz" in row for row in rows)
+        return [{"rank": 0, **gathered(rows)}] if measured else []

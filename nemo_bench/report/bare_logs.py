@@ -1,0 +1,129 @@
+"""Bare logs of anybody's training as a report takes them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_bench import flops
+from nemo_bench.errors import BenchError
+from nemo_bench.record.redaction import redact
+from nemo_bench.report import ranks
+from nemo_bench.report.logs import Log, Series, read_log
+from nemo_bench.report.model import Run
+from nemo_bench.report.runs import architecture_of, choice, log_warnings, measured, options, peak
+
+_PRECISION = re.compile(r"(?:bf16|fp8|fp16|fp32|mxfp8|nvfp4)(?:_\w+)?$")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says of bare logs; None where their path or content may tell."""
+
+    # names of the configuration groups
+    model: str | None = None
+    precision: str | None = None
+    gpu: str | None = None
+    gpus: int | None = None  # in the whole job
+    global_batch_size: int | None = None  # sequences
+    seq_length: int | None = None  # tokens
+    architecture: flops.Architecture | None = None  # the model's sizes; None: those of conf/model/<model>.yaml
+
+
+def check(given: Given) -> None:
+    """Refuse names that no configuration group has.
+
+    Raises:
+        BenchError: with the valid ones.
+    """
+    for group in ("model", "precision", "gpu"):
+        name = getattr(given, group)
+        if name is not None and name not in options(group):
+            raise BenchError(f"{group}={name}: there is no such {group}\n  valid: {', '.join(options(group))}")
+    for key in ("gpus", "global_batch_size", "seq_length"):
+        value = getattr(given, key)
+        if value is not None and value < 1:
+            raise BenchError(f"{key}={value}: must be at least 1")
+
+
+def load_log(path: Path, given: Given, total_tokens: float) -> Run:
+    """Return the run that a log file tells of, as far as it, its path and `given` go.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    log = read_log(path)
+    run, warnings = _identified(path, given, log), log_warnings(log)
+    sizes = given.architecture
+    if run.model in options("model"):
+        conf = choice("model", str(run.model))
+        sizes = sizes or architecture_of(conf)
+        if run.seq_length is None:
+            source = {"seq_length": f"conf/model/{run.model}.yaml"}
+            run = replace(run, seq_length=conf["seq_length"], identified={**run.identified, **source})
+    peak_tflops, peak_source = None, None
+    if run.gpu is not None and run.precision is not None:
+        content = choice("gpu", run.gpu)
+        peak_tflops, peak_source = peak(content.get("gpu", content), run.precision, {})
+    keys = ("model", "precision", "gpus", "global_batch_size", "seq_length")
+    missing = [key for key in keys if not getattr(run, key)]
+    if log.steps and missing:
+        warnings.append(f"not known from its path or content: name it with {' '.join(f'{key}=...' for key in missing)}")
+    elif log.steps and run.gpu is None:
+        warnings.append(f"no MFU: name the device with gpu=... ({', '.join(options('gpu'))})")
+    max_steps = log.max_steps if log.max_steps is not None else log.total
+    state, why = _log_state(log, max_steps)
+    if state == "completed" and log.ends_in_error:
+        warnings.append(f"after its last step, the log ends in an error: {redact(log.last_error or '')}")
+    contradiction = None
+    if given.global_batch_size and log.global_batch_size and given.global_batch_size != log.global_batch_size:
+        contradiction = f"global_batch_size={given.global_batch_size} is given, and the log has {log.global_batch_size}"
+    run = replace(
+        run,
+        state=state,
+        why_not_final=why,
+        invalid=contradiction,
+        architecture=sizes,
+        max_steps=max_steps,
+        steps=log.steps,
+        peak_memory_gib=log.peak_memory_gib,
+        ranks=ranks.of_log(log),
+        warnings=tuple(warnings),
+    )
+    series = Series()
+    series.steps, series.restarts = log.steps, log.restarts
+    return measured(run, series, peak_tflops, peak_source, total_tokens, log.rates)
+
+
+def _identified(path: Path, given: Given, log: Log) -> Run:
+    """Return what the run is, and where each part of it comes from: the command line before the path before the log."""
+    values: dict[str, Any] = {"global_batch_size": log.global_batch_size}
+    sources = {"global_batch_size": "log"} if log.global_batch_size else {}
+    # <version>/<precision>/<model>/<gpus>/..., the recipe's layout
+    parts = path.absolute().parent.parts
+    for i in range(len(parts) - 3, 0, -1):
+        if _PRECISION.match(parts[i].lower()) and parts[i + 2].isdigit():
+            named = {"version": parts[i - 1], "precision": parts[i].lower(), "model": parts[i + 1].lower()}
+            values |= {**named, "software": parts[i - 1], "gpus": int(parts[i + 2])}
+            sources |= dict.fromkeys((*named, "gpus"), "path")
+            break
+    keys = ("model", "precision", "gpus", "gpu", "global_batch_size", "seq_length")
+    chosen = {key: getattr(given, key) for key in keys if getattr(given, key) is not None}
+    sources |= dict.fromkeys(chosen, "command line")
+    return Run(name=path.name, path=str(path), source="log", identified=sources, **{**values, **chosen})
+
+
+def _log_state(log: Log, max_steps: int | None) -> tuple[str, str | None]:
+    because = f": {redact(log.last_error)}" if log.last_error else ""
+    if not log.steps:
+        framework = f"; it looks like {log.framework}'s, which is not read" if log.framework else ""
+        return "unknown", f"no line with train_step_timing and a step{framework}{because}"
+    if log.unreadable_end:
+        return "incomplete", f"the log is unreadable after step {log.steps.step[-1]}{because}"
+    if log.reached or (log.done is not None and log.done == log.total):
+        return "completed", None
+    if max_steps is None:
+        return "unknown", None
+    return "incomplete", f"the log ends at step {log.done} of {max_steps}{because}"

@@ -1,0 +1,98 @@
+"""The ranks of a run compared with each other, and what their devices did."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from nemo_bench.record.folder import RunFolder
+from nemo_bench.record.ranks import read_ranks
+from nemo_bench.report.logs import Log
+from nemo_bench.report.model import DeviceUse, RankTimes
+
+# A rank this much slower than the others is a straggler, if it also stands out from their spread.
+STRAGGLER = 0.1
+_DEVICE_FIELDS = [field.name for field in fields(DeviceUse)]
+
+
+def read_devices(run_dir: Path, rows: list[dict[str, Any]], warnings: list[str]) -> tuple[DeviceUse, ...]:
+    """Return what the ranks' devices did; empty where nothing measured it."""
+    try:
+        return tuple(_device(rank) for rank in read_ranks(run_dir, rows))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # of a file that people may edit
+        warnings.append(f"what the devices did cannot be read ({type(error).__name__}: {error})")
+        return ()
+
+
+def _device(rank: dict[str, Any]) -> DeviceUse:
+    known = {name: rank[name] for name in _DEVICE_FIELDS if rank.get(name) is not None}
+    known["throttled"] = {str(reason): float(share) for reason, share in (rank.get("throttled") or {}).items()}
+    numbers = [value for name, value in known.items() if name not in ("host", "throttled")]
+    if not all(isinstance(value, (int, float)) for value in numbers):
+        raise TypeError(f"rank {rank.get('rank')} holds what is no number")
+    return DeviceUse(**known)
+
+
+def measured_peaks(folder: RunFolder) -> dict[int, dict[str, Any]]:
+    """Return the matrix rate that each rank measured; those that are damaged are left out."""
+    peaks = {}
+    for path in folder.path.glob("peak_rank*.json"):
+        number = path.stem.removeprefix("peak_rank")
+        content = read_json(path)
+        if number.isdigit() and isinstance(content.get("tflops"), (int, float)):
+            peaks[int(number)] = content
+    return dict(sorted(peaks.items()))
+
+
+def matrix_rates(rates: dict[int, float]) -> tuple[RankTimes, ...]:
+    """Return the matrix rates that ranks measured before they trained: all at once on a CPU, each its own GPU's."""
+    return _compared("matrix rate (TFLOP/s)", rates, lambda value, others: others / value - 1)
+
+
+def of_devices(devices: tuple[DeviceUse, ...]) -> tuple[RankTimes, ...]:
+    """Return the ranks' own matrix rates and step times."""
+    rates = {device.rank: device.matrix_tflops for device in devices if device.matrix_tflops}
+    times = {device.rank: device.step_time_median_s for device in devices if device.step_time_median_s}
+    return matrix_rates(rates) + _compared("step time (s)", times, lambda value, others: value / others - 1)
+
+
+def of_log(log: Log) -> tuple[RankTimes, ...]:
+    """Return the step times of labelled ranks, and whom NVIDIA's straggler detection names."""
+    ranks = _compared("step time (s)", log.rank_times_s, lambda value, others: value / others - 1)
+    named = {rank.rank for rank in ranks if rank.straggler}
+    return ranks + tuple(
+        RankTimes(rank, "NVIDIA's straggler detection", None, None, None, True)
+        for rank in log.stragglers
+        if rank not in named
+    )
+
+
+def _compared(measure: str, values: dict[int, float], slower: Callable[[float, float], float]) -> tuple[RankTimes, ...]:
+    """Return each rank beside the median of the others."""
+    if len(values) < 2:
+        return ()
+    ordered = sorted(values.values())
+    middle = statistics.median(ordered)
+    spread = 1.4826 * statistics.median(abs(value - middle) for value in ordered)
+    ranks = []
+    for rank, value in values.items():
+        at = ordered.index(value)
+        others = statistics.median(ordered[:at] + ordered[at + 1 :])
+        fraction = slower(value, others)
+        stands_out = len(values) == 2 or abs(value - others) > 3 * spread
+        ranks.append(RankTimes(rank, measure, value, others, fraction, fraction > STRAGGLER and stands_out))
+    return tuple(ranks)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; empty where there is none: a run that ended early lacks some files."""
+    import json
+
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

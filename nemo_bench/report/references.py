@@ -1,0 +1,111 @@
+"""Published numbers: one YAML file a table, named as `reference=` chooses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nemo_bench.errors import BenchError
+
+_FOLDER = Path(__file__).parent / "published"
+
+
+@dataclass
+class _Shared:
+    """What a table says for all its points, and a point may say for itself."""
+
+    software: str = ""
+    container: str = ""
+    gpu: str = ""
+    seq_length: int = 0
+    data: str = ""
+    statistic: str = ""  # what the step times are: "last step", "mean", "mean of steps 35 to 44" (counted from 1)
+    flops_convention: str = ""  # of the printed MFU: recipe or causal
+    layout: dict[str, int] = field(default_factory=dict)  # TP, PP, VP, CP, MBS, GA; `layers` of a shortened model
+    environment: dict[str, str] = field(default_factory=dict)  # of the ranks
+    settings: dict[str, Any] = field(default_factory=dict)  # key of the configuration -> value
+    notes: list[str] = field(default_factory=list)  # what is inconsistent in what was printed, or missing
+
+
+@dataclass
+class ReferencePoint(_Shared):
+    """A published number, as printed."""
+
+    reference: str = ""  # the name of its table
+    model: str = MISSING
+    precision: str = MISSING
+    gpus: int = MISSING
+    global_batch_size: int = MISSING
+    step_time_s: float = MISSING
+    tokens_per_s: float | None = None
+    mfu: float | None = None
+    days_to_1t_tokens: float | None = None
+    architecture: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens_per_s_from_step_time(self) -> float:
+        """Throughput at the printed step time: what verdicts are held against."""
+        return self.seq_length * self.global_batch_size / self.step_time_s
+
+
+@dataclass
+class Reference(_Shared):
+    """A published table."""
+
+    name: str = ""  # what `reference=` chooses it by
+    title: str = MISSING
+    source: str = MISSING  # who published it, where
+    date: str = MISSING  # of publication, as exactly as is known
+    hardware: str = MISSING  # what it was measured on
+    architecture: dict[str, dict[str, int]] = MISSING  # sizes of each model in it
+    points: list[ReferencePoint] = MISSING
+
+
+def names() -> list[str]:
+    """Return the tables that come with the program."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def load(name: str) -> Reference:
+    """Return the published table called `name`, or that of a file of the same form.
+
+    Raises:
+        BenchError: there is no such table, or the file is not of that form.
+    """
+    path = _FOLDER / f"{name}.yaml"
+    if name not in names():
+        path = Path(name)
+        if not path.is_file():
+            raise BenchError(
+                f"reference={name}: there is no such table\n"
+                f"  valid: {', '.join(names())}, null, or a YAML file of the form of {_FOLDER}/{names()[0]}.yaml"
+            )
+    try:
+        table = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Reference), OmegaConf.load(path)))
+        assert isinstance(table, Reference)
+        table.name = path.stem
+        for point in table.points:
+            _complete(point, table)
+    except (OmegaConfBaseException, YAMLError, KeyError, ValueError) as error:
+        raise BenchError(
+            f"{path}: not a table of published numbers ({str(error).splitlines()[0]}); "
+            f"{_FOLDER}/{names()[0]}.yaml shows the form"
+        ) from None
+    return table
+
+
+def _complete(point: ReferencePoint, table: Reference) -> None:
+    """Give a point what its table says for all."""
+    point.reference = table.name
+    for key in (shared.name for shared in fields(_Shared) if shared.name != "notes"):
+        if not getattr(point, key):
+            setattr(point, key, getattr(table, key))
+    layers = {"num_layers": point.layout["layers"]} if "layers" in point.layout else {}
+    point.architecture = {**table.architecture[point.model], **point.architecture, **layers}
+    if not point.seq_length or point.step_time_s <= 0:
+        raise ValueError(f"{point.model} {point.precision} {point.gpus}: needs seq_length and a positive step_time_s")

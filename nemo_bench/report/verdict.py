@@ -1,0 +1,207 @@
+"""A point judged by a published number: what must agree, what may differ, and which step time is held against it."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nemo_bench.report import model
+from nemo_bench.report.model import Change, Point, Run, Verdict, flatten
+from nemo_bench.report.references import Reference, ReferencePoint
+from nemo_bench.report.remarks import of_runs
+from nemo_bench.report.statistics import LONGEST_WARM_UP
+
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+_MEAN_OF_STEPS = re.compile(r"mean of steps (\d+) to (\d+)$")
+_VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to this, times TP
+
+
+def must_agree(run: Run, row: ReferencePoint) -> list[Change]:
+    """Return the one list of what makes a run comparable with a published row: what was published, and what was run."""
+    sizes: dict[str, int] = vars(run.architecture) if run.architecture else {}
+    multiple = _VOCAB_MULTIPLE * row.layout.get("TP", 1)
+    padded = [None if size is None else math.ceil(size / multiple) * multiple
+              for size in (row.architecture.get("vocab_size"), sizes.get("vocab_size"))]  # fmt: skip
+    pairs = {
+        **{name: (row.architecture.get(name), sizes.get(name)) for name in _SIZES},
+        "padded vocabulary": (padded[0], padded[1]),
+        "gpu": (row.gpu, _gpu(run)),
+        "gpus": (row.gpus, run.gpus),
+        "precision": (row.precision, run.precision),
+        "seq_length": (row.seq_length, run.seq_length),
+        "global_batch_size": (row.global_batch_size, run.global_batch_size),
+    }
+    return [Change(key, _text(before), _text(after)) for key, (before, after) in pairs.items() if before is not None]
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _gpu(run: Run) -> str | None:
+    """Return the kind of GPU; what the driver calls it counts, where it was configured as another."""
+    if run.gpu and run.gpu_reported and run.gpu.lower() not in run.gpu_reported.lower():
+        return f"{run.gpu_reported} (configured as {run.gpu})"
+    return run.gpu
+
+
+def differences(run: Run, row: ReferencePoint) -> list[str]:
+    """Return how the run differs from the published one in what leaves the verdict standing."""
+    texts = []
+    if _other_software(run, row):
+        ours = [run.software or "not known", run.container or ("no container" if run.source == "run folder" else "")]
+        texts.append(f"software: {' in '.join(filter(None, ours))}, published with {row.software} in {row.container}")
+    layout = {key: run.layout[key] for key, value in row.layout.items() if run.layout.get(key, value) != value}
+    if layout:
+        theirs = " ".join(f"{key}{row.layout[key]}" for key in layout)
+        texts.append(f"layout: {' '.join(f'{key}{value}' for key, value in layout.items())}, published with {theirs}")
+    if run.data is not None and run.data != row.data:
+        data = "random tokens (data=mock)" if run.data == "mock" else f"data={run.data}"
+        texts.append(f"data: {data}, published with {row.data}")
+    environment = run.record.environment
+    if environment:
+        texts += _unequal("environment", environment, row.environment)
+    if run.record.config:
+        texts += _unequal("settings", flatten(run.record.config), {key: str(v) for key, v in row.settings.items()})
+    return texts
+
+
+def _other_software(run: Run, row: ReferencePoint) -> bool:
+    if run.container and row.container:
+        return run.container != row.container
+    return run.software != row.software and (run.software is not None or run.source == "run folder")
+
+
+def _unequal(kind: str, ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    keys = [key for key, value in theirs.items() if ours.get(key) != value]
+    values = ", ".join(f"{key}={ours[key]}" if key in ours else f"{key} not set" for key in keys)
+    return [f"{kind}: {values}, published with {', '.join(theirs[key] for key in keys)}"] if keys else []
+
+
+def published(run: Run, references: Sequence[Reference]) -> ReferencePoint | None:
+    """Return the row to hold a run against; None where nothing is published for its model, precision and GPUs.
+
+    Of several: one that it is comparable with, of its own software and layout, of its software, of the first table.
+    """
+    wanted = (run.model, run.precision, run.gpus)
+    rows = [row for table in references for row in table.points if (row.model, row.precision, row.gpus) == wanted]
+
+    def likeness(row: ReferencePoint) -> tuple[int, bool, bool]:
+        agreeing = sum(change.before == change.after for change in must_agree(run, row))
+        software = not _other_software(run, row)
+        same_layout = all(run.layout.get(key) == size for key, size in row.layout.items() if key != "layers")
+        return agreeing, software and same_layout, software
+
+    return max(rows, key=likeness, default=None)
+
+
+def judge(point: Point, runs: Sequence[Run], references: Sequence[Reference], tolerance: float) -> Verdict:
+    """Return the verdict of a point.
+
+    Args:
+        point: with its numbers, and its row.
+        runs: all its repeats.
+        references: the tables that were asked.
+        tolerance: PASS lies between 1 - tolerance and 1 + tolerance of the published throughput.
+    """
+    final = [run for run in runs if run.numbers is not None]
+    row = point.reference
+    verdict = Verdict(tolerance=tolerance, remarks=tuple(of_runs(final)))
+    if row is not None:
+        agreement = must_agree((final or runs)[0], row)
+        verdict = replace(verdict, must_agree=tuple(agreement), differences=tuple(differences((final or runs)[0], row)))
+        verdict = replace(verdict, remarks=(*verdict.remarks, *_choice_of(row, references), *row.notes))
+    if not final:
+        why = "; ".join(dict.fromkeys(run.why_not_final or "its batch or sequence is not known" for run in runs))
+        value = model.INVALID if any(run.invalid for run in runs) else model.INCOMPLETE
+        return replace(
+            verdict, value=value, why=f"no valid run: {why}" if value == model.INVALID else f"no finished run: {why}"
+        )
+    if row is None:
+        return verdict
+    other = [change for change in verdict.must_agree if change.before != change.after]
+    if other:
+        unknown = [change.key for change in other if change.after is None]
+        texts = [f"{change.key}={change.after}, published {change.before}" for change in other if change.after]
+        texts += (
+            [f"not known: {', '.join(unknown)}" + ("; name it with gpu=..." if "gpu" in unknown else "")]
+            if unknown
+            else []
+        )
+        return replace(verdict, value=model.NOT_COMPARABLE, why=f"another run than the published: {'; '.join(texts)}")
+    return _judged(verdict, point, final, row)
+
+
+def _choice_of(row: ReferencePoint, references: Sequence[Reference]) -> list[str]:
+    return [f"of {len(references)} tables, the row of {row.reference} is taken"] if len(references) > 1 else []
+
+
+def _judged(verdict: Verdict, point: Point, final: Sequence[Run], row: ReferencePoint) -> Verdict:
+    statistic, measured_s = _measured(final, row)
+    ratio = row.step_time_s / measured_s
+    value = level(ratio, verdict.tolerance)
+    way = "faster" if ratio >= 1 else "slower"
+    why = (
+        f"{abs(ratio - 1):.1%} {way} than published by the {statistic} ({measured_s:.4g} s, published "
+        f"{row.step_time_s:g} s), tolerance {verdict.tolerance:.1%}"
+    )
+    doubts = _doubts(verdict.tolerance, point, final, row, value)
+    if doubts:
+        value, why = model.UNDECIDED, f"{'; '.join(doubts)}; {why}"
+    return replace(verdict, value=value, why=why, ratio=ratio, statistic=statistic)
+
+
+def level(ratio: float, tolerance: float) -> str:
+    """Return what a ratio of throughputs says by itself."""
+    if ratio < 1 - tolerance:
+        return model.FAIL
+    return model.FASTER if ratio > 1 + tolerance else model.PASS
+
+
+def _measured(final: Sequence[Run], row: ReferencePoint) -> tuple[str, float]:
+    """Return the reference's own statistic, else the mean of the steps that count, and its value over the repeats."""
+    times = [run.times for run in final if run.times is not None]
+    if row.statistic == "last step":
+        return row.statistic, statistics.fmean(each.last_s for each in times)
+    match = _MEAN_OF_STEPS.match(row.statistic)
+    if match:
+        # Counted from 1, whatever the log counts from.
+        first, last = int(match[1]) - 1, int(match[2])
+        means = [statistics.fmean(run.steps.time_s[first:last]) for run in final if len(run.steps) >= last]
+        if len(means) == len(final):
+            return row.statistic, statistics.fmean(means)
+    return "mean of the steps that count", statistics.fmean(each.mean_s for each in times)
+
+
+def _doubts(tolerance: float, point: Point, final: Sequence[Run], row: ReferencePoint, value: str) -> list[str]:
+    """Return what keeps the point from a plain verdict."""
+    assert point.numbers is not None and point.median_s is not None and point.last_s is not None
+    mean_s, doubts = point.numbers.step_time_s, []
+    levels = {
+        name: level(row.step_time_s / time_s, tolerance)
+        for name, time_s in (("mean", mean_s), ("median", point.median_s), ("last step", point.last_s))
+    }
+    if {*levels.values(), value} != {value}:
+        doubts.append(", ".join(f"{verdict} by the {name}" for name, verdict in levels.items()))
+    if point.step_time is not None and point.step_time.margin > tolerance * mean_s:
+        ends = {
+            level(row.step_time_s / end, tolerance) if end > 0 else model.FASTER for end in point.step_time.interval
+        }
+        if ends != {value}:
+            doubts.append(
+                f"the 95% interval of the mean, ± {point.step_time.margin / mean_s:.0%}, exceeds the tolerance"
+            )
+    if value == model.FAIL:
+        return doubts
+    if mean_s > (1 + tolerance) * point.median_s:
+        doubts.append(f"the mean exceeds the median by {mean_s / point.median_s - 1:.0%}")
+    for run in final:
+        if run.times is not None and run.times.unsteady_steps > LONGEST_WARM_UP * run.times.steps:
+            doubts.append(
+                f"the first {run.times.unsteady_steps} of {run.times.steps} steps are slower: no warm-up is so long"
+            )
+            break
+    return doubts
