@@ -1,1 +1,1 @@
-"""Starting runs: what one local process group is, and the record it leaves."""
+"""A point from its configuration to its numbers, on this machine or as a Slurm job."""

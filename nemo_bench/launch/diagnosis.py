@@ -51,7 +51,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a failed run's user is told: the cause, if it is a known one, with remedies; and the first error."""
+    """What the user reads of a failed run: its cause if that is known, with remedies; and its first error."""
 
     cause: str | None
     remedies: list[str]
@@ -60,12 +60,12 @@ class Diagnosis:
 
     @property
     def headline(self) -> str:
-        """The cause in one line; of an unknown one, the error's own words."""
+        """Return the cause in one line; if it is not known, the error's own words."""
         return self.cause or (self.error.line if self.error else "")
 
     @property
     def advice(self) -> list[str]:
-        """The lines after the headline."""
+        """Return the lines after the headline."""
         return self.remedies + ([f"first error, in {self.error.log}: {self.error.line}"] if self.error else [])
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nemo_bench.record.folder import RunFolder
 
 # An error stands near the end of a log, before the stack traces that it causes.
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 18
 # A requeued job goes on in the file of its earlier start.
 _EARLIER_START = re.compile(r"(?s)\A.*CANCELLED AT \S+ DUE TO (?:PREEMPTION|JOB REQUEUE)[^\n]*\n(?=.*\S)")
 _LABEL = re.compile(r"^(?:\[rank\d+\]: ?|\d+: )")  # torch's and srun --label's, before each line of a traceback
@@ -26,16 +26,12 @@ _ERROR = re.compile(
     r"|terminate called|Segmentation fault|\*\*\* JOB .* CANCELLED|PMIX ERROR|\bexpecting \d+ got \d+"
     r"|: command not found|: No such file or directory|: Permission denied|No space left on device"
 )
-# What Slurm says of the other ranks once one has failed.
+# What Slurm says of the other ranks once one has failed, and PyXis before it says what failed.
 _CONSEQUENCE = re.compile(
     r"error: \S+: tasks? [\d,-]+: |error: \*\*\* STEP|Job step aborted|Terminating (?:StepId|job step)|Terminated"
+    r"|pyxis: (?:child \d+ failed|container start failed|printing enroot log)"
 )
-# The first task that ended was killed: the exceptions of all other ranks are consequences.
-_KILLED = re.compile(
-    r"(?s)\A(?:(?!\*\*\* (?:JOB|STEP)|error: \S+: tasks? [\d,-]+: ).)*?"
-    r"(?P<line>[^\n]*error: \S+: tasks? (?P<rank>\d+)[\d,-]*: (?:Killed|Out Of Memory)[^\n]*)"
-)
-_TASK = re.compile(r"error: \S+: tasks? (\d+)")
+_TASK = re.compile(r"error: \S+: tasks? (?P<rank>\d+)[\d,-]*: (?P<ending>.*)")
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def first_error(run: RunFolder, rank: int | None = None) -> FirstError | None:
         return killed
     job_logs = _job_logs(run)
     if rank is None and job_logs and (task := _TASK.search(read_end(job_logs[0]))):
-        rank_logs = _rank_logs(run, int(task[1]))
+        rank_logs = _rank_logs(run, int(task["rank"]))
     else:
         rank_logs = _rank_logs(run, rank or 0)
     logs = job_logs + rank_logs if rank is None else rank_logs[:1] + job_logs + rank_logs[1:]
@@ -73,11 +69,19 @@ def first_error(run: RunFolder, rank: int | None = None) -> FirstError | None:
 
 
 def killed_task(run: RunFolder) -> FirstError | None:
-    """Return what Slurm says of a rank that was killed before any other ended; None if there was none."""
+    """Return what Slurm says of a rank that was killed before any other ended; None if there was none.
+
+    The exceptions of the other ranks are then consequences.
+    """
     for log in _job_logs(run):
-        text = read_end(log)
-        if match := _KILLED.search(text):
-            return FirstError(log, match["line"], text[match.start("line") :], int(match["rank"]))
+        lines = read_end(log).splitlines()
+        for number, line in enumerate(lines):
+            if "error: *** " in line:  # Slurm ended all of them
+                break
+            if task := _TASK.search(line):
+                if task["ending"].startswith(("Killed", "Out Of Memory")):
+                    return FirstError(log, line, "\n".join(lines[number:]), int(task["rank"]))
+                break
     return None
 
 

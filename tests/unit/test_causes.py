@@ -40,6 +40,13 @@ KNOWN = [
         "slurmstepd: error: pyxis: --container-mounts: source path does not exist: /data",
         "the node does not have /data",
     ),
+    (
+        "slurm-12.out",
+        "slurmstepd: error: pyxis: child 77 failed with error code: 1\n"
+        "slurmstepd: error: pyxis: failed to create container filesystem for image: /lustre/b.sqsh",
+        "imported: /lustre/b.sqsh",
+    ),
+    ("slurm-12.out", "slurmstepd: error: pyxis: container start failed with error code: 1", "could not be started"),
     ("slurm-12.out", "srun: unrecognized option '--container-image=/lustre/a.sqsh'", "starts no containers"),
     (
         "slurm-12.out",
@@ -141,6 +148,7 @@ EXCEPTIONS = [
         "Last error:\nNET/IB : Got completion from peer 10.42.0.2<47534> with error 5, opcode 48, vendor err 244",
         "NCCL: the connection to another rank broke: that rank ended, or the network did (ncclRemoteError): NET/IB : ",
     ),
+    ("index out of range in self", "a token id outside the vocabulary; this model has 128,256 of them"),
     ("ncclInvalidUsage: This usually reflects invalid usage of NCCL library.", "NCCL: it was called in a wrong way"),
 ]
 
