@@ -1,26 +1,26 @@
 """Documents out of shards: JSON Lines (plain, zstd, gzip) and Parquet, a block at a time, from the stored file.
 
-A block is raw; the thread that encodes it also takes it apart (`Block.texts`). What cannot be used is named with its
-line, and never ends the reading by itself: the caller decides how much of it is too much.
+A block is raw; the thread that encodes it also decodes it (`Block.texts`). Documents that cannot be used are named by
+their line and never end the reading by themselves: the caller decides how many are too many.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nemo_bench.errors import BenchError
 
 FORMATS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 
-#: Bytes of text in a block: so much keeps all threads busy, and some dozens of blocks in memory are little.
+#: Bytes of text in a block: this much keeps all threads busy, and some dozens of blocks in memory are little.
 BLOCK_BYTES = 2 << 20
-#: Compressed bytes handed to the decompressor at once.
-_READ_BYTES = 64 << 10
 #: A line longer than this is not a document but a file of another kind.
 _LONGEST_LINE = 256 << 20
 _PARQUET_ROWS = 64
@@ -34,17 +34,6 @@ class BadDocument:
     reason: str
 
 
-class Block(Protocol):
-    """Some documents in a row, not yet decoded."""
-
-    @property
-    def lines(self) -> int:
-        """How many lines (rows) it covers."""
-
-    def texts(self, text_key: str) -> tuple[list[str], list[BadDocument]]:
-        """Its usable documents in order, and the unusable ones."""
-
-
 class CutShort(Exception):
     """The file ends, or is damaged, in the middle of its data: what comes after `line` is missing."""
 
@@ -55,23 +44,22 @@ class CutShort(Exception):
 
 
 class Reader:
-    """The blocks of one file, and how far into it (in stored bytes) the reading is."""
+    """The blocks of one file. `bytes_read`, of `size_bytes`, says how far the reading is in the stored file."""
 
     def __init__(self, path: Path, text_key: str = "text") -> None:
-        """Raises BenchError: the file's format is unknown, or it cannot be read."""
+        """Raise BenchError if the file's format is unknown or the file cannot be read."""
         self.path = path
         self.text_key = text_key
         self.format = format_of(path.name)
         self.bytes_read = 0
         try:
-            self.size_bytes = path.stat().st_size
             with open(path, "rb"):
-                pass
+                self.size_bytes = path.stat().st_size
         except OSError as error:
-            raise BenchError(f"Cannot read {path}: {error.strerror}. Correct the path, or its permissions.") from error
+            raise BenchError(f"Cannot read {path}: {error.strerror}. Correct the path or its permissions.") from error
 
     def blocks(self) -> Iterator[Block]:
-        """All blocks in order.
+        """Give all blocks in order.
 
         Raises:
             CutShort: after the last whole document of a truncated or damaged file.
@@ -83,82 +71,66 @@ class Reader:
         line = 0  # lines given out
         pieces: list[bytes] = []  # of the next block
         size = 0
-        cut: CutShort | None = None
-        chunks = self._decompressed()
-        while True:
-            try:
-                chunk = next(chunks)
-            except StopIteration:
-                break
-            except _Damaged as error:
-                cut = CutShort(0, str(error))
-                break
-            pieces.append(chunk)
-            size += len(chunk)
-            if size < BLOCK_BYTES:
-                continue
-            data = b"".join(pieces)
-            start = 0
-            # More than once where a small chunk holds much: text that repeats itself is packed a thousandfold.
-            while (end := _end_of_block(data, start)) > start:
-                block = JsonLines(data[start:end], line)
-                yield block
-                line += block.lines
-                start = end
-            pieces, size = [data[start:]], len(data) - start
-            if start:
-                continue
-            if size > _LONGEST_LINE:
-                raise BenchError(
-                    f"{self.path}: line {line + 1:,} is longer than {_LONGEST_LINE >> 20} MiB: is this a file of JSON "
-                    f"Lines, one document a line? Known formats: {', '.join(FORMATS)}"
-                )
-            size = 0  # a long line: joined again only after as much again has come
-        data = b"".join(pieces)
-        if cut is not None:
-            data = data[: data.rfind(b"\n") + 1]  # the line that was cut through is lost with the rest
-        if data:
-            block = JsonLines(data, line)
+        cut: str | None = None
+        with self._opened() as read:
+            while True:
+                try:
+                    piece = read(BLOCK_BYTES - size if size < BLOCK_BYTES else BLOCK_BYTES)
+                except _Damaged as error:
+                    cut = str(error)
+                    break
+                if not piece:
+                    break
+                pieces.append(piece)
+                size += len(piece)
+                if size > _LONGEST_LINE:
+                    raise BenchError(
+                        f"{self.path}: line {line + 1:,} is longer than {_LONGEST_LINE >> 20} MiB: is this a file of "
+                        f"JSON Lines, one document a line? Known formats: {', '.join(FORMATS)}"
+                    )
+                if size >= BLOCK_BYTES and b"\n" in piece:
+                    block, rest = _split(pieces, line)
+                    yield block
+                    line += block.lines
+                    pieces, size = [rest], len(rest)
+        if cut is not None:  # the line that was cut through is lost with the rest
+            block, _ = _split(pieces, line)
+        else:
+            block = JsonLines(b"".join(pieces), line)
+        if block.data:
             yield block
             line += block.lines
         if cut is not None:
-            raise CutShort(line, cut.reason)
+            raise CutShort(line, cut)
 
-    def _decompressed(self) -> Iterator[bytes]:
-        with open(self.path, "rb") as file:
-            if self.format == ".jsonl":
-                while chunk := file.read(1 << 20):
-                    self.bytes_read += len(chunk)
-                    yield chunk
-            else:
-                yield from self._frames(file)
+    @contextmanager
+    def _opened(self) -> Iterator[Callable[[int], bytes]]:
+        """Give a function that reads at most so many decompressed bytes, and never more than one block at once.
 
-    def _frames(self, file: Any) -> Iterator[bytes]:
-        """Decompressed chunks of a file of zstd frames or gzip members, of which there may be several.
-
-        Frame by frame, since a stream reader gives no sign when a file ends in the middle of a frame; and never more
-        than a block at once, since text that repeats itself is packed ten thousandfold.
+        It is `read1`: `read` would lose what it has already decompressed when it meets the end of a truncated file.
         """
+        from backports import zstd
+
         kind = self.format.rpartition(".")[2]
-        frame: _Frame | None = None
-        while chunk := file.read(_READ_BYTES):
-            self.bytes_read += len(chunk)
-            while chunk or (frame is not None and frame.holds_more):
-                if frame is None:
-                    if not chunk.strip(b"\0"):
-                        break  # padding after the last gzip member
-                    frame = _GzipFrame() if kind == "gz" else _ZstdFrame()
+        with open(self.path, "rb") as stored:
+            stream: Any = stored
+            if kind == "gz":
+                stream = gzip.GzipFile(fileobj=stored)
+            elif kind == "zst":
+                # Some shards are written with long windows, which are refused unless asked for.
+                stream = zstd.ZstdFile(stored, options={zstd.DecompressionParameter.window_log_max: 31})
+
+            def read(size: int) -> bytes:
                 try:
-                    data = frame.decompress(chunk)
-                except frame.errors as error:
+                    data: bytes = stream.read1(min(size, BLOCK_BYTES))
+                except EOFError:
+                    raise _Damaged(f"the {kind} data end in the middle: the file is truncated") from None
+                except (zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
                     raise _Damaged(f"the {kind} data are damaged ({error})") from None
-                if data:
-                    yield data
-                chunk = b""
-                if frame.eof:
-                    chunk, frame = frame.rest, None
-        if frame is not None:
-            raise _Damaged(f"the {kind} data end in the middle: the file is truncated")
+                self.bytes_read = stored.tell()
+                return data
+
+            yield read
 
     def _parquet(self) -> Iterator[Block]:
         import pyarrow
@@ -171,7 +143,7 @@ class Reader:
                 if self.text_key not in file.schema_arrow.names:
                     raise BenchError(
                         f"{self.path} has no column {self.text_key!r}: text_key=... names the column that holds the "
-                        f"text; it has: {', '.join(file.schema_arrow.names)}"
+                        f"text; the columns are {', '.join(file.schema_arrow.names)}"
                     )
                 rows = file.metadata.num_rows
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[self.text_key]):
@@ -185,111 +157,48 @@ class Reader:
 
 
 def format_of(name: str) -> str:
-    """The one of FORMATS that a file or URL of this name has.
+    """Return which of FORMATS a file or URL of this name has.
 
     Raises:
-        BenchError: it has none of them.
+        BenchError: none of them.
     """
     for suffix in sorted(FORMATS, key=len, reverse=True):
         if name.lower().endswith(suffix):
             return suffix
-    raise BenchError(f"{name}: not a format of documents that is known here: {', '.join(FORMATS)}")
-
-
-def _end_of_block(data: bytes, start: int) -> int:
-    """Where the block that begins at `start` ends, after a newline; `start` where not enough has come for one."""
-    full = start + BLOCK_BYTES
-    if len(data) < full:
-        return start
-    end = data.rfind(b"\n", start, full) + 1 or data.find(b"\n", full) + 1
-    return end or start
+    raise BenchError(f"{name}: unknown format; valid: {', '.join(FORMATS)}")
 
 
 class _Damaged(Exception):
-    """The compressed data cannot be read on."""
+    """The compressed data cannot be read any further."""
 
 
-class _Frame(Protocol):
-    """One compressed frame: fed chunk by chunk, and asked again without one while it `holds_more`."""
-
-    errors: Any
-
-    def decompress(self, chunk: bytes) -> bytes: ...
-    @property
-    def holds_more(self) -> bool: ...
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def rest(self) -> bytes: ...
-
-
-class _ZstdFrame:
-    def __init__(self) -> None:
-        # The library of Python 3.14, for older ones: others have no bound on what a chunk becomes.
-        from backports import zstd
-
-        # Some shards are written with long windows, which are refused unless asked for.
-        self._frame = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 31})
-        self.errors = zstd.ZstdError
-
-    def decompress(self, chunk: bytes) -> bytes:
-        data: bytes = self._frame.decompress(chunk, max_length=BLOCK_BYTES)
-        return data
-
-    @property
-    def holds_more(self) -> bool:
-        return not (self._frame.eof or self._frame.needs_input)
-
-    @property
-    def eof(self) -> bool:
-        return bool(self._frame.eof)
-
-    @property
-    def rest(self) -> bytes:
-        data: bytes = self._frame.unused_data
-        return data
-
-
-class _GzipFrame:
-    errors = zlib.error
-
-    def __init__(self) -> None:
-        self._frame = zlib.decompressobj(wbits=31)
-
-    def decompress(self, chunk: bytes) -> bytes:
-        return self._frame.decompress(chunk or self._frame.unconsumed_tail, BLOCK_BYTES)
-
-    @property
-    def holds_more(self) -> bool:
-        return not self._frame.eof and bool(self._frame.unconsumed_tail)
-
-    @property
-    def eof(self) -> bool:
-        return self._frame.eof
-
-    @property
-    def rest(self) -> bytes:
-        return self._frame.unused_data
+def _split(pieces: list[bytes], line: int) -> tuple[JsonLines, bytes]:
+    """Return the whole lines in `pieces` as a block, and the beginning of the next line."""
+    data = b"".join(pieces)
+    end = data.rfind(b"\n") + 1
+    return JsonLines(data[:end], line), data[end:]
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """Whole lines, each a JSON object with the text under a key; `before` lines come before them in the file."""
+    """Whole lines, each a JSON object with the text under a key; `before` lines precede them in the file."""
 
     data: bytes
     before: int
 
     @property
     def lines(self) -> int:
+        """The number of lines."""
         return self.data.count(b"\n") + (not self.data.endswith(b"\n"))
 
     def texts(self, text_key: str) -> tuple[list[str], list[BadDocument]]:
+        """Return the usable documents in order, and the unusable ones."""
         import orjson
 
         texts: list[str] = []
         bad: list[BadDocument] = []
         loads = orjson.loads
-        for number, line in enumerate(self.data.split(b"\n")):
+        for number, line in enumerate(self.data.split(b"\n"), start=self.before + 1):
             try:
                 text = loads(line)[text_key]
                 if type(text) is str:
@@ -297,80 +206,80 @@ class JsonLines:
                     continue
             except (ValueError, KeyError, TypeError):
                 pass
-            if not line or line.isspace():
-                continue
-            found = _text_of(line, text_key)
-            if isinstance(found, str):
-                texts.append(found)
-            else:
-                bad.append(BadDocument(self.before + number + 1, found.reason))
+            if line and not line.isspace():
+                try:
+                    texts.append(_text_of(line, text_key))
+                except ValueError as reason:
+                    bad.append(BadDocument(number, str(reason)))
         return texts, bad
 
 
-@dataclass(frozen=True)
-class _Reason:
-    reason: str
+def _text_of(line: bytes, text_key: str) -> str:
+    """Return the text of a line that orjson refused: Python's own json, which Megatron reads with, takes more.
 
-
-def _text_of(line: bytes, text_key: str) -> str | _Reason:
-    """The text of a line that the quick look refused: Python's own json, which Megatron reads with, decides."""
+    Raises:
+        ValueError: the line has no text; the reason is a clause.
+    """
     try:
-        decoded = line.decode("utf-8")
+        document = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return _Reason(f"invalid UTF-8 (byte {error.start + 1} of the line)")
-    try:
-        document = json.loads(decoded)
+        raise ValueError(f"invalid UTF-8 (byte {error.start + 1} of the line)") from None
     except ValueError as error:
-        return _Reason(f"broken JSON ({error})")
+        raise ValueError(f"broken JSON ({error})") from None
     except RecursionError:
-        return _Reason("broken JSON (nested too deeply)")
+        raise ValueError("broken JSON (nested too deeply)") from None
     if not isinstance(document, dict):
-        return _Reason(f"not a JSON object but {type(document).__name__}")
+        raise ValueError(f"not a JSON object but {type(document).__name__}")
     if text_key not in document:
-        return _Reason(f"no {text_key!r}")
+        raise ValueError(f"no {text_key!r}")
     text = document[text_key]
     if not isinstance(text, str):
-        return _Reason(f"{text_key!r} is not a string but {type(text).__name__}")
+        raise ValueError(f"{text_key!r} is not a string but {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return _Reason(f"{text_key!r} has half of a surrogate pair, which is no Unicode text")
+        raise ValueError(f"{text_key!r} has half of a surrogate pair, which is not Unicode text") from None
     return text
 
 
 @dataclass(frozen=True)
 class ParquetRows:
-    """A column of text, string or binary; `before` rows come before it in the file."""
+    """A column of text, string or binary; `before` rows precede it in the file."""
 
     column: Any
     before: int
 
     @property
     def lines(self) -> int:
+        """The number of rows."""
         return len(self.column)
 
     def texts(self, text_key: str) -> tuple[list[str], list[BadDocument]]:
+        """Return the usable documents in order, and the unusable ones."""
         import pyarrow
 
         kind = self.column.type
-        if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-            # As bytes: one string that is not UTF-8 would spoil the conversion of all.
-            binary = pyarrow.large_binary() if pyarrow.types.is_large_string(kind) else pyarrow.binary()
-            values = self.column.view(binary).to_pylist()
-        else:
-            values = self.column.to_pylist()
+        column = self.column
+        # As bytes: one string that is not UTF-8 would spoil the conversion of all.
+        if pyarrow.types.is_string(kind):
+            column = column.view(pyarrow.binary())
+        elif pyarrow.types.is_large_string(kind):
+            column = column.view(pyarrow.large_binary())
         texts: list[str] = []
         bad: list[BadDocument] = []
-        for number, value in enumerate(values, start=self.before + 1):
-            if isinstance(value, bytes):
-                try:
-                    value = value.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    bad.append(BadDocument(number, f"invalid UTF-8 (byte {error.start + 1} of the text)"))
-                    continue
-            if isinstance(value, str):
-                texts.append(value)
+        for number, value in enumerate(column.to_pylist(), start=self.before + 1):
+            try:
+                text = value.decode("utf-8") if isinstance(value, bytes) else value
+            except UnicodeDecodeError as error:
+                bad.append(BadDocument(number, f"invalid UTF-8 (byte {error.start + 1} of the text)"))
+                continue
+            if isinstance(text, str):
+                texts.append(text)
             else:
-                reason = f"no {text_key!r}" if value is None else f"{text_key!r} is not a string but {kind}"
+                reason = f"no {text_key!r}" if text is None else f"{text_key!r} is not a string but {kind}"
                 bad.append(BadDocument(number, reason))
         return texts, bad
+
+
+#: Consecutive documents, not yet decoded.
+Block = JsonLines | ParquetRows

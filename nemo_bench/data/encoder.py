@@ -1,9 +1,9 @@
 """Text to token ids, exactly as the Hugging Face tokenizer gives them, at many times its speed.
 
 gigatoken encodes (Megatron-LM offers it too); `tokenizers`, the Hugging Face library that Megatron's preprocessing
-uses, is the reference. They are known to differ in one thing: the version of Unicode by which a character is a letter
-or a digit. Documents with characters of another kind in the newer version go to the reference, so do tokenizers for
-which gigatoken has no support, and a sample of all documents is encoded by both and compared.
+uses, is the reference. The two are known to differ in one thing: the version of Unicode that says which characters are
+letters or digits. Documents with characters that changed go to the reference, as does every document if gigatoken does
+not support the tokenizer. A sample of all documents is encoded by both and compared.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# Where implementations of the split expression and of added tokens part ways.
+# Texts on which implementations of the split expression and of added tokens differ.
 _PROBES = (
     "",
     "It's we'RE I'll 'S 's'\u017ft  don't\n\n  x\r\n\t y \r\r\n",
@@ -34,32 +34,23 @@ _PROBES = (
     "\x00\x01\x7f \ufffd " + "x" * 300 + " " * 300 + "\n" * 50 + "-" * 200,
 )
 
-# By Unicode 17 (gigatoken 0.10) assigned, or of another kind, than by Unicode 16 (tokenizers 0.22).
-_DIFFERENT_KIND = (
-    *((0x295, 0x295), (0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0x1ACF, 0x1ADD), (0x1AE0, 0x1AEB)),
-    *((0x20C1, 0x20C1), (0x2B96, 0x2B96), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4), (0xA7F1, 0xA7F1)),
-    *((0xFBC3, 0xFBD2), (0xFD90, 0xFD91), (0xFDC8, 0xFDCE), (0x10940, 0x10959), (0x10EC5, 0x10EC7)),
-    *((0x10ED0, 0x10ED8), (0x10EFA, 0x10EFB), (0x11B60, 0x11B67), (0x11DB0, 0x11DDB), (0x11DE0, 0x11DE9)),
-    *((0x16EA0, 0x16EB8), (0x16EBB, 0x16ED3), (0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E)),
-    *((0x18D80, 0x18DF2), (0x1CCFA, 0x1CCFC), (0x1CEBA, 0x1CED0), (0x1CEE0, 0x1CEF0), (0x1E6C0, 0x1E6DE)),
-    *((0x1E6E0, 0x1E6F5), (0x1E6FE, 0x1E6FF), (0x1F6D8, 0x1F6D8), (0x1F777, 0x1F77A), (0x1F8D0, 0x1F8D8)),
-    *((0x1FA54, 0x1FA57), (0x1FA8A, 0x1FA8A), (0x1FA8E, 0x1FA8E), (0x1FAC8, 0x1FAC8), (0x1FACD, 0x1FACD)),
-    *((0x1FAEA, 0x1FAEA), (0x1FAEF, 0x1FAEF), (0x1FBFA, 0x1FBFA), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD)),
-    (0x323B0, 0x33479),
-)
-
 
 def _character_class(ranges: Iterable[tuple[int, int]]) -> re.Pattern[str]:
     return re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges) + "]")
 
 
-_NEWER = _character_class(_DIFFERENT_KIND)
-_SUSPECT = _character_class([*(pair for pair in _DIFFERENT_KIND if pair[1] < 0x10000), (0x10000, 0x10FFFF)])
+# Characters of another kind in Unicode 17 (gigatoken 0.10) than in Unicode 16 (tokenizers 0.22); made by unicode17.py.
+_CHANGED: list[tuple[int, int]] = [
+    (int(first, 16), int(last, 16))
+    for first, last in (line.split("-") for line in json.loads(Path(__file__).with_name("unicode17.json").read_bytes()))
+]
+_NEWER = _character_class(_CHANGED)
+_SUSPECT = _character_class([*(pair for pair in _CHANGED if pair[1] < 0x10000), (0x10000, 0x10FFFF)])
 
-#: Of each shard the first so many documents, and then one in so many, are encoded by the reference too.
+#: The first 16 documents of each shard, and then one in 8192, are encoded by the reference too.
 SAMPLE_FIRST = 16
 SAMPLE_EVERY = 8192
-#: Characters; longer ones are left out of the sample, since the reference takes a second for a million.
+#: Characters; longer documents are not sampled, since the reference needs a second for a million characters.
 SAMPLE_LONGEST = 50_000
 
 
@@ -84,7 +75,7 @@ class Encoder:
     def __init__(
         self, folder: Path, *, backend: Backend = Backend.auto, report: Callable[[str], None] = lambda line: None
     ) -> None:
-        """Raises BenchError: the folder holds no usable tokenizer, or gigatoken was asked for and cannot do it."""
+        """Raise BenchError if the folder holds no usable tokenizer, or gigatoken was asked for and cannot be used."""
         content, self.fingerprint = read_tokenizer(folder)
         self._reference = _reference(folder, content)
         self.vocab_size: int = self._reference.get_vocab_size(with_added_tokens=True)
@@ -95,33 +86,33 @@ class Encoder:
             if self._fast is not None:
                 self.backend = Backend.gigatoken
             elif backend is Backend.gigatoken:
-                raise BenchError(f"gigatoken cannot be used here: {reason}. encoder=tokenizers is slower and can.")
+                raise BenchError(f"gigatoken cannot be used: {reason}. encoder=tokenizers can, and is slower.")
             else:
                 report(f"encoding with Hugging Face tokenizers, which is slower: {reason}")
 
     def _gigatoken(self, content: bytes) -> tuple[Any, str]:
-        """gigatoken's tokenizer, proven on difficult texts, or None and why not."""
+        """Return gigatoken's tokenizer, proven on difficult texts, or None and the reason."""
         try:
             import gigatoken
         except ImportError as error:
-            return None, f"gigatoken cannot be imported ({error}); `pip install gigatoken` brings it"
+            return None, f"gigatoken cannot be imported ({error}); pip install gigatoken"
         try:
             fast = gigatoken.Tokenizer.from_json(content)
             self._fast = fast
             added = [str(token["content"]) for token in json.loads(content).get("added_tokens", ())]
             probes = [*_PROBES, "".join(f"{token} a{token}b" for token in added[:64])]
             ids, lengths = self._encode_fast(probes)
-        except Exception as error:  # whatever a foreign tokenizer.json makes it raise
+        except Exception as error:  # anything, depending on tokenizer.json
             return None, f"gigatoken does not support this tokenizer ({str(error).splitlines()[0]})"
         if (differing := self._first_difference(probes, ids, lengths)) is not None:
-            return None, f"gigatoken encodes {probes[differing][:40]!r} in another way"
+            return None, f"gigatoken encodes {probes[differing][:40]!r} differently"
         return fast, ""
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """The ids of all texts, one after another, and each text's number of ids; no special tokens are added.
+        """Return the ids of all texts, one after another, and the number of ids of each text.
 
-        Text that looks like a special token becomes that token, as in Hugging Face's and Megatron's.
-        Safe to call from several threads at once; they run in parallel.
+        No special tokens are added, but text that looks like one becomes it, as with Hugging Face and Megatron.
+        Several threads may call this at once; they run in parallel.
         """
         if self.backend is Backend.tokenizers:
             return self._encode_reference(texts)
@@ -130,7 +121,7 @@ class Encoder:
         return self._replace(texts, ids, lengths, newer) if newer else (ids, lengths)
 
     def check(self, texts: Sequence[str], before: int, ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
-        """Compares a sample of what `encode` gave with the reference; `before` documents came before these.
+        """Compare a sample of what `encode` returned with the reference; `before` documents preceded these.
 
         Raises:
             RunFailed: they differ.
@@ -151,7 +142,7 @@ class Encoder:
             if ids[ends[number] - lengths[number] : ends[number]].tolist() != expected:
                 raise RunFailed(
                     f"gigatoken and Hugging Face tokenizers encode document {before + number + 1:,} differently "
-                    f"({texts[number][:40]!r}...): nothing was written. encoder=tokenizers prepares it, slower"
+                    f"({texts[number][:40]!r}...): nothing was written. encoder=tokenizers is slower and can"
                 )
 
     def _encode_fast(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
@@ -174,7 +165,7 @@ class Encoder:
     def _replace(
         self, texts: Sequence[str], ids: npt.NDArray[Any], lengths: npt.NDArray[Any], numbers: list[int]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """The encoding of `texts` with that of the documents `numbers` by the reference."""
+        """Return the encoding of `texts` with the documents `numbers` encoded by the reference."""
         import numpy as np
 
         rows = np.split(ids, np.cumsum(lengths)[:-1])
@@ -192,19 +183,19 @@ class Encoder:
 
 
 def _may_differ(text: str) -> bool:
-    """Whether the text has characters whose kind is not the same in the Unicode versions of the two libraries."""
+    """Return whether the two libraries' versions of Unicode disagree about a character of the text."""
     if text.isascii():
         return False
-    found = _SUSPECT.search(text)
-    # One expression of all ranges would try every range on every character.
-    return found is not None and _NEWER.search(text, found.start()) is not None
+    suspect = _SUSPECT.search(text)
+    # A quick look first: the expression of all ranges tries every range on every character.
+    return suspect is not None and _NEWER.search(text, suspect.start()) is not None
 
 
 def read_tokenizer(folder: Path) -> tuple[bytes, str]:
-    """The folder's tokenizer.json and its SHA-256 (hexadecimal).
+    """Return the folder's tokenizer.json and its SHA-256.
 
     Raises:
-        BenchError: it is not there.
+        BenchError: there is none.
     """
     path = folder / "tokenizer.json"
     try:
@@ -212,8 +203,8 @@ def read_tokenizer(folder: Path) -> tuple[bytes, str]:
     except OSError as error:
         raise BenchError(
             f"There is no tokenizer: {path}: {error.strerror}.\n"
-            "`python setup_stage.py 'parts=[tokenizer]'` brings Llama's; `python setup_stage.py 'parts=[tokenizer]' "
-            "tokenizer=local` one that needs no account; tokenizer_folder=... names the folder of another"
+            "`python setup_stage.py 'parts=[tokenizer]'` downloads Llama's; with tokenizer=local it trains one that "
+            "needs no account; tokenizer_folder=... names another folder"
         ) from None
     return content, hashlib.sha256(content).hexdigest()
 
@@ -225,28 +216,27 @@ def _reference(folder: Path, content: bytes) -> Any:
         reference = Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # tokenizers raises a bare Exception
         raise BenchError(f"{folder / 'tokenizer.json'} is not a Hugging Face tokenizer: {error}") from None
-    # Of a document all tokens are wanted.
+    # A document keeps all its tokens.
     reference.no_truncation()
     reference.no_padding()
     return reference
 
 
 def _end_of_document(folder: Path, reference: Any) -> int:
-    """The id of `eos_token`, which Megatron's --append-eod appends."""
+    """Return the id of `eos_token`, which Megatron's --append-eod appends."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
             token = json.loads((folder / name).read_bytes()).get("eos_token")
         except FileNotFoundError:
             continue
         except (OSError, ValueError, AttributeError) as error:
-            raise BenchError(f"Cannot read {folder / name}: {error}. Bring the tokenizer's files again.") from None
+            raise BenchError(f"Cannot read {folder / name}: {error}. Download the tokenizer's files again.") from None
         if isinstance(token, dict):
             token = token.get("content")
         if token is not None:
             if (number := reference.token_to_id(token)) is None:
-                raise BenchError(f"{folder / name} names {token!r} as eos_token, which tokenizer.json does not have.")
+                raise BenchError(f"{folder / name} names {token!r} as eos_token, but tokenizer.json has no such token.")
             return int(number)
     raise BenchError(
-        f"{folder} names no eos_token, which ends each document: its tokenizer_config.json or "
-        "special_tokens_map.json must."
+        f"{folder} names no eos_token, which ends each document: tokenizer_config.json or special_tokens_map.json must."
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import zstandard
+from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +27,7 @@ def lines_of(texts: list[str]) -> bytes:
 def write(path: Path, data: bytes) -> Path:
     """`data` in the format that the name says."""
     if path.name.endswith(".zst"):
-        data = zstandard.ZstdCompressor().compress(data)
+        data = zstd.compress(data)
     elif path.name.endswith(".gz"):
         data = gzip.compress(data)
     path.write_bytes(data)
@@ -51,7 +51,6 @@ def read(path: Path, text_key: str = "text") -> tuple[list[str], list[BadDocumen
 @pytest.fixture(params=[1, 64, 2 << 20], ids=["tiny blocks", "small blocks", "real blocks"])
 def block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(documents, "BLOCK_BYTES", request.param)
-    monkeypatch.setattr(documents, "_READ_BYTES", 100 if request.param < 100 else 256 << 10)
     return int(request.param)
 
 
@@ -69,7 +68,7 @@ def test_every_document_comes_back(tmp_path: Path, name: str, end: bytes, block_
 @pytest.mark.parametrize("suffix", [".zst", ".gz"])
 def test_several_frames(tmp_path: Path, suffix: str, block_bytes: int) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
-    compress = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
+    compress = gzip.compress if suffix == ".gz" else zstd.compress
     data = lines_of(TEXTS)
     path.write_bytes(b"".join(compress(part) for part in (data[:50], data[50:51], b"", data[51:])))
     assert read(path) == (TEXTS, [])
@@ -132,7 +131,7 @@ def test_truncated_anywhere(tmp_path: Path, suffix: str, block_bytes: int) -> No
     texts = [f"document {number} " + random.Random(number).randbytes(40).hex() for number in range(200)]
     whole = write(tmp_path / f"whole.jsonl{suffix}", lines_of(texts)).read_bytes()
     path = tmp_path / f"cut.jsonl{suffix}"
-    for size in (*range(1, len(whole), len(whole) // 13), len(whole) - 1):
+    for size in (*range(2, len(whole), len(whole) // 13), len(whole) - 1):
         path.write_bytes(whole[:size])
         seen: list[str] = []
         with pytest.raises(CutShort, match="truncated") as caught:
@@ -184,7 +183,7 @@ def test_parquet(tmp_path: Path) -> None:
         del expected[700]
         assert texts == expected
         assert bad == [BadDocument(701, "no 'text'")]
-    with pytest.raises(BenchError, match=r"no column 'body'.* it has: id, text"):
+    with pytest.raises(BenchError, match=r"no column 'body'.* the columns are id, text"):
         read(path, "body")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
