@@ -1,11 +1,11 @@
-"""Makes Megatron datasets from documents: downloads, tokenises, verifies (`--help`)."""
+"""Make Megatron datasets from documents: download, tokenise, verify (`--help`)."""
 
 import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
 import hydra
 from omegaconf import DictConfig
 
 from nemo_bench import cli
-from nemo_bench.data.preparation_config import PreparationConfig
+from nemo_bench.data.config import PreparationConfig
 
 app = cli.Application(PreparationConfig)
 
@@ -13,7 +13,7 @@ app = cli.Application(PreparationConfig)
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
     # Imported here: composing and printing a configuration needs none of it.
-    from nemo_bench.data.preparation import run_preparation
+    from nemo_bench.data.prepare import run_preparation
 
     app.guard(run_preparation, cfg)
 

@@ -16,20 +16,20 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from nemo_bench.data.shard import RESULT, TASK, ShardTask  # noqa: E402
+from nemo_bench.data.shard import Shard  # noqa: E402
 from nemo_bench.data.tokenizer import LLAMA3_SPLIT  # noqa: E402
 
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h")
@@ -87,28 +87,14 @@ def llama3_tokenizer(folder: Path) -> None:
 def run_ours(source: Path, tokenizer: Path, folder: Path, cores: set[int]) -> dict[str, Any]:
     """One shard through `python -m nemo_bench.data.shard` on these cores."""
     folder.mkdir()
-    task = ShardTask(
-        source=str(source),
-        prefix=str(folder / "shard_text_document"),
-        tokenizer_folder=str(tokenizer),
-        text_key="text",
-        append_eod=True,
-        encoder="auto",
-        max_bad_share=0.0,
-        download_folder=str(folder),
-        keep_download=True,
-        threads=len(cores),
-        overwrite=False,
+    shard = Shard(
+        str(source), str(folder / "shard_text_document"), str(tokenizer), threads=len(cores), folder=str(folder)
     )
-    (folder / TASK).write_text(json.dumps(asdict(task)))
+    shard.save()
     measured = run([sys.executable, "-m", "nemo_bench.data.shard", str(folder)], cores)
-    result = json.loads((folder / RESULT).read_bytes())
-    return {
-        **measured,
-        "seconds": result["seconds"]["tokenise"],
-        "verify_s": result["seconds"]["verify"],
-        **tokens(result),
-    }
+    made = Shard.load(folder)
+    seconds = {"seconds": made.seconds["tokenising"], "verify_s": made.seconds["verifying"]}
+    return {**measured, **seconds, "documents": made.documents, "tokens": made.tokens}
 
 
 def run_megatron(source: Path, tokenizer: Path, prefix: Path, cores: set[int]) -> dict[str, Any]:
@@ -116,10 +102,6 @@ def run_megatron(source: Path, tokenizer: Path, prefix: Path, cores: set[int]) -
     script = PROJECT / "tests" / "megatron_preprocess.py"
     measured = run([sys.executable, str(script), str(source), str(tokenizer), str(prefix), str(len(cores))], cores)
     return {**measured, **json.loads(measured.pop("stdout").splitlines()[-1])}
-
-
-def tokens(result: dict[str, Any]) -> dict[str, Any]:
-    return {"documents": result["documents"], "tokens": result["tokens"]}
 
 
 def run(command: list[str], cores: set[int]) -> dict[str, Any]:
@@ -150,7 +132,7 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--repeats", type=int, default=3, help="of ours; the median is compared")
     arguments = parser.parse_args()
-    import zstandard
+    from backports import zstd
 
     cores = set(sorted(os.sched_getaffinity(0))[: arguments.cores])
     with tempfile.TemporaryDirectory() as name:
@@ -161,8 +143,8 @@ def main() -> None:
         plain = folder / "corpus.jsonl"
         text_bytes = write_corpus(plain, arguments.megabytes)
         packed = folder / "corpus.jsonl.zst"
-        with open(plain, "rb") as source, open(packed, "wb") as target:
-            zstandard.ZstdCompressor(level=3).copy_stream(source, target)
+        with open(plain, "rb") as source, zstd.open(packed, "wb", level=3) as target:
+            shutil.copyfileobj(source, target)
 
         if arguments.scaling:
             measured = scaling(packed, tokenizer, folder, sorted(cores), arguments.repeats)

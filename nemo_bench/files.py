@@ -97,7 +97,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def explained_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
-    """Turn a full disk, an exceeded quota or a read-only folder into one message that names the folder and the remedy.
+    """Turn a full disk, a read-only folder or a file in its place into one message with the folder and the remedy.
 
     Raises:
         BenchError: in place of that OSError; other errors pass.
@@ -107,7 +107,7 @@ def explained_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BenchError(f"No space left in {folder}: {remedy}") from None
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise BenchError(f"Cannot write in {folder} ({error.strerror}): {remedy}") from None
         raise
 

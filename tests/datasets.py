@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from nemo_bench.data.shard import Progress, ShardTask, prepare
+from nemo_bench.data.shard import Shard, prepare
 
 TEXTS = [f"def answer_{number}():\n    return {number}\n" for number in range(50)]
 
@@ -20,17 +20,4 @@ def make_dataset(prefix: Path, tokenizer: Path) -> None:
 def _make(prefix: Path, tokenizer: Path, work: Path) -> None:
     source = work / "documents.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    task = ShardTask(
-        source=str(source),
-        prefix=str(prefix),
-        tokenizer_folder=str(tokenizer),
-        text_key="text",
-        append_eod=True,
-        encoder="tokenizers",
-        max_bad_share=0.0,
-        download_folder=str(work),
-        keep_download=True,
-        threads=1,
-        overwrite=False,
-    )
-    prepare(task, Progress(None), lambda _: None)
+    prepare(Shard(str(source), str(prefix), str(tokenizer), encoder="tokenizers", threads=1), lambda _: None)

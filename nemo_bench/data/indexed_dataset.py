@@ -1,31 +1,29 @@
-"""Megatron's indexed dataset (a .bin/.idx pair) written and checked with numpy alone.
+"""Megatron's indexed dataset (a .bin/.idx pair), written and checked with numpy alone.
 
-The layout is that of `megatron.core.datasets.indexed_dataset`, byte for byte, so that data can be prepared
-and checked on a login node which has no torch. All numbers are little-endian:
+The layout is that of `megatron.core.datasets.indexed_dataset`, byte for byte, so that data can be prepared and checked
+on a login node, which has no torch. All numbers are little-endian:
 
     .bin  the token ids of all documents, one after another, in one integer type
     .idx  magic (9 bytes), version 1 (uint64), type code (uint8), number of sequences S (uint64), number of
           document boundaries D (uint64), lengths in tokens (int32[S]), offsets in .bin in bytes (int64[S]),
           and the sequence at which each document begins, with S at the end (int64[D])
 
-Here a document is one sequence when written, and one without tokens has none, as with Megatron's preprocess_data.py;
-`inspect` reads documents of any number of sequences.
+A document is written as one sequence, or as none if it has no tokens, as by Megatron's preprocess_data.py; `inspect`
+reads documents of any number of sequences.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import struct
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nemo_bench.errors import BenchError
-from nemo_bench.files import fsync_folder
+from nemo_bench.files import atomic_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,57 +39,52 @@ _CODE_OF_DTYPE = {name: code for code, name in _DTYPE_CODES.items()}
 
 _MAX_LENGTH = 2**31 - 1  # a sequence's length is an int32
 
-# Elements of a file looked at in one go: 8 MiB of int64, whatever the size of the file.
+# Elements read at once: 8 MiB of int64, whatever the size of the file.
 _CHUNK = 1 << 20
 
 
 def bin_path(prefix: Path) -> Path:
-    """The token file of `prefix`. Not `with_suffix`, which would eat a part of a name such as "wiki.en"."""
+    """Return the token file of `prefix`. Not `with_suffix`, which would replace a part of a name such as "wiki.en"."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: Path) -> Path:
-    """The index file of `prefix`."""
+    """Return the index file of `prefix`."""
     return Path(f"{prefix}.idx")
 
 
 def optimal_dtype(vocab_size: int | None) -> str:
-    """The numpy name of the type that Megatron stores ids of a vocabulary of `vocab_size` tokens in.
+    """Return the numpy name of the type that Megatron stores ids of a vocabulary of `vocab_size` tokens in.
 
-    This is its `DType.optimal_dtype`: uint16 below 65,500 tokens, int32 from there on and for None.
+    This is its `DType.optimal_dtype`: uint16 below 65,500 tokens; int32 from there on, and for None.
     """
     return "uint16" if vocab_size is not None and vocab_size < 65500 else "int32"
 
 
 class IndexedDatasetWriter:
-    """Streams documents of token ids into `prefix`.bin and `prefix`.idx, which appear only when complete.
+    """Stream documents of token ids into `prefix`.bin; the end of the `with` block writes `prefix`.idx.
 
-    Until `finalize` the data are in hidden temporary files of the same folder; the index stays in memory (4
-    bytes a document). As a context manager it finalizes when the block ends well, and removes its temporaries
-    when it does not. A pair of the same name is replaced: its .idx goes first, so that a kill between the
-    steps leaves a pair that is missing half and never one that mixes old and new.
+    A block that raises, or a killed process, leaves a .bin without an .idx. The index stays in memory (4 bytes a
+    document).
 
     Args:
         prefix: path without suffix; its folder must exist.
-        vocab_size: number of tokens of the vocabulary, which chooses the stored type; None stores int32.
+        vocab_size: number of tokens of the vocabulary, which decides the stored type; None stores int32.
 
     Raises:
-        OSError: from any method, when the folder cannot be written or the disk is full.
+        OSError: the folder cannot be written or the disk is full.
     """
 
     def __init__(self, prefix: Path, *, vocab_size: int | None) -> None:
         import numpy as np
 
-        self.prefix = Path(prefix)
+        self.prefix = prefix
         self.dtype = optimal_dtype(vocab_size)
         self._stored = np.dtype(self.dtype).newbyteorder("<")
         self.tokens = 0
         self._lengths = array("i")
-        self._empty = array("q")  # for each document without tokens the number of sequences before it
-        unique = f"{os.getpid()}-{secrets.token_hex(4)}"
-        self._temporary_bin = self.prefix.parent / f".{self.prefix.name}.bin.tmp-{unique}"
-        self._temporary_idx = self.prefix.parent / f".{self.prefix.name}.idx.tmp-{unique}"
-        self._file = open(self._temporary_bin, "xb")  # noqa: SIM115 - closed by finalize or abort
+        self._empty = array("q")  # for each document without tokens, the number of sequences before it
+        self._file = open(bin_path(prefix), "wb")  # noqa: SIM115 - closed by __exit__
 
     @property
     def documents(self) -> int:
@@ -101,11 +94,11 @@ class IndexedDatasetWriter:
     def extend(self, tokens: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]]) -> None:
         """Append many documents: all their ids one after another, and the length in tokens of each.
 
-        The ids must be below the vocabulary's size, and of the stored type already (`dtype`): whoever converts them
-        has to look at all of them before that, and can do it on another thread.
+        The ids must be below the vocabulary's size and of the stored type (`dtype`): the caller checks and converts
+        them, on another thread.
 
         Raises:
-            ValueError: another type, or lengths that are not those of `tokens` or too large for the format.
+            ValueError: the type is another one, or the lengths do not fit `tokens` or the format.
         """
         import numpy as np
 
@@ -124,8 +117,21 @@ class IndexedDatasetWriter:
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.tokens += tokens.size
 
-    def finalize(self) -> None:
-        """Write the index, make both files durable and give them their names, .bin first."""
+    def __enter__(self) -> IndexedDatasetWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._write_index()
+        finally:
+            # Closing flushes, which fails again on the full disk that may be the reason.
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def _write_index(self) -> None:
         import numpy as np
 
         count = len(self._lengths)
@@ -133,57 +139,18 @@ class IndexedDatasetWriter:
         pointers = np.zeros(count, dtype="<i8")
         np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
         pointers *= np.dtype(self.dtype).itemsize
-
-        _flush_and_close(self._file)
-        with open(self._temporary_idx, "xb") as index:
+        boundaries = np.arange(count + 1, dtype="<i8")
+        if self._empty:
+            boundaries = np.sort(np.concatenate([boundaries, np.asarray(self._empty, dtype="<i8")]))
+        with atomic_file(idx_path(self.prefix), "wb") as index:
             index.write(_HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[self.dtype], count, self.documents + 1))
-            index.write(lengths.astype("<i4").tobytes())
-            index.write(pointers.tobytes())
-            boundaries = np.arange(count + 1, dtype="<i8")
-            if self._empty:
-                boundaries = np.sort(np.concatenate([boundaries, np.asarray(self._empty, dtype="<i8")]))
-            index.write(boundaries.tobytes())
-            _flush_and_close(index)
-        idx_path(self.prefix).unlink(missing_ok=True)
-        os.replace(self._temporary_bin, bin_path(self.prefix))
-        os.replace(self._temporary_idx, idx_path(self.prefix))
-        fsync_folder(self.prefix.parent)
-
-    def abort(self) -> None:
-        """Drop what was written: the temporaries go, files of `prefix` stay as they are."""
-        # Closing flushes, which fails again on the full disk that may be the reason for this call.
-        with contextlib.suppress(OSError):
-            self._file.close()
-        for path in (self._temporary_bin, self._temporary_idx):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.finalize()
-        finally:
-            self.abort()  # nothing is left to drop after a finalize that succeeded
-
-
-def _flush_and_close(file: Any) -> None:
-    """Put the contents of a writable binary file on the disk and close it."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+            for column in (lengths.astype("<i4"), pointers, boundaries):
+                index.write(column.tobytes())
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `inspect` found: `documents` and `tokens` are counts, `dtype` is the stored type's numpy name.
-
-    `max_token_id` is None unless the tokens were read.
-    """
+    """What `inspect` read: counts, and the numpy name of the stored type. `max_token_id` needs `read_tokens`."""
 
     prefix: Path
     documents: int
@@ -193,17 +160,16 @@ class DatasetInfo:
 
 
 def inspect(prefix: Path, *, vocab_size: int | None = None, read_tokens: bool = False) -> DatasetInfo:
-    """Check the dataset `prefix` (a path without suffix) as far as can be done before training on it.
+    """Check the dataset `prefix` (a path without suffix) as far as possible before training on it.
 
-    The index is read in whole and must agree with itself and with the size of .bin. The tokens are read only
-    with `read_tokens`; then each id must be at least 0, and below `vocab_size` where that is given. Memory
-    use is bounded by a few MiB whatever the size of the files.
+    The whole index is read, and must agree with itself and with the size of .bin. With `read_tokens` all tokens are
+    read too: each id must be at least 0, and below `vocab_size` if that is given. Memory stays at a few MiB whatever
+    the size of the files.
 
     Raises:
-        BenchError: a file is missing, unreadable, truncated or damaged, the dataset holds no token, or an id
-            does not belong to the vocabulary.
+        BenchError: a file is missing, unreadable, truncated or damaged, the dataset holds no token, or an id does not
+            belong to the vocabulary.
     """
-    prefix = Path(prefix)
     try:
         return _inspect(prefix, vocab_size, read_tokens)
     except OSError as error:
@@ -213,7 +179,7 @@ def inspect(prefix: Path, *, vocab_size: int | None = None, read_tokens: bool = 
 
 
 def _inspect(prefix: Path, vocab_size: int | None, read_tokens: bool) -> DatasetInfo:
-    """`inspect`, with OSError as it comes."""
+    """Do the work of `inspect`."""
     import numpy as np
 
     index, data = idx_path(prefix), bin_path(prefix)
@@ -257,7 +223,7 @@ def _inspect(prefix: Path, vocab_size: int | None, read_tokens: bool) -> Dataset
 
 
 def _check_index(index: Path, sequences: int, boundaries: int, itemsize: int) -> int:
-    """Check the arrays of an index file whose size is right; returns the number of tokens it describes."""
+    """Check the arrays of an index file of the right size, and return the number of tokens it describes."""
     import numpy as np
 
     def column(dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
@@ -281,14 +247,14 @@ def _check_index(index: Path, sequences: int, boundaries: int, itemsize: int) ->
     if starts[0] != 0 or starts[-1] != sequences:
         raise _damaged(index, f"its document boundaries do not run from 0 to its {sequences:,} sequences")
     for begin in range(0, boundaries - 1, _CHUNK):
-        # One more than the chunk, so that the step from each chunk to the next is looked at too.
+        # One more than the chunk, so that the step from each chunk to the next is checked too.
         if np.any(np.diff(starts[begin : begin + _CHUNK + 1]) < 0):
             raise _damaged(index, "its document boundaries are out of order")
     return tokens
 
 
 def _check_tokens(data: Path, dtype: np.dtype[Any], tokens: int, vocab_size: int | None) -> int:
-    """Read all ids of a .bin file of the right size and return the largest."""
+    """Read all ids of a .bin file of the right size, and return the largest."""
     import numpy as np
 
     ids = np.memmap(data, dtype, "r", 0, (tokens,))
@@ -300,15 +266,15 @@ def _check_tokens(data: Path, dtype: np.dtype[Any], tokens: int, vocab_size: int
         largest = max(largest, int(part.max()))
     if vocab_size is not None and largest >= vocab_size:
         raise BenchError(
-            f"{data} has token id {largest:,}, and the tokenizer has only {vocab_size:,} tokens (ids 0 to "
-            f"{vocab_size - 1:,}): the dataset was prepared with another tokenizer. Set the tokenizer that "
-            "it was prepared with, or prepare it again with this one."
+            f"{data} has token id {largest:,}, but the tokenizer has only {vocab_size:,} tokens (ids 0 to "
+            f"{vocab_size - 1:,}): the dataset was prepared with another tokenizer. Set that tokenizer, or prepare the "
+            "dataset again with this one."
         )
     return largest
 
 
 def _size_error(path: Path, expected: str, actual: int) -> BenchError:
-    """The error for a file whose size is not what the index says; `expected` is in bytes."""
+    """Return the error for a file whose size is not what the index says; `expected` is in bytes."""
     return BenchError(
         f"{path} is damaged: it should have {expected} bytes and has {actual:,} (an interrupted copy or "
         "preparation?). Prepare the dataset again, or copy both of its files again."
@@ -316,5 +282,5 @@ def _size_error(path: Path, expected: str, actual: int) -> BenchError:
 
 
 def _damaged(path: Path, what: str) -> BenchError:
-    """The error for a file whose contents contradict themselves; `what` is a clause."""
+    """Return the error for a file whose contents contradict themselves; `what` is a clause."""
     return BenchError(f"{path} is damaged: {what}. Prepare the dataset again, or copy both of its files again.")

@@ -1,71 +1,78 @@
-"""One shard from its source to a verified Megatron dataset: download, tokenise, read back, put in place.
+"""One shard, from its source to a verified Megatron dataset: download, tokenise, read back, move into place.
 
-`python -m nemo_bench.data.shard FOLDER` does what FOLDER/task.json says. It is a process of its own, on this machine or
-in a Slurm job, and leaves its progress and its result in the folder. Beside the dataset `<prefix>.bin` and `.idx` it
-leaves `<prefix>.json`, which says what they were made from. That comes first, the index last: an index with its
+`python -m nemo_bench.data.shard FOLDER` does what FOLDER/shard.json says, as a process of its own, here or in a Slurm
+job, and keeps its progress and its result there. Next to the dataset `<prefix>.bin` and `.idx` it leaves
+`<prefix>.json`, which says what they were made from. The description comes first and the index last: an index with its
 description means a complete dataset, at whatever moment the process was killed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import hashlib
 import json
 import os
-import secrets
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urlsplit
 
-from nemo_bench.data.documents import FORMATS, Reader, format_of
+from nemo_bench.data import fetch
+from nemo_bench.data.documents import FORMATS, Reader
 from nemo_bench.data.encoder import Backend, Encoder
-from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect, optimal_dtype
-from nemo_bench.data.tokenization import MAX_THREADS, Counts, tokenize, usable_cores
+from nemo_bench.data.indexed_dataset import bin_path, idx_path, inspect, optimal_dtype
+from nemo_bench.data.manifest import FORMAT, FORMAT_VERSION, damage, manifest_path, read_manifest
+from nemo_bench.data.tokenize import MAX_THREADS, Counts, tokenize, usable_cores
 from nemo_bench.errors import BenchError
-from nemo_bench.files import fsync_folder, locked, sha256_of, write_json, write_text
+from nemo_bench.files import atomic_file, explained_disk_errors, fsync_folder, locked, sha256_of, write_json
 
-TASK, PROGRESS, RESULT, ERROR = "task.json", "progress.json", "result.json", "error.json"
-FORMAT, FORMAT_VERSION = "nemo-bench dataset", 1
-_KEYS = {"inputs", "source", "documents", "tokens", "vocab_size", "bad", "truncated", "products", "made_at"}
-_PROGRESS_S = 0.5
-NONE_YET = "there is none yet"
+RECORD, LOG = "shard.json", "log.out"
+_SAVE_EVERY_S = 0.5
 
 
-@dataclass(frozen=True)
-class ShardTask:
-    """What is to be made.
+@dataclass
+class Shard:
+    """A source of documents and the dataset made from it: what to do, how it goes, what came of it."""
 
-    Attributes:
-        source: URL, or absolute path of a file; a URL may end in "#sha256=..." of the file.
-        prefix: absolute path of the dataset, without suffix.
-        tokenizer_folder: Hugging Face folder.
-        text_key: JSON key or Parquet column of the text.
-        download_folder: where a URL's file goes; kept afterwards with `keep_download`.
-        threads: that decode and encode; None: as many as the machine that does it has use for.
-        overwrite: make it anew, whatever is there.
-    """
-
-    source: str
-    prefix: str
+    # what to do
+    source: str  # a URL, which may end in "#sha256=...", or the absolute path of a file
+    prefix: str  # of the dataset: absolute, without suffix
     tokenizer_folder: str
-    text_key: str
-    append_eod: bool
-    encoder: str
-    max_bad_share: float
-    download_folder: str
-    keep_download: bool
-    threads: int | None
-    overwrite: bool
+    text_key: str = "text"  # JSON key or Parquet column
+    append_eod: bool = True
+    encoder: str = "auto"
+    max_bad_share: float = 0.0
+    download_folder: str = ""
+    keep_download: bool = True
+    threads: int | None = None  # None: as many as the machine that works on it has use for
+    overwrite: bool = False  # make it again, whatever exists
+    # how it goes
+    folder: str = ""  # of its record and log; "" keeps none
+    job_id: str = ""  # of its Slurm job
+    state: str = "waiting"  # waiting, running (or Slurm's word), done, failed
+    phase: str = "starting"  # downloading, tokenising, verifying
+    phase_began: float = 0.0
+    saved_at: float = 0.0
+    done_bytes: int = 0  # of the source, as stored
+    total_bytes: int | None = None
+    # what came of it
+    origin: str = ""  # made, found (made before), foreign (not made by this program)
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0  # encoded now
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    bad: dict[str, int] = field(default_factory=dict)  # documents left out, by reason
+    error: str = ""
+    exit_code: int = 0
 
     @property
     def name(self) -> str:
@@ -76,16 +83,17 @@ class ShardTask:
         return is_url(self.source)
 
     @property
-    def shown(self) -> str:
-        """The source without what may be a secret in a URL: user name, password and query."""
-        if not self.is_url:
-            return self.source
-        parts = urlsplit(self.source)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    def ended(self) -> bool:
+        return self.state in ("done", "failed")
+
+    @property
+    def shown_source(self) -> str:
+        """The source without what may be secret in a URL."""
+        return fetch.shown(self.source) if self.is_url else self.source
 
     @property
     def download_path(self) -> Path:
-        """Where a URL's file goes: a place of its own for each URL, by host and path."""
+        """Where a URL's file goes, by host, path and query."""
         parts = urlsplit(self.source)
         folders = [part for part in unquote(parts.path).split("/") if part not in ("", ".", "..")]
         name = folders.pop()
@@ -93,297 +101,223 @@ class ShardTask:
             name = f"{hashlib.sha256(parts.query.encode()).hexdigest()[:8]}-{name}"
         return Path(self.download_folder).joinpath(parts.netloc.rpartition("@")[2].replace(":", "_"), *folders, name)
 
+    def save(self) -> None:
+        """Write the record."""
+        if self.folder:
+            with atomic_file(Path(self.folder, RECORD)) as file:
+                os.fchmod(file.fileno(), 0o600)  # a URL may hold a password
+                json.dump(asdict(self), file, indent=2)
 
-@dataclass(frozen=True)
-class ShardResult:
-    """A dataset that is there and was verified.
+    def refresh(self) -> None:
+        """Take over what the process that makes this shard has saved; the state only if it has ended."""
+        saved = Shard.load(Path(self.folder))
+        own = {"state": saved.state if saved.ended else self.state, "job_id": self.job_id, "folder": self.folder}
+        vars(self).update({**asdict(saved), **own})
 
-    Attributes:
-        state: made, found (made before), or foreign (there before, and not made by this program).
-        documents, tokens: of the dataset.
-        text_bytes: UTF-8 bytes that were encoded; None where it was not made now.
-        seconds: taken, by phase.
-        bad: documents left out, by reason.
-    """
+    def enter(self, phase: str) -> None:
+        """Begin a phase, and note how long the last one took."""
+        now = time.time()
+        if self.phase_began:
+            self.seconds[self.phase] = round(now - self.phase_began, 3)
+        self.phase, self.phase_began, self.saved_at = phase, now, 0.0
+        self.advance(0, None)
 
-    prefix: str
-    state: str
-    documents: int
-    tokens: int
-    text_bytes: int | None
-    seconds: dict[str, float]
-    bad: dict[str, int]
+    def advance(self, done_bytes: int, total_bytes: int | None) -> None:
+        """Note how far the phase is, and save it now and then."""
+        self.done_bytes, self.total_bytes = done_bytes, total_bytes
+        if (now := time.time()) - self.saved_at > _SAVE_EVERY_S:
+            self.saved_at = now
+            with contextlib.suppress(OSError):  # on a full disk the work itself fails
+                self.save()
+
+    @staticmethod
+    def load(folder: Path) -> Shard:
+        """Read a record."""
+        return Shard(**json.loads((folder / RECORD).read_bytes()))
+
+    def inputs(self, tokenizer_sha256: str) -> dict[str, Any]:
+        """Return what decides the dataset's bytes; of a file only its name, since a stage folder may be moved."""
+        if self.is_url:
+            query = urlsplit(self.source).query
+            source: dict[str, Any] = {"source": self.shown_source}
+            if query:
+                source["query_sha256"] = hashlib.sha256(query.encode()).hexdigest()
+        else:
+            path = Path(self.source)
+            source = {"source": path.name}
+            if path.exists():
+                status = path.stat()
+                source |= {"source_bytes": status.st_size, "source_mtime_ns": status.st_mtime_ns}
+        settings = {"text_key": self.text_key, "append_eod": self.append_eod}
+        return {**source, **settings, "tokenizer_sha256": tokenizer_sha256}
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is downloaded; a path of a file is used in place."""
+    """Return whether a source is downloaded; a file is used in place."""
     return urlsplit(source).scheme in ("http", "https")
 
 
-def manifest_path(prefix: Path) -> Path:
-    """The description beside a dataset."""
-    return Path(f"{prefix}.json")
+def find(shard: Shard, tokenizer_sha256: str) -> str:
+    """Look for the dataset and take its numbers over; return why it has to be made, or "" if it exists.
 
-
-def read_manifest(prefix: Path) -> dict[str, Any] | None:
-    """The description of the dataset `prefix`, or None where there is none.
+    Only the index and the sizes are read, in milliseconds; `verify` reads everything.
 
     Raises:
-        BenchError: it cannot be read, or is not one.
+        BenchError: the dataset was made from other inputs, or the files are not ours and no dataset.
     """
-    path = manifest_path(prefix)
-    try:
-        manifest = json.loads(path.read_bytes())
-        if (manifest["format"], manifest["version"]) == (FORMAT, FORMAT_VERSION) and manifest.keys() >= _KEYS:
-            assert isinstance(manifest, dict)
-            return manifest
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise BenchError(f"{path} is not a description of a dataset, or is damaged: overwrite=true makes both anew")
-
-
-def found(task: ShardTask, tokenizer_sha256: str) -> ShardResult | str:
-    """The complete dataset of `task`, or why there is none.
-
-    Looks at the index and at sizes, in milliseconds; `verify` reads everything.
-
-    Raises:
-        BenchError: there is one made from other inputs, or files that are not ours and no dataset.
-    """
-    prefix = Path(task.prefix)
+    prefix = Path(shard.prefix)
     manifest = read_manifest(prefix)
-    there = [path for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]
     if manifest is None:
-        if not there:
-            return NONE_YET
+        if not (bin_path(prefix).exists() or idx_path(prefix).exists()):
+            return "there is none yet"
         try:
             info = inspect(prefix)
         except BenchError as error:
             raise BenchError(
-                f"{error}\nIt was not made by this program, and is left alone: move it away, or overwrite=true"
+                f"{error}\nThis program did not make it and leaves it alone: move it away, or overwrite=true"
             ) from None
-        return ShardResult(task.prefix, "foreign", info.documents, info.tokens, None, {}, {})
-    if len(there) < 2:
-        return "an earlier attempt was not finished"
-    if told := _differences(manifest, task, tokenizer_sha256):
+        shard.state, shard.origin, shard.documents, shard.tokens = "done", "foreign", info.documents, info.tokens
+        return ""
+    if not (bin_path(prefix).exists() and idx_path(prefix).exists()):
+        return "an earlier attempt did not finish"
+    if differences := _differences(manifest, shard, tokenizer_sha256):
         raise BenchError(
-            f"{prefix} was made from something else ({'; '.join(told)}).\n"
-            "overwrite=true makes it anew; output_prefix=... or stage_path=... makes another beside it"
+            f"{prefix} was made from something else ({'; '.join(differences)}).\n"
+            "overwrite=true makes it again; output_prefix=... or stage_path=... makes another one"
         )
-    for path in there:
-        expected = manifest["products"][path.suffix]["size_bytes"]
-        if path.stat().st_size != expected:
-            return f"{path.name} has {path.stat().st_size:,} bytes instead of {expected:,}"
-    return ShardResult(task.prefix, "found", manifest["documents"], manifest["tokens"], None, {}, manifest["bad"])
+    if problem := damage(prefix, manifest):
+        return problem
+    shard.state, shard.origin, shard.bad = "done", "found", manifest["bad"]
+    shard.documents, shard.tokens = manifest["documents"], manifest["tokens"]
+    return ""
 
 
-def task_inputs(task: ShardTask, tokenizer_sha256: str) -> dict[str, Any]:
-    """What decides the dataset's bytes; a local file without its folder, since a stage folder may be moved."""
-    if task.is_url:
-        query = urlsplit(task.source).query
-        source: dict[str, Any] = {"source": task.shown}
-        if query:
-            source["query_sha256"] = hashlib.sha256(query.encode()).hexdigest()
-    else:
-        path = Path(task.source)
-        source = {"source": path.name}
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            status = path.stat()
-            source |= {"source_bytes": status.st_size, "source_mtime_ns": status.st_mtime_ns}
-    return {**source, "text_key": task.text_key, "append_eod": task.append_eod, "tokenizer_sha256": tokenizer_sha256}
-
-
-def _differences(manifest: dict[str, Any], task: ShardTask, tokenizer_sha256: str) -> list[str]:
-    """In what the dataset's description differs from what `task` would make, as clauses."""
-    made, wanted = manifest["inputs"], task_inputs(task, tokenizer_sha256)
-    # A source that is no longer there is no other one: it was deleted once the dataset was made.
-    keys = [key for key in wanted if made.get(key) != wanted[key]]
-    if keys == ["source_mtime_ns"] and sha256_of(Path(task.source)) == manifest["source"].get("sha256"):
+def _differences(manifest: dict[str, Any], shard: Shard, tokenizer_sha256: str) -> list[str]:
+    """Return how the described dataset differs from what `shard` would make, as clauses."""
+    then, now = manifest["inputs"], shard.inputs(tokenizer_sha256)
+    # A source file that no longer exists is not another one, and has no size or date to compare.
+    keys = [key for key in now if then.get(key) != now[key]]
+    if keys == ["source_mtime_ns"] and sha256_of(Path(shard.source)) == manifest["source"].get("sha256"):
         keys = []
-    told = [f"{key}: {made.get(key)} then, {wanted[key]} now" for key in keys]
+    differences = [f"{key}: {then.get(key)} then, {now[key]} now" for key in keys]
     bad = sum(manifest["bad"].values())
-    if bad / max(bad + manifest["documents"], 1) > task.max_bad_share:
-        told.append(f"{bad:,} bad documents were left out, more than max_bad_share={task.max_bad_share:g}")
-    if manifest["truncated"] and task.max_bad_share < 1:
-        told.append("its source was truncated")
-    return told
+    if bad / max(bad + manifest["documents"], 1) > shard.max_bad_share:
+        differences.append(f"{bad:,} bad documents were left out, more than max_bad_share={shard.max_bad_share:g}")
+    if manifest["truncated"] and shard.max_bad_share < 1:
+        differences.append("its source was truncated")
+    return differences
 
 
-def verify(prefix: Path, vocab_size: int | None) -> DatasetInfo:
-    """Reads the whole dataset back and holds it against its description, or a foreign one against the vocabulary.
-
-    Raises:
-        BenchError: missing, damaged or changed.
-    """
-    manifest = read_manifest(prefix)
-    info = inspect(prefix, vocab_size=manifest["vocab_size"] if manifest else vocab_size, read_tokens=True)
-    if manifest is not None:
-        for path in (bin_path(prefix), idx_path(prefix)):
-            if sha256_of(path) != manifest["products"][path.suffix]["sha256"]:
-                raise BenchError(f"{path} has changed since it was made: overwrite=true makes it anew.")
-    return info
+# --- making one -------------------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """Leaves the shard's progress in a file, now and then."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self.phase = "starting"
-        self.written = 0.0
-
-    def __call__(self, phase: str, done_bytes: int = 0, total_bytes: int | None = None, **more: Any) -> None:
-        """Bytes are those of the source, stored: a compressed file's."""
-        now = time.time()
-        if self.folder is None or (phase == self.phase and now - self.written < _PROGRESS_S):
-            return
-        self.phase, self.written = phase, now
-        row = {"phase": phase, "done_bytes": done_bytes, "total_bytes": total_bytes, "time": now, **more}
-        with contextlib.suppress(OSError):  # on a full disk the work itself says so
-            temporary = self.folder / f".{PROGRESS}"
-            temporary.write_text(json.dumps(row))
-            os.replace(temporary, self.folder / PROGRESS)
-
-
-def prepare(task: ShardTask, progress: Progress, report: Callable[[str], None]) -> ShardResult:
-    """Makes the dataset of `task`, or finds it made. Two at once on the same: one makes it, the other waits.
+def prepare(shard: Shard, report: Callable[[str], None]) -> None:
+    """Make the dataset of `shard`, or find it made. Of two processes at once, one makes it and the other waits.
 
     Raises:
-        BenchError: nothing was put in place; what is downloaded stays, and the next attempt goes on from it.
+        BenchError: nothing was put in place; downloads stay, and the next attempt continues from them.
     """
-    prefix = Path(task.prefix)
-    encoder = Encoder(Path(task.tokenizer_folder), backend=Backend[task.encoder], report=report)
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        with locked(prefix.parent / f".{prefix.name}.lock", f"makes {prefix.name}", report):
-            _remove_leftovers(prefix)
-            if not task.overwrite:
-                result = found(task, encoder.fingerprint)
-                if isinstance(result, ShardResult):
-                    return result
-                if result != NONE_YET:
-                    report(f"made anew: {result}")
-            return _make(task, encoder, progress, report)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BenchError(
-                f"No space left in {prefix.parent} for {prefix.name} ({error.strerror}); nothing half-made was left. A "
-                "shard needs about as much as its uncompressed text, besides the download: free it, and run this again"
-            ) from None
-        raise BenchError(f"Cannot make {prefix}: {error}. Check that the folder can be written.") from None
-
-
-def _make(task: ShardTask, encoder: Encoder, progress: Progress, report: Callable[[str], None]) -> ShardResult:
-    prefix = Path(task.prefix)
-    threads = task.threads or min(MAX_THREADS, usable_cores())
-    seconds: dict[str, float] = {}
-    started = time.monotonic()
-
-    def lap(phase: str) -> None:
-        nonlocal started
-        seconds[phase] = round(time.monotonic() - started, 3)
-        started = time.monotonic()
-
-    source, origin = _fetch(task, progress, report)
-    lap("download")
-    building = prefix.parent / f".{prefix.name}.building-{os.getpid()}-{secrets.token_hex(4)}"
-    reader = Reader(source, task.text_key)
-
-    def tokenized(counts: Counts) -> None:
-        more = {"documents": counts.documents, "tokens": counts.tokens, "text_bytes": counts.text_bytes}
-        progress("tokenising", reader.bytes_read, reader.size_bytes, **more)
-
-    progress("tokenising", 0, reader.size_bytes)
-    try:
-        counts = tokenize(
-            reader,
-            encoder,
-            building,
-            threads=threads,
-            append_eod=task.append_eod,
-            max_bad_share=task.max_bad_share,
-            progress=tokenized,
-        )
-        lap("tokenise")
-        progress("verifying", 0, None, documents=counts.documents, tokens=counts.tokens)
-        inputs = task_inputs(task, encoder.fingerprint)
-        info, products = _read_back(building, encoder, counts)
-        if "sha256" not in origin:
-            origin["sha256"] = sha256_of(source)
-        lap("verify")
-        if counts.bad_documents:
-            reasons = ", ".join(f"{number:,} x {reason}" for reason, number in counts.bad.most_common())
-            report(f"{source}: {counts.bad_documents:,} bad documents left out: {reasons}; the first:")
-            for example in counts.examples:
-                report(f"  {example}")
-        manifest = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "inputs": inputs,
-            "source": origin,
-            "documents": info.documents,
-            "tokens": info.tokens,
-            "max_token_id": info.max_token_id,
-            "vocab_size": encoder.vocab_size,
-            "dtype": info.dtype,
-            "eod": encoder.eod if task.append_eod else None,
-            "text_bytes": counts.text_bytes,
-            "bad": dict(counts.bad),
-            "bad_examples": counts.examples,
-            "truncated": counts.truncated,
-            "products": products,
-            "seconds": seconds,
-            "threads": threads,
-            "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "made_with": {"encoder": encoder.backend.value, **_versions()},
-        }
-        _publish(building, prefix, manifest)
-    finally:
-        for path in (bin_path(building), idx_path(building)):
-            path.unlink(missing_ok=True)
-    if task.is_url and not task.keep_download:
-        # Only now: all that was made from it is verified and in place.
-        source.unlink(missing_ok=True)
-    return ShardResult(str(prefix), "made", info.documents, info.tokens, counts.text_bytes, seconds, dict(counts.bad))
-
-
-def _fetch(task: ShardTask, progress: Progress, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """The file to read, and where it comes from."""
-    if not task.is_url:
-        path = Path(task.source)
-        if not path.is_file():
-            raise BenchError(f"{path} is not there: correct sources=[...], files or URLs of {', '.join(FORMATS)}")
-        return path, {"path": task.source, "size_bytes": path.stat().st_size}
-    from nemo_bench.data.fetch import fetch
-
-    url, fragment = urldefrag(task.source)
-    progress("downloading")
-    sha256 = fetch(
-        url,
-        task.download_path,
-        sha256=fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None,
-        progress=lambda done_bytes, total_bytes: progress("downloading", done_bytes, total_bytes),
-        report=report,
+    prefix = Path(shard.prefix)
+    encoder = Encoder(Path(shard.tokenizer_folder), backend=Backend[shard.encoder], report=report)
+    remedy = (
+        f"{shard.name} was not made, and nothing half-made is left. A shard needs about as much as its uncompressed "
+        "text, besides the download: free it, and run the same command again"
     )
-    path = task.download_path
-    return path, {"url": task.shown, "size_bytes": path.stat().st_size, "sha256": sha256}
+    with explained_disk_errors(prefix.parent, remedy):
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        with locked(prefix.with_name(f".{shard.name}.lock"), f"makes {shard.name}", report):
+            if not shard.overwrite:
+                reason = find(shard, encoder.fingerprint)
+                if not reason:
+                    return
+                if reason != "there is none yet":
+                    report(f"made again: {reason}")
+            for killed in prefix.parent.glob(f".{glob.escape(shard.name)}.building-*"):
+                shutil.rmtree(killed)
+            building = building_folder(shard)
+            building.mkdir()
+            try:
+                _make(shard, encoder, building / shard.name, report)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
 
 
-def download_name(url: str) -> str:
-    """The file name of a URL, which says its format.
-
-    Raises:
-        BenchError: it names no known format.
-    """
-    name = os.path.basename(urlsplit(url).path)
-    format_of(name)
-    return name
+def building_folder(shard: Shard) -> Path:
+    """Return the hidden folder where this process makes the dataset."""
+    return Path(shard.prefix).with_name(f".{shard.name}.building-{os.getpid()}")
 
 
-def _read_back(building: Path, encoder: Encoder, counts: Counts) -> tuple[DatasetInfo, dict[str, Any]]:
-    """Everything that was written, read again from the files; sizes and SHA-256 for the description."""
+def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str], None]) -> None:
+    """Make the dataset `building`, verify it and move it into place."""
+    shard.enter("downloading")
+    source, origin = _source(shard, report)
+    shard.enter("tokenising")
+    reader = Reader(source, shard.text_key)
+    threads = shard.threads or min(MAX_THREADS, usable_cores())
+
+    def progress(counts: Counts) -> None:
+        shard.documents, shard.tokens, shard.text_bytes = counts.documents, counts.tokens, counts.text_bytes
+        shard.advance(reader.bytes_read, reader.size_bytes)
+
+    counts = tokenize(
+        reader,
+        encoder,
+        building,
+        threads=threads,
+        append_eod=shard.append_eod,
+        max_bad_share=shard.max_bad_share,
+        progress=progress,
+    )
+    shard.enter("verifying")
+    products = _read_back(building, encoder, counts)
+    if "sha256" not in origin:
+        origin["sha256"] = sha256_of(source)
+    shard.enter("finishing")
+    if counts.bad_documents:
+        report(f"{source}: {counts.bad_documents:,} bad documents were left out:{counts.listed()}")
+    manifest = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "inputs": shard.inputs(encoder.fingerprint),
+        "source": origin,
+        "documents": counts.documents,
+        "tokens": counts.tokens,
+        "vocab_size": encoder.vocab_size,
+        "dtype": optimal_dtype(encoder.vocab_size),
+        "eod": encoder.eod if shard.append_eod else None,
+        "text_bytes": counts.text_bytes,
+        "bad": dict(counts.bad),
+        "bad_examples": counts.examples,
+        "truncated": counts.truncated,
+        "products": products,
+        "seconds": shard.seconds,
+        "threads": threads,
+        "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made_with": {"encoder": encoder.backend.value, **_versions()},
+    }
+    _move_into_place(building, Path(shard.prefix), manifest)
+    if shard.is_url and not shard.keep_download:
+        source.unlink(missing_ok=True)
+    shard.origin, shard.bad = "made", dict(counts.bad)
+
+
+def _source(shard: Shard, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """Return the file to read, downloaded if need be, and what it is."""
+    path = Path(shard.source)
+    if not shard.is_url:
+        if not path.is_file():
+            raise BenchError(f"{path} does not exist: correct sources=[...], files or URLs of {', '.join(FORMATS)}")
+        return path, {"path": shard.source, "size_bytes": path.stat().st_size}
+
+    path = shard.download_path
+    url, fragment = urldefrag(shard.source)
+    expected = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None
+    sha256 = fetch.fetch(url, path, sha256=expected, progress=shard.advance, report=report)
+    return path, {"url": shard.shown_source, "size_bytes": path.stat().st_size, "sha256": sha256}
+
+
+def _read_back(building: Path, encoder: Encoder, counts: Counts) -> dict[str, Any]:
+    """Read everything that was written from the files again; return their sizes and SHA-256."""
     paths = (bin_path(building), idx_path(building))
     with ThreadPoolExecutor(2) as pool:
         digests = [pool.submit(sha256_of, path) for path in paths]
@@ -395,33 +329,25 @@ def _read_back(building: Path, encoder: Encoder, counts: Counts) -> tuple[Datase
     written = (counts.documents, counts.tokens, optimal_dtype(encoder.vocab_size))
     if (info.documents, info.tokens, info.dtype) != written:
         raise BenchError(
-            f"read back, {building} has {info.documents:,} documents and {info.tokens:,} {info.dtype} tokens, and "
+            f"{building} reads back as {info.documents:,} documents and {info.tokens:,} {info.dtype} tokens, but "
             f"{written} were written: the disk or its driver loses data. Choose another disk."
         )
-    return info, products
+    return products
 
 
-def _publish(building: Path, prefix: Path, manifest: dict[str, Any]) -> None:
-    """Gives the verified files their names: the description first and the index last."""
+def _move_into_place(building: Path, prefix: Path, manifest: dict[str, Any]) -> None:
+    """Give the verified files their names: the description first, the index last."""
     idx_path(prefix).unlink(missing_ok=True)
-    write_text(manifest_path(prefix), json.dumps(manifest, indent=2) + "\n")
+    write_json(manifest_path(prefix), manifest)
     os.replace(bin_path(building), bin_path(prefix))
     os.replace(idx_path(building), idx_path(prefix))
     fsync_folder(prefix.parent)
 
 
-def _remove_leftovers(prefix: Path, process: str = "*") -> None:
-    """Removes what killed attempts left; of all processes only with the lock held."""
-    for dots in (".", ".."):  # the writer puts a dot of its own before a file that it is writing
-        for path in prefix.parent.glob(f"{dots}{glob.escape(prefix.name)}.building-{process}-*"):
-            path.unlink(missing_ok=True)
-
-
 def _versions() -> dict[str, str]:
-    names = ("nemo-bench", "tokenizers", "gigatoken", "orjson", "backports.zstd")
     versions = {"python": sys.version.split()[0]}
-    for name in names:
-        with contextlib.suppress(ImportError):
+    for name in ("nemo-bench", "tokenizers", "gigatoken", "orjson", "backports.zstd"):
+        with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
 
@@ -435,30 +361,28 @@ def _end(signum: int, frame: object) -> None:
 
 
 def main(folder: Path) -> int:
-    """Does the task in `folder`; the exit code is that of a command."""
+    """Make the shard whose record is in `folder`; return the exit code of a command."""
     from nemo_bench.cluster import lifeline
 
     # Threads that release the interpreter lock thousands of times a second wait less for it.
     sys.setswitchinterval(0.0005)
-    (folder / ERROR).unlink(missing_ok=True)
-    progress = Progress(folder)
-    progress("starting")
-    task = ShardTask(**json.loads((folder / TASK).read_bytes()))
+    shard = Shard.load(folder)
     signal.signal(signal.SIGTERM, _end)
-    lifeline.watch(lambda: _remove_leftovers(Path(task.prefix), str(os.getpid())))
+    lifeline.watch(lambda: shutil.rmtree(building_folder(shard), ignore_errors=True))
     try:
-        result = prepare(task, progress, lambda line: print(line, flush=True))
-        write_json(folder / RESULT, asdict(result))
+        prepare(shard, lambda line: print(line, flush=True))
+        shard.state = "done"
+        shard.save()
     except _Ended:
         return 128 + signal.SIGTERM
     except (BenchError, OSError) as error:
-        code = error.exit_code if isinstance(error, BenchError) else 2
+        shard.state, shard.error = "failed", str(error)
+        shard.exit_code = error.exit_code if isinstance(error, BenchError) else 2
         with contextlib.suppress(OSError):
-            write_json(folder / ERROR, {"message": str(error), "exit_code": code})
+            shard.save()
         print(error, file=sys.stderr, flush=True)
-        return code
-    progress("done")
-    print(f"{result.state}: {result.prefix}: {result.documents:,} documents, {result.tokens:,} tokens", flush=True)
+        return shard.exit_code
+    print(f"{shard.origin}: {shard.prefix}: {shard.documents:,} documents, {shard.tokens:,} tokens", flush=True)
     return 0
 
 

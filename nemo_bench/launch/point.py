@@ -84,12 +84,12 @@ def prepare_data(cfg: TrainConfig) -> tuple[TrainConfig, str]:
 
     assert cfg.data.folder is not None
     prepared = prepare_local(
-        Path(cfg.data.folder) / "dataset",
+        Path(cfg.data.folder),
         vocab_size=cfg.model.vocab_size,
         corpus_bytes=cfg.data.corpus_bytes,
         report=lambda line: print(line, flush=True),
     )
-    data = replace(cfg.data, paths=[*map(str, prepared.prefixes)], tokenizer=str(prepared.tokenizer_dir))
+    data = replace(cfg.data, paths=[str(prepared.prefix)], tokenizer=str(prepared.tokenizer_folder))
     sizes = f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary"
     return replace(cfg, data=data), f"data: {sizes}"
 

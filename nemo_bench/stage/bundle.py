@@ -16,7 +16,7 @@ from typing import Literal
 
 from backports.zstd import tarfile
 
-from nemo_bench.data.shard import verify
+from nemo_bench.data.manifest import verify
 from nemo_bench.errors import BenchError
 from nemo_bench.files import explained_disk_errors, locked, size_text
 from nemo_bench.record.folder import timestamp

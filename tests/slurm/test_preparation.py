@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zstandard
+from backports import zstd
 
 from nemo_bench.data.corpus import collect
 from nemo_bench.data.indexed_dataset import inspect
@@ -34,7 +34,7 @@ def server() -> Iterator[FileServer]:
     with FileServer() as server:
         for number in range(2):
             lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[number::2])
-            server.put(f"/train/{number:02d}.jsonl.zst", zstandard.ZstdCompressor().compress(lines.encode()))
+            server.put(f"/train/{number:02d}.jsonl.zst", zstd.compress(lines.encode()))
         yield server
 
 
@@ -86,7 +86,7 @@ def test_without_waiting_and_cancelled(scripts: Scripts, slurm: SlurmCluster, se
     assert done.returncode == 0 and "prepare_data.py check" in done.stdout
     (job_id,) = job_ids(done.stdout)
     downloads = scripts.stage / "llama3.1-dataset" / "downloads"
-    wait_for(lambda: any(p.stat().st_size for p in downloads.rglob("*.part")), "the download to begin", 60)
+    wait_for(lambda: any(p.stat().st_size for p in downloads.rglob("*.part/*")), "the download to begin", 60)
     # The same command joins the job that is under way.
     joined = scripts.run("prepare_data.py", *SUBMIT, url(server), "hydra.launcher.wait=false", "shards=[0]")
     assert f"job {job_id} is making my-llama_00_text_document already" in joined.stdout

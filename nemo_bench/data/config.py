@@ -1,0 +1,55 @@
+"""The schema of `prepare_data.py`'s configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from nemo_bench.config import ClusterConfig, DataConfig, Launch, ModelConfig
+from nemo_bench.data.encoder import Backend
+from nemo_bench.fields import PATH, number
+
+
+class Action(Enum):
+    """What `prepare_data.py` does."""
+
+    prepare = "prepare"
+    check = "check"  # read back what exists
+
+
+@dataclass
+class PreparationConfig:
+    """Which documents become which datasets, and how."""
+
+    action: Action = Action.prepare
+    launch: Launch = Launch.run
+    data: DataConfig = field(default_factory=DataConfig)  # data.folder: where the datasets go
+    model: ModelConfig = field(default_factory=ModelConfig)  # data=local: the size of the trained vocabulary
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # with hydra/launcher=submitit_slurm
+    stage_path: str = field(default=MISSING, metadata=PATH)
+    url: str = MISSING  # of shard {shard}
+    shards: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)  # URLs or files instead of the shards; one dataset for each
+    output_prefix: str = MISSING  # <data.folder>/<output_prefix>_<number>_<text_key>_document.bin and .idx
+    tokenizer_folder: str | None = field(default=None, metadata=PATH)
+    text_key: str = "text"  # the text's key in a JSON document, or column in a Parquet file
+    append_eod: bool = True  # end each document with an end-of-document token
+    encoder: Backend = Backend.auto
+    max_bad_share: float = number(1e-4, least=0, most=1)  # of the documents may be broken; left out, counted and shown
+    keep_downloads: bool = True  # false: delete a download once its dataset is verified and in place
+    download_folder: str = field(default=MISSING, metadata=PATH)
+    at_once: int = number(4, least=1)  # shards downloaded or tokenised at the same time
+    threads: int | None = number(None, least=1)  # for each shard; null: a share of this machine's cores
+    overwrite: bool = False  # make existing datasets again
+    wait: bool = True  # for submitted jobs, and show what they made
+
+
+def register() -> None:
+    """Make the schema known to Hydra."""
+    ConfigStore.instance().store(name="preparation_schema", node=PreparationConfig)
+
+
+register()

@@ -1,0 +1,69 @@
+"""The description next to a dataset, `<prefix>.json`: what the dataset was made from, and the SHA-256 of its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect
+from nemo_bench.errors import BenchError
+from nemo_bench.files import sha256_of
+
+FORMAT, FORMAT_VERSION = "nemo-bench dataset", 1
+_KEYS = {"inputs", "source", "documents", "tokens", "vocab_size", "bad", "truncated", "products", "made_at"}
+
+
+def manifest_path(prefix: Path) -> Path:
+    """Return the description next to a dataset."""
+    return Path(f"{prefix}.json")
+
+
+def read_manifest(prefix: Path) -> dict[str, Any] | None:
+    """Return the description of the dataset `prefix`, or None if there is none.
+
+    Raises:
+        BenchError: it is damaged or describes something else.
+    """
+    path = manifest_path(prefix)
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not manifest.keys() >= _KEYS:
+        raise BenchError(f"{path} does not describe a dataset, or is damaged: overwrite=true makes both again")
+    return manifest
+
+
+def datasets_in(folder: Path) -> list[Path]:
+    """Return the prefixes of all datasets in a folder, including incomplete ones."""
+    paths = [path for path in folder.glob("*.*") if path.suffix in (".bin", ".idx") and path.name[0] != "."]
+    return sorted({path.with_suffix("") for path in paths})
+
+
+def damage(prefix: Path, manifest: dict[str, Any]) -> str:
+    """Return what the files' sizes tell about the dataset, as a clause; "" if they are right."""
+    for path in (bin_path(prefix), idx_path(prefix)):
+        expected = manifest["products"][path.suffix]["size_bytes"]
+        if not path.exists():
+            return f"{path.name} is missing"
+        if path.stat().st_size != expected:
+            return f"{path.name} has {path.stat().st_size:,} bytes instead of {expected:,}"
+    return ""
+
+
+def verify(prefix: Path, vocab_size: int | None) -> DatasetInfo:
+    """Read the whole dataset and compare it with its description, or a foreign one with the vocabulary.
+
+    Raises:
+        BenchError: it is missing, damaged or changed.
+    """
+    manifest = read_manifest(prefix)
+    info = inspect(prefix, vocab_size=manifest["vocab_size"] if manifest else vocab_size, read_tokens=True)
+    if manifest is not None:
+        for path in (bin_path(prefix), idx_path(prefix)):
+            if sha256_of(path) != manifest["products"][path.suffix]["sha256"]:
+                raise BenchError(f"{path} has changed since it was made: overwrite=true makes it again")
+    return info
