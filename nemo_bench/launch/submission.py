@@ -21,6 +21,7 @@ from nemo_bench.launch.batch_script import batch_script
 from nemo_bench.launch.plan import files_plan, plan, point_name, results_dir
 from nemo_bench.launch.point import prepare_data
 from nemo_bench.record.folder import CONFIG, JOB, RunFolder, Status
+from nemo_bench.record.node import git_revision
 from nemo_bench.report.terminal import make_console
 
 
@@ -96,12 +97,20 @@ def _print_dry(point: ComposedPoint, cfg: TrainConfig) -> None:
 
 def _submit_all(points: list[ComposedPoint], configs: list[TrainConfig]) -> list[Job]:
     submitted: list[Job] = []
+    git = git_revision()
     try:
         for point, cfg in zip(points, configs):
             run = RunFolder.new(results_dir(cfg))
-            # As it is now: what happens to conf/ later changes nothing in it.
-            config_yaml = OmegaConf.to_yaml(OmegaConf.structured(cfg))
-            submitted.append(_submit(run, cfg, config_yaml, ["python", *sys.argv], point.overrides))
+            run.create(
+                # As it is now: what happens to conf/ later changes nothing in it.
+                config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
+                command=["python", *sys.argv],
+                overrides=point.overrides,
+                ranks=cfg.world_size,
+                state="submitted",
+                git=git,
+            )
+            submitted.append(_submit(run, cfg, point.overrides))
     except (BenchError, OSError, KeyboardInterrupt) as error:
         message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         if submitted:
@@ -116,13 +125,12 @@ def _submit_all(points: list[ComposedPoint], configs: list[TrainConfig]) -> list
     return submitted
 
 
-def _submit(run: RunFolder, cfg: TrainConfig, config_yaml: str, command: list[str], overrides: list[str]) -> Job:
-    """Make the folder of a run and submit it; a refused one does not look as if it were waiting.
+def _submit(run: RunFolder, cfg: TrainConfig, overrides: list[str]) -> Job:
+    """Submit a recorded run; a refused one does not look as if it were waiting.
 
     Raises:
         BenchError: the scheduler refused it, or may have taken it.
     """
-    run.create(config_yaml=config_yaml, command=command, overrides=overrides, ranks=cfg.world_size, state="submitted")
     entrypoint_of(cfg).write_files(cfg, run.path)
     try:
         return jobs.submit(
@@ -153,14 +161,15 @@ def resubmit(job: Job) -> Job:
         )
     if not (job.ended or job.lost):
         raise BenchError(f"job {job.job_id} is {job.state}: cancel it first (python jobs.py cancel {job.job_id})")
-    config_yaml = (job.folder / CONFIG).read_text()
-    again = _submit(
-        RunFolder.new(job.folder.parent),
-        load(job.folder / CONFIG),
-        config_yaml,
-        ["python", "jobs.py", "resubmit", job.job_id],
-        job.content["overrides"],
+    run, cfg, overrides = RunFolder.new(job.folder.parent), load(job.folder / CONFIG), job.content["overrides"]
+    run.create(
+        config_yaml=(job.folder / CONFIG).read_text(),
+        command=["python", "jobs.py", "resubmit", job.job_id],
+        overrides=overrides,
+        ranks=cfg.world_size,
+        state="submitted",
     )
+    again = _submit(run, cfg, overrides)
     write_json(job.folder / JOB, {**job.content, "resubmitted_as": again.job_id})
     return again
 

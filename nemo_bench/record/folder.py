@@ -77,9 +77,20 @@ class RunFolder:
         return cls(results / dated_name())
 
     def create(
-        self, *, config_yaml: str, command: list[str], overrides: list[str], ranks: int, state: str = "running"
+        self,
+        *,
+        config_yaml: str,
+        command: list[str],
+        overrides: list[str],
+        ranks: int,
+        state: str = "running",
+        git: dict[str, Any] | None = None,
     ) -> None:
-        """Make the folder of a run that this process is about to start, or to submit."""
+        """Make the folder of a run that this process is about to start, or to submit.
+
+        Args:
+            git: this project's revision, for a caller that makes many; else git is asked.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / CONFIG, config_yaml)
         write_json(
@@ -90,7 +101,7 @@ class RunFolder:
                 "created_at": timestamp(),
                 "command": shlex.join(command),
                 "overrides": overrides,
-                "git": git_revision(),
+                "git": git or git_revision(),
                 "ranks": ranks,
                 "launcher": _this_process(),
                 "status": asdict(Status(state)),
