@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,7 @@ def _paths(key: str, value: Any) -> list[Path]:
         raise BenchError(f"{key}: name at least one run folder, folder of runs, or log file")
     paths = []
     for text in map(str, values):
+        text = os.path.expanduser(text)
         matches = sorted(glob.glob(text)) if glob.has_magic(text) and not Path(text).exists() else []
         paths += [Path(match) for match in matches or [text]]
     return paths

@@ -14,7 +14,7 @@ from nemo_bench.report.numbers import numbers_at
 from nemo_bench.report.references import Reference, ReferencePoint
 from nemo_bench.report.statistics import Mean, mean_of_repeats
 
-_IDENTITY = ("gpu", "software", "entrypoint", "container", "data", "global_batch_size", "seq_length")
+_IDENTITY = ("gpu", "gpu_reported", "software", "entrypoint", "container", "data", "global_batch_size", "seq_length")
 # What a scaling curve runs over.
 _SCALE = ("trainer.num_nodes", "trainer.devices", "model.global_batch_size", "global_batch_size")
 

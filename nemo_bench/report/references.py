@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nemo_bench.errors import BenchError
+from nemo_bench.flops import Architecture
 
 _FOLDER = Path(__file__).parent / "published"
 
@@ -107,5 +108,9 @@ def _complete(point: ReferencePoint, table: Reference) -> None:
             setattr(point, key, getattr(table, key))
     layers = {"num_layers": point.layout["layers"]} if "layers" in point.layout else {}
     point.architecture = {**table.architecture[point.model], **point.architecture, **layers}
-    if not point.seq_length or point.step_time_s <= 0:
-        raise ValueError(f"{point.model} {point.precision} {point.gpus}: needs seq_length and a positive step_time_s")
+    sizes = {size.name for size in fields(Architecture)}
+    if point.architecture.keys() != sizes or not (point.gpu and point.seq_length > 0 and point.step_time_s > 0):
+        raise ValueError(
+            f"{point.model} {point.precision} {point.gpus}: needs gpu, seq_length, a positive step_time_s, and as "
+            f"architecture {', '.join(sorted(sizes))}"
+        )

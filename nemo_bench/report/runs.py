@@ -281,7 +281,8 @@ def _state(
         return state, f"the record ends at step {done} of {max_steps}" if done < max_steps else None
     if done < max_steps or state == "running":
         return state, f"{state} at step {done} of {max_steps}{because}"
-    warnings.append(f"{state} after its last step, {done} of {max_steps}{because}")
+    how = "no end was recorded" if state == "submitted" else state
+    warnings.append(f"{how} after its last step, {done} of {max_steps}{because}")
     return state, None
 
 

@@ -12,7 +12,7 @@ from nemo_bench.report import model
 from nemo_bench.report.model import Change, Point, Run, Verdict, flatten
 from nemo_bench.report.references import Reference, ReferencePoint
 from nemo_bench.report.remarks import of_runs
-from nemo_bench.report.statistics import LONGEST_WARM_UP
+from nemo_bench.report.statistics import LONGEST_WARM_UP, Steps, is_time
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 _MEAN_OF_STEPS = re.compile(r"mean of steps (\d+) to (\d+)$")
@@ -23,18 +23,20 @@ def must_agree(run: Run, row: ReferencePoint) -> list[Change]:
     """Return the one list of what makes a run comparable with a published row: what was published, and what was run."""
     sizes: dict[str, int] = vars(run.architecture) if run.architecture else {}
     multiple = _VOCAB_MULTIPLE * row.layout.get("TP", 1)
-    padded = [None if size is None else math.ceil(size / multiple) * multiple
-              for size in (row.architecture.get("vocab_size"), sizes.get("vocab_size"))]  # fmt: skip
+    theirs, ours = (
+        math.ceil(size / multiple) * multiple if size else None
+        for size in (row.architecture["vocab_size"], sizes.get("vocab_size"))
+    )
     pairs = {
-        **{name: (row.architecture.get(name), sizes.get(name)) for name in _SIZES},
-        "padded vocabulary": (padded[0], padded[1]),
+        **{name: (row.architecture[name], sizes.get(name)) for name in _SIZES},
+        "padded vocabulary": (theirs, ours),
         "gpu": (row.gpu, _gpu(run)),
         "gpus": (row.gpus, run.gpus),
         "precision": (row.precision, run.precision),
         "seq_length": (row.seq_length, run.seq_length),
         "global_batch_size": (row.global_batch_size, run.global_batch_size),
     }
-    return [Change(key, _text(before), _text(after)) for key, (before, after) in pairs.items() if before is not None]
+    return [Change(key, _text(before), _text(after)) for key, (before, after) in pairs.items()]
 
 
 def _text(value: object) -> str | None:
@@ -108,35 +110,37 @@ def judge(point: Point, runs: Sequence[Run], references: Sequence[Reference], to
         tolerance: PASS lies between 1 - tolerance and 1 + tolerance of the published throughput.
     """
     final = [run for run in runs if run.numbers is not None]
-    row = point.reference
-    verdict = Verdict(tolerance=tolerance, remarks=tuple(of_runs(final)))
+    run, row = (final or runs)[0], point.reference
+    left_out = dict.fromkeys(f"left out: {run.why_not_final}" for run in runs if final and run.numbers is None)
+    verdict = Verdict(tolerance=tolerance, remarks=(*of_runs(final), *left_out))
     if row is not None:
-        agreement = must_agree((final or runs)[0], row)
-        verdict = replace(verdict, must_agree=tuple(agreement), differences=tuple(differences((final or runs)[0], row)))
-        verdict = replace(verdict, remarks=(*verdict.remarks, *_choice_of(row, references), *row.notes))
-    if not final:
-        why = "; ".join(dict.fromkeys(run.why_not_final or "its batch or sequence is not known" for run in runs))
-        value = model.INVALID if any(run.invalid for run in runs) else model.INCOMPLETE
-        return replace(
-            verdict, value=value, why=f"no valid run: {why}" if value == model.INVALID else f"no finished run: {why}"
+        choice = [f"of {len(references)} tables, the row of {row.reference} is taken"] if len(references) > 1 else []
+        verdict = replace(
+            verdict,
+            must_agree=tuple(must_agree(run, row)),
+            differences=tuple(differences(run, row)),
+            remarks=(*verdict.remarks, *choice, *row.notes),
         )
+    if not final:
+        reasons = "; ".join(dict.fromkeys(run.why_not_final or "its batch or sequence is not known" for run in runs))
+        if any(run.invalid for run in runs):
+            return replace(verdict, value=model.INVALID, why=f"no valid run: {reasons}")
+        return replace(verdict, value=model.INCOMPLETE, why=f"no finished run: {reasons}")
     if row is None:
         return verdict
-    other = [change for change in verdict.must_agree if change.before != change.after]
-    if other:
-        unknown = [change.key for change in other if change.after is None]
-        texts = [f"{change.key}={change.after}, published {change.before}" for change in other if change.after]
-        texts += (
-            [f"not known: {', '.join(unknown)}" + ("; name it with gpu=..." if "gpu" in unknown else "")]
-            if unknown
-            else []
-        )
-        return replace(verdict, value=model.NOT_COMPARABLE, why=f"another run than the published: {'; '.join(texts)}")
+    if obstacles := _obstacles(verdict.must_agree):
+        return replace(verdict, value=model.NOT_COMPARABLE, why=f"another run than the published: {obstacles}")
     return _judged(verdict, point, final, row)
 
 
-def _choice_of(row: ReferencePoint, references: Sequence[Reference]) -> list[str]:
-    return [f"of {len(references)} tables, the row of {row.reference} is taken"] if len(references) > 1 else []
+def _obstacles(must_agree: Sequence[Change]) -> str:
+    """Return what disagrees, or is not known, in what must agree; empty where nothing does."""
+    other = [change for change in must_agree if change.before != change.after]
+    texts = [f"{change.key}={change.after}, published {change.before}" for change in other if change.after]
+    unknown = [change.key for change in other if not change.after]
+    if unknown:
+        texts.append(f"not known: {', '.join(unknown)}" + ("; name it with gpu=..." if "gpu" in unknown else ""))
+    return "; ".join(texts)
 
 
 def _judged(verdict: Verdict, point: Point, final: Sequence[Run], row: ReferencePoint) -> Verdict:
@@ -168,12 +172,17 @@ def _measured(final: Sequence[Run], row: ReferencePoint) -> tuple[str, float]:
         return row.statistic, statistics.fmean(each.last_s for each in times)
     match = _MEAN_OF_STEPS.match(row.statistic)
     if match:
-        # Counted from 1, whatever the log counts from.
-        first, last = int(match[1]) - 1, int(match[2])
-        means = [statistics.fmean(run.steps.time_s[first:last]) for run in final if len(run.steps) >= last]
-        if len(means) == len(final):
-            return row.statistic, statistics.fmean(means)
+        means = [_mean_between(run.steps, int(match[1]), int(match[2])) for run in final]
+        if all(means):
+            return row.statistic, statistics.fmean(mean for mean in means if mean)
     return "mean of the steps that count", statistics.fmean(each.mean_s for each in times)
+
+
+def _mean_between(steps: Steps, first: int, last: int) -> float | None:
+    """Return the mean time of these steps, counted from 1, whatever the log counts from; None where one is missing."""
+    base = 1 - min(steps.step[0], 1)
+    times = [time for step, time in zip(steps.step, steps.time_s) if first <= step + base <= last and is_time(time)]
+    return statistics.fmean(times) if len(times) == last - first + 1 else None
 
 
 def _doubts(tolerance: float, point: Point, final: Sequence[Run], row: ReferencePoint, value: str) -> list[str]:

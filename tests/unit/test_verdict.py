@@ -100,6 +100,9 @@ def test_other_tables_several_and_none(tmp_path: Path) -> None:
 def test_the_references_own_statistic_is_judged(tmp_path: Path) -> None:
     table = (Path(references.__file__).parent / "published/nvidia-24.09.yaml").read_text()
     times = [11.0] * 34 + [11.4] * 10 + [11.2] * 6
+    (tmp_path / "ours.yaml").write_text(table.replace("statistic: last step", "statistic: mean of steps 45 to 60"))
+    verdict = judged(tmp_path, log_text(times), reference=str(tmp_path / "ours.yaml"))[1].verdict
+    assert verdict.statistic == "mean of the steps that count"  # of a shorter run
     for statistic, time_s in (("mean of steps 35 to 44", 11.4), ("last step", 11.2), ("mean", 11.104)):
         (tmp_path / "ours.yaml").write_text(table.replace("statistic: last step", f"statistic: {statistic}"))
         verdict = judged(tmp_path, log_text(times), reference=str(tmp_path / "ours.yaml"))[1].verdict
