@@ -49,16 +49,17 @@ def first_error(run: RunFolder, rank: int | None = None) -> FirstError | None:
 
     Args:
         run: its folder.
-        rank: the rank that failed first, whose log is read first; None if that is not known: then Slurm's comes first.
+        rank: the rank that failed first, whose log comes before Slurm's; None if that is not known: then Slurm's comes
+            first, and all ranks' follow.
     """
     if killed := killed_task(run):
         return killed
     job_logs = _job_logs(run)
-    if rank is None and job_logs and (task := _TASK.search(read_end(job_logs[0]))):
-        rank_logs = _rank_logs(run, int(task["rank"]))
+    if rank is not None:
+        logs = [run.log(rank), *job_logs]
     else:
-        rank_logs = _rank_logs(run, rank or 0)
-    logs = job_logs + rank_logs if rank is None else rank_logs[:1] + job_logs + rank_logs[1:]
+        task = _TASK.search(read_end(job_logs[0])) if job_logs else None
+        logs = job_logs + _rank_logs(run, int(task["rank"]) if task else 0)
     consequence = None
     for log in logs:
         error = error_in(log)

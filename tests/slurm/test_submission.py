@@ -193,8 +193,8 @@ def test_a_killed_rank_fails_the_job_at_once(scripts: Scripts, slurm: SlurmClust
     assert slurm.wait_for_end(job_id) == "FAILED"
     wait_for(lambda: not _ranks(run_dir), "all ranks to be gone", 30)
     assert record.RunFolder(run_dir).status().state == "failed"
-    assert "Killed" in scripts.jobs("log", job_id)
-    assert "FAILED" in scripts.jobs()
+    assert "was killed" in scripts.jobs("log", job_id)
+    assert "FAILED: srun: error: " in scripts.jobs()
 
 
 def _ranks(run_dir: Path) -> list[int]:
