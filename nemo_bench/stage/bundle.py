@@ -26,6 +26,7 @@ from nemo_bench.stage.stage import (
     NAME,
     REMEDY,
     Entry,
+    Part,
     Stage,
     describe,
     differences,
@@ -42,22 +43,25 @@ _DATASETS = "llama3.1-dataset"
 _SUFFIXES = (".json", ".bin", ".idx")
 
 
-def pack(stage: Stage, places: list[str], bundle: Path) -> None:
-    """Pack the recorded parts at `places`, and all datasets of the stage folder, into the new file `bundle`.
+def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
+    """Pack the parts, and all datasets of the stage folder, into the new file `bundle`.
 
     Raises:
-        BenchError: a file is not as recorded, `bundle` exists, or cannot be written.
+        BenchError: a part or dataset is not complete, `bundle` exists, or cannot be written.
     """
     if not bundle.name.endswith((".tar", ".tar.zst")):
         raise BenchError(f"bundle={bundle} must end in .tar, or .tar.zst (compressed)")
     if os.path.lexists(bundle):
         raise BenchError(f"{bundle} exists: remove it, or give the bundle another name")
-    recorded = stage.entries()
-    entries = {place: recorded[place] for place in places} | _datasets(stage)
-    for place in places:
-        state = stage.state(place, contents=True)
+    for part in parts:
+        state = stage.state(part.place, part.settings, contents=True)
         if state.name != "ok":
-            raise BenchError(f"{stage.folder / place} {state.detail}; nothing was packed")
+            raise BenchError(
+                f"{part.name.value}: {stage.folder / part.place} {state.detail}; nothing was packed. "
+                "`python setup_stage.py check` names the command that repairs it"
+            )
+    recorded = stage.entries()
+    entries = {part.place: recorded[part.place] for part in parts} | _datasets(stage)
     size_bytes = sum(entry.size_bytes for entry in entries.values())
     print_line(f"packing {size_text(size_bytes)} into {bundle}")
     with explained_disk_errors(bundle.parent, "free some space, or choose another folder (bundle=FILE)"):

@@ -25,7 +25,7 @@ def code_part() -> Part:
         name=PartName.code,
         place="nemo_bench",
         place_key="stage_path",
-        made_with={"project": _fingerprint()},
+        settings={"project": _fingerprint()},
         plan=f"copy {PROJECT}, and download the packages it needs (pip wheel)",
         make=_make,
     )

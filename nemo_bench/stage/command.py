@@ -59,7 +59,9 @@ def _run(cfg: StageConfig, stage: Stage, bundle: Path | None) -> None:
             require_stage_folder(stage.folder, create=True)
             fill_parts(stage, parts)
         if bundle is not None:
-            _pack(stage, parts, bundle)
+            from nemo_bench.stage.bundle import pack
+
+            pack(stage, parts, bundle)
 
 
 def chosen_parts(cfg: StageConfig, stage_folder: Path) -> list[Part]:
@@ -101,23 +103,10 @@ def fill_parts(stage: Stage, parts: list[Part]) -> None:
     print_line(f"stage folder {stage.folder}: {', '.join(part.name.value for part in parts)} complete")
 
 
-def _pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
-    from nemo_bench.stage.bundle import pack
-
-    problems = []
-    for part in parts:
-        state = stage.state(part.place, part.made_with, contents=False)
-        if state.name != "ok":
-            problems.append(_remedy(stage, part, part.place, state, None))
-    if problems:
-        raise BenchError("the stage folder cannot be packed:\n" + "\n".join(problems))
-    pack(stage, [part.place for part in parts], bundle)
-
-
 def _print_plan(cfg: StageConfig, stage: Stage, parts: list[Part], bundle: Path | None) -> None:
     print_line(f"stage folder: {stage.folder}")
     for part in parts if cfg.action is Action.fill else []:
-        state = stage.state(part.place, part.made_with, contents=False)
+        state = stage.state(part.place, part.settings, contents=False)
         text = part.plan
         if state.name == "ok":
             text = f"complete ({stage.folder / part.place})"
@@ -154,7 +143,7 @@ def check(stage: Stage, parts: list[Part]) -> None:
         asked = _SECTIONS[part.name] in chosen
         recorded = [] if asked else [place for place, entry in entries.items() if entry.part == part.name.value]
         for place in recorded or [part.place]:
-            state = stage.state(place, part.made_with if asked else None, contents=True)
+            state = stage.state(place, part.settings if asked else None, contents=True)
             entry = entries.get(place)
             shown = (size_text(entry.size_bytes), entry.details.get("version"), entry.made_at) if entry else ()
             table.add_row(part.name.value, state.name, *(shown or ("", "", "")), place)
@@ -175,7 +164,7 @@ def _remedy(stage: Stage, part: Part, place: str, state: State, entry: Entry | N
     if entry is not None and place != part.place:
         overrides.append(f"{part.place_key}={quoted_path(path if part.name is PartName.tokenizer else place)}")
     if entry is not None:
-        changed = {key: value for key, value in entry.made_with.items() if part.made_with.get(key) != value}
+        changed = {key: value for key, value in entry.settings.items() if part.settings.get(key) != value}
         overrides += [f"{key}={value}" for key, value in changed.items() if key.startswith(_SECTIONS[part.name])]
     command += shlex.join(["python", "setup_stage.py", *overrides, f"parts=[{part.name.value}]"])
     return f"{part.name.value}: {path} {state.detail}\n  {command}"

@@ -31,7 +31,7 @@ def image_part(cfg: StageConfig, stage_folder: Path) -> Part:
         name=PartName.image,
         place=place,
         place_key="entrypoint.image",
-        made_with={"entrypoint.container": cfg.entrypoint.container},
+        settings={"entrypoint.container": cfg.entrypoint.container},
         plan=f"{shlex.join(_command(cfg, stage_folder / place))}\n  about {size_text(_size_bytes(cfg))} (image_gib)",
         make=partial(_import, cfg),
     )

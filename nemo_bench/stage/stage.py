@@ -1,4 +1,4 @@
-"""A stage folder and its manifest, stage.json: what each part was made with, and the size and SHA-256 of its files.
+"""A stage folder and its manifest, stage.json: the settings each part was made with, and its files' sizes and SHA-256.
 
 A part is made in a hidden folder next to its place, recorded, and renamed into its place, in this order: a kill at any
 moment leaves the old part, none or the new one, and never a part that its record does not describe.
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ NAME = "stage.json"
 FORMAT, VERSION = "nemo-bench stage", 2
 REMEDY = "free some space, or choose another stage folder (STAGE_PATH, or stage_path=...), and run this again"
 DATASET = "dataset"  # in bundles: prepare_data.py describes a dataset in a file next to it
+print_line = partial(print, flush=True)  # at once, also into a file
 _LARGE_BYTES = 10**9  # takes a few seconds to read
 
 
@@ -41,14 +43,14 @@ class Entry:
 
     Attributes:
         part: the name of the part, or DATASET.
-        made_with: the settings that decide its contents, by key of the configuration.
+        settings: the settings that decide its contents, by key of the configuration.
         details: what else is known about it; "version" is for people.
         files: by path relative to the stage folder.
     """
 
     part: str
     made_at: str
-    made_with: dict[str, Any]
+    settings: dict[str, Any]
     details: dict[str, Any]
     files: dict[str, FileRecord]
 
@@ -64,7 +66,7 @@ class Part:
     Attributes:
         place: its path relative to the stage folder.
         place_key: the key of the configuration that chooses the place.
-        made_with: the settings that decide its contents, by key of the configuration.
+        settings: the settings that decide its contents, by key of the configuration.
         plan: what `make` does, for launch=dry.
         make: makes and verifies the part at a path that does not exist yet, and returns the details to record.
             It also gets the lock's descriptor: a child process that inherits it keeps the lock if this process dies.
@@ -73,7 +75,7 @@ class Part:
     name: PartName
     place: str
     place_key: str
-    made_with: dict[str, Any]
+    settings: dict[str, Any]
     plan: str
     make: Callable[[Path, int], dict[str, Any]]
 
@@ -121,8 +123,8 @@ class Stage:
         """Hold the lock of whoever makes this part."""
         return locked(self.folder / f".stage-{name.value}.lock", f"fills the part {name.value}", print_line)
 
-    def state(self, place: str, made_with: dict[str, Any] | None = None, *, contents: bool) -> State:
-        """Compare what lies at `place` with its record, and the record with the settings `made_with`.
+    def state(self, place: str, settings: dict[str, Any] | None = None, *, contents: bool) -> State:
+        """Compare what lies at `place` with its record, and the record with the settings `settings`.
 
         Args:
             contents: read every byte; otherwise only sizes are compared.
@@ -136,25 +138,25 @@ class Stage:
         if changed:
             return State("wrong", f"has changed since it was recorded: {_names(changed)}", blocked=True)
         unknown = sorted(set(files_of(path, place)) - set(entry.files))
-        for key, value in (made_with or {}).items():
-            if entry.made_with.get(key) != value:
+        for key, value in (settings or {}).items():
+            if entry.settings.get(key) != value:
                 replaced = entry.part == PartName.code.value and not unknown
-                return State("wrong", f"was made with {key}={entry.made_with.get(key)}, not {value}", not replaced)
+                return State("wrong", f"was made with {key}={entry.settings.get(key)}, not {value}", not replaced)
         if absent:
             return State("missing", f"lacks {_names(absent)}", blocked=bool(unknown))
         return State("ok")
 
-    def put(self, made: Path, place: str, entry: Entry) -> None:
-        """Record `made`, a file or folder in a hidden folder of the stage, and move it to `place`."""
+    def put(self, new: Path, place: str, entry: Entry) -> None:
+        """Record the file or folder `new`, which lies in a hidden folder, and move it to `place`."""
         destination = self.folder / place
-        for path in (made, *made.rglob("*")):
+        for path in (new, *new.rglob("*")):
             fsync(path)
         if destination.exists():
-            os.replace(destination, made.with_name(f"{made.name}.old"))
+            os.replace(destination, new.with_name(f"{new.name}.old"))
         if entry.part != DATASET:
             self.record(place, entry)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(made, destination)
+        os.replace(new, destination)
         fsync_folder(destination.parent)
 
 
@@ -165,28 +167,31 @@ def fill(stage: Stage, part: Part) -> None:
         BenchError: it cannot be made, or something else is in its place.
     """
     destination = stage.folder / part.place
-    state = stage.state(part.place, part.made_with, contents=False)
-    if state.name == "ok" and not _hidden(destination).exists():
-        print_line(f"{part.name.value}: complete ({destination})")
+    if _complete(stage, part) and not _hidden(destination).exists():
         return
     with explained_disk_errors(stage.folder, REMEDY):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with stage.lock(part.name) as lock, hidden_folder(destination) as folder:
-            state = stage.state(part.place, part.made_with, contents=False)  # another process may have made it
-            if state.blocked:
-                raise BenchError(
-                    f"{destination} {state.detail}\nIt is left alone: move it away, or choose another place "
-                    f"({part.place_key}=...), and run this again"
-                )
-            if state.name == "ok":
-                print_line(f"{part.name.value}: complete ({destination})")
+            if _complete(stage, part):  # another process made it
                 return
-            made = folder / destination.name
-            details = part.make(made, lock)
-            files = describe(made, part.place)
-            entry = Entry(part.name.value, timestamp(), part.made_with, details, files)
-            stage.put(made, part.place, entry)
+            new = folder / destination.name
+            details = part.make(new, lock)
+            entry = Entry(part.name.value, timestamp(), part.settings, details, describe(new, part.place))
+            stage.put(new, part.place, entry)
     print_line(f"{part.name.value}: made ({destination}, {size_text(entry.size_bytes)})")
+
+
+def _complete(stage: Stage, part: Part) -> bool:
+    """Return whether the part is as the configuration asks for; raise BenchError if something else is in its place."""
+    state, destination = stage.state(part.place, part.settings, contents=False), stage.folder / part.place
+    if state.blocked:
+        raise BenchError(
+            f"{destination} {state.detail}\nIt is left alone: move it away, or choose another place "
+            f"({part.place_key}=...), and run this again"
+        )
+    if state.name == "ok":
+        print_line(f"{part.name.value}: complete ({destination})")
+    return state.name == "ok"
 
 
 # --- stage.json ---------------------------------------------------------------------------------------------
@@ -323,8 +328,3 @@ def place_inside(stage_folder: Path, value: str, key: str) -> str:
     if relative.split(os.sep)[0] in (os.curdir, os.pardir):
         raise BenchError(f"{key}={value} must lie inside the stage folder, {stage_folder}")
     return relative
-
-
-def print_line(line: str) -> None:
-    """Print a line at once, also into a file."""
-    print(line, flush=True)

@@ -17,11 +17,19 @@ from backports.zstd import tarfile
 from nemo_bench.data.indexed_dataset import IndexedDatasetWriter
 from nemo_bench.errors import BenchError
 from nemo_bench.stage.bundle import install, pack
-from nemo_bench.stage.stage import NAME, Entry, Stage, describe
+from nemo_bench.stage.config import PartName
+from nemo_bench.stage.stage import NAME, Entry, Part, Stage, describe
 from tests.datasets import make_dataset
 
 DATASET = "llama3.1-dataset/wiki.en_03_content_document"
-PLACES = {"nemo.sqsh": "image", "llama3.1-dataset/llama": "tokenizer", "nemo_bench": "code"}
+PARTS = [
+    Part(name, place, "", {"a": 1}, "", lambda *_: {})
+    for name, place in (
+        (PartName.image, "nemo.sqsh"),
+        (PartName.tokenizer, "llama3.1-dataset/llama"),
+        (PartName.code, "nemo_bench"),
+    )
+]
 Members = list[tuple[tarfile.TarInfo, bytes]]
 
 
@@ -46,8 +54,9 @@ def stage(tmp_path: Path, small_tokenizer: Path) -> Stage:
     for name, data in files.items():
         (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (stage.folder / name).write_bytes(data)
-    for place, part in PLACES.items():
-        stage.record(place, Entry(part, "2026-01-01T00:00:00Z", {"a": 1}, {}, describe(stage.folder / place, place)))
+    for part in PARTS:
+        recorded = describe(stage.folder / part.place, part.place)
+        stage.record(part.place, Entry(part.name.value, "2026-01-01T00:00:00Z", part.settings, {}, recorded))
     with IndexedDatasetWriter(stage.folder / "llama3.1-dataset/my-llama_00_text_document", vocab_size=300) as writer:
         writer.extend(np.arange(100, dtype=np.uint16), np.array([100]))
     make_dataset(stage.folder / DATASET, small_tokenizer)
@@ -56,7 +65,7 @@ def stage(tmp_path: Path, small_tokenizer: Path) -> Stage:
 
 @pytest.fixture
 def packed(stage: Stage, tmp_path: Path) -> Path:
-    pack(stage, list(PLACES), tmp_path / "stage.tar")
+    pack(stage, PARTS, tmp_path / "stage.tar")
     return tmp_path / "stage.tar"
 
 
@@ -69,7 +78,7 @@ def other(tmp_path: Path) -> Stage:
 @pytest.mark.parametrize("name", ["b.tar", "b.tar.zst"])
 def test_round_trip(stage: Stage, other: Stage, tmp_path: Path, name: str) -> None:
     (stage.folder / "llama3.1-dataset" / ".my-llama_01_text_document.building-1.bin").touch()
-    pack(stage, list(PLACES), tmp_path / name)
+    pack(stage, PARTS, tmp_path / name)
     (stage.folder / "llama3.1-dataset" / ".my-llama_01_text_document.building-1.bin").unlink()
     assert ((tmp_path / name).read_bytes()[:4] == b"\x28\xb5\x2f\xfd") == name.endswith("zst")
     install(other, tmp_path / name, dry=False)
@@ -103,7 +112,7 @@ def test_foreign_files_in_the_way_are_named_and_kept(packed: Path, other: Stage,
 def test_damage_is_seen(stage: Stage, tmp_path: Path, suffix: str) -> None:
     """Cut off anywhere, or with any one byte changed: everything is installed as it was packed, or nothing is."""
     good = tmp_path / f"good.{suffix}"
-    pack(stage, list(PLACES), good)
+    pack(stage, PARTS, good)
     data, bad = good.read_bytes(), tmp_path / f"bad.{suffix}"
     choose = random.Random(2)
     damaged = [data[: choose.randrange(len(data))] for _ in range(30)]
@@ -193,15 +202,15 @@ def test_packing_verifies_what_it_packs(stage: Stage, tmp_path: Path, name: str)
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(BenchError, match=re.escape(name)):
-        pack(stage, list(PLACES), tmp_path / "b.tar")
+        pack(stage, PARTS, tmp_path / "b.tar")
     assert not list(tmp_path.glob("b.*"))
 
 
 def test_what_cannot_be_packed(stage: Stage, packed: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"stage\.tar exists: remove it"):
-        pack(stage, list(PLACES), packed)
+        pack(stage, PARTS, packed)
     with pytest.raises(BenchError, match=r"must end in \.tar, or \.tar\.zst"):
-        pack(stage, list(PLACES), tmp_path / "b.zip")
+        pack(stage, PARTS, tmp_path / "b.zip")
     (stage.folder / "llama3.1-dataset" / "my-llama_00_text_document.bin").unlink()
     with pytest.raises(BenchError, match=r"00_text_document\.bin does not exist"):
-        pack(stage, list(PLACES), tmp_path / "b.tar")
+        pack(stage, PARTS, tmp_path / "b.tar")

@@ -116,7 +116,7 @@ def task(
 
     def pack() -> None:
         if not packed.exists():
-            bundle.pack(stage, ["nemo.sqsh", "nemo_bench"], packed)
+            bundle.pack(stage, [image_part(cfg, stage.folder), code.code_part()], packed)
 
     def everything() -> None:
         if not packed.exists():

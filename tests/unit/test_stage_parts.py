@@ -120,7 +120,7 @@ def test_a_stage_folder_holds_several_images(stage: Stage, import_image: Callabl
 def test_a_damaged_manifest_is_named(stage: Stage, import_image: Callable[..., None]) -> None:
     import_image()
     content = json.loads(stage.manifest.read_text())
-    del content["entries"]["nemo.sqsh"]["made_with"]
+    del content["entries"]["nemo.sqsh"]["settings"]
     older = {**content, "version": 1}
     for text in (stage.manifest.read_text()[:100], "[]", "{}", json.dumps(content), json.dumps(older)):
         stage.manifest.write_text(text)
