@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 import re
@@ -36,7 +35,6 @@ def prepare_hydra() -> None:
     # hydra-submitit-launcher, where it is installed, registers a launcher of the same name, and Hydra would hold
     # conf/hydra/launcher/ against its schema.
     Plugins.instance()  # finds and registers all plugins, once
-    _compose_once()
     ConfigStore.instance().repo.get("hydra", {}).get("launcher", {}).pop("submitit_slurm.yaml", None)
     # --cfg job shows numbers (global batch size 256), not the interpolations that they are computed from.
     shows_job = re.search(r" (--cfg|-c)[ =]job\b", " ".join(sys.argv))
@@ -58,42 +56,6 @@ def temporary_folder() -> str:
     folder = tempfile.mkdtemp(prefix="nemo-bench-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def _compose_once() -> None:
-    """Let Hydra compose each point of a sweep once and read each file once, which halves the time of a sweep.
-
-    Its sweeper composes every point to find errors early, and its launcher composes every point again.
-    """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.sources_registry import SourcesRegistry
-
-    compose = ConfigLoaderImpl.load_sweep_config
-    points: dict[tuple[str, ...], Any] = {}
-
-    def composed(loader: Any, master_config: Any, sweep_overrides: list[str]) -> Any:
-        point = tuple(sweep_overrides)
-        if point in points:
-            return points.pop(point)
-        points[point] = compose(loader, master_config, sweep_overrides)
-        return points[point]
-
-    ConfigLoaderImpl.load_sweep_config = composed  # type: ignore[method-assign, assignment]
-    for scheme in ("file", "pkg"):
-        source = SourcesRegistry.instance().resolve(scheme)
-        source.load_config = _read_once(source.load_config)  # type: ignore[method-assign]
-
-
-def _read_once(read: Any) -> Any:
-    contents: dict[tuple[str, str], Any] = {}
-
-    def content(source: Any, config_path: str) -> Any:
-        file = (source.path, config_path)
-        if file not in contents:
-            contents[file] = read(source, config_path)
-        return copy.deepcopy(contents[file])
-
-    return content
 
 
 def composition_error(error: Exception, schema: type | None) -> str:
