@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,12 +18,6 @@ from nemo_bench.report.config import ReportConfig
 from nemo_bench.report.model import SUCCESSES, Report
 from nemo_bench.report.runs import architecture_of
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-# More runs than this are a list for the files, not for a terminal.
-SHOWN_RUNS = 30
-SHOWN_CHANGES = 20
 _GROUPS = ("model", "precision", "gpu")
 
 
@@ -34,7 +28,7 @@ def run_report(raw: DictConfig) -> None:
         BenchError: input that cannot be used; nothing was written.
         RunFailed: a point fails, is incomplete, or regressed; everything was printed and written.
     """
-    from nemo_bench.report.terminal import make_console
+    from nemo_bench.report.terminal import make_console, print_report
 
     cfg = _typed(raw)
     if cfg.archive is not None:
@@ -57,7 +51,7 @@ def run_report(raw: DictConfig) -> None:
         "report.html": page.render(report),
     }
     console = make_console()
-    show(console, report)
+    print_report(console, report)
     if cfg.output is not None:
         folder = _output(cfg.output, inputs)
         _write(folder, files)
@@ -128,61 +122,3 @@ def _failure(report: Report) -> str:
     if not report.points:
         return "it is not known what was run: name it with model=... precision=... gpus=... gpu=..."
     return "\n".join([f"{report.verdict}: {len(bad)} of {len(report.points)} points", *(f"  {text}" for text in bad)])
-
-
-_COLOURS = {
-    model.PASS: "green",
-    model.FAIL: "bold red",
-    model.INVALID: "bold red",
-    model.UNDECIDED: "yellow",
-    model.INCOMPLETE: "red",
-    model.FASTER: "cyan",
-    model.NOT_COMPARABLE: "yellow",
-}
-
-
-def show(console: Console, report: Report) -> None:
-    """The report on the terminal."""
-    from rich.markup import escape
-
-    if report.points:
-        console.print(_rich(tables.points_table(report)))
-    for point in report.points:
-        if point.verdict.value != model.NO_REFERENCE:
-            console.print(
-                f"  [bold]{escape(point.name)}[/] {escape(point.verdict.line)}", highlight=False, soft_wrap=True
-            )
-        # Of one that passes, the files tell the rest.
-        for text in point.verdict.remarks if point.verdict.value not in SUCCESSES else []:
-            console.print(f"    {escape(text)}", highlight=False, soft_wrap=True)
-    if report.comparisons:
-        console.print(_rich(tables.comparison_table(report.comparisons)))
-    for each in report.comparisons:
-        found = list(tables.changes(each))
-        for kind, text in found[:SHOWN_CHANGES]:
-            console.print(f"  [bold]{escape(each.point)}[/] {kind}: {escape(text)}", highlight=False, soft_wrap=True)
-        if len(found) > SHOWN_CHANGES:
-            console.print(f"  and {len(found) - SHOWN_CHANGES} more changes, in results.md and results.json")
-    if len(report.runs) == 1:
-        from nemo_bench.report.terminal import summary_table
-
-        console.print(summary_table(report.runs[0]))
-        for text in report.runs[0].warnings:
-            console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
-    elif len(report.runs) <= SHOWN_RUNS:
-        console.print(_rich(tables.runs_table(report.runs)))
-    for text in report.warnings:
-        console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
-
-
-def _rich(table: tables.Table) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in table.header:
-        made.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
-    for row in table.rows:
-        made.add_row(*(Text(cell, style=_COLOURS.get(cell.partition(",")[0], "")) for cell in row))
-    return made

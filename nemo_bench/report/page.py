@@ -1,312 +1,365 @@
-"""The report as one HTML page that needs nothing else: no network, no other file, no script to be understood."""
+"""The report as one HTML page that needs nothing else: `report.html.j2` with Plotly's script in it."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from nemo_bench.report import model, page_environment, page_points, page_runs, plots
-from nemo_bench.report.markup import Child, document, el
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from nemo_bench.report import figures, model
+from nemo_bench.report import profile as step_profile
+from nemo_bench.report.comparison import KINDS, recorded
 from nemo_bench.report.methods import METHODS
-from nemo_bench.report.model import Report
-from nemo_bench.report.numbers import tokens_text
-from nemo_bench.report.page_parts import (
+from nemo_bench.report.model import DeviceUse, Numbers, Point, Report, Run
+from nemo_bench.report.numbers import counted, tokens_text, unit_name
+from nemo_bench.report.profile import StepProfile
+from nemo_bench.report.tables import (
     NONE,
-    REGRESSION,
-    Column,
-    badge,
-    bullets,
-    decimals,
-    facts,
-    figure,
-    four,
-    moment,
+    Table,
+    changes_table,
+    comparison_table,
+    integer,
+    make_table,
     percent,
-    plural,
-    row,
-    section,
-    table,
-    whole,
+    points_table,
+    runs_table,
+    significant,
 )
-from nemo_bench.report.references import Reference
 
-_STYLE = Path(__file__).with_name("page.css")
+# Of more runs than this, those that need a look have a part of their own; the others are a row of the table.
+DETAILED_RUNS = 60
+DRAWN_RUNS = 24  # in one figure
+OPEN_RUNS = 4
+SHOWN_RANKS = 24
+SHOWN_VALUES = 6
 
-# Opens what an address names and what is printed; without it nothing is lost, closed parts open at a click.
-_SCRIPT = """
-(() => {
-  const parts = [...document.querySelectorAll("details")];
-  const reveal = () => {
-    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-    for (let at = target; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
-    if (target) target.scrollIntoView();
-  };
-  let closed = [];
-  addEventListener("hashchange", reveal);
-  addEventListener("beforeprint", () => {
-    closed = parts.filter(part => !part.open);
-    for (const part of closed) part.open = true;
-  });
-  addEventListener("afterprint", () => { for (const part of closed) part.open = false; });
-  for (const button of document.querySelectorAll("button[data-open]")) {
-    button.hidden = false;
-    button.onclick = () => {
-      for (const part of button.closest("section").querySelectorAll("details.run"))
-        part.open = button.dataset.open === "yes";
-    };
-  }
-  if (location.hash) reveal();
-})();
-"""
+# A sign and a colour class: nobody has to tell a verdict by its colour.
+BADGES = {
+    model.PASS: ("✓", "good"),
+    model.FAIL: ("✗", "bad"),
+    model.INVALID: ("✗", "bad"),
+    model.FASTER: ("▲", "info"),
+    model.UNDECIDED: ("?", "warn"),
+    model.INCOMPLETE: ("◌", "warn"),
+    model.NOT_COMPARABLE: ("≠", "warn"),
+    model.SLOWER: ("▼", "warn"),
+    model.NO_DIFFERENCE: ("=", "good"),
+    "completed": ("✓", "good"),
+}
+
+
+@cache
+def plotly_script() -> str:
+    """Return Plotly's script, which every page carries."""
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
 
 
 def render(report: Report) -> str:
-    """The whole page, as the text of an HTML file in UTF-8."""
-    sections = [
-        page_points.summary(report),
-        page_points.scaling(report),
-        page_points.mfu(report),
-        _comparison(report),
-        page_runs.losses(report.runs),
-        page_runs.section_of("runs", "Runs", report.runs, report.points),
-        page_runs.section_of("baseline-runs", "Runs of the baseline", report.baseline_runs, report.baseline_points),
-        page_environment.differences(report),
-        page_environment.environment(report),
-        _methods(report),
-        _references(report),
-    ]
-    shown = [each for each in sections if each is not None]
-    body = el("body", _header(report), _contents(shown), el("main", shown), _footer(report), el("script", _SCRIPT))
-    return document(el("html", _head(report), body, lang="en"))
-
-
-def _head(report: Report) -> ET.Element:
-    # Nothing is loaded and no other script runs, whatever the data held.
-    script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    return el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=policy),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{report.verdict}: Llama 3.1 benchmark, {report.generated_at[:10]}"),
-        el("style", _STYLE.read_text(encoding="utf-8")),
+    """Return the page as the text of an HTML file in UTF-8."""
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        finalize=_printable,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["badge"] = _badge
+    detailed = _detailed(report)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        plotly=Markup(plotly_script()),
+        outcome=_outcome(report),
+        urgent=[point for point in report.points if point.verdict.value not in model.SUCCESSES],
+        methods=METHODS,
+        budget=tokens_text(report.assumptions.total_tokens),
+        points=points_table(report),
+        point_numbers={point.name: number for number, point in enumerate(report.points)},
+        agreement=_agreement(report.points),
+        mfu=figures.mfu(report.points),
+        scaling=[*_scaling(report)],
+        ratios=figures.ratios(report.comparisons, report.assumptions.tolerance),
+        comparison=comparison_table(report.comparisons),
+        changes=changes_table(report.comparisons),
+        series=[
+            chart
+            for draw in (figures.all_step_times, figures.all_losses)
+            if (chart := draw(run for _, run in detailed[:DRAWN_RUNS]))
+        ],
+        run_sections=_run_sections(report, detailed),
+        differences=_differences(report.runs),
+        shared=_shared(report.runs),
+        references=[(reference, _reference_table(reference)) for reference in report.references],
+        drawn_runs=DRAWN_RUNS,
     )
 
 
-# --- the head of the page -----------------------------------------------------------------------------------
+def _printable(value: object) -> object:
+    """Return text without what HTML forbids: names of files and lines of logs may hold any byte."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return value.encode("utf-8", "replace").decode().translate(_CONTROL_CHARACTERS)
 
 
-def _header(report: Report) -> ET.Element:
-    judged = " ".join(f"Published numbers: {each.title}." for each in report.references)
-    return el(
-        "header",
-        el("h1", "Llama 3.1 pre-training benchmark"),
-        el("p", f"{_what(report)}. {judged} ", moment(report.generated_at), ".", class_="lead"),
-        el("div", badge(report.verdict), " ", el("strong", _outcome(report)), class_="outcome"),
-        _to_look_at(report),
-        _warnings(report),
-    )
+_CONTROL_CHARACTERS = {code: "\ufffd" for code in range(32) if chr(code) not in "\t\n\r"}
 
 
-def _what(report: Report) -> str:
-    """`70b in bf16 and fp8 on 64 to 2,048 h100; tiny in fp32 on 1 to 2 cpu`."""
-    told = []
-    for name, gpu in dict.fromkeys((point.model, point.gpu) for point in report.points):
-        mine = [point for point in report.points if (point.model, point.gpu) == (name, gpu)]
-        formats = " and ".join(dict.fromkeys(point.precision for point in mine))
-        counts = sorted({point.gpus for point in mine})
-        sizes = f"{counts[0]:,} to {counts[-1]:,}" if len(counts) > 1 else f"{counts[0]:,}"
-        device = {"cpu": "CPU process" if counts == [1] else "CPU processes", None: "GPUs"}.get(gpu, gpu)
-        told.append(f"{name} in {formats} on {sizes} {device}")
-    return "; ".join(told) or ("No run is of a known configuration" if report.runs else "No run was read")
+def _badge(text: str) -> tuple[str, str]:
+    """Return the sign and the colour class of a verdict or state, whatever follows it after a comma."""
+    special = {"REGRESSION": ("✗", "bad"), "no result": ("◌", "warn")}
+    first, _, last = text.partition(", ")
+    return special.get(last or first) or BADGES.get(first, (NONE, "none"))
 
 
 def _outcome(report: Report) -> str:
-    """The verdict of the whole, in words."""
+    """Return the outcome in words: how many points have each verdict."""
     count = Counter(point.verdict.value for point in report.points)
-    tolerance = f"{report.assumptions.tolerance:.1%}"
-    judged = len(report.points) - count[model.NO_REFERENCE]
-    parts = []
+    unpublished = count.pop(model.NO_REFERENCE, 0)
+    parts = [", ".join(f"{number} {verdict}" for verdict, number in count.most_common())] if count else []
+    if unpublished:
+        parts.append(f"nothing is published for {unpublished}{' more' if parts else ''} of {len(report.points)} points")
     if not report.points:
-        parts.append("Nothing was judged: there is no point.")
-    elif not judged:
-        parts.append("Nothing was judged: no point has a published number.")
-    elif judged == count[model.PASS]:
-        parts.append(f"{plural(judged, 'point')} judged: within {tolerance} of the published throughput.")
-    else:
-        told = (
-            (model.FAIL, f"slower than published by more than {tolerance}"),
-            (model.INCOMPLETE, "without a finished run"),
-            (model.NOT_COMPARABLE, "not comparable"),
-            (model.FASTER, f"faster than published by more than {tolerance}"),
-            (model.PASS, f"within {tolerance}"),
-        )
-        kinds = ", ".join(f"{count[value]} {words}" for value, words in told if count[value])
-        parts.append(f"{plural(judged, 'point')} judged: {kinds}.")
-    if judged and count[model.NO_REFERENCE]:
-        verb = "has" if count[model.NO_REFERENCE] == 1 else "have"
-        parts.append(f"{count[model.NO_REFERENCE]} more {verb} no published number.")
+        parts.append("nothing was judged: no run names its model, precision and number of GPUs")
     if report.comparisons:
-        regressed = sum(each.regression for each in report.comparisons)
-        told_of = f"{regressed} of {len(report.comparisons)} regressed" if regressed else "no regression"
-        parts.append(f"Against the baseline: {told_of}.")
-    return " ".join(parts)
+        regressed = sum(item.regression for item in report.comparisons)
+        parts.append(f"{regressed or 'no'} of {len(report.comparisons)} points regressed against the baseline")
+    return "; ".join(parts)
 
 
-def _to_look_at(report: Report) -> Child:
-    """The points that decide the outcome, first."""
-    numbers = {point.name: number for number, point in enumerate(report.points)}
-    order = (model.FAIL, model.INCOMPLETE, model.NOT_COMPARABLE, model.FASTER)
-    items = [
-        el("li", badge(value), " ", el("a", point.name, href=f"#point-{numbers[point.name]}"), f": {point.verdict.why}")
-        for value in order
-        for point in report.points
-        if point.verdict.value == value
-    ]
-    items += [
-        el("li", badge(REGRESSION), " ", el("a", each.point, href="#baseline"), f": {each.why}")
-        for each in report.comparisons
-        if each.regression
-    ]
-    return el("ul", items, class_="plain") if items else None
-
-
-def _warnings(report: Report) -> Child:
-    if not report.warnings:
-        return None
-    return el("div", el("p", "What could not be read, and what was left out:"), bullets(report.warnings), class_="note")
-
-
-def _contents(sections: Sequence[ET.Element]) -> ET.Element:
-    links = [el("a", each.findtext("h2"), href=f"#{each.get('id')}") for each in sections]
-    return el("nav", el("ul", [el("li", link) for link in links]), aria_label="Contents")
-
-
-def _footer(report: Report) -> ET.Element:
-    said = f"Made by {report.generator} from {', '.join(report.inputs) or 'no input'}"
-    if report.baseline_inputs:
-        said += f"; baseline: {', '.join(report.baseline_inputs)}"
-    return el("footer", el("p", f"{said}. The same numbers, in full precision: results.json."))
-
-
-# --- against a baseline -------------------------------------------------------------------------------------
-
-
-def _comparison(report: Report) -> ET.Element | None:
-    if not report.comparisons:
-        return None
-    columns = (
-        Column("point"),
-        Column("conclusion"),
-        Column("of baseline", "tokens/s", number=True),
-        Column("95% interval", "of the ratio", number=True),
-        Column("baseline's point"),
-        Column("why, and how the noise is known"),
-    )
-    rows = []
-    for each in report.comparisons:
-        text = badge(REGRESSION, f"{each.verdict}, {REGRESSION}") if each.regression else badge(each.verdict)
-        interval = NONE if each.interval is None else " to ".join(percent(end, 1) for end in each.interval)
-        rows.append(row(columns, [each.point, text, percent(each.ratio, 1), interval, each.baseline, each.why]))
-    spreads = [
-        plots.Spread(
-            each.point,
-            each.ratio,
-            each.interval[0] if each.interval else None,
-            each.interval[1] if each.interval else None,
-            each.verdict,
-        )
-        for each in report.comparisons
-        if each.ratio is not None
-    ]
-    tolerance = report.assumptions.tolerance
-    drawn = plots.ratios("Throughput over the baseline's", spreads, tolerance) if spreads else None
-    band = f"Line: 95% interval. Shaded: the tolerance of {tolerance:.1%}."
-    defined = "A regression is slower than the noise explains, and by more than the tolerance."
-    return section(
-        "baseline",
-        "Against the baseline",
-        el("p", f"Baseline: {', '.join(report.baseline_inputs)}.") if report.baseline_inputs else None,
-        figure(drawn, "Throughput over the baseline's", band, defined) if drawn is not None else None,
-        table("Points beside the baseline", columns, [el("tbody", rows)], "wordy"),
-        page_environment.changes(report.comparisons),
-    )
-
-
-# --- what it rests on ---------------------------------------------------------------------------------------
-
-
-def _methods(report: Report) -> ET.Element:
-    columns = (Column("number"), Column("unit"), Column("how it is computed"))
-    rows = [row(columns, [each.name, each.unit or NONE, each.how]) for each in METHODS]
-    chosen = report.assumptions
-    said = (
-        f"Chosen for this report: a tolerance of {chosen.tolerance:.1%}, a budget of "
-        f"{tokens_text(chosen.total_tokens)} tokens, intervals of {chosen.confidence:.0%}."
-    )
-    made = table("Formulas and conventions", columns, [el("tbody", rows)], "wordy")
-    return section("methods", "How each number is computed", el("p", said), made)
-
-
-def _references(report: Report) -> ET.Element | None:
-    if not report.references:
-        return None
-    return section("references", "Published numbers", [_reference(each) for each in report.references])
-
-
-def _reference(reference: Reference) -> list[Child]:
-    columns = (
-        Column("point"),
-        Column("GPU"),
-        Column("GBS", number=True),
-        Column("sequence", "tokens", number=True),
-        Column("step time", "s, printed", number=True),
-        Column("tokens/s", "printed", number=True),
-        Column("tokens/s", "from the step time", number=True),
-        Column("MFU", "printed", number=True),
-        Column("days to 1T", "printed", number=True),
-    )
-    notes = [*reference.notes]
-    names = [f"{each.model} {each.precision} {each.gpus}gpu" for each in reference.points]
-    notes += [f"{name}: {note}" for name, each in zip(names, reference.points) for note in each.notes]
+def _agreement(points: Sequence[Point]) -> Table:
+    """Return what makes each judged point comparable with the published run: both values of everything on that list."""
     rows = [
-        row(
-            columns,
-            [
-                name,
-                each.gpu,
-                whole(each.global_batch_size),
-                whole(each.seq_length),
-                four(each.step_time_s),
-                whole(each.tokens_per_s),
-                whole(each.tokens_per_s_from_step_time),
-                percent(each.mfu),
-                decimals(each.days_to_1t_tokens),
-            ],
+        {
+            "point": point.name,
+            "must agree": change.key,
+            "published": change.before or "",
+            "run": change.after or "not known",
+            "verdict": "" if change.before == change.after else model.NOT_COMPARABLE,
+        }
+        for point in points
+        for change in point.verdict.must_agree
+    ]
+    return make_table("What must agree with the published runs", rows)
+
+
+def _scaling(report: Report) -> Iterator[tuple[dict[str, Any], dict[str, Any], Table]]:
+    """Return the figures and the table of each model that was measured on several numbers of GPUs."""
+    for name in dict.fromkeys(curve.model for curve in report.scaling):
+        curves = sorted((curve for curve in report.scaling if curve.model == name), key=lambda curve: curve.published)
+        if not any(len(curve.gpus) > 1 and not curve.published for curve in curves):
+            continue
+        rows = []
+        for gpus in sorted({gpus for curve in curves for gpus in curve.gpus}):
+            row = {"GPUs": f"{gpus:,}"}
+            for curve in curves:
+                at = curve.gpus.index(gpus) if gpus in curve.gpus else None
+                row[f"{curve.label}: tokens/s"] = "" if at is None else integer(curve.tokens_per_s[at])
+                row[f"{curve.label}: efficiency"] = "" if at is None else percent(curve.efficiency[at], 1)
+            rows.append(row)
+        yield figures.throughput(curves), figures.efficiency(curves), make_table(f"Scaling of {name}", rows)
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+def _detailed(report: Report) -> list[tuple[int, Run]]:
+    """Return the runs that get a part of their own, with their numbers in the report, in the report's order."""
+    verdicts = {name: point.verdict.value for point in report.points for name in point.runs}
+    passed = (model.PASS, model.FASTER)
+    order = sorted(enumerate(report.runs), key=lambda item: item[1].final and verdicts.get(item[1].name) in passed)
+    return sorted(order[:DETAILED_RUNS], key=lambda item: item[0])
+
+
+def _run_sections(report: Report, detailed: Sequence[tuple[int, Run]]) -> list[dict[str, Any]]:
+    sections = [("runs", "Runs", report.runs, detailed, report.points)]
+    if report.baseline_runs:
+        runs = report.baseline_runs
+        sections.append(
+            ("baseline-runs", "Runs of the baseline", runs, [*enumerate(runs)][:DETAILED_RUNS], report.baseline_points)
         )
-        for name, each in zip(names, reference.points)
-    ]
     return [
-        el("h3", reference.title),
-        facts(
-            [
-                ("name", reference.name),
-                ("version", reference.software),
-                ("date", reference.date),
-                ("hardware", reference.hardware),
-                ("container", reference.container),
-                ("layout", " ".join(f"{key}={value}" for key, value in reference.layout.items())),
-                ("data", reference.data),
-                ("step times are", reference.statistic),
-            ],
-            long=[("source", reference.source)],
-        ),
-        [el("p", "What is inconsistent in it, or missing:"), bullets(notes)] if notes else None,
-        table("As published; verdicts are held against the tokens/s from the step time", columns, [el("tbody", rows)]),
+        {
+            "id": anchor,
+            "title": title,
+            "table": runs_table(runs),
+            "links": [f"{anchor}-{number}" if number in dict(shown) else "" for number in range(len(runs))],
+            "parts": [{"id": f"{anchor}-{number}", **_run_part(run, points)} for number, run in shown],
+            "open": len(runs) <= OPEN_RUNS,
+        }
+        for anchor, title, runs, shown, points in sections
+        if runs
     ]
+
+
+def _run_part(run: Run, points: Sequence[Point]) -> dict[str, Any]:
+    return {
+        "run": run,
+        "point": next((point.name for point in points if run.name in point.runs), "in no point"),
+        "figures": [
+            *([figures.step_times(run)] if len(run.steps) else []),
+            *([chart] if (chart := figures.profile(run)) else []),
+        ],
+        "tables": [*run_tables(run)],
+    }
+
+
+def run_tables(run: Run) -> Iterator[Table]:
+    """Return the tables of one run: statistics, numbers, ranks, GPUs, profiles."""
+    t, n = run.times, run.numbers
+    if run.final and t and n:
+        peak = f"; peak {significant(n.peak_tflops)} TFLOP/s ({n.peak_source})" if n.peak_tflops else ""
+        steps = {"mean of the steps that count": t.mean_s, "median": t.median_s, "last step": t.last_s}
+        rows = [{"step time": name, **_number_cells(n.at(time_s), unit_name(run))} for name, time_s in steps.items()]
+        yield make_table(f"{counted(t)}{peak}", rows)
+        cells = {"5%": t.p5_s, "95%": t.p95_s, "shortest": t.min_s, "longest": t.max_s}
+        interval = "{:.4g} to {:.4g}".format(*t.mean.interval) if t.mean else ""
+        row = {"quantile (s)": "step time", **{name: significant(value) for name, value in cells.items()}}
+        yield make_table("Spread", [{**row, "95% interval of the mean (s)": interval, "drift": f"{t.drift:+.2%}"}])
+    if run.ranks:
+        slowest = sorted(run.ranks, key=lambda rank: (not rank.straggler, -(rank.slower or 0)))
+        rows = [
+            {
+                "rank": str(rank.rank),
+                "slower by": "" if rank.slower is None else f"{rank.slower:+.1%}",
+                "this rank": significant(rank.value),
+                "median of the others": significant(rank.others),
+                "measure": rank.measure,
+                "straggler": "▼ straggler" if rank.straggler else "no",
+            }
+            for rank in slowest[:SHOWN_RANKS]
+        ]
+        stragglers = sum(rank.straggler for rank in run.ranks)
+        title = (
+            f"{stragglers or 'No'} straggler{'s'[: stragglers != 1]} among {len(run.ranks):,} ranks; the slowest first"
+        )
+
+        yield make_table(title, rows)
+    measured = [device for device in run.devices if device.power_w is not None or device.sm_clock_mhz is not None]
+    if measured:
+        rows = [
+            {
+                "rank": str(device.rank),
+                "host": device.host or "",
+                "power (W)": integer(device.power_w),
+                "SM clock (MHz)": integer(device.sm_clock_mhz),
+                "lowest": integer(device.sm_clock_min_mhz),
+                "highest °C": integer(device.temperature_max_c),
+                "peak memory (GiB)": significant(device.peak_memory_gib, 3),
+                "clocks held back": ", ".join(
+                    f"{reason.replace('_', ' ')} {share:.0%}" for reason, share in device.throttled.items()
+                ),
+            }
+            for device in sorted(measured, key=_held_back)[:SHOWN_RANKS]
+        ]
+        yield make_table("GPUs during the steps, those held back first", rows)
+    yield from map(_profile_table, run.profiles)
+
+
+def _held_back(device: DeviceUse) -> tuple[float, float]:
+    """Return a key that sorts GPUs whose clocks were held back, by more than the usual power cap, to the front."""
+    shares = (share for reason, share in device.throttled.items() if reason != "sw_power_cap")
+    return -max(shares, default=0.0), device.sm_clock_mhz or 0.0
+
+
+def _number_cells(n: Numbers, unit: str) -> dict[str, str]:
+    return {
+        "s": significant(n.step_time_s),
+        "tokens/s": integer(n.tokens_per_s),
+        f"tokens/s a {unit}": integer(n.tokens_per_s_per_gpu),
+        f"TFLOP/s a {unit}": significant(n.tflops_per_gpu),
+        "causal": significant(n.tflops_per_gpu_causal),
+        "MFU": percent(n.mfu),
+        "causal MFU": percent(n.mfu_causal),
+        f"days to {tokens_text(n.total_tokens)}": f"{n.days_to_train:,.2f}",
+    }
+
+
+def _profile_table(profile: StepProfile) -> Table:
+    rows = [
+        {
+            "class": item.name,
+            "ms a step": significant(item.ms),
+            "of the step": percent(item.share, 1),
+            "sum (ms)": significant(item.total_ms),
+            "kernels": integer(item.count),
+            "most of it (ms)": ", ".join(f"{kernel.name} {significant(kernel.total_ms)}" for kernel in item.top[:2]),
+        }
+        for item in profile.classes
+    ]
+    for name, ms in (("idle", profile.idle_ms), ("step", profile.step_ms)):
+        share = percent(ms / profile.step_ms, 1)
+        rows.append({**dict.fromkeys(rows[0], ""), "class": name, "ms a step": significant(ms), "of the step": share})
+    notes = [note for note in (step_profile.communication(profile), *profile.notes) if note]
+    return make_table("; ".join([f"Profile of {step_profile.title(profile)}", *notes]), rows)
+
+
+# --- configurations and environments ------------------------------------------------------------------------
+
+
+def _recorded(runs: Sequence[Run]) -> list[tuple[str, dict[tuple[str, str], str]]]:
+    """Return what each run folder recorded: (kind, key) -> value."""
+    return [
+        (run.name, {(kind, key): value for kind, values in recorded(run).items() for key, value in values.items()})
+        for run in runs
+        if run.source == "run folder"
+    ]
+
+
+def _differences(runs: Sequence[Run]) -> Table:
+    """Return a row for each value of what the runs do not share."""
+    known = _recorded(runs)
+    rows = []
+    for kind, key in sorted({key for _, values in known for key in values}, key=lambda key: (KINDS.index(key[0]), key)):
+        names: dict[str | None, list[str]] = {}
+        for name, values in known:
+            names.setdefault(values.get((kind, key)), []).append(name)
+        if len(names) == 1:
+            continue
+        for value, having in [*names.items()][:SHOWN_VALUES]:
+            more = f" and {len(having) - SHOWN_VALUES} more" if len(having) > SHOWN_VALUES else ""
+            shown = ", ".join(having[:SHOWN_VALUES]) + more
+            rows.append({"key": key, "value": "(none)" if value is None else value, "kind": kind, "runs": shown})
+        if len(names) > SHOWN_VALUES:
+            rows.append({"key": key, "value": f"{len(names) - SHOWN_VALUES} more values", "kind": kind, "runs": ""})
+    return make_table("What differs between the runs", rows)
+
+
+def _shared(runs: Sequence[Run]) -> list[Table]:
+    """Return what all recorded runs have in common, a table a kind."""
+    known = _recorded(runs)
+    common = set.intersection(*({*values.items()} for _, values in known)) if known else set()
+    return [
+        make_table(
+            f"{kind}, the same in {len(known)} recorded runs" if len(known) > 1 else kind,
+            [{"key": key, "value": value} for (its_kind, key), value in sorted(common) if its_kind == kind],
+        )
+        for kind in KINDS
+    ]
+
+
+def _reference_table(reference: Any) -> Table:
+    rows = [
+        {
+            "point": f"{point.model} {point.precision} {point.gpus}gpu",
+            "GPU": point.gpu,
+            "GBS": str(point.global_batch_size),
+            "step time (s)": significant(point.step_time_s),
+            "tokens/s": integer(point.tokens_per_s),
+            "from the step time": integer(point.tokens_per_s_from_step_time),
+            "MFU": percent(point.mfu),
+            "days to 1T": significant(point.days_to_1t_tokens),
+        }
+        for point in reference.points
+    ]
+    return make_table(
+        "As published; verdicts rest on the step time", rows, ("; ".join(point.notes) for point in reference.points)
+    )

@@ -1,228 +1,253 @@
-"""The report as tables: the same cells in the terminal and in Markdown, and as CSV."""
+"""The report as tables, the same in the terminal, in Markdown and on the page; and as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nemo_bench.report import model
-from nemo_bench.report.methods import METHODS
-from nemo_bench.report.model import Comparison, Point, Report, Run
-from nemo_bench.report.numbers import counted, tokens_text
+from nemo_bench.report.comparison import KINDS
+from nemo_bench.report.model import Comparison, Point, Report, Run, bubble_of
+from nemo_bench.report.numbers import tokens_text
+from nemo_bench.report.statistics import StepTimes
+
+NONE = "\u2013"  # a dash: not known, or does not apply
+_NUMBERS_ONLY = re.compile(r"[-+±\d.,%/\u2013]*(?: (?:to|±) [-+\d.,%e]+(?: \?)?)?")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text; columns whose header begins with `>` are numbers, and aligned to the right."""
+    """A table of text, most important column first: a narrow terminal shows as many as fit."""
 
     title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]  # a cell a column; "" if nothing is known
+    notes: tuple[str, ...]  # a line about each row, "" for none; empty if no row has one
+    words: tuple[bool, ...]  # which columns hold words, which are aligned to the left, rather than numbers
+
+
+def make_table(title: str, rows: Sequence[dict[str, str]], notes: Iterable[str] = ()) -> Table:
+    """Return the rows (column -> cell) as a table of the columns that any of them fills."""
+    columns = tuple(name for name in (rows[0] if rows else ()) if any(row[name] for row in rows))
+    words = (not all(_NUMBERS_ONLY.fullmatch(row[name]) for row in rows) for name in columns[1:])
+    noted = tuple(notes)
+    cells = tuple(tuple(row[name] for name in columns) for row in rows)
+    return Table(title, columns, cells, noted * any(noted), (True, *words))
+
+
+def significant(value: float | None, digits: int = 4) -> str:
+    """Return a number of that many significant digits, whole and with separators from 1000 on."""
+    return "" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def integer(value: float | None) -> str:
+    """Return a number as a whole one with separators."""
+    return "" if value is None else f"{value:,.0f}"
+
+
+def percent(value: float | None, decimals: int = 2) -> str:
+    """Return a fraction as a percentage."""
+    return "" if value is None else f"{value:.{decimals}%}"
 
 
 def points_table(report: Report) -> Table:
-    """A row a point, with its verdict."""
-    tokens = tokens_text(report.assumptions.total_tokens)
-    header = [
-        "point",
-        ">runs",
-        ">step time (s)",
-        ">median (s)",
-        ">tokens/s",
-        ">a GPU",
-        ">TFLOP/s a GPU",
-        ">MFU",
-        ">causal",
-    ]
-    pipelined = any(point.pipeline_bubble is not None for point in report.points)
-    if pipelined:
-        header.append(">bubble")
-    judged = any(point.reference is not None for point in report.points)
-    verdict = (">published (s)", ">of published", "verdict") if judged else ()
-    return Table(
-        "Points",
-        (*header, f">days to {tokens}", *verdict),
-        tuple(_point_row(point, pipelined=pipelined, judged=judged) for point in report.points),
-    )
+    """Return a row a point with its verdict; the verdict's reason and the differences as notes."""
+    rows = [point_cells(point, report.assumptions.total_tokens) for point in report.points]
+    return make_table("Points", rows, (verdict_line(point) for point in report.points))
 
 
-def _point_row(point: Point, *, pipelined: bool, judged: bool) -> tuple[str, ...]:
-    n = point.numbers
-    runs = f"{len(point.final_runs)}/{len(point.runs)}"
-    cells = [point.name, runs, *[""] * 8]
-    if n is not None:
-        margin = "" if point.step_time is None else f" ± {point.step_time.margin:.2g}"
-        cells = [
-            point.name,
-            runs,
-            f"{n.step_time_s:.4g}{margin}",
-            _text(point.median_s, "{:.4g}"),
-            f"{n.tokens_per_s:,.0f}",
-            f"{n.tokens_per_s_per_gpu:,.0f}",
-            _text(n.tflops_per_gpu, "{:.4g}"),
-            _text(n.mfu, "{:.2%}"),
-            _text(n.mfu_causal, "{:.2%}"),
-            f"{n.days_to_train:,.2f}",
-        ]
-    if pipelined:
-        cells.insert(-1, _text(point.pipeline_bubble, "{:.1%}"))
-    if judged:
-        cells += [
-            _text(point.reference.step_time_s if point.reference else None, "{:g}"),
-            _text(point.verdict.ratio, "{:.1%}"),
-            "" if point.verdict.value == model.NO_REFERENCE else point.verdict.text,
-        ]
-    return tuple(cells)
+def verdict_line(point: Point) -> str:
+    """Return a point's verdict with its reasons in one line; "" where nothing was judged."""
+    if point.verdict.value == model.NO_REFERENCE:
+        return "; ".join(point.verdict.remarks)
+    return "; ".join([point.verdict.line, *point.verdict.remarks])
+
+
+def point_cells(point: Point, total_tokens: float) -> dict[str, str]:
+    """Return what tables say of a point: column -> text."""
+    n, reference, layout = point.numbers, point.reference, point.layout
+    margin = f" ± {point.step_time.margin:.2g}" if point.step_time else ""
+    if point.step_time and point.step_time.margin > point.step_time.value / 2:
+        margin += " ?"
+    return {
+        "point": point.name,
+        "verdict": "" if point.verdict.value == model.NO_REFERENCE else point.verdict.text,
+        "step time (s)": significant(n.step_time_s) + margin if n else "",
+        "of published": percent(point.verdict.ratio, 1),
+        "tokens/s": integer(n.tokens_per_s if n else None),
+        "MFU": percent(n.mfu if n else None),
+        f"days to {tokens_text(total_tokens)}": f"{n.days_to_train:,.2f}" if n else "",
+        "published (s)": significant(reference.step_time_s if reference else None),
+        "median (s)": significant(point.median_s),
+        "last (s)": significant(point.last_s),
+        "runs": f"{len(point.final_runs)}/{len(point.runs)}",
+        "tokens/s a GPU": integer(n.tokens_per_s_per_gpu if n else None),
+        "TFLOP/s a GPU": significant(n.tflops_per_gpu if n else None),
+        "causal": percent(n.mfu_causal if n else None),
+        "bubble": percent(point.pipeline_bubble, 1),
+        "GPU": point.gpu or "",
+        "TP/PP/VP/CP/DP": "/".join(str(layout.get(key, NONE)) for key in ("TP", "PP", "VP", "CP", "DP"))
+        if layout
+        else "",
+        "MBS/GBS": f"{layout.get('MBS', NONE)}/{point.global_batch_size or NONE}",
+    }
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """A row a run; no times and no losses of those that are no result."""
-    header = (">counted", ">median (s)", ">mean (s)", ">5% (s)", ">95% (s)", ">last (s)", ">loss")
-    return Table("Runs", ("run", "state", *header, "remark"), tuple(_run_row(run) for run in runs))
+    """Return a row a run, without times and losses of those that are not results; remarks as notes."""
+    return make_table("Runs", [run_cells(run) for run in runs], (run_note(run) for run in runs))
 
 
-def _run_row(run: Run) -> tuple[str, ...]:
+def run_cells(run: Run) -> dict[str, str]:
+    """Return what the table of runs says of one: column -> text."""
     t = run.times if run.final else None
-    loss = f"{run.first_loss:.3f} to {run.last_loss:.3f}" if run.final and run.first_loss is not None else ""
-    remarks = ([run.why_not_final] if run.why_not_final else []) + list(run.warnings)
-    if t is not None and (t.warmup_steps or t.excluded):
-        remarks.insert(0, counted(t))
-    times = (
-        [""] * 6
-        if t is None
-        else [str(t.counted), *(f"{each:.4g}" for each in (t.median_s, t.mean_s, t.p5_s, t.p95_s, t.last_s))]
-    )
-    return (run.name, run.state, *times, loss, "; ".join(remarks))
+    return {
+        "run": run.name,
+        "state": run.state if run.final else f"{run.state}, no result",
+        "mean (s)": significant(t.mean_s if t else None),
+        "median (s)": significant(t.median_s if t else None),
+        "last (s)": significant(t.last_s if t else None),
+        "5% to 95% (s)": f"{significant(t.p5_s)} to {significant(t.p95_s)}" if t else "",
+        "steps": f"{t.counted:,}" if t else "",
+        "left out": left_out(t) if t else "",
+        "loss": loss_text(run) if run.final else "",
+    }
+
+
+def loss_text(run: Run) -> str:
+    """Return the first and the last loss; "" if they are not known."""
+    return "" if run.first_loss is None or run.last_loss is None else f"{run.first_loss:.3f} to {run.last_loss:.3f}"
+
+
+def left_out(times: StepTimes) -> str:
+    """Return how many steps do not count, and why: `2 warm-up, 1 validation`."""
+    reasons = {"warm-up": times.warmup_steps, **times.excluded}
+    return ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number)
+
+
+def run_note(run: Run) -> str:
+    """Return why a run is not a result, and its warnings, in one line."""
+    return "; ".join([*([run.why_not_final] if run.why_not_final else []), *run.warnings])
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    """A row a point that the baseline has too."""
-    rows = tuple(
-        (each.point, _text(each.ratio, "{:.1%}"), each.verdict + (" (regression)" if each.regression else ""), each.why)
-        for each in comparisons
-    )
-    return Table("Against the baseline", ("point", ">of baseline", "verdict", "why"), rows)
+    """Return a row a point that the baseline has too; how it was judged as notes."""
+    rows = [
+        {
+            "point": item.point,
+            "verdict": item.verdict + (", REGRESSION" if item.regression else ""),
+            "of baseline": percent(item.ratio, 1),
+            "95% interval": f"{item.interval[0]:.1%} to {item.interval[1]:.1%}" if item.interval else "",
+            "baseline's point": item.baseline,
+        }
+        for item in comparisons
+    ]
+    return make_table("Against the baseline", rows, (item.why for item in comparisons))
 
 
-def changes(each: Comparison) -> Iterator[tuple[str, str]]:
-    """(kind, "key: before -> after") of everything that changed between the two."""
-    for kind in ("configuration", "packages", "environment", "hardware"):
-        for change in getattr(each, kind):
-            yield kind, f"{change.key}: {_or_none(change.before)} -> {_or_none(change.after)}"
-
-
-def _or_none(value: str | None) -> str:
-    return "(none)" if value is None else value
-
-
-def _text(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def remarks(point: Point) -> list[str]:
-    """What stands below the table about a point: why it has its verdict, and what may explain it."""
-    verdict = point.verdict
-    if verdict.value == model.NO_REFERENCE:
-        return []
-    return [verdict.why, *verdict.differences, *verdict.remarks]
+def changes_table(comparisons: Sequence[Comparison]) -> Table:
+    """Return what changed since the baseline, with the points that each change is found at."""
+    points: dict[tuple[str, str, str | None, str | None], list[str]] = {}
+    for item in comparisons:
+        for kind in KINDS:
+            for change in getattr(item, kind):
+                points.setdefault((kind, change.key, change.before, change.after), []).append(item.point)
+    rows = [
+        {
+            "what changed": key,
+            "baseline": "(none)" if before is None else before,
+            "now": "(none)" if after is None else after,
+            "kind": kind,
+            "at": "all points" if len(names) == len(comparisons) > 1 else ", ".join(names),
+        }
+        for (kind, key, before, after), names in points.items()
+    ]
+    return make_table("What changed since the baseline", rows)
 
 
 # --- Markdown -----------------------------------------------------------------------------------------------
 
 
 def markdown(report: Report) -> str:
-    """The report for a wiki or an issue."""
+    """Return the report for a wiki or an issue."""
     lines = ["# Benchmark report", "", f"{report.generated_at}, {report.generator}. Overall: **{report.verdict}**.", ""]
-    lines += _markdown_table(points_table(report))
-    for point in report.points:
-        if remarks(point):
-            lines += [f"**{_cell(point.name)}: {point.verdict.value}**", ""]
-            lines += [*(f"- {_cell(text)}" for text in remarks(point)), ""]
+    shown = [points_table(report)]
     if report.comparisons:
-        lines += _markdown_table(comparison_table(report.comparisons))
-        for each in report.comparisons:
-            found = [f"- {kind}: {_cell(text)}" for kind, text in changes(each)]
-            lines += [f"**{_cell(each.point)}** against **{_cell(each.baseline)}**", "", *found, ""] if found else []
-    lines += _markdown_table(runs_table(report.runs))
+        shown += [comparison_table(report.comparisons), changes_table(report.comparisons)]
+    for table in [*shown, runs_table(report.runs)]:
+        lines += _markdown_table(table)
     for reference in report.references:
-        lines += [f"## Published numbers: {reference.title}", "", f"{reference.source}. {reference.hardware}.", ""]
-        lines += [*(f"- {_cell(note)}" for note in reference.notes), ""]
-    lines += ["## How the numbers are computed", ""]
-    lines += [f"- **{method.name}**{f' ({method.unit})' if method.unit else ''}: {method.how}" for method in METHODS]
+        lines += [f"## Published numbers: {_escaped(reference.title)}", ""]
+        lines += [_escaped(f"{reference.source}. {reference.hardware}."), ""]
+        lines += [*(f"- {_escaped(note)}" for note in reference.notes), ""]
     if report.warnings:
-        lines += ["", "## Warnings", "", *(f"- {_cell(text)}" for text in report.warnings)]
-    return "\n".join(lines) + "\n"
+        lines += ["## Warnings", "", *(f"- {_escaped(text)}" for text in report.warnings)]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _markdown_table(table: Table) -> list[str]:
-    head = "| " + " | ".join(name.lstrip(">") for name in table.header) + " |"
-    rule = "|" + "|".join("---:" if name.startswith(">") else "---" for name in table.header) + "|"
-    rows = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
-    return [f"## {table.title}", "", head, rule, *rows, ""]
+    if not table.rows:
+        return []
+    head = "| " + " | ".join(table.columns) + " |"
+    rule = "|" + "|".join("---" if words else "---:" for words in table.words) + "|"
+    rows = ["| " + " | ".join(map(_escaped, row)) + " |" for row in table.rows]
+    notes = [f"- **{_escaped(row[0])}**: {_escaped(note)}" for row, note in zip(table.rows, table.notes) if note]
+    return [f"## {table.title}", "", head, rule, *rows, "", *notes, *([""] if notes else [])]
 
 
-def _cell(text: str) -> str:
+def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").replace("*", "\\*")
 
 
 # --- CSV ----------------------------------------------------------------------------------------------------
 
+_RUN = (
+    *("path", "state", "final", "why_not_final", "model", "precision", "gpus", "nodes", "gpu", "version", "software"),
+    *("entrypoint", "container", "data", "global_batch_size", "seq_length"),
+)
+_LAYOUT = ("TP", "PP", "VP", "CP", "DP", "MBS", "GA")
+_TIMES = ("mean_s", "median_s", "last_s", "p5_s", "p95_s", "min_s", "max_s")
+_NUMBERS = (
+    *("tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "tflops_per_gpu_causal", "peak_tflops", "mfu"),
+    *("mfu_causal", "total_tokens", "days_to_train"),
+)
+_RESULTS = ("first_loss", "last_loss", "peak_memory_gib")
+_VERDICT = ("ratio_of_published", "published_step_time_s", "reference", "statistic", "differences")
 CSV_COLUMNS = (
-    *("run", "point", "path", "state", "final", "why_not_final", "model", "precision", "gpus", "nodes", "gpu"),
-    *("version", "entrypoint", "container", "data", "global_batch_size", "seq_length", "TP", "PP", "VP", "CP", "DP"),
-    *("MBS", "GA", "pipeline_bubble", "steps", "warmup_steps", "excluded_steps", "counted_steps", "step_time_last_s"),
-    *("step_time_median_s", "step_time_mean_s", "step_time_p5_s", "step_time_p95_s", "step_time_low_s"),
-    *("step_time_high_s", "tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "tflops_per_gpu_causal"),
-    *("peak_tflops", "mfu", "mfu_causal", "total_tokens", "days_to_train", "first_loss", "last_loss"),
-    *("peak_memory_gib", "verdict", "differences", "ratio_of_published", "published_step_time_s", "reference"),
+    *("run", "point", "verdict", *_RUN, *_LAYOUT, "pipeline_bubble", "steps", "warmup_steps", "excluded_steps"),
+    *("counted_steps", *(f"step_time_{name}" for name in _TIMES), *_NUMBERS, *_RESULTS, *_VERDICT),
 )
 
 
 def csv_text(report: Report) -> str:
-    """A line a run. Results (times, rates, losses, verdict) are empty for a run that is not final."""
+    """Return a line a run, with its point's verdict; results are empty for a run that is not final."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
+    point_of = {name: point for point in report.points for name in point.runs}
     for run in report.runs:
-        point = next((each for each in report.points if run.name in each.runs), None)
-        writer.writerow(_csv_row(run, point))
+        writer.writerow(_csv_row(run, point_of.get(run.name)))
     return out.getvalue()
 
 
 def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
-    row: dict[str, object] = {key: getattr(run, key, None) for key in CSV_COLUMNS}
-    row |= {"run": run.name, "point": point.name if point else None, **run.layout, "steps": len(run.steps)}
-    row["pipeline_bubble"] = model.bubble_of(run.layout)
-    if not run.final:
-        row |= {"first_loss": None, "last_loss": None}
-    t, n = run.times, run.numbers
-    if t is not None:
-        row |= {
-            "warmup_steps": t.warmup_steps,
-            "excluded_steps": sum(t.excluded.values()),
-            "counted_steps": t.counted,
-        }
-    if run.final and t is not None:
-        row |= {
-            "step_time_last_s": t.last_s,
-            "step_time_median_s": t.median_s,
-            "step_time_mean_s": t.mean_s,
-            "step_time_p5_s": t.p5_s,
-            "step_time_p95_s": t.p95_s,
-            "step_time_low_s": t.mean.interval[0] if t.mean else None,
-            "step_time_high_s": t.mean.interval[1] if t.mean else None,
-        }
-    if n is not None:
-        names = ("tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "tflops_per_gpu_causal", "peak_tflops")
-        row |= {key: getattr(n, key) for key in (*names, "mfu", "mfu_causal", "total_tokens", "days_to_train")}
-        if point is not None and point.reference is not None:
-            row |= {
-                "verdict": point.verdict.value,
-                "differences": "; ".join(point.verdict.differences),
-                "ratio_of_published": point.verdict.ratio,
-                "published_step_time_s": point.reference.step_time_s,
-                "reference": point.reference.reference,
-            }
-    return row
+    row: dict[str, object] = {"run": run.name, **{name: getattr(run, name) for name in _RUN}, **run.layout}
+    row |= {"pipeline_bubble": bubble_of(run.layout), "steps": len(run.steps)}
+    if run.times:
+        left_out = sum(run.times.excluded.values())
+        row |= {"warmup_steps": run.times.warmup_steps, "excluded_steps": left_out, "counted_steps": run.times.counted}
+    if run.final and run.times:
+        row |= {f"step_time_{name}": getattr(run.times, name) for name in _TIMES}
+        row |= {name: getattr(run, name) for name in _RESULTS}
+    if run.numbers:
+        row |= {name: getattr(run.numbers, name) for name in _NUMBERS}
+    if point and (run.final or not point.final_runs):
+        verdict, reference = point.verdict, point.reference
+        row |= {"verdict": verdict.value, "ratio_of_published": verdict.ratio, "statistic": verdict.statistic}
+        row |= {"differences": "; ".join(verdict.differences)}
+        if reference:
+            row |= {"published_step_time_s": reference.step_time_s, "reference": reference.reference}
+    return {**row, "point": point.name if point else None}

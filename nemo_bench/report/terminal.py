@@ -1,21 +1,44 @@
-"""What the person at the terminal sees: progress while a run goes on, and its numbers at the end."""
+"""What the person at the terminal sees: progress while a run goes on, its numbers at the end, and reports."""
 
 from __future__ import annotations
 
 import statistics
+import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.record import folder as record
-from nemo_bench.report.model import Run
+from nemo_bench.report import model
+from nemo_bench.report.model import Report, Run
 from nemo_bench.report.numbers import LAST_LOSSES, counted, tokens_text, unit_name
+from nemo_bench.report.tables import (
+    Table,
+    changes_table,
+    comparison_table,
+    integer,
+    loss_text,
+    percent,
+    points_table,
+    runs_table,
+    significant,
+)
+
+# More rows than this are for the files, not for a terminal.
+SHOWN_RUNS = 30
+SHOWN_CHANGES = 20
+# A table with fewer columns than this is shown as a block a row.
+FEWEST_COLUMNS = 3
 
 _PHASES = {
     "importing": "importing NeMo and Megatron (about 20 s)",
@@ -25,10 +48,19 @@ _PHASES = {
     "checkpoint": "writing a checkpoint",
     "done": "finishing",
 }
+_STYLES = {
+    model.PASS: "green",
+    model.FAIL: "bold red",
+    model.INVALID: "bold red",
+    model.INCOMPLETE: "red",
+    model.FASTER: "cyan",
+    model.NOT_COMPARABLE: "yellow",
+    model.UNDECIDED: "yellow",
+}
 
 
 def make_console() -> Console:
-    """A console as wide as the terminal; wide enough for a path on a line where there is none."""
+    """Return a console as wide as the terminal; wide enough for a path on a line if there is none."""
     console = Console()
     return console if console.is_terminal else Console(width=200)
 
@@ -49,15 +81,8 @@ class Follower:
 
     def __enter__(self) -> Follower:
         if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[step]}"),
-                TimeElapsedColumn(),
-                console=self.console,
-                transient=False,
-            )
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn())
+            self.bar = Progress(*columns, TextColumn("{task.fields[step]}"), console=self.console)
             self.bar.start()
             self.task = self.bar.add_task("starting", total=self.total, step="")
         return self
@@ -67,7 +92,7 @@ class Follower:
             self.bar.stop()
 
     def tick(self) -> None:
-        """Shows what has been written since the last call."""
+        """Show what has been written since the last call."""
         news = [*self._new(record.EVENTS), *self._new(record.STEPS)]
         for row in sorted(news, key=lambda row: float(row["time"])):
             if "step" in row:
@@ -76,121 +101,170 @@ class Follower:
                 self._phase(text)
 
     def _new(self, name: str) -> list[dict[str, Any]]:
-        found, self.offsets[name] = record.read_lines(self.run_dir / name, self.offsets[name])
-        return found
+        rows, self.offsets[name] = record.read_lines(self.run_dir / name, self.offsets[name])
+        return rows
 
     def _phase(self, text: str) -> None:
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, description=text)
+            self.bar.update(self.task, description=text, step="")
         else:
             self.console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False)
 
     def _step(self, row: dict[str, Any]) -> None:
-        step, seconds = int(row["step"]), float(row["train_step_timing_s"])
+        step, seconds, loss = int(row["step"]), float(row["train_step_timing_s"]), float(row["loss"])
         self.times.append(seconds)
         tokens_per_s = self.cfg.model.seq_length * self.cfg.model.global_batch_size / seconds
-        recent = sorted(self.times[-10:])[len(self.times[-10:]) // 2]
-        left = recent * (self.total - step - 1)
-        text = (
-            f"loss {float(row['loss']):.3f}  train_step_timing {seconds:.4g} s  {tokens_per_s:,.0f} tokens/s  "
-            f"ETA {int(left) // 60}:{int(left) % 60:02d}"
-        )
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, description="training", completed=step + 1, step=text)
+        left = int(statistics.median(self.times[-10:]) * (self.total - step - 1))
+        eta = f"ETA {left // 60}:{left % 60:02d}"
+        # Counted from 1 for people; the record and NeMo's log count from 0.
+        if self.bar is not None and self.task is not None:  # short: it fits into 80 columns
+            text = f"{seconds:.4g} s  {tokens_per_s:,.0f} tokens/s  {eta}"
+            self.bar.update(self.task, description=f"loss {loss:.3f}", completed=step + 1, step=text)
         else:
-            # Counted from 1 for people; the record and NeMo's log count from 0.
+            text = f"loss {loss:.3f}  train_step_timing {seconds:.4g} s  {tokens_per_s:,.0f} tokens/s  {eta}"
             self.console.print(f"step {step + 1}/{self.total}  {text}", highlight=False)
 
 
-def summary_table(run: Run) -> Table:
-    """A run's numbers, each with what it assumes."""
-    what = ", ".join(text for text in (run.model, run.precision, run.gpu) if text)
-    table = Table(title=f"Llama 3.1 {what}" if run.model else run.name, title_justify="left")
-    table.add_column("")
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("")
-    for name, value, remark in rows(run):
-        table.add_row(name, value, Text(remark))
-    return table
-
-
-def rows(run: Run) -> list[tuple[str, str, str]]:
-    """Return (name, value, remark) of each number, for the terminal; of a run that is not final, why."""
-    unit = unit_name(run)
-    shown = []
-    if run.first_loss is not None and run.last_loss is not None:
-        shown.append(
-            ("loss", f"{run.first_loss:.3f} to {run.last_loss:.3f}", f"first step, mean of the last {LAST_LOSSES}")
-        )
-    t, n = run.times, run.numbers
-    if t is not None:
-        remark = f"mean of {counted(t)}"
-        shown.append(("step time (s)" if run.final else "step time so far (s)", f"{t.mean_s:.4g}", remark))
-        shown.append(("  median (s)", f"{t.median_s:.4g}", f"90% of the steps from {t.p5_s:.4g} to {t.p95_s:.4g}"))
-        shown.append(("  last step (s)", f"{t.last_s:.4g}", "what the recipe reads"))
-    if n is not None:
-        shown += [
-            (
-                "tokens/s",
-                f"{n.tokens_per_s:,.0f}",
-                f"{n.tokens_per_s_per_gpu:,.0f} a {unit}, {run.gpus} in all",
-            ),
-            (f"days to {tokens_text(n.total_tokens)} tokens", f"{n.days_to_train:,.2f}", "at this throughput"),
-        ]
-        if n.tflops_per_gpu is not None:
-            shown.insert(
-                -1,
-                (f"TFLOP/s a {unit}", f"{n.tflops_per_gpu:.4g}", f"causal convention: {n.tflops_per_gpu_causal:.4g}"),
-            )
-        if n.mfu is not None:
-            shown.insert(-1, ("MFU", f"{n.mfu:.2%}", f"causal convention: {n.mfu_causal:.2%}"))
-            shown.insert(-1, ("  of a peak of", f"{n.peak_tflops:.4g} TFLOP/s", n.peak_source or ""))
-    if run.peak_memory_gib is not None:
-        shown.append(("peak memory (GiB)", f"{run.peak_memory_gib:.1f}", f"of one {unit}"))
-    shown += device_rows(run)
-    if not run.final:
-        shown.append(("no result", "", run.why_not_final or ""))
-    return shown
-
-
-def device_rows(run: Run) -> list[tuple[str, str, str]]:
-    """Return (name, value, remark) of what the GPUs did: power, energy, clocks, and what held these back."""
-    shown = []
-    asked = "" if len(run.devices) == 1 else f"of {len(run.devices)} GPUs"
-    powers = [each.power_w for each in run.devices if each.power_w is not None]
-    if powers:
-        power_w = statistics.fmean(powers)
-        energy = ""
-        if run.numbers is not None:
-            per_joule = run.numbers.tokens_per_s_per_gpu / power_w
-            energy = f"{power_w * run.numbers.step_time_s:,.0f} J a step and GPU, {per_joule:.3g} tokens/J"
-        shown.append(
-            ("power (W)", f"{power_w:,.0f}", ", ".join(text for text in (f"mean {asked}".strip(), energy) if text))
-        )
-    clocks = [each.sm_clock_mhz for each in run.devices if each.sm_clock_mhz is not None]
-    lowest = [(each.sm_clock_min_mhz, each.rank) for each in run.devices if each.sm_clock_min_mhz is not None]
-    if clocks and lowest:
-        low, rank = min(lowest)
-        remark = f"mean {asked}".strip() + f", lowest {low:,.0f}" + (f" (rank {rank})" if len(lowest) > 1 else "")
-        shown.append(("SM clock (MHz)", f"{statistics.fmean(clocks):,.0f}", remark))
-    hottest = [(each.temperature_max_c, each.rank) for each in run.devices if each.temperature_max_c is not None]
-    if hottest:
-        degrees, rank = max(hottest)
-        shown.append(("temperature (°C)", f"{degrees:.0f}", "highest" + (f", rank {rank}" if len(hottest) > 1 else "")))
-    reasons: dict[str, list[float]] = {}
-    for each in run.devices:
-        for reason, share in each.throttled.items():
-            reasons.setdefault(reason, []).append(share)
-    for reason, shares in sorted(reasons.items()):
-        where = f" on {len(shares)} of {len(run.devices)} GPUs" if len(run.devices) > 1 else ""
-        usual = ", usual at full load" if reason == "sw_power_cap" else ""
-        shown.append((f"  {reason.replace('_', ' ')}", f"{max(shares):.0%}", f"of the steps{where}{usual}"))
-    return shown
+# --- one run ------------------------------------------------------------------------------------------------
 
 
 def print_summary(console: Console, run: Run) -> None:
-    """The summary table, and where the evidence lies."""
+    """Print a run's numbers, each with what it assumes, and where the evidence is."""
+    what = ", ".join(text for text in (run.model, run.precision, run.gpu) if text)
+    table = RichTable(title=f"Llama 3.1 {what}" if run.model else run.name, title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("")
+    for name, value, remark in summary_rows(run):
+        table.add_row(name, value, Text(remark))
     console.print()
-    console.print(summary_table(run))
+    console.print(table)
     # Not wrapped: a path is there to be copied.
     console.print(f"evidence: {run.path}", soft_wrap=True, highlight=False)
+
+
+def summary_rows(run: Run) -> list[tuple[str, str, str]]:
+    """Return (name, value, remark) of each number; of a run that is not final, why."""
+    why = [("no result", "", run.why_not_final)] if run.why_not_final else []
+    return [*_result_rows(run), *_device_rows(run), *why]
+
+
+def _result_rows(run: Run) -> Iterator[tuple[str, str, str]]:
+    unit, t, n = unit_name(run), run.times, run.numbers
+    if loss_text(run):
+        yield "loss", loss_text(run), f"first step, mean of the last {LAST_LOSSES}"
+    if t:
+        yield f"step time{'' if run.final else ' so far'} (s)", significant(t.mean_s), f"mean of {counted(t)}"
+        yield "  median (s)", significant(t.median_s), f"5% to 95%: {significant(t.p5_s)} to {significant(t.p95_s)}"
+        yield "  last step (s)", significant(t.last_s), "what the 24.09 recipe reads"
+    if n:
+        yield "tokens/s", integer(n.tokens_per_s), f"{integer(n.tokens_per_s_per_gpu)} a {unit}, {run.gpus} in all"
+        if n.tflops_per_gpu is not None:
+            causal = f"causal convention: {significant(n.tflops_per_gpu_causal)}"
+            yield f"TFLOP/s a {unit}", significant(n.tflops_per_gpu), causal
+        if n.mfu is not None:
+            yield "MFU", percent(n.mfu), f"causal convention: {percent(n.mfu_causal)}"
+            yield "  of a peak of", f"{significant(n.peak_tflops)} TFLOP/s", n.peak_source or ""
+        yield f"days to {tokens_text(n.total_tokens)} tokens", f"{n.days_to_train:,.2f}", "at this throughput"
+    if run.peak_memory_gib is not None:
+        yield "peak memory (GiB)", f"{run.peak_memory_gib:.1f}", f"of one {unit}"
+
+
+def _device_rows(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Give what the GPUs did: power, energy, clocks, and what held these back."""
+    gpus = f"mean of {len(run.devices)} GPUs" if len(run.devices) > 1 else "mean"
+    powers = [device.power_w for device in run.devices if device.power_w is not None]
+    if powers:
+        power_w = statistics.fmean(powers)
+        energy = ""
+        if run.numbers:
+            tokens_per_joule = run.numbers.tokens_per_s_per_gpu / power_w
+            energy = f", {power_w * run.numbers.step_time_s:,.0f} J a step and GPU, {tokens_per_joule:.3g} tokens/J"
+        yield "power (W)", integer(power_w), gpus + energy
+    clocks = [device.sm_clock_mhz for device in run.devices if device.sm_clock_mhz is not None]
+    lowest = [(device.sm_clock_min_mhz, device.rank) for device in run.devices if device.sm_clock_min_mhz is not None]
+    if clocks and lowest:
+        clock, rank = min(lowest)
+        yield "SM clock (MHz)", integer(statistics.fmean(clocks)), f"{gpus}, lowest {clock:,.0f} (rank {rank})"
+    hottest = [
+        (device.temperature_max_c, device.rank) for device in run.devices if device.temperature_max_c is not None
+    ]
+    if hottest:
+        degrees, rank = max(hottest)
+        yield "temperature (°C)", integer(degrees), f"highest (rank {rank})"
+    for reason in sorted({reason for device in run.devices for reason in device.throttled}):
+        shares = [device.throttled[reason] for device in run.devices if reason in device.throttled]
+        usual = ", usual at full load" if reason == "sw_power_cap" else ""
+        where = f"of the steps, on {len(shares)} of {len(run.devices)} GPUs{usual}"
+        yield f"  {reason.replace('_', ' ')}", f"{max(shares):.0%}", where
+
+
+# --- reports ------------------------------------------------------------------------------------------------
+
+
+def print_report(console: Console, report: Report) -> None:
+    """Print points with their verdicts, the comparison with the baseline, runs and warnings."""
+    if report.points:
+        print_table(console, points_table(report))
+    if report.comparisons:
+        print_table(console, comparison_table(report.comparisons))
+        changes = changes_table(report.comparisons)
+        for key, before, now, *_ in changes.rows[:SHOWN_CHANGES]:
+            _print_line(console, key, f"{before} -> {now}")
+        if len(changes.rows) > SHOWN_CHANGES:
+            _print_line(console, "...", f"{len(changes.rows) - SHOWN_CHANGES} more changes, in results.md")
+    if len(report.runs) == 1:
+        print_summary(console, report.runs[0])
+        for text in report.runs[0].warnings:
+            _print_line(console, "warning", text, "yellow")
+    elif len(report.runs) <= SHOWN_RUNS:
+        print_table(console, runs_table(report.runs))
+    for text in report.warnings:
+        _print_line(console, "warning", text, "yellow")
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print as many of the first columns as fit, or a block a row if those are too few; then the notes."""
+    wide = console.options.update(max_width=100_000)
+    for count in range(len(table.columns), FEWEST_COLUMNS - 1, -1):
+        shown = _rich_table(table, count)
+        if Measurement.get(console, wide, shown).maximum <= console.width:
+            console.print(shown)
+            if count < len(table.columns):
+                hidden = f"{len(table.columns) - count} more columns in a wider terminal and in results.md"
+                console.print(Text(hidden, style="dim"))
+            break
+    else:
+        console.print(Text(table.title, style="italic"))
+        for row in table.rows:
+            console.print(Text(row[0], style="bold"))
+            # A value and its name stay on one line: no space of theirs is a place to wrap.
+            cells = (f"{name}: {cell}" for name, cell in zip(table.columns[1:], row[1:]) if cell)
+            text = "  ".join(cell.replace(" ", "\u00a0") for cell in cells)
+            for line in textwrap.wrap(text, console.width - 2, break_on_hyphens=False, break_long_words=False):
+                console.print(Text(f"  {line}".replace("\u00a0", " ")), soft_wrap=True)
+    for row, note in zip(table.rows, table.notes):
+        if note:
+            _print_line(console, row[0], note)
+
+
+def _rich_table(table: Table, columns: int) -> RichTable:
+    shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name, words in zip(table.columns[:columns], table.words):
+        shown.add_column(name, justify="left" if words else "right", no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*(Text(cell, style=_style(cell)) for cell in row[:columns]))
+    return shown
+
+
+def _style(cell: str) -> str:
+    return _STYLES.get(cell.partition(",")[0], "")
+
+
+def _print_line(console: Console, name: str, text: str, style: str = "bold") -> None:
+    """Print `name: text`: indented and wrapped at words on a terminal, one line elsewhere."""
+    line = Text.assemble("  ", (name, style), ": ", text)
+    if console.is_terminal:
+        console.print(Padding(line[2:], (0, 0, 0, 2)))
+    else:
+        console.print(line, soft_wrap=True)

@@ -82,7 +82,7 @@ def test_verdicts_and_exit_status(report: Report, tmp_path: Path) -> None:
     done = report("runs=results", "gpu=h100", "output=out")
     assert done.returncode == 0 and "PASS" in done.stdout and "35.5" in done.stdout
     assert results(tmp_path / "out")["points"][0]["verdict"]["value"] == "PASS"
-    assert "70b fp8 64gpu PASS: 1.7% slower than published by the last step (11.2 s, published 11.01 s)" in done.stdout
+    assert "70b fp8 64gpu: PASS: 1.7% slower than published by the last step (11.2 s, published 11.01 s)" in done.stdout
     done = report("runs=results", "gpu=h100", "tolerance=0.001", "output=null")
     assert done.returncode == 1 and done.stderr == "FAIL: 1 of 1 points\n  70b fp8 64gpu: FAIL\n"
     shutil.copy(LOGS / "cancelled.out", log(tmp_path / "results", 128))
@@ -161,7 +161,7 @@ def test_a_baseline(report: Report, tmp_path: Path) -> None:
             "".join(json.dumps({**row, "train_step_timing_s": 3 * row["train_step_timing_s"]}) + "\n" for row in rows)
         )
     done = report("runs=new", "baseline=old", "output=null")
-    assert done.returncode == 1 and "slower than the baseline" in done.stderr and "regression" in done.stdout
+    assert done.returncode == 1 and "slower than the baseline" in done.stderr and "REGRESSION" in done.stdout
 
 
 def test_an_archive(report: Report, tmp_path: Path) -> None:

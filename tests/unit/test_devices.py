@@ -21,7 +21,7 @@ from nemo_bench.report.model import DeviceUse
 from nemo_bench.report.numbers import rates
 from nemo_bench.report.remarks import throttling
 from nemo_bench.report.runs import load_run
-from nemo_bench.report.terminal import rows
+from nemo_bench.report.terminal import summary_rows
 
 H200 = Path(__file__).parents[1] / "runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a"
 
@@ -187,40 +187,40 @@ def test_the_summary_shows_power_energy_clocks_and_throttling(run_dir: Path) -> 
     with_steps(run_dir, throttle_reasons=["sw_power_cap", "sw_thermal"])
     run = load_run(run_dir)
     assert run.numbers is not None
-    shown = {name: (value, remark) for name, value, remark in rows(run)}
+    shown = {name: (value, remark) for name, value, remark in summary_rows(run)}
     joules = 690 * run.numbers.step_time_s
     per_joule = 8192 * 4 / joules
     assert shown["power (W)"] == ("690", f"mean, {joules:,.0f} J a step and GPU, {per_joule:.3g} tokens/J")
-    assert shown["SM clock (MHz)"] == ("1,700", "mean, lowest 1,650")
-    assert shown["temperature (°C)"] == ("66", "highest")
-    assert shown["  sw power cap"] == ("100%", "of the steps, usual at full load")
-    assert shown["  sw thermal"] == ("100%", "of the steps")
+    assert shown["SM clock (MHz)"] == ("1,700", "mean, lowest 1,650 (rank 0)")
+    assert shown["temperature (°C)"] == ("66", "highest (rank 0)")
+    assert shown["  sw power cap"] == ("100%", "of the steps, on 1 of 1 GPUs, usual at full load")
+    assert shown["  sw thermal"] == ("100%", "of the steps, on 1 of 1 GPUs")
     assert "peak memory (GiB)" in shown
 
 
 def test_the_summary_of_several_gpus(run_dir: Path) -> None:
     low = step(sm_clock_min_mhz=900, temperature_max_c=91, power_w=500.0, throttle_reasons=["hw_thermal"])
     write_ranks(run_dir, [rank(0, [step()] * 5), rank(1, [low] * 5)])
-    shown = {name: (value, remark) for name, value, remark in rows(load_run(run_dir))}
+    shown = {name: (value, remark) for name, value, remark in summary_rows(load_run(run_dir))}
     assert shown["power (W)"][0] == "595" and shown["power (W)"][1].startswith("mean of 2 GPUs, ")
     assert shown["SM clock (MHz)"] == ("1,700", "mean of 2 GPUs, lowest 900 (rank 1)")
-    assert shown["temperature (°C)"] == ("91", "highest, rank 1")
-    assert shown["  hw thermal"] == ("100%", "of the steps on 1 of 2 GPUs")
+    assert shown["temperature (°C)"] == ("91", "highest (rank 1)")
+    assert shown["  hw thermal"] == ("100%", "of the steps, on 1 of 2 GPUs")
 
 
 def test_nothing_is_shown_of_what_was_not_measured(run_dir: Path) -> None:
-    before = rows(load_run(run_dir))
+    before = summary_rows(load_run(run_dir))
     write_ranks(run_dir, [{"rank": number, "host": "here", "steps": 5, "step_time_median_s": 1.6} for number in (0, 1)])
-    assert rows(load_run(run_dir)) == before
+    assert summary_rows(load_run(run_dir)) == before
 
 
 def test_the_page_lists_the_gpus_that_were_held_back_first(run_dir: Path) -> None:
     hot = [step(throttle_reasons=["hw_thermal"])] * 5
     write_ranks(run_dir, [rank(0, [step()] * 5), rank(1, [step()] * 5), rank(2, hot)])
     made = page.render(build_report([run_dir]))
-    part = made[made.index("GPUs while they trained") :]
+    part = made[made.index("GPUs during the steps") :]
     shown = html.unescape(re.sub("<[^>]*>", " ", part[: part.index("</table>")]))
-    assert re.search(r"2\s+node00\s+690\s+1,700\s+1,650\s+66\s+103.0\s+hw thermal 100%\s+0\s+node00", shown), shown
+    assert re.search(r"2\s+node00\s+690\s+1,700\s+1,650\s+66\s+103\s+hw thermal 100%\s+0\s+node00", shown), shown
 
 
 # --- rates of a step ---

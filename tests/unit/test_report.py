@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import random
 import shutil
-from dataclasses import replace
 from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
@@ -138,7 +135,7 @@ def test_the_table_of_the_readme_is_that_of_the_records() -> None:
         for line in takewhile(lambda line: line.startswith("|"), found)
     ]
     table = tables.points_table(build_report([GPU_SPEED]))
-    columns = [[name.lstrip(">") for name in table.header].index(name) for name in header]
+    columns = [table.columns.index(name) for name in header]
     assert sorted(rows) == sorted([made[column] for column in columns] for made in table.rows)
 
 
@@ -147,8 +144,8 @@ def test_the_pipeline_bubble_of_a_layout() -> None:
     bubbles = {point.name: point.pipeline_bubble for point in report.points if point.gpus == 2}
     assert bubbles.pop(next(name for name in bubbles if "PP2 VP2" in name)) == pytest.approx(0.5 / 8.5)
     assert set(bubbles.values()) == {None}
-    header, rows = tables.points_table(report).header, tables.points_table(report).rows
-    assert {row[header.index(">bubble")] for row in rows} == {"", "5.9%"}
+    table = tables.points_table(report)
+    assert {row[table.columns.index("bubble")] for row in table.rows} == {"", "5.9%"}
     assert "pp2_vp2_bf16" in tables.csv_text(report) and f",{0.5 / 8.5}," in tables.csv_text(report)
 
 
@@ -294,34 +291,6 @@ def test_results_json_is_json(everything: Report) -> None:
     assert [point["verdict"]["value"] for point in content["points"]] == [p.verdict.value for p in everything.points]
     nan = next(run for run in content["runs"] if run["name"] == "nan.out")
     assert nan["steps"]["loss"][-1] == "nan" and nan["invalid"] == "the loss is nan at step 7 and 12 others"
-
-
-def test_no_output_shows_a_result_of_a_run_that_is_none(everything: Report) -> None:
-    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(tables.csv_text(everything)))}
-    assert len(rows) == len(everything.runs)
-    shown = {row[0]: row for row in tables.runs_table(everything.runs).rows}
-    for run in everything.runs:
-        row = rows[run.name]
-        results = [row[key] for key in ("step_time_median_s", "step_time_last_s", "tokens_per_s", "mfu", "verdict")]
-        if run.final:
-            assert run.times is not None and float(results[0]) == run.times.median_s
-        else:
-            assert results == [""] * 5 and row["why_not_final"] and run.numbers is None
-            assert row["first_loss"] == row["last_loss"] == "" and {*shown[run.name][2:9]} == {""}
-    table = dict((row[0], row) for row in tables.points_table(everything).rows)
-    for point in everything.points:
-        if not point.final_runs:
-            assert {*table[point.name][2:9]} == {""}
-
-
-def test_markdown_tables_are_whole(tmp_path: Path, everything: Report) -> None:
-    odd = replace(everything.points[0], name="a | b\n*c* <d>")
-    text = tables.markdown(replace(everything, points=(odd, *everything.points[1:])))
-    lines = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("|")]
-    assert lines and {line.count("|") for line in lines} == {14, 11, 5}
-    assert "a \\| b \\*c\\* &lt;d>" in text
-    for heading in ("## Points", "## Runs", "## Against the baseline", "## How the numbers are computed"):
-        assert heading in text
 
 
 def test_flattened_configurations_keep_every_value() -> None:

@@ -16,7 +16,7 @@ from nemo_bench.record.node import NODE
 from nemo_bench.report import inputs
 from nemo_bench.report.bare_logs import Given, check, load_log
 from nemo_bench.report.runs import load_run
-from nemo_bench.report.terminal import rows
+from nemo_bench.report.terminal import summary_rows
 
 LOGS = Path(__file__).parents[1] / "logs"
 TINY = Path(__file__).parents[1] / "runs/nemo-2.7.3/fp32/tiny"
@@ -77,7 +77,7 @@ def test_a_failed_run_says_so_and_gives_no_number() -> None:
     run = load_run(FAILED)
     assert (run.state, run.final, run.numbers, run.times) == ("failed", False, None, None)
     assert run.why_not_final is not None and run.why_not_final.startswith("failed at step 0 of 40: AssertionError")
-    assert [name for name, _, _ in rows(run)] == ["no result"]
+    assert [name for name, _, _ in summary_rows(run)] == ["no result"]
 
 
 def test_a_real_run_on_an_h200() -> None:
@@ -116,7 +116,7 @@ def test_a_run_that_was_ended(copy: Path, state: str, text: str) -> None:
     run = load_run(copy)
     assert run.why_not_final is not None and run.why_not_final.startswith(text)
     assert run.numbers is None and run.times is not None
-    assert [name for name, _, _ in rows(run)] == [
+    assert [name for name, _, _ in summary_rows(run)] == [
         "loss",
         "step time so far (s)",
         "  median (s)",

@@ -1,0 +1,118 @@
+"""Terminal, Markdown and CSV: the same story, at any width."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from nemo_bench.report import model, page, tables, terminal
+from nemo_bench.report.model import DeviceUse, Report
+from nemo_bench.report.tables import make_table, percent, significant
+
+
+def on_terminal(report: Report, width: int) -> list[str]:
+    """The lines that a terminal of that width shows."""
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None, highlight=False)
+    terminal.print_report(console, report)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (0.38554, "0.3855"), (14.0, "14"), (999.96, "1000"), (1234.5, "1,234"), (float("inf"), "inf")],
+)
+def test_numbers_have_four_significant_digits(value: float | None, text: str) -> None:
+    assert significant(value) == text
+
+
+def test_columns_that_no_row_fills_are_left_out() -> None:
+    rows = [{"a": "x", "b": "", "c": "1"}, {"a": "y", "b": "", "c": "20"}]
+    table = make_table("t", rows, ["", ""])
+    assert table.columns == ("a", "c") and table.rows == (("x", "1"), ("y", "20")) and table.notes == ()
+    assert table.words == (True, False)
+    assert make_table("t", []).rows == ()
+
+
+def test_all_outputs_tell_the_same_story(report: Report) -> None:
+    shown = " ".join(" ".join(on_terminal(report, 200)).split())
+    markdown, html = tables.markdown(report), page.render(report)
+    rows = {row["point"]: row for row in csv.DictReader(io.StringIO(tables.csv_text(report))) if row["verdict"]}
+    points = {point["name"]: point for point in json.loads(model.to_json(report))["points"]}
+    for point in report.points:
+        verdict, row, as_json = point.verdict, rows[point.name], points[point.name]["verdict"]
+        assert row["verdict"] == verdict.value == as_json["value"]
+        assert row["differences"] == "; ".join(verdict.differences) == "; ".join(as_json["differences"])
+        if verdict.value == model.NO_REFERENCE:
+            continue
+        for output in (shown, markdown.replace("\\", "").replace("&lt;", "<"), re.sub("&[^;]+;", "?", html)):
+            for text in (verdict.text, *(percent(verdict.ratio, 1),) * (verdict.ratio is not None)):
+                assert text in output
+        for text in (verdict.why, *verdict.differences):
+            assert text in shown and text in markdown.replace("\\", "").replace("&lt;", "<")
+    for output in (shown, markdown.partition("Overall")[2].partition("\n")[2]):
+        assert model.NO_REFERENCE not in output
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
+def test_no_value_is_broken_on_a_narrow_terminal(report: Report, width: int) -> None:
+    lines = on_terminal(report, width)
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    for table in (tables.points_table(report), tables.runs_table(report.runs)):
+        for row in table.rows:
+            assert row[0] in " ".join(text.split())  # a long name may wrap, between its words
+            assert all(cell in text for cell in row[1:3])
+    assert width != 80 or "more columns in a wider terminal" in text
+
+
+def test_a_table_that_does_not_fit_is_a_block_a_row(report: Report) -> None:
+    long = "70b fp8 64gpu with_a_name_of_many_overrides=true and_one_more=false"
+    points = (replace(report.points[0], name=long),)
+    lines = on_terminal(replace(report, points=points, runs=(), comparisons=(), warnings=()), 80)
+    assert long in lines and max(map(len, lines)) <= 80
+    cells = tables.point_cells(points[0], 1e12)
+    for name in ("step time (s)", "tokens/s", "MFU"):
+        assert any(f"{name}: {cells[name]}" in line for line in lines)
+
+
+def test_one_run_shows_its_numbers_and_what_they_assume(report: Report) -> None:
+    run = next(run for run in report.runs if run.final and run.numbers)
+    devices = tuple(DeviceUse(rank, 20, power_w=600.0 + rank, throttled={"sw_power_cap": 0.5}) for rank in range(2))
+    run = replace(run, devices=devices)
+    shown = "\n".join(on_terminal(replace(report, runs=(run,), points=(), comparisons=()), 200))
+    assert run.times and run.numbers
+    numbers = significant(run.times.mean_s), percent(run.numbers.mfu), "mean of 2 GPUs", "usual at full load"
+    for text in (*numbers, "causal convention", f"evidence: {run.path}"):
+        assert text in shown
+    unfinished = next(run for run in report.runs if not run.final and run.times)
+    shown = "\n".join(on_terminal(replace(report, runs=(unfinished,), points=(), comparisons=()), 200))
+    assert "step time so far (s)" in shown and "no result" in shown and "tokens/s" not in shown
+
+
+def test_markdown_tables_are_whole(report: Report) -> None:
+    name = "a|b\\c\n<script>*"
+    points = (replace(report.points[0], name=name), *report.points[1:])
+    lines = tables.markdown(replace(report, points=points)).splitlines()
+    assert any("a\\|b\\\\c &lt;script>\\*" in line for line in lines)
+    for block in re.findall(r"(?:^\|.*\n)+", "\n".join(lines) + "\n", re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+
+
+def test_csv_has_a_line_a_run_and_no_result_of_a_run_without_one(report: Report) -> None:
+    rows = list(csv.DictReader(io.StringIO(tables.csv_text(report))))
+    assert [row["run"] for row in rows] == [run.name for run in report.runs]
+    for row, run in zip(rows, report.runs):
+        assert (row["state"], row["final"], row["gpus"]) == (run.state, str(run.final), str(run.gpus))
+        results = ("step_time_mean_s", "tokens_per_s", "mfu", "days_to_train", "first_loss")
+        if run.final and run.numbers and run.times:
+            assert float(row["tokens_per_s"]) == run.numbers.tokens_per_s
+            assert float(row["step_time_p95_s"]) == run.times.p95_s
+        else:
+            assert not any(row[name] for name in results)
