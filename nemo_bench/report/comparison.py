@@ -39,7 +39,7 @@ def compare(
             unmatched.append(f"{point.name}: the baseline has no such point")
             continue
         old_group, old = max(candidates, key=lambda pair: _likeness(point, pair[1]))
-        noise = _noise([each for each in everything if each.kind == group.kind])
+        noise = _noise([other for other in everything if other.kind == group.kind])
         comparisons.append(_compare(group, point, old_group, old, noise, tolerance))
     return comparisons, unmatched
 

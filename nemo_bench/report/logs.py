@@ -141,9 +141,12 @@ class Series:
         """Keep the batch size and the rates that the log prints with a step."""
         batch, samples = _whole(fields.get("batch")), _whole(fields.get("samples"))
         if samples is not None:
-            if batch is None and self.samples is not None and step > self.samples[0]:
-                size, rest = divmod(samples - self.samples[1], step - self.samples[0])
-                batch = size if size > 0 and not rest else None
+            if batch is None:
+                before, consumed = self.samples or (-1, 0)
+                # Of a log that begins later, or counts from 1, the first step does not tell.
+                if before < step and (self.samples or not step):
+                    size, rest = divmod(samples - consumed, step - before)
+                    batch = size if size > 0 and not rest else None
             self.samples = step, samples
         if batch:
             self.batches[step] = batch
@@ -300,7 +303,9 @@ class _Reader:
         labels = sorted(label for label in self.series if label is not None)
         # The lowest rank's, or those without a label; not the odd line that lost its label.
         order = [None, *labels] if None in self.series else labels
-        series = max((self.series[label] for label in order), key=lambda each: len(each.steps), default=Series())
+        series = max(
+            (self.series[label] for label in order), key=lambda ranks_own: len(ranks_own.steps), default=Series()
+        )
         if not series.steps:
             for i, time_s in enumerate(self.listed or [time for time, _ in self.bridge]):
                 series.add(i, time_s, None, None)

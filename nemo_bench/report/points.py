@@ -76,7 +76,7 @@ def gather(runs: Sequence[Run]) -> list[Group]:
 def make_point(group: Group, references: Sequence[Reference], tolerance: float) -> Point:
     """Return the point with its numbers, judged by its published number if there is one."""
     run, final = group.representative, group.final
-    times = [each.times for each in final if each.times is not None]
+    times = [repeat.times for repeat in final if repeat.times is not None]
     point = Point(
         name=group.name,
         model=str(run.model),
@@ -91,12 +91,12 @@ def make_point(group: Group, references: Sequence[Reference], tolerance: float) 
         seq_length=run.seq_length,
         layout=run.layout,
         data=run.data,
-        runs=tuple(each.name for each in group.runs),
-        final_runs=tuple(each.name for each in final),
+        runs=tuple(repeat.name for repeat in group.runs),
+        final_runs=tuple(repeat.name for repeat in final),
         numbers=_numbers(final, statistics.fmean(group.means_s())) if times else None,
         step_time=group.step_time(),
-        median_s=statistics.fmean(each.median_s for each in times) if times else None,
-        last_s=statistics.fmean(each.last_s for each in times) if times else None,
+        median_s=statistics.fmean(statistic.median_s for statistic in times) if times else None,
+        last_s=statistics.fmean(statistic.last_s for statistic in times) if times else None,
         reference=verdict.published(run, references),
     )
     return replace(point, verdict=verdict.judge(point, group.runs, references, tolerance))
@@ -106,7 +106,7 @@ def _numbers(final: Sequence[Run], step_time_s: float) -> Numbers | None:
     run, first = final[0], final[0].numbers
     if first is None or run.seq_length is None or run.global_batch_size is None or run.gpus is None:
         return None
-    peaks = [each.numbers.peak_tflops for each in final if each.numbers is not None and each.numbers.peak_tflops]
+    peaks = [run.numbers.peak_tflops for run in final if run.numbers is not None and run.numbers.peak_tflops]
     source = first.peak_source
     if len(set(peaks)) > 1 and source:
         source += f"; mean of {len(peaks)} runs"
@@ -143,8 +143,8 @@ def scaling(groups: Sequence[Group], points: Sequence[Point], references: Sequen
         first = next(iter(curve.values()))
         rows = _same_work(runs[first.name], references)
         for row in rows:
-            beside = published.setdefault((row.model, row.precision, row.reference), [])
-            beside += [row] * (row not in beside)
+            rows_of_curve = published.setdefault((row.model, row.precision, row.reference), [])
+            rows_of_curve += [row] * (row not in rows_of_curve)
         if not rows and len(curve) < 2:
             continue
         label = " ".join(text for text in (first.model, first.precision, first.gpu, first.software) if text)
@@ -165,7 +165,7 @@ def _same_work(run: Run, references: Sequence[Reference]) -> list[ReferencePoint
     return [
         row
         for row in rows
-        if all(each.before == each.after for each in verdict.must_agree(run, row) if each.key not in size)
+        if all(value.before == value.after for value in verdict.must_agree(run, row) if value.key not in size)
     ]
 
 

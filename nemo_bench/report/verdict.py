@@ -152,6 +152,8 @@ def _judged(verdict: Verdict, point: Point, final: Sequence[Run], row: Reference
         f"{abs(ratio - 1):.1%} {way} than published by the {statistic} ({measured_s:.4g} s, published "
         f"{row.step_time_s:g} s), tolerance {verdict.tolerance:.1%}"
     )
+    if not final[0].layout:
+        why += "; a log does not tell layout, data and environment"
     doubts = _doubts(verdict.tolerance, point, final, row, value)
     if doubts:
         value, why = model.UNDECIDED, f"{'; '.join(doubts)}; {why}"
@@ -169,13 +171,13 @@ def _measured(final: Sequence[Run], row: ReferencePoint) -> tuple[str, float]:
     """Return the reference's own statistic, else the mean of the steps that count, and its value over the repeats."""
     times = [run.times for run in final if run.times is not None]
     if row.statistic == "last step":
-        return row.statistic, statistics.fmean(each.last_s for each in times)
+        return row.statistic, statistics.fmean(run_times.last_s for run_times in times)
     match = _MEAN_OF_STEPS.match(row.statistic)
     if match:
         means = [_mean_between(run.steps, int(match[1]), int(match[2])) for run in final]
         if all(means):
             return row.statistic, statistics.fmean(mean for mean in means if mean)
-    return "mean of the steps that count", statistics.fmean(each.mean_s for each in times)
+    return "mean of the steps that count", statistics.fmean(run_times.mean_s for run_times in times)
 
 
 def _mean_between(steps: Steps, first: int, last: int) -> float | None:

@@ -203,7 +203,7 @@ def test_steps_of_another_batch_are_left_out(tmp_path: Path) -> None:
     )
     log = parse(text + "\n", tmp_path)
     assert log.global_batch_size == 128
-    assert paused(log) == dict.fromkeys(range(1, 8), "other batch size")  # of the first, nothing tells the size
+    assert paused(log) == dict.fromkeys(range(8), "other batch size")
 
 
 def test_rates_that_the_log_prints(tmp_path: Path) -> None:

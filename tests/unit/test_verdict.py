@@ -78,6 +78,7 @@ def test_a_point_is_held_against_the_published_one(
         "PASS" if verdict == "FASTER" else verdict,
     )
     assert point.verdict.ratio == pytest.approx(11.01 / step_time_s) and point.verdict.statistic == "last step"
+    assert point.verdict.why.endswith("a log does not tell layout, data and environment")
     assert {change.key for change in point.verdict.must_agree} >= {"gpu", "gpus", "padded vocabulary", "seq_length"}
 
 
