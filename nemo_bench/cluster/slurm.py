@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,26 +131,18 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(hidden)}
 
 
-@dataclass(frozen=True)
-class TestOnly:
-    """What `sbatch --test-only` said."""
-
-    accepted: bool
-    message: str
-
-
 def have_sbatch() -> bool:
     """Return whether this machine can submit."""
     return shutil.which("sbatch") is not None
 
 
-def test_only(script: str) -> TestOnly:
-    """Ask the scheduler whether it would take the job; nothing is submitted."""
+def test_only(script: str) -> str:
+    """Return whether the scheduler would take the job, and what it says; nothing is submitted."""
     try:
         done = _run(["sbatch", "--test-only"], input=script)
     except subprocess.TimeoutExpired:
-        return TestOnly(False, f"no answer within {TIMEOUT_S} s")
-    return TestOnly(done.returncode == 0, _scheduler_words(done.stderr))
+        return f"no answer within {TIMEOUT_S} s"
+    return f"{'REFUSED' if done.returncode else 'accepted'}: {_scheduler_words(done.stderr)}"
 
 
 def submit(script: str, folder: Path) -> str:

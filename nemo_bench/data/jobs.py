@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from nemo_bench.cluster import jobs, slurm
-from nemo_bench.cluster.jobs import Job
+from nemo_bench.cluster.job import Job
 from nemo_bench.config import ComposedPoint, Launch, typed_as
 from nemo_bench.data import prepare
 from nemo_bench.data.config import Action, PreparationConfig

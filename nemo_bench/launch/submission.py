@@ -12,7 +12,7 @@ from rich.text import Text
 
 from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import jobs, slurm
-from nemo_bench.cluster.jobs import Job
+from nemo_bench.cluster.job import Job, refresh
 from nemo_bench.config import ComposedPoint, Launch, TrainConfig, load, typed
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, Need, Problem, RunFailed
@@ -196,7 +196,7 @@ def _write_jobs(stage: Path, submitted: list[Job]) -> None:
 
 
 def _table(submitted: list[Job]) -> Table:
-    jobs.refresh(submitted)
+    refresh(submitted)
     count = len(submitted)
     listing = Table(title=f"{count} job{'s' if count != 1 else ''} submitted", title_justify="left")
     for name in ("point", "job", "nodes", "GPUs", "state", "log"):

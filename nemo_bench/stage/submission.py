@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemo_bench.cli import quoted_path
 from nemo_bench.cluster import jobs, slurm
+from nemo_bench.cluster.job import Job
 from nemo_bench.config import ComposedPoint, Launch, typed_as
 from nemo_bench.files import dated_name, explained_disk_errors
 from nemo_bench.project import PROJECT
@@ -37,7 +38,7 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
         jobs.require_sbatch()
     for cfg in configs:
         require_stage_folder(Path(cfg.stage_path), create=not dry)
-    submitted: list[jobs.Job] = []
+    submitted: list[Job] = []
     for cfg, point in zip(configs, points):
         folder = Path(cfg.stage_path) / LOGS / dated_name()
         script = slurm.command_script(cfg.cluster, _name(cfg), _command(cfg, point.overrides), folder)

@@ -70,7 +70,7 @@ def test_a_job_that_fails_says_why(scripts: Scripts) -> None:
     alone = ("hydra.launcher.wait=true", "+cluster.additional_parameters.export=NONE")
     done = scripts.run("setup_stage.py", *SUBMIT, *alone, "parts=[image]", "enroot=/no/enroot")
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
-    assert "/no/enroot is not installed" in done.stdout and "did not complete (FAILED)" in done.stderr
+    assert "/no/enroot is not installed" in done.stdout and "1 of 1 jobs did not complete:" in done.stderr
 
 
 def test_cancelled_before_it_began(scripts: Scripts, slurm: SlurmCluster) -> None:
@@ -88,4 +88,4 @@ def test_cancelled_before_it_began(scripts: Scripts, slurm: SlurmCluster) -> Non
     slurm.run("scancel", job_id)
     _, err = watching.communicate(timeout=90)
     assert watching.returncode == 1 and "Traceback" not in err
-    assert f"job {job_id} did not complete (CANCELLED)" in err
+    assert f"job {job_id} (nemo-bench-setup-stage-fill): CANCELLED" in err

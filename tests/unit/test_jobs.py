@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nemo_bench.cluster import jobs, slurm
-from nemo_bench.cluster.jobs import Job
+from nemo_bench.cluster import job, jobs, slurm
+from nemo_bench.cluster.job import Job
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.record.folder import RunFolder, timestamp
 
@@ -52,7 +52,7 @@ class Cluster:
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster(tmp_path)
     monkeypatch.setenv("PATH", str(cluster.bin))
-    monkeypatch.setattr(jobs, "SETTLE_S", -1.0)
+    monkeypatch.setattr(job, "SETTLE_S", -1.0)
     monkeypatch.setattr(jobs, "TICK_S", 0.01)
     monkeypatch.setattr(Job, "watcher", slurm.Books())
     slurm.cluster_name.cache_clear()
