@@ -18,7 +18,7 @@ from nemo_bench.config import ClusterConfig
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_text
 from nemo_bench.project import python_path
-from nemo_bench.record.folder import EXIT
+from nemo_bench.record.folder import EXIT, JOB
 
 # Slurm's words for a job that runs, or will run (again) without anybody's help.
 ACTIVE = (
@@ -63,7 +63,7 @@ def sbatch_options(
         "time": c.time,
         "dependency": c.dependency,
         "comment": c.comment,
-        "output": f"{folder}/slurm-%j.out",
+        "output": f"{literal(folder)}/slurm-%j.out",
         "open-mode": "append",
         "signal": signal,
         "requeue": requeue or None,
@@ -97,6 +97,7 @@ def command_script(cluster: ClusterConfig, name: str, command: list[str], folder
         *sbatch_lines(options),
         "",
         f"FOLDER={shlex.quote(str(folder))}",
+        record_id("FOLDER"),
         f'rm -f "$FOLDER/{EXIT}"',
         *(f"export {variable}={shlex.quote(value)}" for variable, value in exports.items()),
         *cluster.setup,
@@ -108,13 +109,26 @@ def command_script(cluster: ClusterConfig, name: str, command: list[str], folder
     return "\n".join(lines)
 
 
+def literal(path: Path) -> str:
+    """Return a path as Slurm's file name patterns have it: `%` stands for a number there."""
+    return str(path).replace("%", "%%")
+
+
+def record_id(folder_variable: str) -> str:
+    """Return the shell lines that put the job's id into `job.json`."""
+    return (
+        "# The process that submitted this may not have got to it.\n"
+        f"""sed -i 's/"id": null/"id": "'$SLURM_JOB_ID'"/' "${folder_variable}/{JOB}\""""
+    )
+
+
 def record_status(folder_variable: str) -> list[str]:
-    """Shell lines that leave `$status` in the folder, in one step, and end the script with it."""
+    """Return the shell lines that leave `$status` in the folder, in one step, and end the script with it."""
     folder = f"${folder_variable}"
     return [
         f'printf \'{{"exit_code": %d, "job_id": "%s", "ended_at": "%s"}}\\n\' "$status" "$SLURM_JOB_ID" '
-        f'"$(date -u +%Y-%m-%dT%H:%M:%SZ)" > "{folder}/.{EXIT}.tmp"',
-        f'mv "{folder}/.{EXIT}.tmp" "{folder}/{EXIT}"',
+        f'"$(date -u +%Y-%m-%dT%H:%M:%SZ)" > "{folder}/.{EXIT}.tmp" &&',
+        f'  mv "{folder}/.{EXIT}.tmp" "{folder}/{EXIT}"',
         'exit "$status"',
         "",
     ]

@@ -51,7 +51,7 @@ def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
         f"--nodes={cfg.trainer.num_nodes}",
         f"--ntasks={cfg.world_size}",
         f"--ntasks-per-node={cfg.trainer.devices}",
-        f"--output={run_dir}/rank%t.out",
+        f"--output={slurm.literal(run_dir)}/rank%t.out",
         "--open-mode=append",
         "--unbuffered",
         *entrypoint_of(cfg).srun_options(cfg),
@@ -98,6 +98,7 @@ def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
     return environment.from_string(TEMPLATE.read_text()).render(
         sbatch_lines="\n".join(slurm.sbatch_lines(sbatch_options(cfg, run_dir))),
         run_dir=str(run_dir),
+        record_id=slurm.record_id("RUN"),
         requeue=REQUEUE,
         exit=EXIT,
         environment=rank_environment(cfg),
