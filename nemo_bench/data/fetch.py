@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from nemo_bench.errors import BenchError
@@ -24,12 +25,14 @@ from nemo_bench.files import locked, sha256_of, size_text
 ATTEMPTS = 7
 PAUSE_S = 1.0
 HUB = "https://huggingface.co"
+_NETWORK = "Is the network up? Does it need a proxy (https_proxy)? Then run the same command again."
 _HUB_PATH = re.compile(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 # The URL comes through standard input: it may hold a password, and `ps` shows arguments.
 _CURL = ["curl", "--silent", "--show-error", "--location", "--globoff", "--connect-timeout", "30", "--config", "-"]
 # curl's exit codes for no address, no connection, and connections that break off or stall.
 _BROKEN = (5, 6, 7, 16, 18, 28, 35, 52, 55, 56, 92)
 
+T = TypeVar("T")
 Progress = Callable[[int, "int | None"], None]
 
 
@@ -112,7 +115,7 @@ def _bytes_in(folder: Path) -> int:
     return 0
 
 
-def _retried(transfer: Callable[[], Path], folder: Path, source: str, report: Callable[[str], None]) -> Path:
+def _retried(transfer: Callable[[], T], folder: Path, source: str, report: Callable[[str], None]) -> T:
     """Call `transfer`, which writes into `folder`, until it completes or ATTEMPTS in a row brought nothing new."""
     failures, most = 0, _bytes_in(folder)
     while True:
@@ -124,8 +127,7 @@ def _retried(transfer: Callable[[], Path], folder: Path, source: str, report: Ca
             if failures == ATTEMPTS:
                 raise BenchError(
                     f"{source} could not be downloaded: {ATTEMPTS} attempts in a row brought nothing new ({error}). "
-                    f"{size_text(there)} are here, and the next attempt continues from there.\n"
-                    "Is the network up? Does it need a proxy (https_proxy)? Then run the same command again."
+                    f"{size_text(there)} are here, and the next attempt continues from there.\n{_NETWORK}"
                 ) from None
             pause_s = min(PAUSE_S * 2**failures, 60.0)
             report(f"{source}: {error}, after {size_text(there)}. Trying again in {pause_s:.0f} s.")
@@ -255,38 +257,37 @@ def hub_file(
 
     disable_progress_bars()
     set_verbosity(logging.ERROR)  # its warnings quote signed URLs
+
+    def transfer() -> tuple[Path, str, str]:
+        try:
+            about = get_hf_file_metadata(hf_hub_url(repo, name, repo_type=repo_type, revision=revision))
+            commit = about.commit_hash or revision
+            with _watched(folder, about.size, progress):
+                path = hf_hub_download(repo, name, repo_type=repo_type, revision=commit, local_dir=folder)
+            return Path(path), commit, about.etag or ""
+        except OSError as error:
+            # The client itself retries all but these. It reports a body of the wrong length as a bare OSError.
+            short = type(error) is OSError and error.errno is None
+            busy = getattr(getattr(error, "response", None), "status_code", None) == 429
+            if short or busy or isinstance(error, requests.exceptions.ChunkedEncodingError):
+                raise _Interrupted("the Hub is busy" if busy else "the connection broke off") from None
+            raise
+
     try:
-        about = get_hf_file_metadata(hf_hub_url(repo, name, repo_type=repo_type, revision=revision))
-        commit, etag = about.commit_hash or revision, about.etag or ""
-
-        def transfer() -> Path:
-            try:
-                with _watched(folder, about.size, progress):
-                    return Path(hf_hub_download(repo, name, repo_type=repo_type, revision=commit, local_dir=folder))
-            except OSError as error:
-                # The client retries all but a body that breaks off. It reports one of the wrong length as bare OSError.
-                short = type(error) is OSError and error.errno is None
-                if short or isinstance(error, requests.exceptions.ChunkedEncodingError):
-                    raise _Interrupted("the connection broke off") from None
-                raise
-
-        path = _retried(transfer, folder, f"{name} of {repo}", report)
+        path, commit, etag = _retried(transfer, folder, f"{name} of {repo}", report)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise
+            raise  # the disk's
         raise _explained(error, repo, name, revision, repo_type) from error
     sha256 = sha256_of(path)
-    # Large files are known by their SHA-256, others by git's id of the blob.
-    known = sha256 if len(etag) == 64 else _git_id(path) if len(etag) == 40 else etag
+    known = sha256 if len(etag) == 64 else etag
+    if len(etag) == 40:  # small files are known by git's id of the blob
+        data = path.read_bytes()
+        known = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     if known != etag:
         path.unlink()
         raise BenchError(f"{name} of {repo} was damaged on its way (checksum): run the same command again")
     return HubFile(path, commit, sha256)
-
-
-def _git_id(path: Path) -> str:
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _explained(error: Exception, repo: str, name: str, revision: str, repo_type: str) -> BenchError:
@@ -320,7 +321,4 @@ def _explained(error: Exception, repo: str, name: str, revision: str, repo_type:
         return BenchError("HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing is downloaded: unset it")
     cause = f"status {status}" if status is not None else type(error.__cause__ or error).__name__
     endpoint = re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
-    return BenchError(
-        f"{endpoint} cannot be reached for {repo} ({cause}). Is the network up? Does it need a proxy (https_proxy)? "
-        "Then run the same command again."
-    )
+    return BenchError(f"{endpoint} cannot be reached for {repo} ({cause}).\n{_NETWORK}")

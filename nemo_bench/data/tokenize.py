@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,6 @@ class Counts:
     """What went through so far.
 
     Attributes:
-        lines: lines (rows) read, including bad and blank ones.
         documents, tokens: written; the tokens include those that end documents.
         text_bytes: UTF-8 bytes of the encoded text.
         bad: documents left out, by reason.
@@ -45,7 +44,6 @@ class Counts:
         truncated: whether the file ended before its data did.
     """
 
-    lines: int = 0
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
@@ -112,52 +110,60 @@ def tokenize(
         OSError: the disk.
     """
     counts = Counts()
-    pending: deque[Future[_Encoded]] = deque()
-
-    def write_next() -> None:
-        encoded = pending.popleft().result()
-        writer.extend(encoded.tokens, encoded.lengths)
-        counts.documents, counts.tokens = writer.documents, writer.tokens
-        counts.text_bytes += encoded.text_bytes
-        for document in encoded.bad:
-            counts.add_bad(document)
-        if counts.bad_documents > _HOPELESS:
-            _refuse_bad(reader, counts, max_bad_share)
-        progress(counts)
-
     with (
         IndexedDatasetWriter(prefix, vocab_size=encoder.vocab_size) as writer,
         ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool,
     ):
-        cut: CutShort | None = None
         try:
-            try:
-                for block in reader.blocks():
-                    # Documents are checked against the reference by their number; before the block is decoded only
-                    # the number of its first line is known, which serves as well.
-                    task = (block, reader.text_key, encoder, counts.lines, append_eod, writer.dtype)
-                    pending.append(pool.submit(_encode, *task))
-                    counts.lines += block.lines
-                    while len(pending) >= threads + 2 or (pending and pending[0].done()):
-                        write_next()
-            except CutShort as error:
-                cut = error
-            while pending:
-                write_next()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        if cut is not None:
+            for encoded in _encoded_blocks(reader, encoder, pool, threads, append_eod, writer.dtype):
+                writer.extend(encoded.tokens, encoded.lengths)
+                counts.documents, counts.tokens = writer.documents, writer.tokens
+                counts.text_bytes += encoded.text_bytes
+                for document in encoded.bad:
+                    counts.add_bad(document)
+                if counts.bad_documents > _HOPELESS:
+                    _refuse_bad(reader, counts, max_bad_share)
+                progress(counts)
+        except CutShort as cut:
             counts.add_bad(BadDocument(cut.line, cut.reason))
             counts.truncated = True
             if max_bad_share < 1:
                 raise BenchError(
                     f"{reader.path} {cut}.\nDownload or copy it again (max_bad_share=1 uses what there is of it)"
-                )
+                ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         _refuse_bad(reader, counts, max_bad_share)
         if writer.tokens == 0:
             raise BenchError(f"{reader.path} holds no document with text: nothing was written.{counts.listed()}")
     return counts
+
+
+def _encoded_blocks(
+    reader: Reader, encoder: Encoder, pool: ThreadPoolExecutor, threads: int, append_eod: bool, dtype: str
+) -> Iterator[_Encoded]:
+    """Give the encoded blocks in order, while the threads encode the next ones.
+
+    Raises:
+        CutShort: after the last whole document of a truncated or damaged file.
+    """
+    pending: deque[Future[_Encoded]] = deque()
+    lines = 0
+    cut: CutShort | None = None
+    try:
+        for block in reader.blocks():
+            # Documents are checked against the reference by their number; before the block is decoded only the number
+            # of its first line is known, which serves as well.
+            pending.append(pool.submit(_encode, block, reader.text_key, encoder, lines, append_eod, dtype))
+            lines += block.lines
+            while len(pending) >= threads + 2 or (pending and pending[0].done()):
+                yield pending.popleft().result()
+    except CutShort as error:
+        cut = error
+    while pending:
+        yield pending.popleft().result()
+    if cut is not None:
+        raise cut
 
 
 def _encode(block: Block, text_key: str, encoder: Encoder, lines_before: int, append_eod: bool, dtype: str) -> _Encoded:

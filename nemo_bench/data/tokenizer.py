@@ -1,8 +1,7 @@
 """A byte-level BPE tokenizer of Llama 3's construction, trained on a small corpus.
 
-It differs from Llama 3's own only in its merges: the same split expression, byte-level alphabet, special
-tokens after the ordinary ones, and the same three files, so transformers and NeMo load it by the same code
-path.
+It differs from Llama 3's own only in its merges: split expression, byte-level alphabet, the place of the special tokens
+and the three files are the same, so that transformers and NeMo load it in the same way.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ LLAMA3_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-#: Bytes and special tokens: no byte-level tokenizer can be smaller.
+#: The bytes and the special tokens: no byte-level tokenizer can be smaller.
 MINIMUM_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 # A pair seen once teaches nothing about the text.
@@ -34,7 +33,7 @@ _MIN_FREQUENCY = 2
 
 
 def settings(vocab_size: int) -> dict[str, Any]:
-    """Everything besides the corpus that decides what `train` makes, as JSON-ready values."""
+    """Return everything besides the corpus that decides what `train` makes, as JSON-ready values."""
     return {
         "kind": "byte-level BPE",
         "split": LLAMA3_SPLIT,
@@ -45,34 +44,24 @@ def settings(vocab_size: int) -> dict[str, Any]:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise BenchError unless `vocab_size` has room for the 256 bytes and the special tokens."""
+    """Raise BenchError if `vocab_size` has no room for the 256 bytes and the special tokens."""
     if vocab_size < MINIMUM_VOCAB_SIZE:
         raise BenchError(
-            f"A vocabulary of {vocab_size} tokens is too small: the 256 bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens take {MINIMUM_VOCAB_SIZE}. Ask for at least that; 4096 suits a few MB of text."
+            f"A vocabulary of {vocab_size} tokens is too small: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
+            f"need {MINIMUM_VOCAB_SIZE}; 4096 suits a few MB of text."
         )
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Train on `texts` and return the tokenizer; the same texts in the same order give the same tokenizer.
+    """Train on `texts` and return the tokenizer; the same texts in the same order give the same one.
 
-    It has exactly `vocab_size` tokens, the special ones last, or fewer where the texts have no pair left to
-    merge (`get_vocab_size()` says).
+    It has `vocab_size` tokens, the special ones last, or fewer if the texts have no pair left to merge.
 
     Raises:
         BenchError: `vocab_size` is below MINIMUM_VOCAB_SIZE.
     """
     check_vocab_size(vocab_size)
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -89,7 +78,7 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Given to the trainer they would take the first ids; Llama 3 has them after the ordinary tokens.
+    # Given to the trainer, they would take the first ids; Llama 3 has them after the ordinary tokens.
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     bos_id = tokenizer.token_to_id(BOS_TOKEN)
     tokenizer.post_processor = processors.Sequence(
@@ -106,26 +95,16 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def render(tokenizer: Tokenizer) -> dict[str, str]:
-    """The Hugging Face tokenizer folder of `tokenizer`: file name -> contents.
+    """Return the files of the tokenizer's Hugging Face folder, by name.
 
-    Contents rather than a save to disk, because the caller must see a full disk as OSError, which
-    `tokenizers` turns into a bare Exception.
+    It saves nothing itself: `tokenizers` would turn a full disk into a bare Exception.
     """
-    added = {
-        str(tokenizer.token_to_id(token)): {
-            "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": True,
-        }
-        for token in SPECIAL_TOKENS
-    }
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    added = {str(tokenizer.token_to_id(token)): {"content": token, **flags} for token in SPECIAL_TOKENS}
     config = {
         "added_tokens_decoder": added,
         "bos_token": BOS_TOKEN,
-        # True would take spaces out of decoded text: no round trip.
+        # True would remove spaces from decoded text.
         "clean_up_tokenization_spaces": False,
         "eos_token": EOS_TOKEN,
         "model_input_names": ["input_ids", "attention_mask"],

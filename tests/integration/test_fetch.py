@@ -117,6 +117,20 @@ def test_a_file_that_changed_starts_from_its_beginning(server: FileServer, tmp_p
     assert (tmp_path / "file").read_bytes() == changed
 
 
+def test_a_server_that_answers_no_head_request(server: FileServer, tmp_path: Path) -> None:
+    """Signed URLs may allow only GET: the size is unknown, and the download still continues."""
+    server.put("/a", DATA)
+    server.script("/a", *[Twist(method="HEAD", status=403)] * 2, Twist(cut_after=1_000_000))
+    assert fetch.fetch(server.url("/a"), tmp_path / "file") == SHA256
+    assert "range" not in server.seen("GET")[0].headers
+    assert "range" in server.seen("GET")[1].headers
+
+
+def test_an_empty_file(server: FileServer, tmp_path: Path) -> None:
+    server.put("/a", b"")
+    assert fetch.fetch(server.url("/a"), tmp_path / "file") == hashlib.sha256(b"").hexdigest()
+
+
 def test_a_checksum_that_differs(server: FileServer, tmp_path: Path) -> None:
     server.put("/a", DATA)
     assert fetch.fetch(server.url("/a"), tmp_path / "good", sha256=SHA256) == SHA256
