@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from nemo_bench.cluster import nsys
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import Entrypoint
-from nemo_bench.errors import Problem
+from nemo_bench.errors import Need, Problem, text_of, value_of
 from nemo_bench.project import PROJECT
 
 NAME = "nemo_24_09"
@@ -78,57 +78,45 @@ class Nemo2409(Entrypoint):
     memory_is_estimated = False
 
     def problems(self, cfg: TrainConfig) -> list[Problem]:
-        m, p, default = cfg.model, cfg.precision, TrainConfig()
+        need, here, m = Need(cfg), f"(entrypoint={NAME})", cfg.model
+        for key in _NEMO2_ONLY:
+            default = value_of(TrainConfig(), key)
+            rule = f"has no effect with entrypoint={NAME}; entrypoint=nemo2 has it"
+            need(value_of(cfg, key) == default, key, rule, f"leave it out ({text_of(default)})")
+        for name, value in vars(cfg.checkpoint).items():
+            rule = f"entrypoint={NAME} writes and reads no checkpoints"
+            need(value is None, f"checkpoint.{name}", rule, "use null, or entrypoint=nemo2")
+        rule = f"is newer than Transformer Engine in nemo:24.09 {here}"
+        delayed = cfg.precision.fp8 is None or cfg.precision.fp8_recipe == "delayed"
+        need(delayed, "precision.fp8_recipe", rule, "use delayed")
         backends = (*_ATTENTION, "auto")
-        problems = [
-            Problem(
-                key, value, f"has no effect with entrypoint={NAME}; entrypoint=nemo2 has it", f"leave it out ({usual})"
-            )
-            for key in _NEMO2_ONLY
-            if (value := operator.attrgetter(key)(cfg)) != (usual := operator.attrgetter(key)(default))
-        ]
-        problems += [
-            Problem(
-                f"checkpoint.{name}", value, f"entrypoint={NAME} writes and reads none", "use null, or entrypoint=nemo2"
-            )
-            for name, value in vars(cfg.checkpoint).items()
-            if value is not None
-        ]
-
-        def refuse(key: str, value: object, rule: str, fix: str) -> None:
-            problems.append(Problem(key, value, f"{rule} (entrypoint={NAME})", fix))
-
-        if p.fp8 is not None and p.fp8_recipe != "delayed":
-            rule = "is newer than Transformer Engine in nemo:24.09"
-            refuse("precision.fp8_recipe", p.fp8_recipe, rule, "use delayed")
-        if p.fp8 not in (None, "hybrid", "e4m3"):
-            refuse("precision.fp8", p.fp8, "unknown fp8 format", "valid: hybrid, e4m3")
-        if cfg.gpu.device == "cuda" and m.attention_backend not in backends:
-            fix = f"valid: {', '.join(backends)}"
-            refuse("model.attention_backend", m.attention_backend, "unknown attention backend", fix)
-        if cfg.data.kind == "mock" and m.vocab_size < MOCK_TOKEN_IDS:
-            rule = "is smaller than the token ids in NeMo's mock data"
-            refuse("model.vocab_size", m.vocab_size, rule, f"nearest that works: {MOCK_TOKEN_IDS}")
-        if cfg.profile.kind == "torch":
-            refuse("profile", "torch", "this program can only be profiled by nsys", "use profile=nsys")
-        if m.recompute_granularity == "selective" and list(m.recompute_modules) != ["core_attn"]:
-            rule = "this program recomputes the attention's core and nothing else"
-            refuse("model.recompute_modules", m.recompute_modules, rule, "use [core_attn]")
-        if not cfg.entrypoint.program:
-            fix = "give the path of megatron_gpt_pretraining.py"
-            refuse("entrypoint.program", "null", "a program is needed", fix)
-        return problems
+        need(
+            m.attention_backend in backends or cfg.gpu.device != "cuda",
+            "model.attention_backend",
+            f"unknown attention backend {here}",
+            f"valid: {', '.join(backends)}",
+        )
+        rule = f"is smaller than the token ids in NeMo's mock data {here}"
+        fix = f"nearest that works: {MOCK_TOKEN_IDS}"
+        need(m.vocab_size >= MOCK_TOKEN_IDS or cfg.data.kind != "mock", "model.vocab_size", rule, fix)
+        rule = f"this program can only be profiled by nsys {here}"
+        need(cfg.profile.kind != "torch", "profile", rule, "use profile=nsys", value="torch")
+        rule = f"this program recomputes the attention's core and nothing else {here}"
+        core_only = m.recompute_granularity != "selective" or list(m.recompute_modules) == ["core_attn"]
+        need(core_only, "model.recompute_modules", rule, "use [core_attn]")
+        rule = f"a program is needed {here}"
+        need(cfg.entrypoint.program, "entrypoint.program", rule, "give the path of megatron_gpt_pretraining.py")
+        return need.problems
 
     def machine_problems(self, cfg: TrainConfig) -> list[Problem]:
-        program = cfg.entrypoint.program
-        if program is None or Path(program).is_file():
-            return []
+        need, program = Need(cfg, missing=True), cfg.entrypoint.program
+        rule = "not found on this machine: it is part of the container nvcr.io/nvidia/nemo:24.09"
         fix = (
             "cluster=slurm runs it in the container; entrypoint.program=... names it where NeMo 2.0 is installed for "
             "this Python; entrypoint=nemo2 is this project's own program"
         )
-        rule = "not found on this machine: it is part of the container nvcr.io/nvidia/nemo:24.09"
-        return [Problem("entrypoint.program", program, rule, fix, missing=True)]
+        need(program is None or Path(program).is_file(), "entrypoint.program", rule, fix)
+        return need.problems
 
     def rank_command(self, cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:
         command = [python, "-u", str(PROJECT / "nemo_bench" / "launch" / "program_rank.py"), str(run_dir)]

@@ -310,7 +310,6 @@ def test_a_profile_is_nsys_on_its_ranks_around_the_steps(tmp_path: Path) -> None
         (["scale=64gpu", "model.cuda_graph_impl=local"], "model.cuda_graph_impl", "leave it out (none)"),
         (["scale=64gpu", "model.optim.exp_avg_dtype=bf16"], "model.optim.exp_avg_dtype", "leave it out (fp32)"),
         (["scale=64gpu", "profile=torch"], "profile", "use profile=nsys"),
-        (["scale=64gpu", "precision=fp8", "precision.fp8=e5m2"], "precision.fp8", "hybrid, e4m3"),
         (["scale=64gpu", "checkpoint.every_n_steps=10"], "checkpoint.every_n_steps", "entrypoint=nemo2"),
         (["scale=64gpu", "checkpoint.resume_from=/x"], "checkpoint.resume_from", "null"),
         (["scale=64gpu", "model.attention_backend=local"], "model.attention_backend", "fused, flash, unfused, auto"),
