@@ -33,7 +33,7 @@ sys.path.insert(0, str(PROJECT))
 
 from omegaconf import OmegaConf  # noqa: E402
 
-from benchmarks.rank_server import RankServer  # noqa: E402
+from benchmarks.fork_server import ForkServer  # noqa: E402
 from nemo_bench.checks.problems import problems  # noqa: E402
 from nemo_bench.cli import quoted_path  # noqa: E402
 from nemo_bench.cluster import processes  # noqa: E402
@@ -56,7 +56,7 @@ class Case:
     cfg: TrainConfig
     run: RunFolder
 
-    def start(self, server: RankServer, gpus: list[int]) -> contextlib.AbstractContextManager[ProcessGroup]:
+    def start(self, server: ForkServer, gpus: list[int]) -> contextlib.AbstractContextManager[ProcessGroup]:
         """Record the run and fork its ranks onto `gpus`; they end with the context at the latest."""
         cfg, _ = point.prepare_data(self.cfg)
         self.run.create(
@@ -112,13 +112,13 @@ class Running:
         self.case.run.set_status(Status("failed" if failed else "completed", exit_code=int(failed)))
 
 
-def rank_server(case: Case) -> RankServer:
+def fork_server(case: Case) -> ForkServer:
     """Start the server of a case's device, in the environment that the case's ranks have."""
-    return RankServer(case.cfg.gpu.device, point.rank_environment(case.cfg))
+    return ForkServer(case.cfg.gpu.device, point.rank_environment(case.cfg))
 
 
 def run_all(
-    server: RankServer, cases: list[Case], gpus: int, timeout_s: float, done: Callable[[Case, dict[str, Any]], None]
+    server: ForkServer, cases: list[Case], gpus: int, timeout_s: float, done: Callable[[Case, dict[str, Any]], None]
 ) -> None:
     """Run every case, as many side by side as there are GPUs for, and call `done` with the numbers of each."""
     waiting, running, free = list(cases), list[Running](), list(range(gpus))
@@ -241,7 +241,7 @@ def main() -> None:
     if not options.no_matrix_rate:
         results["matrix_rate_before"] = script("matrix_rate.py")
     try:
-        with processes.termination_raises(), rank_server(cases[0]) as server:
+        with processes.termination_raises(), fork_server(cases[0]) as server:
             run_all(server, cases, options.side_by_side or options.gpus, options.timeout, done)
     except processes.Terminated as ended:
         sys.exit(128 + ended.signum)

@@ -91,7 +91,7 @@ def started(
     Args:
         command: what each rank runs.
         environment: the whole environment of the ranks; each one's place among them is added.
-        popen: starts a rank; benchmarks/rank_server.py forks it instead.
+        popen: starts a rank; benchmarks/fork_server.py forks it instead.
     """
     read_fd, write_fd = os.pipe()  # not inherited unless passed on: the writing end stays with this process
     group = ProcessGroup(lifeline_fd=write_fd)

@@ -1,22 +1,25 @@
-"""Checkpoints of a run: written every N steps, or read to continue a run or to start from its weights."""
+"""Checkpoints of a run: written every N steps and when Slurm ends it, read to continue it or for its weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy
+import torch
 from nemo import lightning as nl
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.record.folder import CHECKPOINTS, RunFolder
+from nemo_bench.record.folder import CHECKPOINTS, REQUEUE, RunFolder
+from nemo_bench.training import preemption
 
 if not hasattr(numpy, "product"):  # numpy 2 dropped it, and megatron-core 0.15 reads checkpoints with it
     numpy.product = numpy.prod  # type: ignore[attr-defined]
 
 
 def build_checkpoint_callback(cfg: TrainConfig, run_dir: Path) -> Any | None:
-    """NeMo's ModelCheckpoint for `checkpoint.every_n_steps`, or None where none is asked for."""
+    """Return NeMo's ModelCheckpoint for `checkpoint.every_n_steps`, or None where none is asked for."""
     every = cfg.checkpoint.every_n_steps
     if every is None:
         return None
@@ -34,7 +37,7 @@ def build_checkpoint_callback(cfg: TrainConfig, run_dir: Path) -> Any | None:
 
 
 def build_resume(cfg: TrainConfig, run_dir: Path) -> nl.AutoResume | None:
-    """How to start from a checkpoint, or None to start afresh. A requeued job goes on from its own last one."""
+    """Return how to start from a checkpoint, or None to start afresh. A requeued job goes on from its own last one."""
     own = RunFolder(run_dir).last_checkpoint()
     if own is not None:
         return _Resume(resume_from_path=str(own))
@@ -57,3 +60,29 @@ class _Resume(nl.AutoResume):
 
     def setup(self, trainer: Any, model: Any = None) -> None:
         trainer.ckpt_path = self.get_trainer_ckpt_path(model)
+
+
+class CheckpointOnSignal(pl.Callback):
+    """Saves a checkpoint after the step in which Slurm has warned any rank, asks for a requeue, and stops.
+
+    Not NeMo's PreemptionCallback: it saves only where `save_last` is on, and cannot ask for the requeue.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # All ranks must agree on the step: a checkpoint is a collective.
+        warned = torch.tensor(int(preemption.received()), device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(warned, op=torch.distributed.ReduceOp.MAX)
+        if not warned.item() or trainer.global_step >= trainer.max_steps:
+            return
+        checkpoint = self.run_dir / CHECKPOINTS / f"step={trainer.global_step - 1}"
+        if not checkpoint.exists():
+            trainer.checkpoint_callback._save_checkpoint(trainer, str(checkpoint))
+        if trainer.is_global_zero:
+            (self.run_dir / REQUEUE).touch()
+        trainer.limit_val_batches = 0  # Lightning would validate before it stops, and time is short
+        trainer.should_stop = True

@@ -14,14 +14,12 @@ from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectio
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.record.folder import EventLog
-from nemo_bench.training.callbacks import StepRecorder, build_timing
-from nemo_bench.training.checkpoint import build_checkpoint_callback, build_resume
+from nemo_bench.training.callbacks import RankTelemetry, StepRecorder, build_timing
+from nemo_bench.training.checkpoint import CheckpointOnSignal, build_checkpoint_callback, build_resume
 from nemo_bench.training.data import build_data, build_tokenizer
 from nemo_bench.training.model import build_model
 from nemo_bench.training.optimizer import build_optimizer
-from nemo_bench.training.preemption import CheckpointOnSignal
 from nemo_bench.training.profiling import build_profiling
-from nemo_bench.training.telemetry import RankTelemetry
 from nemo_bench.training.trainer import build_strategy, build_trainer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import shutil
 import traceback
 from collections.abc import Callable
@@ -16,13 +15,13 @@ import torch
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from nemo_bench.config import ProfileConfig, TrainConfig
-from nemo_bench.files import write_text
-from nemo_bench.record import folder as record
+from nemo_bench.files import atomic_file, temporary_path, write_text
+from nemo_bench.record.folder import PROFILE, EventLog
 from nemo_bench.report import profile as step_profile
-from nemo_bench.report.statistics import PROFILE
+from nemo_bench.report import statistics
 
 
-def build_profiling(cfg: TrainConfig, run_dir: Path, rank: int, events: record.EventLog) -> list[pl.Callback]:
+def build_profiling(cfg: TrainConfig, run_dir: Path, rank: int, events: EventLog) -> list[pl.Callback]:
     """The callbacks of this rank; none where nothing is profiled.
 
     They belong behind NeMo's timer: what the profilers do between two steps is then in no step's time.
@@ -43,7 +42,7 @@ class ProfileEvents(pl.Callback):
     were not profiled wait in it for those that write.
     """
 
-    def __init__(self, profile: ProfileConfig, events: record.EventLog) -> None:
+    def __init__(self, profile: ProfileConfig, events: EventLog) -> None:
         self.disturbed = range(profile.start_step - 1, profile.end_step + 2)
         self.events = events
 
@@ -51,7 +50,7 @@ class ProfileEvents(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step in self.disturbed:
-            self.events.write(PROFILE, after_step=trainer.global_step - 1)
+            self.events.write(statistics.PROFILE, after_step=trainer.global_step - 1)
 
 
 class _Profile(pl.Callback):
@@ -131,19 +130,24 @@ class TorchProfile(_Profile):
                 self.profiler = None
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        folder = self.run_dir / record.PROFILE
+        folder = self.run_dir / PROFILE
         folder.mkdir(exist_ok=True)
-        aside = folder / f".rank{self.rank}.trace.{os.getpid()}.json"
+        trace = temporary_path(folder / f"rank{self.rank}.trace.json")
         try:
-            profiler.export_chrome_trace(str(aside))
-            _compress(aside, folder / f"rank{self.rank}.trace.json.gz")
+            profiler.export_chrome_trace(str(trace))
+            with (
+                open(trace, "rb") as plain,
+                atomic_file(folder / f"rank{self.rank}.trace.json.gz", "wb") as file,
+                gzip.open(file, "wb", compresslevel=3) as packed,  # quick: the other ranks wait
+            ):
+                shutil.copyfileobj(plain, packed, 1 << 20)
             try:
-                self._write_table(profiler, aside, folder / f"rank{self.rank}")
+                self._write_table(profiler, trace, folder / f"rank{self.rank}")
             except Exception:
                 # The trace is safe, and the table can be made of it later: no reason to end the run.
                 traceback.print_exc()
         finally:
-            aside.unlink(missing_ok=True)
+            trace.unlink(missing_ok=True)
 
     def _write_table(self, profiler: torch.profiler.profile, trace: Path, stem: Path) -> None:
         if torch.cuda.is_available():
@@ -154,7 +158,7 @@ class TorchProfile(_Profile):
 
 
 class NsysRange(_Profile):
-    """Tells nsys, which this rank runs under (launch/nsys.py), where the profiled steps begin and end.
+    """Tells nsys, which this rank runs under (cluster/nsys.py), where the profiled steps begin and end.
 
     Not NeMo's NsysCallback: it leaves the last step out, and wraps every operation in an NVTX range of its own, which
     slows the steps (nsys does it too, if asked: `--pytorch=autograd-nvtx` in profile.nsys_args). Megatron's and
@@ -176,7 +180,7 @@ class NsysRange(_Profile):
 
 
 def _name_megatrons_parts(enabled: bool) -> None:
-    from megatron.core.utils import configure_nvtx_profiling
+    from megatron.core.utils import configure_nvtx_profiling  # not in every Megatron, and nothing else here needs it
 
     configure_nvtx_profiling(enabled)
 
@@ -184,17 +188,3 @@ def _name_megatrons_parts(enabled: bool) -> None:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _compress(source: Path, target: Path) -> None:
-    """Writes `target` as the gzip of `source`, in one step."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(source, "rb") as plain, open(aside, "wb") as file:
-            with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=3) as packed:  # quick: the other ranks wait
-                shutil.copyfileobj(plain, packed, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)

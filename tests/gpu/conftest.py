@@ -1,6 +1,6 @@
 """Training runs on this machine's GPUs, all started once for the whole session.
 
-NeMo is imported once, and ranks are forked from there (benchmarks/rank_server.py): its imports would take longer than
+NeMo is imported once, and ranks are forked from there (benchmarks/fork_server.py): its imports would take longer than
 all these runs together.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu_speed
-from benchmarks.rank_server import RankServer
+from benchmarks.fork_server import ForkServer
 from nemo_bench.checks.machine import count_gpus
 from nemo_bench.cli import quoted_path
 from nemo_bench.record import folder as record
@@ -98,7 +98,7 @@ def compose(cases: dict[str, str], stage: Path, *more: str) -> list[gpu_speed.Ca
     return [gpu_speed.compose(name, [*SMALL.split(), *case.split(), *more], stage) for name, case in cases.items()]
 
 
-def train_all(stage: Path, gpus: int, server: RankServer) -> dict[str, Trained]:
+def train_all(stage: Path, gpus: int, server: ForkServer) -> dict[str, Trained]:
     """Train every run of the tests, as many side by side as there are GPUs for."""
     trained: dict[str, Trained] = {}
 
@@ -144,5 +144,5 @@ def train_all(stage: Path, gpus: int, server: RankServer) -> dict[str, Trained]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)  # expandable segments, say: no CUDA graphs with them
     stage = tmp_path_factory.mktemp("stage")
-    with gpu_speed.rank_server(*compose({"one_gpu": "scale=1gpu"}, stage)) as server:
+    with gpu_speed.fork_server(*compose({"one_gpu": "scale=1gpu"}, stage)) as server:
         return train_all(stage, count_gpus(), server)

@@ -58,7 +58,7 @@ def busy(seconds: float) -> None:
 def test_the_sampler_finds_torchs_device_and_measures_it_under_load() -> None:
     import torch
 
-    from nemo_bench.training.gpu_sampler import open_sampler
+    from nemo_bench.training.gpu import open_sampler
 
     lines: list[str] = []
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -88,11 +88,11 @@ def test_the_sampler_finds_torchs_device_and_measures_it_under_load() -> None:
 def test_the_matrix_rate_leaves_nothing_behind() -> None:
     import torch
 
-    from nemo_bench.training.peak import measure_gpu_rate
+    from nemo_bench.training.matrix_rate import gpu_matrix_rate
 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    rates = [measure_gpu_rate(0) for _ in range(2)]
+    rates = [gpu_matrix_rate(0) for _ in range(2)]
     print(rates)
     assert rates[0] > 50 and rates[1] == pytest.approx(rates[0], rel=0.1)
     # cuBLAS keeps its workspace, which the training takes over
@@ -100,7 +100,7 @@ def test_the_matrix_rate_leaves_nothing_behind() -> None:
 
 
 def test_this_gpu_is_accepted(cfg: TrainConfig) -> None:
-    from nemo_bench.training.gpu_check import check_gpu
+    from nemo_bench.training.gpu import check_gpu
 
     check_gpu(cfg, 0)
 

@@ -103,12 +103,12 @@ def test_the_gradient_of_swiglu_is_that_of_megatron(monkeypatch: pytest.MonkeyPa
     import torch
     from megatron.core.fusions import fused_bias_swiglu
 
-    from nemo_bench.training import swiglu
+    from nemo_bench.training import patches
 
     megatrons = fused_bias_swiglu.swiglu_back
     monkeypatch.setattr(fused_bias_swiglu, "swiglu_back", megatrons)  # and so put back behind the test
     both_halves, grad_output = (torch.randn(64, size, device="cuda", dtype=torch.bfloat16) for size in (512, 256))
-    swiglu.install()
+    patches.te_swiglu_backward()
     ours = fused_bias_swiglu.SwiGLUFunction.apply(both_halves.requires_grad_(), False, False)
     ours.backward(grad_output)
     assert fused_bias_swiglu.swiglu_back is not megatrons

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from benchmarks.rank_server import RankServer
+from benchmarks.fork_server import ForkServer
 from nemo_bench.cli import quoted_path
 from nemo_bench.cluster import processes
 from nemo_bench.launch import point
@@ -100,14 +100,31 @@ def train(stage: Path) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def rank_server() -> Iterator[RankServer]:
+def fork_server() -> Iterator[ForkServer]:
     """A process that has imported NeMo, to fork ranks from."""
-    with RankServer("cpu", {**os.environ, "OMP_NUM_THREADS": "1"}) as server:
+    with ForkServer("cpu", {**os.environ, "OMP_NUM_THREADS": "1"}) as server:
         yield server
 
 
+@pytest.fixture
+def python(fork_server: ForkServer, tmp_path: Path) -> Callable[..., str]:
+    """Runs a program where NeMo is imported already, and returns what it printed."""
+
+    def run(program: str, *arguments: str) -> str:
+        with open(tmp_path / "program.out", "w+") as output:
+            process = fork_server.popen(
+                [sys.executable, "-c", program, *arguments], env=dict(os.environ), stdout=output
+            )
+            status = process.wait()
+            printed = output.read()
+        assert status == 0, printed[-3000:]
+        return printed
+
+    return run
+
+
 @pytest.fixture(scope="session")
-def forked(stage: Path, rank_server: RankServer) -> Callable[..., Run]:
+def forked(stage: Path, fork_server: ForkServer) -> Callable[..., Run]:
     """As `train`, in this process and with ranks that are forked: the same code but for the start of the ranks.
 
     One thread a rank: so small a model is slower on several, which spin while they wait for each other.
@@ -117,7 +134,7 @@ def forked(stage: Path, rank_server: RankServer) -> Callable[..., Run]:
         before = run_dirs(stage)
         with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
             raw = compose("train", [*SMALL, *overrides, f"stage_path={quoted_path(stage)}"])
-        started = partial(processes.started, popen=rank_server.popen)
+        started = partial(processes.started, popen=fork_server.popen)
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
             patch.setattr(processes, "started", started)
             patch.setenv("OMP_NUM_THREADS", "1")

@@ -66,7 +66,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def refusal(cfg: TrainConfig, local_rank: int = 0) -> str:
-    from nemo_bench.training.gpu_check import check_gpu
+    from nemo_bench.training.gpu import check_gpu
 
     with pytest.raises(BenchError) as error:
         check_gpu(cfg, local_rank)
@@ -74,7 +74,7 @@ def refusal(cfg: TrainConfig, local_rank: int = 0) -> str:
 
 
 def accepts(cfg: TrainConfig) -> None:
-    from nemo_bench.training.gpu_check import check_gpu
+    from nemo_bench.training.gpu import check_gpu
 
     check_gpu(cfg, 0)
 
@@ -83,7 +83,7 @@ def test_fp8_needs_a_gpu_that_has_it(machine: Machine, fp8: TrainConfig, bf16: T
     machine.has(A100)
     assert refusal(fp8) == (
         "NVIDIA A100 (compute capability 8.0) has no fp8 as precision.fp8_recipe=delayed needs it (8.9 or later); "
-        "what works here: precision=bf16"
+        "use precision=bf16"
     )
     accepts(bf16)
     for gpu in (L40, H100, B200):
@@ -95,7 +95,7 @@ def test_blockwise_scaling_needs_hopper_and_cuda_12_9(machine: Machine, fp8: Tra
     fp8.precision.fp8_recipe = "blockwise"
     machine.has(L40)
     assert refusal(fp8).endswith(
-        "what works here: precision.fp8_recipe=delayed, precision.fp8_recipe=tensorwise, precision=bf16"
+        "use precision.fp8_recipe=delayed or precision.fp8_recipe=tensorwise or precision=bf16"
     )
     machine.has(H100, cuda="12.8")
     assert refusal(fp8).startswith(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,11 +52,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.train
-def test_megatron_takes_the_settings_of_every_size() -> None:
-    command = [sys.executable, "-c", PROGRAM, json.dumps(POINTS), str(PROJECT / "conf")]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_megatron_takes_the_settings_of_every_size(python: Callable[..., str]) -> None:
+    found = json.loads(python(PROGRAM, json.dumps(POINTS), str(PROJECT / "conf")).splitlines()[-1])
     # The 70B and the 405B reduce gradients over several ranks meanwhile, which would lose what was deferred.
     deferring = {name for name, made in found.items() if made["defer_embedding_wgrad_compute"]}
     assert deferring == {"70b as the recipe", "slice PP2 VP2"}
@@ -79,10 +74,11 @@ def general_gemm(A, B, *, layout, grad, accumulate, out, out_dtype, use_split_ac
 """
 FUSION = """
 import sys
+sys.path.insert(0, sys.argv[1])
 import torch
-from nemo_bench.training import weight_gradient
-print(weight_gradient.install())
-if len(sys.argv) > 1:
+from nemo_bench.training import patches
+accumulation = patches.te_weight_gradient_accumulation()
+if accumulation == "transformer_engine":
     import fused_weight_gradient_mlp_cuda as fused
     tokens, inputs, outputs = 6, 4, 3
     total_input, grad_output = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
@@ -90,31 +86,28 @@ if len(sys.argv) > 1:
         main_grad = torch.ones(outputs, inputs)
         getattr(fused, name)(total_input, grad_output, main_grad)
         assert torch.allclose(main_grad, 1 + grad_output.T @ total_input)
+print(accumulation)
 """
 
 
-def fusion(path: Path, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{path}"}
-    command = [sys.executable, "-c", FUSION, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_gradient_accumulation_fusion_is_apexs_or_transformer_engines_or_missing(tmp_path: Path) -> None:
-    assert fusion(tmp_path) == "none"
+@pytest.mark.train
+def test_gradient_accumulation_fusion_is_apexs_or_transformer_engines_or_missing(
+    python: Callable[..., str], tmp_path: Path
+) -> None:
+    assert python(FUSION, str(tmp_path)) == "none\n"
     engine = tmp_path / "transformer_engine" / "pytorch"
     engine.mkdir(parents=True)
     for package in (engine.parent, engine):
         (package / "__init__.py").touch()
     (engine / "cpp_extensions.py").write_text(GENERAL_GEMM)
-    assert fusion(tmp_path, "multiply") == "transformer_engine"
+    assert python(FUSION, str(tmp_path)) == "transformer_engine\n"
     (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
-    assert fusion(tmp_path) == "apex"
+    assert python(FUSION, str(tmp_path)) == "apex\n"
 
 
 CAST = """
-from nemo_bench.training import fp8_weights
+from megatron.core.optimizer import distrib_optimizer
+from nemo_bench.training import patches
 
 class Float8Quantizer:
     columnwise_usage = True
@@ -136,12 +129,12 @@ def cast(model_params, main_params, start_offsets, group):
     if group == "broken":
         raise RuntimeError("broken")
 
-fp8_weights._original = cast
-fp8_weights.install()
+distrib_optimizer.quantize_param_shard = cast
+patches.fp8_cast_without_transpose()
 params = [Parameter(Float8Quantizer()), Parameter(Float8BlockQuantizer())]
-fp8_weights.distrib_optimizer.quantize_param_shard(params, [], [], "group")
+distrib_optimizer.quantize_param_shard(params, [], [], "group")
 try:
-    fp8_weights.distrib_optimizer.quantize_param_shard(params, [], [], "broken")
+    distrib_optimizer.quantize_param_shard(params, [], [], "broken")
 except RuntimeError:
     pass
 print(seen, [param.quantizer.columnwise_usage for param in params])
@@ -149,17 +142,15 @@ print(seen, [param.quantizer.columnwise_usage for param in params])
 
 
 @pytest.mark.train
-def test_fp8_parameters_are_cast_without_a_transposed_copy_and_keep_their_use() -> None:
-    done = subprocess.run([sys.executable, "-c", CAST], cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "[[False, True], [False, True]] [True, True]"
+def test_fp8_parameters_are_cast_without_a_transposed_copy_and_keep_their_use(python: Callable[..., str]) -> None:
+    assert python(CAST).splitlines()[-1] == "[[False, True], [False, True]] [True, True]"
 
 
 # A FusedAdam that widens bf16 moments as Transformer Engine's does; its kernel is tested on a GPU (tests/gpu).
 NARROW_MOMENTS = """
 import sys, types
 import torch
-from nemo_bench.training import adam_memory
+from nemo_bench.training import patches
 
 class FusedAdam(torch.optim.Optimizer):
     widest = 0
@@ -195,7 +186,7 @@ whole, widest = trained(), FusedAdam.widest
 for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules[name].FusedAdam = FusedAdam
-adam_memory.install()
+patches.adam_one_parameter_at_a_time()
 FusedAdam.widest = 0
 single = trained()
 assert all(torch.equal(a, b) for a, b in zip(whole[0], single[0]))
@@ -204,7 +195,5 @@ print(widest, FusedAdam.widest, whole[1], single[1])
 
 
 @pytest.mark.train
-def test_narrow_moments_are_widened_one_parameter_at_a_time() -> None:
-    done = subprocess.run([sys.executable, "-c", NARROW_MOMENTS], cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "2 1 [3, None, 3] [3, None, 3]"
+def test_narrow_moments_are_widened_one_parameter_at_a_time(python: Callable[..., str]) -> None:
+    assert python(NARROW_MOMENTS).splitlines()[-1] == "2 1 [3, None, 3] [3, None, 3]"

@@ -55,11 +55,11 @@ class Driver(types.ModuleType):
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    from nemo_bench.training import gpu_sampler
+    from nemo_bench.training import gpu
 
     made = Driver()
     monkeypatch.setitem(sys.modules, "pynvml", made)
-    monkeypatch.setattr(gpu_sampler.GpuSampler.__init__, "__defaults__", (0.001,))
+    monkeypatch.setattr(gpu.GpuSampler.__init__, "__defaults__", (0.001,))
     properties = types.SimpleNamespace(uuid=UUID, name="NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -81,7 +81,7 @@ def sampling() -> bool:
 
 
 def test_a_gpu_ranks_steps_and_its_line_in_ranks_json(driver: Driver, process_group: None, tmp_path: Path) -> None:
-    from nemo_bench.training.telemetry import RankTelemetry
+    from nemo_bench.training.callbacks import RankTelemetry
 
     timing: Any = types.SimpleNamespace(timer={"train_step_timing": 1.65})
     trainer: Any = None
@@ -115,7 +115,7 @@ def test_a_gpu_ranks_steps_and_its_line_in_ranks_json(driver: Driver, process_gr
 def test_a_disk_that_refuses_the_file_is_no_failure(
     driver: Driver, process_group: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nemo_bench.training.telemetry import RankTelemetry
+    from nemo_bench.training.callbacks import RankTelemetry
 
     timing: Any = types.SimpleNamespace(timer={"train_step_timing": 1.65})
     trainer: Any = None
@@ -126,7 +126,7 @@ def test_a_disk_that_refuses_the_file_is_no_failure(
 
 
 def test_an_exception_ends_the_thread(driver: Driver, tmp_path: Path) -> None:
-    from nemo_bench.training.telemetry import RankTelemetry
+    from nemo_bench.training.callbacks import RankTelemetry
 
     trainer: Any = None
     callback = RankTelemetry(load(CONFIG), tmp_path, 0, trainer, None)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from nemo_bench.training import gpu_sampler
-from nemo_bench.training.gpu_sampler import GpuSampler, _Window, open_sampler
+from nemo_bench.training import gpu as gpu_module
+from nemo_bench.training.gpu import GpuSampler, _Window, open_sampler
 
 UUID = "4a1b0c2d-0000-1111-2222-333344445555"
 WAIT_S = 20
@@ -152,7 +152,7 @@ def test_an_idle_gpu_and_clocks_that_somebody_set_are_no_throttling(start: Start
 def test_power_is_the_energy_counters_difference_over_time(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     # Each question moves the counter by 7 mJ, and the clock by 10 ms: 0.7 W, however long the questions took.
     gpu = Gpu()
-    monkeypatch.setattr(gpu_sampler, "time", types.SimpleNamespace(monotonic=lambda: gpu.millijoules / 700))
+    monkeypatch.setattr(gpu_module, "time", types.SimpleNamespace(monotonic=lambda: gpu.millijoules / 700))
     sampler = start(gpu)
     gpu.sampled(3)
     assert sampler.take()["power_w"] == pytest.approx(0.7)
@@ -162,10 +162,10 @@ def test_power_is_the_energy_counters_difference_over_time(start: Start, monkeyp
 
 def test_the_energy_of_a_step_begins_with_the_last_reading_before_it() -> None:
     """A step of one sample has a power all the same."""
-    window = _Window((10.0, 5_000))
+    window = _Window([(10.0, 5_000)])
     window.add(11.0, {"energy": 705_000})
     assert window.summary() == {"power_w": 700.0}
-    first = _Window(None)
+    first = _Window([])
     first.add(11.0, {"energy": 705_000})
     assert first.summary() == {}
 
@@ -208,7 +208,7 @@ def test_a_driver_that_hangs_does_not_keep_a_rank_from_ending(
             released.wait(WAIT_S)
             return 0
 
-    monkeypatch.setattr(gpu_sampler, "STOP_S", 0.01)
+    monkeypatch.setattr(gpu_module, "STOP_S", 0.01)
     sampler = GpuSampler(Hanging(Gpu()), "handle", lines.append)
     sampler.start()
     assert asked.wait(WAIT_S)

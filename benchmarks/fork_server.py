@@ -1,8 +1,8 @@
-"""Ranks forked from a process that has imported NeMo: the imports take 20 to 40 s, a fork a tenth of a second.
+"""Python programs forked from a process that has imported NeMo: the imports take 20 to 40 s, a fork a tenth of one.
 
-`RankServer.popen` stands in for `subprocess.Popen` in `cluster.processes.started`; all else, `training/rank.py`
-included, is what train.py runs. The server reads a rank's environment, log and run folder from its standard input and
-answers with process numbers and exit statuses. Ranks and server end with the process that started the server.
+`ForkServer.popen` stands in for `subprocess.Popen` where `cluster.processes.started` starts ranks; all else, the rank's
+program included, is what train.py runs. The server reads commands from its standard input and answers with process
+numbers and exit statuses. It and all that it forked end with the process that started it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import traceback
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 from nemo_bench.cluster import lifeline
@@ -25,34 +26,34 @@ from nemo_bench.project import PROJECT
 POLL_S = 0.02
 
 
-class ForkedRank:
-    """A rank that the server forked, with the part of `subprocess.Popen` that a process group uses."""
+class ForkedProcess:
+    """What the server forked, with the part of `subprocess.Popen` that a process group uses."""
 
-    def __init__(self, server: RankServer, pid: int) -> None:
+    def __init__(self, server: ForkServer, pid: int) -> None:
         self.server, self.pid = server, pid
 
     def poll(self) -> int | None:
-        """Return the exit status, negative for a signal; None while the rank runs."""
+        """Return the exit status, negative for a signal; None while the process runs."""
         return self.server.exit_status(self.pid, wait=False)
 
     def wait(self) -> int:
-        """Return the exit status once the rank has ended."""
+        """Return the exit status once the process has ended."""
         status = self.server.exit_status(self.pid, wait=True)
         assert status is not None
         return status
 
 
-class RankServer:
+class ForkServer:
     """The client's end of the server; made once NeMo is imported.
 
     Args:
-        device: what the ranks train on, "cpu" or "cuda": it decides what is done ahead of the imports.
+        device: what the programs train on, "cpu" or "cuda": it decides what is done ahead of the imports.
         environment: the whole environment of the imports.
     """
 
     def __init__(self, device: str, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.rank_server", device],
+            [sys.executable, "-m", "benchmarks.fork_server", device],
             cwd=PROJECT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -63,23 +64,23 @@ class RankServer:
         self._exit_statuses: dict[int, int] = {}
         self._answer()
 
-    def __enter__(self) -> RankServer:
+    def __enter__(self) -> ForkServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._process.communicate()
 
-    def popen(self, command: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> ForkedRank:
-        """Fork a rank; `command` is that of a rank of NeMo 2, whose last word is the run folder."""
+    def popen(self, command: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> ForkedProcess:
+        """Fork `python -m MODULE ...` or `python -c CODE ...`, in a session of its own, to write into `stdout`."""
         assert self._process.stdin is not None
-        request = {"run_dir": command[-1], "environment": env, "log": str(stdout.name)}
+        request = {"command": command[1:], "environment": env, "log": str(stdout.name)}
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         while "started" not in (answer := self._answer()):
             self._note(answer)
-        return ForkedRank(self, answer["started"])
+        return ForkedProcess(self, answer["started"])
 
     def exit_status(self, pid: int, *, wait: bool) -> int | None:
-        """Return a rank's exit status; None while it runs and is not waited for."""
+        """Return the exit status of a process; None while it runs and is not waited for."""
         assert self._process.stdout is not None
         answers = self._process.stdout.fileno()
         while pid not in self._exit_statuses and (wait or select.select([answers], [], [], 0)[0]):
@@ -103,12 +104,12 @@ def import_stack(device: str) -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import torch
 
-    from nemo_bench.training import cpu_device, weight_gradient
+    from nemo_bench.training import cpu_device, patches
 
     if device == "cpu":
         cpu_device.install()
     else:
-        weight_gradient.install()
+        patches.te_weight_gradient_accumulation()
         with contextlib.suppress(ImportError), mock.patch("torch.cuda.is_available", return_value=False):
             import modelopt.torch.quantization  # noqa: F401  asks the GPU what it is; nothing here uses it
     import nemo_bench.training.pretrain  # noqa: F401
@@ -118,15 +119,15 @@ def import_stack(device: str) -> None:
 
 
 def serve(device: str) -> None:
-    """Fork a rank for each line of standard input, until that ends."""
+    """Fork a process for each line of standard input, until that ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what the imports print is no answer
     import_stack(device)
     answers.write(b"{}\n")
-    read_fd, write_fd = os.pipe()  # the ranks' lifeline: the server alone holds the writing end
-    ranks: set[int] = set()
+    read_fd, write_fd = os.pipe()  # the lifeline of the ranks: the server alone holds the writing end
+    running: set[int] = set()
     while True:
-        if select.select([requests], [], [], POLL_S if ranks else None)[0]:
+        if select.select([requests], [], [], POLL_S if running else None)[0]:
             line = requests.readline()
             if not line:
                 break
@@ -136,20 +137,21 @@ def serve(device: str) -> None:
                 answers.close()
                 request = json.loads(line)
                 request["environment"][lifeline.VARIABLE] = str(read_fd)
-                _run_rank(**request)
-            ranks.add(pid)
+                run(**request)
+            running.add(pid)
             answers.write(json.dumps({"started": pid}).encode() + b"\n")
-        while ranks and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            ranks.discard(ended[0])
+        while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            running.discard(ended[0])
             status = os.waitstatus_to_exitcode(ended[1])
             answers.write(json.dumps({"ended": ended[0], "status": status}).encode() + b"\n")
-    for pid in ranks:
+    for pid in running:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
     os._exit(0)  # taking all that was imported down in order takes seconds
 
 
-def _run_rank(run_dir: str, environment: dict[str, str], log: str) -> None:
+def run(command: list[str], environment: dict[str, str], log: str) -> NoReturn:
+    """Run the program of a command line in this process, and end with its exit status."""
     os.setsid()
     with open(log, "wb", buffering=0) as file, open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -158,13 +160,19 @@ def _run_rank(run_dir: str, environment: dict[str, str], log: str) -> None:
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["rank", run_dir]
-    from nemo_bench.training import rank
-
-    status = 1
-    with contextlib.suppress(SystemExit):
-        rank.main(Path(run_dir))
-        status = 0
+    option, program, *arguments = (word for word in command if word != "-u")
+    sys.argv = [option, *arguments]
+    status = 0
+    try:
+        if option == "-m":
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            exec(program, {"__name__": "__main__"})
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     os._exit(status)
 

@@ -1,17 +1,17 @@
-"""The matrix rate of a device by itself: a short, timed matrix product."""
+"""The matrix rate of a device: TFLOP/s of a short, timed matrix product."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
 
 @dataclass(frozen=True)
-class MeasuredPeak:
-    """Fastest of several timed products, in TFLOP/s for ONE rank, and what was timed."""
+class MatrixRate:
+    """The fastest of several timed products on ONE rank's share of the CPU, and what was timed."""
 
     tflops: float
     dtype: str
@@ -19,12 +19,9 @@ class MeasuredPeak:
     repeats: int
     threads: int
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
-
-def measure_peak(precision: str, *, size: int = 1536, seconds: float = 1.0) -> MeasuredPeak:
-    """Multiplies two random square matrices for about `seconds` and takes the fastest product.
+def cpu_matrix_rate(precision: str, *, size: int = 1536, seconds: float = 1.0) -> MatrixRate:
+    """Multiply two random square matrices for about `seconds`.
 
     All ranks of a run call this at the same time, so that they share the machine as they do when training.
     """
@@ -37,7 +34,7 @@ def measure_peak(precision: str, *, size: int = 1536, seconds: float = 1.0) -> M
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
         repeats += 1
-    return MeasuredPeak(
+    return MatrixRate(
         tflops=2 * size**3 / best / 1e12,
         dtype=str(dtype).removeprefix("torch."),
         size=size,
@@ -46,8 +43,8 @@ def measure_peak(precision: str, *, size: int = 1536, seconds: float = 1.0) -> M
     )
 
 
-def measure_gpu_rate(device: int, *, size: int = 8192, seconds: float = 0.3, warmup_seconds: float = 0.1) -> float:
-    """TFLOP/s of a bf16 matrix product on CUDA device number `device`, the median of several; all it used is freed.
+def gpu_matrix_rate(device: int, *, size: int = 8192, seconds: float = 0.3, warmup_seconds: float = 0.1) -> float:
+    """Return the median TFLOP/s of bf16 matrix products on CUDA device number `device`, and free all they used.
 
     Ranks that train together wait for each other, and their step times do not show which of them is slow. This does.
     """

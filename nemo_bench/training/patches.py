@@ -1,0 +1,149 @@
+"""Changes to libraries that a configuration needs: each to what one function of Megatron or Transformer Engine does."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from nemo_bench.config import TrainConfig
+from nemo_bench.training import cpu_device
+
+if TYPE_CHECKING:
+    import torch
+
+APEX_MODULE = "fused_weight_gradient_mlp_cuda"
+
+
+def before_imports(cfg: TrainConfig) -> None:
+    """Install what must be there when megatron-core and NeMo are imported."""
+    if cfg.gpu.device == "cpu":
+        cpu_device.install()
+    elif cfg.model.gradient_accumulation_fusion:
+        te_weight_gradient_accumulation()
+
+
+def after_imports(cfg: TrainConfig) -> None:
+    """Install what replaces functions of imported modules."""
+    if cfg.gpu.device == "cpu":
+        cpu_device.install_for_checkpoints()
+    elif cfg.model.bias_activation_fusion:
+        te_swiglu_backward()
+    if cfg.precision.fp8_param_gather:
+        fp8_cast_without_transpose()
+    if cfg.precision_aware_optimizer and {cfg.model.optim.exp_avg_dtype, cfg.model.optim.exp_avg_sq_dtype} != {"fp32"}:
+        adam_one_parameter_at_a_time()
+
+
+def te_weight_gradient_accumulation() -> str:
+    """Make gradient accumulation fusion work without Apex; return whose it is: apex, transformer_engine or none.
+
+    Megatron's output layer adds its weight gradient to the gradient of the step so far inside the matrix product, by
+    two functions of a CUDA extension of Apex's. Where that is missing, NeMo leaves the fusion off in silence.
+    Transformer Engine's matrix product can do the same; all other layers call it for this already.
+    """
+    if importlib.util.find_spec(APEX_MODULE) is not None:
+        return "apex"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "none"
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    def accumulate(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        """main_grad += grad_output^T @ total_input; shapes (out, in), (tokens, out), (tokens, in)."""
+        general_gemm(
+            total_input,
+            grad_output,
+            layout="NT",
+            grad=True,
+            accumulate=True,
+            out=main_grad,
+            out_dtype=main_grad.dtype,
+            use_split_accumulator=False,  # for fp8 products only; here both sides are bf16
+        )
+
+    module = ModuleType(APEX_MODULE)
+    module.wgrad_gemm_accum_fp32 = accumulate  # type: ignore[attr-defined]
+    module.wgrad_gemm_accum_fp16 = accumulate  # type: ignore[attr-defined]
+    # find_spec, by which others look for it, wants one.
+    module.__spec__ = importlib.util.spec_from_loader(APEX_MODULE, loader=None)
+    sys.modules[APEX_MODULE] = module
+    return "transformer_engine"
+
+
+def te_swiglu_backward() -> None:
+    """Have Megatron's fused SwiGLU, without a bias, take its gradient from Transformer Engine.
+
+    Megatron has torch.compile write that kernel, and it reaches less of the memory's speed: 0.87 ms against 0.55 ms for
+    the 70B's 8192 x 57344 on an H200 (benchmarks/results/gpu_speed/variants.json), once a layer and micro-batch.
+    Forward they agree.
+    """
+    import transformer_engine_torch
+    from megatron.core.fusions import fused_bias_swiglu
+
+    def swiglu_back(grad_output: torch.Tensor, both_halves: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of silu(x1) * x2 by its input (tokens, 2 f), x1 then x2; grad_output is (tokens, f)."""
+        gradient: torch.Tensor = transformer_engine_torch.dswiglu(grad_output.contiguous(), both_halves, None)
+        return gradient
+
+    fused_bias_swiglu.swiglu_back = swiglu_back
+
+
+def fp8_cast_without_transpose() -> None:
+    """Have Megatron's distributed optimizer cast fp32 main weights to fp8 parameters only in the layout they have.
+
+    After its step Megatron has Transformer Engine cast each parameter's shard, seen as a matrix of one row. Its
+    quantizer is set up to give the transposed copy too, which a product on Hopper needs of the whole parameter. Of the
+    one row nobody reads it, and a transposing kernel is slow at it: with four layers of the 70B a step took 1.41 s with
+    it and 1.18 s without, each on one GPU of another H200 machine (benchmarks/results/gpu_speed/variants.json). Whole
+    parameters get their transposed copies in the next forward pass, as before.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    cast = distrib_optimizer.quantize_param_shard
+
+    def cast_rows(model_params: list[Any], *arguments: Any, **options: Any) -> None:
+        quantizers = [param._get_quantizer() for param in model_params]
+        before = [quantizer.columnwise_usage for quantizer in quantizers]
+        for quantizer in quantizers:
+            # Blockwise scaling has factors of its own for the transposed copy.
+            if type(quantizer).__name__ != "Float8BlockQuantizer":
+                quantizer.set_usage(columnwise=False)
+        try:
+            cast(model_params, *arguments, **options)
+        finally:
+            for quantizer, columnwise in zip(quantizers, before):
+                quantizer.set_usage(columnwise=columnwise)
+
+    distrib_optimizer.quantize_param_shard = cast_rows
+
+
+def adam_one_parameter_at_a_time() -> None:
+    """Have every FusedAdam that is made from now on step parameter by parameter.
+
+    Transformer Engine's FusedAdam computes in fp32. It widens the bf16 moments of a whole group of parameters before
+    its kernels and narrows them afterwards, and so takes more memory than the narrow moments save: 8 bytes a parameter,
+    60 GiB for the 8B, which then did not fit one H200. Parameter by parameter it is what the largest one needs.
+    """
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    step = FusedAdam.step
+
+    def step_each(self: Any, closure: Callable[[], Any] | None = None, grad_scaler: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                if not group["params"]:
+                    continue
+                steps = group.get("step", 0)  # of the group, counted by each call
+                for param in group["params"]:
+                    self.param_groups = [{**group, "params": [param], "step": steps}]
+                    step(self, grad_scaler=grad_scaler)
+                group["step"] = steps + 1
+        finally:
+            self.param_groups = groups
+        return loss
+
+    FusedAdam.step = step_each
