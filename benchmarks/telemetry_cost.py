@@ -28,11 +28,11 @@ PAIRS = 10
 def callbacks_us(on_gpu: bool, batches: int = 2000) -> dict[str, float]:
     """Median and 99th percentile of what follows a step on rank 0: telemetry, and the line of steps.jsonl."""
     import torch
+    from nemo_bench.training.telemetry import STEP_TIMING, RankTelemetry
 
     from nemo_bench.config import load
     from nemo_bench.record.folder import EventLog, RunFolder
     from nemo_bench.training.callbacks import StepRecorder
-    from nemo_bench.training.telemetry import STEP_TIMING, RankTelemetry
 
     cfg = load(PROJECT / "benchmarks/results/h200/bf16_4layers_5f1a/config.yaml")
     cfg.gpu.device = "cuda" if on_gpu else "cpu"
@@ -60,7 +60,6 @@ def callbacks_us(on_gpu: bool, batches: int = 2000) -> dict[str, float]:
 def sampler_cost() -> dict[str, Any]:
     """Steps of matrix products with and without the sampler, by turns."""
     import torch
-
     from nemo_bench.training.gpu_sampler import open_sampler
 
     a, b = (torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
