@@ -21,7 +21,7 @@ from nemo_bench.record import folder as record
 
 pytestmark = pytest.mark.gpu
 
-CONFIG = Path(__file__).resolve().parents[2] / "benchmarks/results/h200/bf16_4layers_5f1a/config.yaml"
+CONFIG = Path(__file__).parents[1] / "runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a/config.yaml"
 # Rank 1 never joins the collective that rank 0 waits in.
 STUCK = """
 import datetime, os, sys

@@ -19,7 +19,7 @@ from nemo_bench.record import folder as record
 
 torch = pytest.importorskip("torch")
 
-CONFIGS = Path(__file__).resolve().parents[2] / "benchmarks/results/h200"
+RUNS = Path(__file__).parents[1] / "runs/nemo-2.7.3"
 A100, L40, H100, B200 = (
     ("NVIDIA A100", (8, 0)),
     ("NVIDIA L40", (8, 9)),
@@ -31,12 +31,12 @@ CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"
 
 @pytest.fixture
 def fp8() -> TrainConfig:
-    return load(CONFIGS / "fp8_4layers_2140/config.yaml")
+    return load(RUNS / "fp8/70b/1/20261122-172139-8348/config.yaml")
 
 
 @pytest.fixture
 def bf16() -> TrainConfig:
-    return load(CONFIGS / "bf16_4layers_5f1a/config.yaml")
+    return load(RUNS / "bf16/70b/1/20261122-172402-5f1a/config.yaml")
 
 
 class Machine:

@@ -17,7 +17,7 @@ from nemo_bench.config import load
 
 torch = pytest.importorskip("torch")
 
-CONFIG = Path(__file__).resolve().parents[2] / "benchmarks/results/h200/bf16_4layers_5f1a/config.yaml"
+CONFIG = Path(__file__).parents[1] / "runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a/config.yaml"
 UUID = "4a1b0c2d-0000-1111-2222-333344445555"
 WAIT_S = 20
 

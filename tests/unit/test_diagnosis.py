@@ -20,7 +20,7 @@ from nemo_bench.record.node import NODE
 
 from ..composing import PROJECT, composed
 
-FOUR_LAYERS = PROJECT / "benchmarks/results/h200/bf16_4layers_5f1a/config.yaml"
+FOUR_LAYERS = PROJECT / "benchmarks/results/h200/bf16_4layers_77b5/config.yaml"
 
 # torch 2.6 to 2.11
 OUT_OF_MEMORY = (

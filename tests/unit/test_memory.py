@@ -42,7 +42,7 @@ def seventy() -> TrainConfig:
     return point("scale=64gpu")
 
 
-@pytest.mark.parametrize("name", ["bf16_4layers_5f1a", "fp8_4layers_2140"])
+@pytest.mark.parametrize("name", ["bf16_4layers_77b5", "fp8_4layers_2140"])
 def test_four_layers_of_the_70b_on_an_h200(name: str) -> None:
     steps = (H200 / name / "steps.jsonl").read_text().splitlines()
     measured_gib = max(json.loads(line)["peak_memory_gib"] for line in steps)

@@ -1,0 +1,137 @@
+"""What this project itself costs: composing, submitting, listing, reading a log, writing a step's line.
+
+    python benchmarks/overheads.py [--runs 1000] [--megabytes 60]
+
+Prints CPU seconds, which a busy machine hardly changes, of whole processes (all but the last two lines) or of calls.
+The telemetry needs what a rank needs (torch, Lightning) and measures the GPU's sampler too where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+RECORD = PROJECT / "tests/runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a"
+SCALES = "64gpu,128gpu,256gpu,512gpu,1024gpu,2048gpu"
+
+
+def cpu_seconds(folder: Path, script: str, *arguments: str) -> float:
+    """Run a script of this project, with Slurm's commands of `folder`/bin, and return its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "STAGE_PATH": str(folder / "stage"), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    command = [sys.executable, str(PROJECT / script), *arguments]
+    subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def composing(folder: Path) -> dict[str, float]:
+    """Return the CPU seconds of composing one point, and of each further one of a sweep, checks and plan included."""
+    one = cpu_seconds(folder, "train.py", "--cfg", "job", "precision=fp8", "scale=128gpu")
+    first = cpu_seconds(folder, "train.py", "-m", "launch=dry", "scale=64gpu")
+    twelve = cpu_seconds(folder, "train.py", "-m", "launch=dry", "precision=bf16,fp8", f"scale={SCALES}")
+    return {"train.py --cfg job": one, "each further point of a dry sweep": (twelve - first) / 11}
+
+
+def submitting(folder: Path, runs: int) -> dict[str, float]:
+    """Return the CPU seconds of submitting a point, and of listing many that have ended."""
+    (folder / "bin").mkdir()
+    for name, answer in {"sbatch": "1", "squeue": "", "sacct": "", "scontrol": ""}.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\necho {answer}\n")
+        (folder / "bin" / name).chmod(0o755)
+    point = ("hydra/launcher=submitit_slurm", "scale=64gpu", "data=mock", "cluster.container=null")
+    seconds = cpu_seconds(folder, "train.py", *point)
+    (job,) = (folder / "stage").glob("results/**/job.json")
+    submitted, content = job.parent, json.loads(job.read_text())
+    shutil.copy(RECORD / "steps.jsonl", submitted)
+    (submitted / "exit.json").write_text('{"exit_code": 0, "ended_at": "2026-11-22T17:25:00Z"}\n')
+    for number in range(2, runs + 1):
+        copied = shutil.copytree(submitted, f"{submitted}-{number}")
+        (Path(copied) / "job.json").write_text(json.dumps({**content, "id": str(number)}))
+    return {"submitting a point": seconds, f"jobs.py with {runs} runs": cpu_seconds(folder, "jobs.py")}
+
+
+def reading_a_log(folder: Path, megabytes: float) -> dict[str, float]:
+    """Return the MB read in a CPU second of a log as jobs print it: NCCL's lines, a step in every hundredth."""
+    from nemo_bench.report.logs import read_log
+
+    rng, steps, path = random.Random(1), 0, folder / "log.out"
+    with open(path, "w") as log:
+        while log.tell() < megabytes * 1e6:
+            for _ in range(99):
+                node, rank, channel, peer = (rng.randrange(n) for n in (64, 512, 32, 512))
+                log.write(f"gpu{node:03}:{rank}:{rank} [0] NCCL INFO Channel {channel:02}/0 : {rank}[0] -> {peer}[0]\n")
+            log.write(
+                f"Training epoch 0, iteration {steps}/99999 | lr: {3e-4 * rng.random():.4} | global_batch_size: 128 | "
+                f"global_step: {steps} | reduced_train_loss: {12 * rng.random():.4} | train_step_timing in s: "
+                f"{11 + rng.random():.4} | consumed_samples: {128 * (steps + 1)}\n"
+            )
+            steps += 1
+    began = time.process_time()
+    read_log(path)
+    return {"MB of a log in a second": path.stat().st_size / 1e6 / (time.process_time() - began)}
+
+
+def telemetry(folder: Path, steps: int = 2000) -> dict[str, float]:
+    """Return the median seconds that follow a step on rank 0: its measurements, and its line in steps.jsonl."""
+    import torch
+
+    from nemo_bench.config import load
+    from nemo_bench.record.folder import EventLog, RunFolder
+    from nemo_bench.training.callbacks import STEP_TIMING, RankTelemetry, StepRecorder
+
+    cfg = load(RECORD / "config.yaml")
+    cfg.gpu.device = "cuda" if torch.cuda.is_available() else "cpu"
+    timing: Any = SimpleNamespace(timer={STEP_TIMING: 1.65})
+    metrics = {"reduced_train_loss": torch.tensor(2.5), "grad_norm": torch.tensor(1.0)}
+    optimizer = SimpleNamespace(param_groups=[{"lr": 3e-4}])
+    trainer: Any = SimpleNamespace(callback_metrics=metrics, global_step=1, optimizers=[optimizer])
+    measure = RankTelemetry(cfg, folder, 0, timing, None)
+    recorder = StepRecorder(cfg, timing, measure, folder, EventLog(RunFolder(folder)))
+    times_s = []
+    for callback in (measure, recorder):
+        callback.on_train_start(trainer, trainer)
+    for step in range(steps):
+        began = time.perf_counter()
+        measure.on_train_batch_start(trainer, trainer, None, step)
+        for callback in (measure, recorder):
+            callback.on_train_batch_end(trainer, trainer, None, None, step)
+        times_s.append(time.perf_counter() - began)
+    measure.on_exception(trainer, trainer, KeyboardInterrupt())
+    return {"telemetry of a step": statistics.median(times_s)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1000, help="how many runs are listed")
+    parser.add_argument("--megabytes", type=float, default=60, help="size of the log")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for overheads in (
+            composing(folder),
+            submitting(folder, options.runs),
+            reading_a_log(folder, options.megabytes),
+            telemetry(folder),
+        ):
+            for what, value in overheads.items():
+                print(f"{what:36} {value:10.6g}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
