@@ -39,6 +39,7 @@ SHOWN_RUNS = 30
 SHOWN_CHANGES = 20
 # A table with fewer columns than this is shown as a block a row.
 FEWEST_COLUMNS = 3
+NAME_WIDTH = 32  # of a table that would not fit otherwise
 
 _PHASES = {
     "importing": "importing NeMo and Megatron (about 20 s)",
@@ -226,13 +227,18 @@ def print_report(console: Console, report: Report) -> None:
 def print_table(console: Console, table: Table) -> None:
     """Print as many of the first columns as fit, or a block a row if those are too few; then the notes."""
     wide = console.options.update(max_width=100_000)
-    for count in range(len(table.columns), FEWEST_COLUMNS - 1, -1):
-        shown = _rich_table(table, count)
+    every = len(table.columns)
+    for columns, name_width in [
+        (every, 1000),
+        *((count, NAME_WIDTH) for count in range(every, FEWEST_COLUMNS - 1, -1)),
+    ]:
+        shown = _rich_table(table, columns, name_width)
         if Measurement.get(console, wide, shown).maximum <= console.width:
             console.print(shown)
-            if count < len(table.columns):
-                hidden = f"{len(table.columns) - count} more columns in a wider terminal and in results.md"
-                console.print(Text(hidden, style="dim"))
+            if columns < every:
+                console.print(
+                    Text(f"{every - columns} more columns in a wider terminal and in results.md", style="dim")
+                )
             break
     else:
         console.print(Text(table.title, style="italic"))
@@ -241,19 +247,24 @@ def print_table(console: Console, table: Table) -> None:
             # A value and its name stay on one line: no space of theirs is a place to wrap.
             cells = (f"{name}: {cell}" for name, cell in zip(table.columns[1:], row[1:]) if cell)
             text = "  ".join(cell.replace(" ", "\u00a0") for cell in cells)
-            for line in textwrap.wrap(text, console.width - 2, break_on_hyphens=False, break_long_words=False):
+            for line in _wrapped(text, console.width - 2):
                 console.print(Text(f"  {line}".replace("\u00a0", " ")), soft_wrap=True)
     for row, note in zip(table.rows, table.notes):
         if note:
             _print_line(console, row[0], note)
 
 
-def _rich_table(table: Table, columns: int) -> RichTable:
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
+
+
+def _rich_table(table: Table, columns: int, name_width: int) -> RichTable:
     shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
     for name, words in zip(table.columns[:columns], table.words):
         shown.add_column(name, justify="left" if words else "right", no_wrap=True)
     for row in table.rows:
-        shown.add_row(*(Text(cell, style=_style(cell)) for cell in row[:columns]))
+        name = "\n".join(_wrapped(row[0], name_width))
+        shown.add_row(*(Text(cell, style=_style(cell)) for cell in (name, *row[1:columns])))
     return shown
 
 

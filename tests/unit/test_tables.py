@@ -73,7 +73,7 @@ def test_no_value_is_broken_on_a_narrow_terminal(report: Report, width: int) -> 
 
 
 def test_a_table_that_does_not_fit_is_a_block_a_row(report: Report) -> None:
-    long = "70b fp8 64gpu with_a_name_of_many_overrides=true and_one_more=false"
+    long = "70b_fp8_64gpu_with_a_name_that_is_nearly_as_long_as_a_line_of_the_terminal"
     points = (replace(report.points[0], name=long),)
     lines = on_terminal(replace(report, points=points, runs=(), comparisons=(), warnings=()), 80)
     assert long in lines and max(map(len, lines)) <= 80
