@@ -18,15 +18,11 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 T = TypeVar("T")
-
-CLUSTER = "lab"
-ACCOUNT = "nemo"
 
 # What a job never leaves again. PREEMPTED is not among them: a preempted job passes through it on its way back.
 FINAL_STATES = frozenset(
@@ -42,7 +38,8 @@ BOUND_TO_US = ("setpriv", "--pdeathsig", "KILL", "--")
 NAMESPACES = ("unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts", "--")
 
 SLURM_COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged")
-ACCOUNTING_COMMANDS = ("slurmdbd", "mariadbd", "mariadb-install-db")
+# mariadb-install-db calls my_print_defaults, which another package has.
+ACCOUNTING_COMMANDS = ("slurmdbd", "mariadbd", "mariadb-install-db", "my_print_defaults")
 
 
 def sbin_path() -> str:
@@ -54,7 +51,7 @@ def why_not(*, accounting: bool = False) -> str | None:
     """Why a cluster cannot be started on this machine, or None."""
     wanted = SLURM_COMMANDS + (ACCOUNTING_COMMANDS if accounting else ())
     if missing := [command for command in wanted if shutil.which(command, path=sbin_path()) is None]:
-        packages = "slurm-wlm" + (" slurmdbd mariadb-server-core" if accounting else "")
+        packages = "slurm-wlm" + (" slurmdbd mariadb-server-core mariadb-client-core" if accounting else "")
         return f"no {', '.join(missing)} on this machine (Debian: apt-get install {packages})"
     if os.geteuid() != 0:
         return "a Slurm cluster of a test's own needs root (namespaces, device files)"
@@ -115,62 +112,24 @@ class SlurmCluster:
     Nodes `n1` .. `n<total_nodes>`, of which the first `live_nodes` have a slurmd and run jobs. Partitions:
 
     - `gpu` (default): the live nodes. Nobody preempts its jobs.
-    - `high`: the live nodes; a job here takes the nodes of jobs in `low` and `scavenge`, which are requeued, those in
-      `low` after a grace time of `grace_seconds`.
+    - `high`: the live nodes; a job here takes the nodes of jobs in `low`, which are requeued after a grace time of 3 s.
     - `closed`: all nodes, and down. Takes every job that would fit the cluster, as pending, and refuses others.
 
-    A requeued job waits `requeue_seconds` before it may start again: the lifetime of Slurm's credentials, too, so that
-    a loaded machine needs some.
+    What Slurm 22.05 was seen to do here:
 
-    What Slurm 22.05 was seen to do here (test_cluster.py holds it to most of this):
-
-    - Time limits are whole minutes: `-t 0:05` is a minute. Only `scontrol update EndTime=now+5seconds` sets seconds.
-    - Limits are looked at every 30 s. So a job ends up to 30 s late, and the signal of `--signal=USR1@2` comes 2 to
-      32 s before the limit, a look or two before the end: SIGCONT and SIGTERM to ranks and batch script, SIGKILL 3 to
-      8 s after (KillWait), state TIMEOUT. A warning due at the same look as the end comes together
-      with SIGTERM.
-    - `--signal=USR1@…` goes to the ranks and never to the batch script, `--signal=B:USR1@…` to the batch script (its
-      shell alone) and never to the ranks. SIGCONT comes with either, before or after it.
-    - Preemption with a grace time: within a second SIGCONT and SIGTERM to the ranks; nothing to the batch script. The
-      job stays RUNNING. A job that ends now by itself is COMPLETED or FAILED by its exit code and is NOT requeued. To
-      come back it must last until the end of the grace time, or `scontrol requeue` itself.
-    - The end of the grace time is a time limit: up to 30 s late. Then as there, but the job is requeued.
-    - `--signal` is disregarded on preemption unless SlurmctldParameters has preempt_send_user_signal. With it
-      (`user_signal_on_preemption`), that signal comes in the place of the first SIGTERM, whatever its time.
-    - Preemption without a grace time: SIGCONT and SIGTERM to ranks and batch script at once, SIGKILL after KillWait,
-      and the job is requeued whatever its exit code.
-    - A batch job starts about a second after its submission, the first one three seconds after the cluster's start;
-      srun's own jobs start at once. sacct knows of a job some seconds late.
+    - Time limits are whole minutes, looked at every 30 s: a job ends, and is warned, up to 30 s late. Only
+      `scontrol update EndTime=now+5seconds` sets seconds.
+    - `--signal=USR1@...` goes to the ranks and never to the batch script. On preemption it comes in the place of the
+      first SIGTERM, whatever its time (preempt_send_user_signal).
+    - In its grace time a preempted job stays RUNNING. If it ends by itself it is not requeued.
+    - A requeued job waits 10 s, the lifetime of Slurm's credentials. sacct knows of a job some seconds late.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        live_nodes: int = 4,
-        total_nodes: int = 256,
-        cpus_per_node: int = 64,
-        gpus_per_node: int = 8,
-        memory_mb: int = 2_000_000,
-        grace_seconds: int = 3,
-        requeue_seconds: int = 10,
-        user_signal_on_preemption: bool = True,
-        accounting: bool = False,
-        extra: Sequence[str] = (),
-    ) -> None:
-        if not 1 <= live_nodes <= total_nodes:
-            raise ValueError(f"{live_nodes} live nodes of {total_nodes}")
+    def __init__(self, folder: Path, *, live_nodes: int, total_nodes: int, accounting: bool = False) -> None:
         self.folder = folder
         self.live_nodes = live_nodes
         self.total_nodes = total_nodes
-        self.cpus_per_node = cpus_per_node
-        self.gpus_per_node = gpus_per_node
-        self.memory_mb = memory_mb
-        self.grace_seconds = grace_seconds
-        self.requeue_seconds = requeue_seconds
-        self.user_signal_on_preemption = user_signal_on_preemption
         self.accounting = accounting
-        self.extra = tuple(extra)
         self._init: subprocess.Popen[str] | None = None
         self._namespace = ""
 
@@ -179,8 +138,6 @@ class SlurmCluster:
         """The environment in which sbatch, srun, squeue and the others speak to this cluster and to no other."""
         env = {name: value for name, value in os.environ.items() if not name.startswith(CALLERS_OWN)}
         return {**env, "PATH": sbin_path(), "SLURM_CONF": str(self.folder / "slurm.conf")}
-
-    # Start and stop
 
     def __enter__(self) -> SlurmCluster:
         try:
@@ -193,17 +150,14 @@ class SlurmCluster:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def start(self) -> None:
         """Returns when all live nodes are idle."""
         self._write_configuration()
         folder = self.folder
-        log = (folder / "log" / "init.out").open("w")
-        with log:
+        with (folder / "log" / "init.out").open("w") as log:
             self._init = subprocess.Popen(
                 [*BOUND_TO_US, *NAMESPACES, "bash", "-s"],  # bash reaps orphans, as a first process must
                 cwd=folder,
@@ -264,8 +218,7 @@ class SlurmCluster:
         self._tell("mount -t tmpfs -o mode=700 tmpfs mysql")  # the first start of a database is slow on a busy disk
         self._tell(f"mariadb-install-db {database} --auth-root-authentication-method=socket > log/install.out 2>&1")
         # No TCP port, and root knows itself by the socket: no password either.
-        options = ["--skip-networking", "--socket=run/mysql.sock", "--pid-file=run/mariadbd.pid"]
-        options = [option.replace("=run", f"={folder}/run") for option in options]
+        options = ["--skip-networking", f"--socket={folder}/run/mysql.sock", f"--pid-file={folder}/run/mariadbd.pid"]
         options += ["--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900"]
         options += ["--innodb-flush-log-at-trx-commit=0"]  # nobody will read this database after a crash
         self._daemon("mariadbd", "mariadbd", *shlex.split(database), *options)
@@ -274,12 +227,10 @@ class SlurmCluster:
         # slurmdbd.conf cannot name a socket; the client library's own variable can.
         self._daemon("slurmdbd", "env", f"MYSQL_UNIX_PORT={folder}/run/mysql.sock", "slurmdbd", "-D")
         self._listening(self._port + 1)  # an sacctmgr that comes too early hangs
-        for words in (
-            f"add cluster {CLUSTER}",
-            f"add account {ACCOUNT} cluster={CLUSTER}",
-            f"add user root account={ACCOUNT} cluster={CLUSTER} defaultaccount={ACCOUNT}",
-        ):
-            self.run("sacctmgr", "-i", *words.split(), check=True)
+        self.run("sacctmgr", "-i", "add", "cluster", "lab", check=True)
+        self.run("sacctmgr", "-i", "add", "account", "nemo", "cluster=lab", check=True)
+        user = ("add", "user", "root", "account=nemo", "cluster=lab", "defaultaccount=nemo")
+        self.run("sacctmgr", "-i", *user, check=True)
 
     def _tell(self, command: str) -> None:
         assert self._init is not None and self._init.stdin is not None
@@ -314,8 +265,6 @@ class SlurmCluster:
 
         wait_for(or_dead, what, timeout)
 
-    # Configuration
-
     def _write_configuration(self) -> None:
         folder = self.folder
         spools = [f"spool/n{node}" for node in range(1, self.live_nodes + 1)]
@@ -329,114 +278,26 @@ class SlurmCluster:
         names = ["controller", *(f"n{node}" for node in range(1, self.total_nodes + 1))]
         hosts = Path("/etc/hosts").read_text() + "\n".join(["", *(f"127.0.0.1 {name}" for name in names), ""])
         (folder / "hosts").write_text(hosts)
-        for gpu in range(self.gpus_per_node):
+        for gpu in range(8):
             device = folder / "dev" / f"nvidia{gpu}"
             if not device.exists():
                 os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # of the kind of /dev/null
-        files = f"{folder}/dev/nvidia[0-{self.gpus_per_node - 1}]"
-        (folder / "gres.conf").write_text(f"Name=gpu File={files}\n" if self.gpus_per_node else "")
-        (folder / "slurm.conf").write_text("\n".join([*self._slurm_conf(), ""]))
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/dev/nvidia[0-7]\n")
+        files = ["slurm.conf"]
+        files += ["cloud.conf"] if self.total_nodes > self.live_nodes else []
+        files += ["accounting.conf"] if self.accounting else []
+        (folder / "slurm.conf").write_text("".join(self._rendered(name) for name in files))
         dbd = folder / "slurmdbd.conf"
         dbd.touch(mode=0o600)  # slurmdbd refuses a file that others may read
-        dbd.write_text("\n".join([*self._slurmdbd_conf(), ""]))
+        dbd.write_text(self._rendered("slurmdbd.conf"))
 
-    def _slurm_conf(self) -> list[str]:
-        folder, live, total, port = self.folder, self.live_nodes, self.total_nodes, self._port
-        gres = f" Gres=gpu:{self.gpus_per_node}" if self.gpus_per_node else ""
-        node = f"NodeAddr=127.0.0.1 CPUs={self.cpus_per_node} RealMemory={self.memory_mb}{gres}"
-        lines = [
-            f"ClusterName={CLUSTER}",
-            "SlurmctldHost=controller(127.0.0.1)",
-            f"SlurmctldPort={port}",
-            "SlurmUser=root",
-            "SlurmdUser=root",
-            "AuthType=auth/munge",
-            # cred_expire is also how long a requeued job waits
-            f"AuthInfo=socket={folder}/run/munge.sock,cred_expire={self.requeue_seconds}",
-            f"StateSaveLocation={folder}/state",
-            f"SlurmdSpoolDir={folder}/spool/%n",
-            f"SlurmctldPidFile={folder}/run/slurmctld.pid",
-            f"SlurmdPidFile={folder}/run/slurmd-%n.pid",
-            f"SlurmctldLogFile={folder}/log/slurmctld.log",
-            f"SlurmdLogFile={folder}/log/slurmd-%n.log",
-            # no control groups: containers have none to give
-            "ProctrackType=proctrack/linuxproc",
-            "TaskPlugin=task/none",
-            "JobAcctGatherType=jobacct_gather/none",
-            "SwitchType=switch/none",
-            "MpiDefault=none",
-            "SelectType=select/cons_tres",
-            "SelectTypeParameters=CR_CPU",
-            "SchedulerType=sched/backfill",
-            # sched_interval: else a requeued job whose wait is over is noticed up to a minute later
-            "SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=2,bf_interval=5",
-            "SlurmdParameters=config_overrides",  # nodes have what this file says
-            "MailProg=/bin/true",
-            "ReturnToService=2",
-            "SlurmdTimeout=300",
-            "TreeWidth=64",
-            "GresTypes=gpu",
-            "EnforcePartLimits=ALL",  # a job that fits no partition is refused, not left pending
-            "MinJobAge=3600",  # keeps finished jobs in `scontrol show job`
-            "MaxArraySize=1001",
-            "KillWait=3",
-            "OverTimeLimit=0",
-            "InactiveLimit=0",
-            "PreemptType=preempt/partition_prio",
-            "PreemptMode=REQUEUE",
-            "JobRequeue=1",
-        ]
-        if self.user_signal_on_preemption:
-            lines.append("SlurmctldParameters=preempt_send_user_signal")
-        if self.accounting:
-            lines += [
-                "AccountingStorageType=accounting_storage/slurmdbd",
-                "AccountingStorageHost=127.0.0.1",
-                f"AccountingStoragePort={port + 1}",
-                f"AccountingStoragePass={folder}/run/munge.sock",
-                "AccountingStorageTRES=gres/gpu",  # slurmctld refuses it without slurmdbd
-                "AccountingStorageEnforce=associations",
-            ]
-        else:
-            lines.append("AccountingStorageType=accounting_storage/none")
-        lines.append(f"NodeName=n[1-{live}] Port=[{port + 2}-{port + 1 + live}] {node} State=UNKNOWN")
-        if total > live:
-            # Powered down, so that nobody asks them how they are; their port is nobody's.
-            lines += [
-                f"NodeName=n[{live + 1}-{total}] Port=1 {node} Weight=100 State=CLOUD",
-                "SuspendProgram=/bin/true",
-                "ResumeProgram=/bin/true",
-                "SuspendTime=3600",
-                "ResumeTimeout=3600",
-                "ResumeRate=0",
-            ]
-        lines += [
-            f"PartitionName=gpu Nodes=n[1-{live}] Default=YES MaxTime=7-0 PriorityTier=1 PreemptMode=OFF",
-            f"PartitionName=low Nodes=n[1-{live}] MaxTime=7-0 PriorityTier=1 GraceTime={self.grace_seconds}",
-            f"PartitionName=scavenge Nodes=n[1-{live}] MaxTime=7-0 PriorityTier=1 GraceTime=0",
-            f"PartitionName=high Nodes=n[1-{live}] MaxTime=7-0 PriorityTier=10 PreemptMode=OFF",
-            f"PartitionName=closed Nodes=n[1-{total}] MaxTime=7-0 State=DOWN",
-        ]
-        return [*lines, *self.extra]
-
-    def _slurmdbd_conf(self) -> list[str]:
-        folder = self.folder
-        return [
-            "DbdHost=controller",
-            "DbdAddr=127.0.0.1",
-            f"DbdPort={self._port + 1}",
-            "AuthType=auth/munge",
-            f"AuthInfo=socket={folder}/run/munge.sock",
-            "SlurmUser=root",
-            "StorageType=accounting_storage/mysql",
-            "StorageHost=localhost",
-            "StorageUser=root",
-            "StorageLoc=slurm_acct",
-            f"LogFile={folder}/log/slurmdbd.log",
-            f"PidFile={folder}/run/slurmdbd.pid",
-        ]
-
-    # Use
+    def _rendered(self, name: str) -> str:
+        template = Path(__file__).with_name("conf") / name
+        live, port = self.live_nodes, self._port
+        return template.read_text().format(
+            **{"folder": self.folder, "port": port, "dbd_port": port + 1, "live": live, "total": self.total_nodes},
+            **{"first_port": port + 2, "last_port": port + 1 + live, "first_cloud": live + 1},
+        )
 
     def run(
         self,
@@ -471,30 +332,25 @@ class SlurmCluster:
         # The one before nsenter is for it, the other for its child; a mount namespace forgets the working directory.
         return [*BOUND_TO_US, *enter, *BOUND_TO_US, "env", f"--chdir={cwd or self.folder}", *args]
 
-    def submit(self, *options: str, script: str, cwd: Path | None = None) -> str:
-        """The id of a new batch job; the script's first line is added where it has none."""
-        text = script if script.startswith("#!") else f"#!/usr/bin/env bash\n{script}\n"
-        return self.run("sbatch", "--parsable", *options, check=True, cwd=cwd, stdin=text).stdout.split(";")[0].strip()
+    def submit(self, *options: str, script: str) -> str:
+        """The id of a new batch job that runs this bash script."""
+        text = f"#!/usr/bin/env bash\n{script}\n"
+        return self.run("sbatch", "--parsable", *options, check=True, stdin=text).stdout.strip()
 
     def idle_nodes(self) -> int:
         """How many nodes could run a job now."""
-        rows = self.run("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%T").stdout.split()
-        return rows.count("idle")
+        return self.run("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%T").stdout.split().count("idle")
 
-    def job_records(self, job_id: str | int) -> list[dict[str, str]]:
-        """What `scontrol show job` knows of a job, of every task of an array."""
-        lines = self.run("scontrol", "show", "job", "-o", str(job_id), check=True).stdout.splitlines()
-        return [_parse_record(line) for line in lines if line.strip()]
+    def job_record(self, job_id: str) -> dict[str, str]:
+        """What `scontrol show job` knows of a job."""
+        line = self.run("scontrol", "show", "job", "-o", job_id, check=True).stdout.strip()
+        # Values may hold spaces and equals signs: a key is a capitalised word at the start or after a space.
+        return dict(re.findall(r"(?:^|(?<= ))([A-Z][\w/:]*)=(.*?)(?= [A-Z][\w/:]*=|$)", line))
 
-    def job_record(self, job_id: str | int) -> dict[str, str]:
-        records = self.job_records(job_id)
-        assert len(records) == 1, f"job {job_id} has {len(records)} records; job_records() gives all"
-        return records[0]
-
-    def job_state(self, job_id: str | int) -> str:
+    def job_state(self, job_id: str) -> str:
         return self.job_record(job_id)["JobState"]
 
-    def wait_for_state(self, job_id: str | int, states: str | Collection[str], timeout: float = 60) -> str:
+    def wait_for_state(self, job_id: str, states: str | Collection[str], timeout: float = 60) -> str:
         """The first of these states that is seen; AssertionError after `timeout`, or when none can come any more."""
         wanted = {states} if isinstance(states, str) else set(states)
 
@@ -506,29 +362,26 @@ class SlurmCluster:
 
         return wait_for(seen, f"job {job_id} to be {wanted}", timeout)
 
-    def wait_for_end(self, job_id: str | int, timeout: float = 60) -> str:
+    def wait_for_end(self, job_id: str, timeout: float = 60) -> str:
         """The state in which the job ended."""
         return self.wait_for_state(job_id, FINAL_STATES, timeout)
 
     def pids(self, name: str = "") -> list[int]:
-        """The cluster's processes as this machine numbers them: daemons, steps and ranks; by name, or all.
-
-        The jobs see other numbers: `scontrol listpids` and SLURM_TASK_PID are the namespace's own.
-        """
+        """The cluster's processes as this machine numbers them: daemons, steps and ranks; by name, or all."""
         return [
             pid
             for pid in processes()
             if _link(Path(f"/proc/{pid}/ns/pid")) == self._namespace and (not name or _name(pid) == name)
         ]
 
-    def logs(self, lines: int = 20) -> str:
+    def logs(self) -> str:
         """The end of every daemon's log, for failures, without what they say of the same at every start."""
         parts = []
         for path in sorted((self.folder / "log").glob("*")):
             if path.suffix == ".out" and path.with_suffix(".log").exists():
                 continue  # the same again, without the time
             text = path.read_text(errors="replace").splitlines()
-            if tail := [line for line in text if not re.search("pmix|MPI: Cannot create|_state file", line)][-lines:]:
+            if tail := [line for line in text if not re.search("pmix|MPI: Cannot create|_state file", line)][-20:]:
                 parts.append("\n".join([f"==> {path.name}", *tail]))
         return "\n".join(parts)
 
@@ -546,9 +399,3 @@ def _name(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
-
-
-def _parse_record(line: str) -> dict[str, str]:
-    # Values may hold spaces and equals signs: a key is a capitalised word at the start or after a space.
-    pairs = re.findall(r"(?:^|(?<= ))([A-Z][\w/:]*)=(.*?)(?= [A-Z][\w/:]*=|$)", line.strip())
-    return {key: value.strip() for key, value in pairs}

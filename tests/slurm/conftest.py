@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.slurm.cluster import SlurmCluster, processes_of, why_not
+
+PROJECT = Path(__file__).resolve().parents[2]
+SUBMIT = ("hydra/launcher=submitit_slurm", "cluster=slurm", "cluster.container=null")
+# The nodes of the test cluster are this one machine: jobs share it.
+SHARED = ("cluster.exclusive=false", "cluster.mem=null")
+CLOSED = ("cluster.partition=closed",)
 
 
 def require_slurm(*, accounting: bool = False) -> None:
@@ -51,3 +62,49 @@ def pytest_runtest_makereport(
             if isinstance(value, SlurmCluster):
                 report.sections.append((f"logs of {name}", value.logs()))
     return report
+
+
+@dataclass(frozen=True)
+class Scripts:
+    """The project's scripts as a user of the cluster runs them, in a stage folder of their own."""
+
+    slurm: SlurmCluster
+    stage: Path
+
+    def run(self, script: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.slurm.run(
+            sys.executable,
+            str(PROJECT / script),
+            *args,
+            cwd=self.stage,
+            timeout=300,
+            env={"STAGE_PATH": str(self.stage), **environment},
+        )
+
+    def submit(self, *overrides: str, code: int = 0, **environment: str) -> str:
+        done = self.run("train.py", *SUBMIT, *overrides, **environment)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    def jobs(self, *args: str, code: int = 0) -> str:
+        done = self.run("jobs.py", *args)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def submitted(self) -> list[dict[str, Any]]:
+        """`jobs.json` of the last submission."""
+        latest = max(self.stage.glob("submissions/*/jobs.json"), key=lambda path: path.stat().st_mtime_ns)
+        rows = json.loads(latest.read_text())
+        assert isinstance(rows, list)
+        return rows
+
+    def last(self) -> tuple[str, Path]:
+        """Job id and run folder of the last submission's only job."""
+        (job,) = self.submitted()
+        return job["job_id"], Path(job["run_dir"])
+
+
+@pytest.fixture
+def scripts(slurm: SlurmCluster, tmp_path: Path) -> Scripts:
+    return Scripts(slurm, tmp_path)

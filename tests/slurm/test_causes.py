@@ -6,9 +6,7 @@ import pytest
 
 from ..integration.conftest import SMALL
 from .cluster import SlurmCluster
-from .test_submission import SHARED, Scripts, scripts
-
-__all__ = ["scripts"]  # the fixture
+from .conftest import SHARED, Scripts
 
 CASES = {
     "starts no containers": (

@@ -11,7 +11,7 @@ from nemo_bench.record import folder as record
 from nemo_bench.report.runs import load_run
 
 from .cluster import SlurmCluster
-from .test_submission import SHARED, Scripts
+from .conftest import SHARED, Scripts
 
 PROGRAM = Path(__file__).parent / "nemo_1_program.py"
 POINT = (

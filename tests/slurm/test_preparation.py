@@ -17,7 +17,7 @@ from nemo_bench.data.indexed_dataset import inspect
 
 from ..httpserver import FileServer, Twist
 from .cluster import SlurmCluster, wait_for
-from .test_submission import PROJECT, SHARED, Scripts
+from .conftest import PROJECT, SHARED, Scripts
 
 SUBMIT = ("hydra/launcher=submitit_slurm", *SHARED)
 

@@ -9,7 +9,7 @@ from nemo_bench.record import folder as record
 from ..integration.conftest import SMALL
 from ..nsys import calls, install
 from .cluster import SlurmCluster
-from .test_submission import SHARED, Scripts
+from .conftest import SHARED, Scripts
 
 
 def test_chosen_ranks_run_under_nsys_and_their_end_is_seen(slurm: SlurmCluster, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ..squashfs import squashfs
 from .cluster import SlurmCluster
-from .test_submission import CLOSED, PROJECT, SHARED, Scripts
+from .conftest import CLOSED, PROJECT, SHARED, Scripts
 
 SUBMIT = ("hydra/launcher=submitit_slurm", *SHARED)
 ENROOT = """#!/bin/sh

@@ -4,75 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nemo_bench.record import folder as record
 
 from ..integration.conftest import SMALL
-from .cluster import SlurmCluster, sbin_path, wait_for
+from .cluster import SlurmCluster, wait_for
+from .conftest import CLOSED, SHARED, SUBMIT, Scripts
 
 PROJECT = Path(__file__).resolve().parents[2]
-SUBMIT = ("hydra/launcher=submitit_slurm", "cluster=slurm", "cluster.container=null")
-# The nodes of the test cluster are this one machine: jobs share it.
-SHARED = ("cluster.exclusive=false", "cluster.mem=null")
+
+
 TABLE = ("precision=bf16,fp8", "scale=64gpu,128gpu,256gpu,512gpu,1024gpu,2048gpu", "data=mock")
-CLOSED = ("cluster.partition=closed",)
-
-
-@dataclass(frozen=True)
-class Scripts:
-    """The project's scripts as a user of the cluster runs them, in a stage folder of their own."""
-
-    slurm: SlurmCluster
-    stage: Path
-
-    def run(self, script: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return self.slurm.run(
-            sys.executable,
-            str(PROJECT / script),
-            *args,
-            cwd=self.stage,
-            timeout=300,
-            env={"STAGE_PATH": str(self.stage), **environment},
-        )
-
-    def submit(self, *overrides: str, code: int = 0, **environment: str) -> str:
-        done = self.run("train.py", *SUBMIT, *overrides, **environment)
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stdout + done.stderr
-
-    def jobs(self, *args: str, code: int = 0) -> str:
-        done = self.run("jobs.py", *args)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    def submitted(self) -> list[dict[str, Any]]:
-        """`jobs.json` of the last submission."""
-        latest = max(self.stage.glob("submissions/*/jobs.json"), key=lambda path: path.stat().st_mtime_ns)
-        rows = json.loads(latest.read_text())
-        assert isinstance(rows, list)
-        return rows
-
-    def last(self) -> tuple[str, Path]:
-        """Job id and run folder of the last submission's only job."""
-        (job,) = self.submitted()
-        return job["job_id"], Path(job["run_dir"])
-
-
-@pytest.fixture
-def scripts(slurm: SlurmCluster, tmp_path: Path) -> Scripts:
-    return Scripts(slurm, tmp_path)
 
 
 def test_the_whole_table_each_point_with_its_own_nodes(scripts: Scripts, slurm: SlurmCluster) -> None:
@@ -303,68 +253,6 @@ def test_accounts_are_checked_and_sacct_is_asked(slurm_with_accounting: SlurmClu
     wait_for(lambda: "FAILED" in slurm_with_accounting.run("sacct", "-X", "-n", "-o", "State").stdout, "sacct", 20)
     assert not (run_dir / record.EXIT).exists()
     assert "FAILED" in scripts.jobs()
-
-
-# Submissions that are disturbed. No job may run that jobs.py does not list.
-
-
-def wrapped_sbatch(folder: Path, body: str) -> str:
-    """Return a PATH on which `sbatch` is this script; `real` calls the cluster's own and keeps its answer."""
-    folder.mkdir()
-    sbatch = shutil.which("sbatch")
-    (folder / "sbatch").write_text(f'#!/bin/bash\nreal() {{ {sbatch} "$@"; }}\n{body}\n')
-    (folder / "sbatch").chmod(0o755)
-    return f"{folder}{os.pathsep}{sbin_path()}"
-
-
-QUICK = ("scale=local", *SHARED, *SMALL, "data=mock")
-
-
-def test_a_submitter_that_is_killed_leaves_no_orphan(scripts: Scripts, slurm: SlurmCluster) -> None:
-    path = wrapped_sbatch(scripts.stage / "bin", 'real "$@" > /dev/null; kill -9 $PPID')
-    waiting = scripts.run("train.py", *SUBMIT, *QUICK, *CLOSED, PATH=path)
-    assert waiting.returncode < 0 or waiting.returncode == 137
-    assert scripts.jobs().count("PENDING") == 1  # found by its script
-    scripts.run("train.py", *SUBMIT, *QUICK, "cluster.setup=['exit 3']", PATH=path)
-    jobs = wait_for(lambda: [job for job in _contents(scripts.stage) if job["id"]][1:], "the script to name itself", 30)
-    assert slurm.wait_for_end(jobs[0]["id"]) == "FAILED"
-    assert scripts.jobs().count("FAILED") == 1
-    for job in _contents(scripts.stage):
-        scripts.jobs("cancel", job["id"])
-
-
-def _contents(stage: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(stage.glob("results/*/*/*/*/*/job.json"))]
-
-
-@pytest.mark.parametrize(
-    "lost", ['real "$@" > /dev/null', "real \"$@\" > /dev/null; echo 'Socket timed out' >&2; exit 1"]
-)
-def test_a_job_that_sbatch_says_nothing_of_is_adopted(scripts: Scripts, lost: str) -> None:
-    path = wrapped_sbatch(scripts.stage / "bin", lost)
-    assert "1 job submitted" in scripts.submit(*QUICK, *CLOSED, PATH=path)
-    (job,) = _contents(scripts.stage)
-    assert scripts.jobs("cancel", job["id"]) == f"cancelled: {job['id']}\n"
-
-
-def test_ctrl_c_between_submissions_names_what_was_submitted(scripts: Scripts) -> None:
-    body = 'real "$@"; [ $(ls -d "$STAGE_PATH"/results/*/*/*/*/* | wc -l) -lt 2 ] || kill -INT $PPID; sleep 1'
-    path = wrapped_sbatch(scripts.stage / "bin", body)
-    said = scripts.submit(*QUICK, *CLOSED, "trainer.max_steps=5,6,7", code=130, PATH=path)
-    first, _ = (job["id"] for job in _contents(scripts.stage))
-    assert f"1 of 3 points were submitted before that: `scancel {first}` takes them back" in said
-    assert scripts.jobs().count("PENDING") == 2
-    scripts.jobs("cancel", *(job["id"] for job in _contents(scripts.stage)))
-
-
-def test_percent_signs_in_the_stage_folder_are_no_patterns(scripts: Scripts, slurm: SlurmCluster) -> None:
-    stage = scripts.stage / "100%j %t"
-    stage.mkdir()
-    scripts = Scripts(slurm, stage)
-    scripts.submit(*QUICK, "gpu=h100", "precision=bf16", "cluster.setup=['exit 3']")
-    job_id, run_dir = scripts.last()
-    assert slurm.wait_for_end(job_id) == "FAILED"
-    assert (run_dir / f"slurm-{job_id}.out").exists() and "FAILED" in scripts.jobs()
 
 
 @pytest.fixture
