@@ -215,6 +215,8 @@ class ClusterConfig:
     gpus_per_node: str | None = None  # in sbatch's words: 8, or with the type: h100:8
     gres: str | None = None  # in place of gpus_per_node where the cluster wants --gres=gpu:8
     cpus_per_task: int | None = number(None, least=1, most=10_000)
+    # GPUs that NVLink joins: 8 on HGX, 72 on GB200 NVL72; null: the ranks of a node.
+    nvlink_gpus: int | None = number(None, least=1, most=10_000)
     dependency: str | None = None
     comment: str | None = None
     signal_s: int = number(120, least=1, most=65_535)  # SIGUSR1 this long before the time limit, for a last checkpoint
@@ -290,6 +292,8 @@ class TrainConfig:
     launch: Launch = Launch.run
     stage_path: str = field(default=MISSING, metadata=PATH)
     results_version: str = MISSING
+    # Refuse a point whose estimated memory exceeds the GPU's by more than the estimate's error, 5%.
+    check_memory: bool = True
     total_tokens: float = number(1e12, above=0)  # the budget behind "days to train"
 
     @property

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 
+from nemo_bench.checks.slurm import slurm_rules
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import Need, Problem
 from nemo_bench.fields import choice_problems, number_problems
@@ -29,13 +30,14 @@ def configuration_problems(cfg: TrainConfig) -> list[Problem]:
     """Return every rule that the values themselves break, whatever the machine."""
     need = Need(cfg)
     need.problems += number_problems(cfg)
-    if not need.problems:  # the rules below divide by these numbers
-        _layout(cfg, need)
-        _batch(cfg, need)
+    if not need.problems:  # these rules divide by the numbers
+        for rules in (_layout, _batch, _attention, _fp8_sizes):
+            rules(cfg, need)
     need.problems += choice_problems(cfg)
-    for rules in (_names, _device, _gpus_of_a_node, _optimizer, _fusions, _recomputation, _fp8, _data, _checkpoint):
+    for rules in (_names, _device, _optimizer, _fusions, _recomputation, _fp8, _data, _checkpoint, _profile):
         rules(cfg, need)
-    _profile(cfg, need)
+    if cfg.cluster.scheduler == "slurm":
+        slurm_rules(cfg, need)
     return need.problems
 
 
@@ -119,8 +121,49 @@ def _batch(cfg: TrainConfig, need: Need) -> None:
         need(cfg.num_micro_batches % pp == 0, key, rule, _multiples(batch, unit * pp))
 
 
+def _attention(cfg: TrainConfig, need: Need) -> None:
+    m, head = cfg.model, cfg.model.hidden_size / cfg.model.num_attention_heads
+    if cfg.gpu.device != "cuda":
+        return
+    if m.attention_backend in ("fused", "flash"):
+        # Tried with cuDNN 9.19 on an H200, forward and backward: 64, 128, 160, 192, 256; not 320, 512.
+        rule = f"has no kernel for heads of {head:g} (hidden size / attention heads), only for multiples of 8 up to 256"
+        need(head % 8 == 0 and head <= 256, "model.attention_backend", rule, "use unfused, which is slower")
+    rule = "has no context parallelism (model.context_parallel_size > 1)"
+    whole = m.attention_backend in ("unfused", "local")
+    need(not whole or m.context_parallel_size == 1, "model.attention_backend", rule, "use fused, flash or auto")
+
+
+def _fp8_sizes(cfg: TrainConfig, need: Need) -> None:
+    """Check that the sides of every fp8 matrix product are multiples of 16 on each rank."""
+    m, tp = cfg.model, cfg.model.tensor_model_parallel_size
+    if cfg.precision.fp8 is None:
+        return
+    multiple = FP8_ALIGNMENT * tp
+    on_each = f"in fp8: sides of a matrix are multiples of {FP8_ALIGNMENT} on each of {tp} tensor-parallel ranks"
+    for name in ("hidden_size", "ffn_hidden_size"):
+        size = getattr(m, name)
+        rule = f"must be a multiple of {multiple} {on_each}"
+        need(size % multiple == 0, f"model.{name}", rule, _multiples(size, multiple))
+    query_key_value = m.hidden_size + 2 * m.num_query_groups * m.hidden_size // m.num_attention_heads
+    rule = f"gives {query_key_value} rows of query, key and value weights, not a multiple of {multiple} {on_each}"
+    need(query_key_value % multiple == 0, "model.num_query_groups", rule, "use another number, or precision=bf16")
+    ranks = m.context_parallel_size * (tp if m.sequence_parallel else 1)
+    unit = FP8_ALIGNMENT * ranks
+    rule = (
+        f"must be a multiple of {unit // math.gcd(unit, m.micro_batch_size)} in fp8: a rank has model.micro_batch_size="
+    )
+    rule += f"{m.micro_batch_size} * model.seq_length / {ranks} rows, which must be a multiple of {FP8_ALIGNMENT}"
+    fits = m.micro_batch_size * m.seq_length % unit == 0
+    need(fits, "model.seq_length", rule, _multiples(m.seq_length, unit // math.gcd(unit, m.micro_batch_size)))
+
+
 def _device(cfg: TrainConfig, need: Need) -> None:
     m, gpu, precision = cfg.model, cfg.gpu, cfg.precision.name
+    p = cfg.precision
+    formats = "fp8" if p.fp8 else {"bf16-mixed": "bf16", "32": "fp32"}.get(p.trainer_precision, p.name)
+    rule = f"must name the number formats, which are those of {formats} (precision.fp8, precision.trainer_precision)"
+    need(p.name == formats, "precision.name", rule, f"use precision={formats}")
     rule, fix = f"gpu={gpu.name} does not compute in {precision}", f"this device has: {', '.join(gpu.peak_tflops)}"
     need(precision in gpu.peak_tflops, "precision", rule, fix, value=precision)
     if gpu.device == "cuda":
@@ -144,21 +187,6 @@ def _device(cfg: TrainConfig, need: Need) -> None:
 def _model_value(cfg: TrainConfig, name: str) -> object:
     section, _, last = name.rpartition(".")
     return getattr(getattr(cfg.model, section) if section else cfg.model, last)
-
-
-def _gpus_of_a_node(cfg: TrainConfig, need: Need) -> None:
-    requested = cfg.cluster.requested_gpus_per_node
-    if cfg.gpu.device != "cuda" or cfg.cluster.gres is not None or requested is None:
-        return
-    count = requested.rpartition(":")[2]
-    if not count.isdecimal():
-        rule = "must be a number of GPUs, with or without a type"
-        need(False, "cluster.gpus_per_node", rule, "such as 8, h100:8 or null")
-    else:
-        nodes = -(-cfg.world_size // max(1, int(count)))
-        rule = f"ranks on a node, and a node has cluster.gpus_per_node={requested} GPUs"
-        fix = f"as many GPUs: trainer.devices={count} trainer.num_nodes={nodes}"
-        need(int(count) >= cfg.trainer.devices, "trainer.devices", rule, fix)
 
 
 def _optimizer(cfg: TrainConfig, need: Need) -> None:
@@ -196,6 +224,10 @@ def _fusions(cfg: TrainConfig, need: Need) -> None:
     if m.tp_comm_overlap and m.tensor_model_parallel_size > 1:
         rule = "overlaps the communication of sequence parallelism, and model.sequence_parallel=false"
         need(m.sequence_parallel, "model.tp_comm_overlap", rule, "use false, or model.sequence_parallel=true")
+        joined = cfg.cluster.nvlink_gpus or cfg.trainer.devices
+        rule = f"needs tensor-parallel ranks that NVLink joins, and it joins {joined} GPUs (cluster.nvlink_gpus)"
+        fix = "use false, or cluster.nvlink_gpus=72 on GB200 NVL72"
+        need(m.tensor_model_parallel_size <= joined, "model.tp_comm_overlap", rule, fix)
         rule, instead = (
             "is not possible with user buffers (model.tp_comm_overlap=true)",
             "or model.tp_comm_overlap=false",
@@ -235,38 +267,49 @@ def _fp8(cfg: TrainConfig, need: Need) -> None:
     rule, fix = "is not possible with delayed scaling", "use false, or precision.fp8_recipe=tensorwise"
     mixed = p.first_last_layers_bf16 and p.fp8_recipe == "delayed"
     need(not mixed, "precision.first_last_layers_bf16", rule, fix)
-    multiple = FP8_ALIGNMENT * max(1, m.tensor_model_parallel_size)
-    for name in ("hidden_size", "ffn_hidden_size"):
-        size = getattr(m, name)
-        rule = (
-            f"must be a multiple of {multiple} in fp8: sides of a matrix are multiples of {FP8_ALIGNMENT} on each of "
-        )
-        rule += f"{m.tensor_model_parallel_size} tensor-parallel ranks"
-        need(size % multiple == 0, f"model.{name}", rule, _multiples(size, multiple))
+    if p.first_last_layers_bf16:
+        layers = m.num_layers // max(1, m.pipeline_model_parallel_size)
+        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            rule, fix = f"is more than the {layers} layers of a pipeline stage", f"nearest that works: {layers}"
+            need(getattr(p, name) <= layers, f"precision.{name}", rule, fix)
 
 
 def _data(cfg: TrainConfig, need: Need) -> None:
     data = cfg.data
     if data.kind == "megatron":
-        need(data.paths, "data.paths", "names no dataset", "give prefixes of .bin/.idx pairs, without suffix")
+        need(
+            data.paths and all(data.paths),
+            "data.paths",
+            "names no dataset",
+            "give prefixes of .bin/.idx pairs, without suffix",
+        )
         rule = f"must hold one weight per path, and data.paths holds {len(data.paths)}"
         matching = not data.weights or len(data.weights) == len(data.paths)
         need(matching, "data.weights", rule, "[] weighs all paths equally")
+        rule = "must hold one weight above 0"
+        need(not data.weights or any(data.weights), "data.weights", rule, "[] weighs all paths equally")
         need(data.tokenizer is not None, "data.tokenizer", "a tokenised dataset needs its tokenizer", "give its folder")
     need(data.kind == "mock" or data.folder is not None, "data.folder", "is needed for prepared files", "give a folder")
     rule = "is too small for a byte-level tokenizer (256 bytes, special tokens, and merges)"
     need(data.kind != "local" or cfg.model.vocab_size >= 300, "model.vocab_size", rule, "nearest that works: 300")
-    try:
-        shares = [float(part) for part in data.split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(map(math.isfinite, shares)) or min(shares) < 0 or shares[0] <= 0:
+    shares = split_shares(data.split)
+    if shares is None:
         rule = "must be three numbers, the shares of train, validation and test, the first above 0"
         need(False, "data.split", rule, "for example: 99,1,0")
     elif data.kind != "mock":
         batches = cfg.trainer.limit_val_batches
         rule = f"leaves nothing to validate on, and trainer.limit_val_batches={batches}"
         need(batches <= 0 or shares[1] > 0, "data.split", rule, "for example: 99,1,0; or trainer.limit_val_batches=0")
+
+
+def split_shares(split: str) -> list[float] | None:
+    """Return the shares of train, validation and test; None if they are not three numbers, the first above 0."""
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        return None
+    usable = len(shares) == 3 and all(map(math.isfinite, shares)) and min(shares) >= 0 and shares[0] > 0
+    return shares if usable else None
 
 
 def _checkpoint(cfg: TrainConfig, need: Need) -> None:

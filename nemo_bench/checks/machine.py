@@ -6,11 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
+from nemo_bench.checks.configuration import split_shares
+from nemo_bench.checks.datasets import NO_FILES, dataset_rules
 from nemo_bench.config import TrainConfig
-from nemo_bench.errors import BenchError, Need, Problem
+from nemo_bench.errors import Need, Problem
 from nemo_bench.record.folder import RunFolder
-
-NO_FILES = "data=local and data=mock need no files"
 
 
 def machine_problems(cfg: TrainConfig) -> list[Problem]:
@@ -51,25 +51,17 @@ def count_gpus() -> int:
 def _file_problems(cfg: TrainConfig) -> list[Problem]:
     need = Need(cfg, missing=True)
     if cfg.data.kind == "megatron":
-        _dataset(cfg, need)
+        if split_shares(cfg.data.split) is not None:
+            dataset_rules(cfg, need)
+        tokenizer = cfg.data.tokenizer
+        present = tokenizer is None or (Path(tokenizer) / "tokenizer.json").is_file()
+        fix = f"`python setup_stage.py 'parts=[tokenizer]'` brings it; {NO_FILES}"
+        need.missing = True
+        need(present, "data.tokenizer", "holds no tokenizer.json (Hugging Face's format)", fix)
     for name in ("resume_from", "weights_from"):
         if (folder := getattr(cfg.checkpoint, name)) is not None:
             _checkpoint(cfg, need, f"checkpoint.{name}", Path(folder))
     return need.problems
-
-
-def _dataset(cfg: TrainConfig, need: Need) -> None:
-    from nemo_bench.data.indexed_dataset import inspect
-
-    for prefix in cfg.data.paths:
-        try:
-            inspect(Path(prefix), vocab_size=cfg.model.vocab_size)
-        except BenchError as error:
-            need(False, "data.paths", str(error), f"`python prepare_data.py` makes it; {NO_FILES}", value=prefix)
-    if cfg.data.tokenizer is not None:
-        present = (Path(cfg.data.tokenizer) / "tokenizer.json").is_file()
-        fix = f"`python setup_stage.py 'parts=[tokenizer]'` brings it; {NO_FILES}"
-        need(present, "data.tokenizer", "holds no tokenizer.json (Hugging Face's format)", fix)
 
 
 def _checkpoint(cfg: TrainConfig, need: Need, key: str, folder: Path) -> None:

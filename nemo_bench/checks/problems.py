@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.checks.machine import machine_problems, stage_problems
+from nemo_bench.checks.smaller import smaller_configurations
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import Problem
+from nemo_bench.memory import GIB, estimate_memory
+
+# Against the peaks of measured runs (tests/unit/test_memory.py).
+MEMORY_ERROR = 0.05
 
 
 def problems(cfg: TrainConfig) -> list[Problem]:
@@ -16,6 +21,20 @@ def problems(cfg: TrainConfig) -> list[Problem]:
     """
     entrypoint = entrypoint_of(cfg)
     everywhere = configuration_problems(cfg) + entrypoint.problems(cfg)
+    if not everywhere:
+        everywhere = _memory_problems(cfg)
     if cfg.cluster.scheduler == "slurm":
         return everywhere + stage_problems(cfg)
     return everywhere + machine_problems(cfg) + entrypoint.machine_problems(cfg)
+
+
+def _memory_problems(cfg: TrainConfig) -> list[Problem]:
+    there = cfg.gpu.memory_gib
+    if there is None or cfg.gpu.device == "cpu" or not cfg.check_memory or not entrypoint_of(cfg).memory_is_estimated:
+        return []
+    needed = estimate_memory(cfg).total_bytes / GIB
+    if needed <= there * (1 + MEMORY_ERROR):
+        return []
+    rule = f"is not enough: the point needs about {needed:.0f} GiB a GPU, estimated to {MEMORY_ERROR:.0%}"
+    fix = f"what fits: {smaller_configurations(cfg, there)}; check_memory=false runs it all the same"
+    return [Problem("gpu.memory_gib", f"{there:g}", rule, fix)]

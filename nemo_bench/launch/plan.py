@@ -12,6 +12,7 @@ from nemo_bench.checks.smaller import smaller_configurations
 from nemo_bench.cluster import nsys
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
+from nemo_bench.errors import Problem
 from nemo_bench.memory import GIB, estimate_memory
 
 
@@ -34,7 +35,7 @@ def plan(cfg: TrainConfig) -> str:
     lines = [
         f"Llama 3.1 {m.name} ({cfg.architecture.num_parameters / 1e9:.3g}B parameters), {cfg.precision.name}, "
         f"{cfg.world_size} x {cfg.gpu.name} ({cfg.trainer.num_nodes} nodes x {cfg.trainer.devices}): "
-        "every check passed",
+        "the configuration's checks passed",
         f"  layout     TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} "
         f"VP{m.virtual_pipeline_model_parallel_size or 1} CP{m.context_parallel_size} DP{cfg.data_parallel_size}"
         f"{sequence_parallel}{_bubble(cfg)}",
@@ -89,6 +90,11 @@ def profile_plan(cfg: TrainConfig) -> list[str]:
         command = nsys.command(cfg.profile, Path("<run>"), p.ranks[0])
         lines.append(f"             around the rank's command: {shlex.join(command)}")
     return lines
+
+
+def missing_plan(missing: list[Problem]) -> str:
+    """Return what a run needs and does not find."""
+    return "\n".join(["missing, which a run would need:", *(f"  {problem}" for problem in missing)])
 
 
 def rank_plan(cfg: TrainConfig) -> str:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_bench.checks.datasets import dataset_rules
 from nemo_bench.checks.problems import problems
 from nemo_bench.config import Launch, TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of
-from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
+from nemo_bench.errors import BenchError, ConfigurationRefused, Need, RunFailed
 from nemo_bench.launch.diagnosis import Diagnosis, diagnose
-from nemo_bench.launch.plan import plan, rank_plan, results_dir
+from nemo_bench.launch.plan import missing_plan, plan, rank_plan, results_dir
 from nemo_bench.project import python_path
 from nemo_bench.record.folder import PROFILE, RunFolder, Status, tail
 
@@ -40,10 +41,13 @@ def run_point(raw: DictConfig) -> None:
     cfg = typed(raw)
     dry = cfg.launch is Launch.dry
     runs_here = not dry and cfg.cluster.scheduler == "none"
-    if refused := [problem for problem in problems(cfg) if runs_here or not problem.missing]:
+    broken = problems(cfg)
+    if refused := [problem for problem in broken if runs_here or not problem.missing]:
         raise ConfigurationRefused(refused)
     if dry:
         print(plan(cfg))
+        if broken:
+            print(missing_plan(broken))
         if cfg.cluster.scheduler == "none":
             print(f"{rank_plan(cfg)}\nlaunch=dry: nothing was started.")
         else:
@@ -91,7 +95,12 @@ def prepare_data(cfg: TrainConfig) -> tuple[TrainConfig, str]:
     )
     data = replace(cfg.data, paths=[str(prepared.prefix)], tokenizer=str(prepared.tokenizer_folder))
     sizes = f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary"
-    return replace(cfg, data=data), f"data: {sizes}"
+    cfg = replace(cfg, data=data)
+    need = Need(cfg)
+    dataset_rules(cfg, need)
+    if need.problems:
+        raise ConfigurationRefused(need.problems)
+    return cfg, f"data: {sizes}"
 
 
 def _new_run(cfg: TrainConfig) -> RunFolder:

@@ -18,7 +18,7 @@ from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, Need, Problem, RunFailed
 from nemo_bench.files import dated_name, write_json
 from nemo_bench.launch.batch_script import batch_script
-from nemo_bench.launch.plan import files_plan, plan, point_name, results_dir
+from nemo_bench.launch.plan import files_plan, missing_plan, plan, point_name, results_dir
 from nemo_bench.launch.point import prepare_data
 from nemo_bench.record.folder import CONFIG, JOB, RunFolder, Status
 from nemo_bench.record.node import git_revision
@@ -36,12 +36,17 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     """
     configs = [typed(point.config) for point in points]
     dry = any(cfg.launch is Launch.dry for cfg in configs)
-    refused = {point.name: broken for point, cfg in zip(points, configs) if (broken := _problems(cfg, dry=dry))}
-    if refused:
-        raise BenchError(_all_problems(refused, len(points)))
+    broken = [_problems(cfg) for cfg in configs]
+    # launch=dry also serves to plan on a laptop, which has no stage folder: it lists what is missing.
+    refused = {
+        point.name: [problem for problem in point_problems if not (dry and problem.missing)]
+        for point, point_problems in zip(points, broken)
+    }
+    if any(refused.values()):
+        raise BenchError(_all_problems(refused))
     if dry:
-        for point, cfg in zip(points, configs):
-            _print_dry(point, cfg)
+        for point, cfg, missing in zip(points, configs, broken):
+            _print_dry(point, cfg, missing)
         return
     if not slurm.have_sbatch():
         raise BenchError(
@@ -62,34 +67,35 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
         print("python jobs.py lists them, shows a log, cancels and resubmits")
 
 
-def _problems(cfg: TrainConfig, *, dry: bool) -> list[Problem]:
+def _problems(cfg: TrainConfig) -> list[Problem]:
     need = Need(cfg)
     fix = "use cluster=slurm (scale=local brings cluster=local: add cluster=slurm too)"
     on_slurm = cfg.cluster.scheduler == "slurm"
     need(on_slurm, "cluster", "hydra/launcher=submitit_slurm submits to Slurm", fix, value=cfg.cluster.name)
-    # launch=dry also serves to plan on a laptop, which has no stage folder and no GPU.
-    return need.problems + [problem for problem in problems(cfg) if not problem.missing or (on_slurm and not dry)]
+    return need.problems + [problem for problem in problems(cfg) if on_slurm or not problem.missing]
 
 
-def _all_problems(refused: dict[str, list[Problem]], points: int) -> str:
+def _all_problems(refused: dict[str, list[Problem]]) -> str:
     """Return every problem of every point; what several points share is said once."""
     shared: dict[str, list[str]] = {}
     for point, broken in refused.items():
         for problem in broken:
             shared.setdefault(str(problem), []).append(point)
-    head = f"{len(shared)} problem{'s' if len(shared) > 1 else ''} in {len(refused)} of {points} points; "
-    lines = [head + "nothing was submitted:"]
+    problem_count = f"{len(shared)} problem{'s' if len(shared) > 1 else ''}"
+    lines = [f"{problem_count} in {sum(map(bool, refused.values()))} of {len(refused)} points; nothing was submitted:"]
     for text, names in shared.items():
         lines += ["", f"  {text}"]
-        if points > 1:
+        if len(refused) > 1:
             lines.append(f"    in: {'; '.join(names)}")
     return "\n".join(lines)
 
 
-def _print_dry(point: ComposedPoint, cfg: TrainConfig) -> None:
+def _print_dry(point: ComposedPoint, cfg: TrainConfig, missing: list[Problem]) -> None:
     run_dir = results_dir(cfg) / "<run>"
     print(f"# {point.name}")
     print(plan(cfg))
+    if missing:
+        print(missing_plan(missing))
     if cfg.cluster.scheduler == "slurm":
         jobs.show(batch_script(cfg, run_dir), *files_plan(cfg))
     print("launch=dry: nothing was submitted.\n")

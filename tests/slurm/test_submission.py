@@ -244,7 +244,7 @@ def test_ctrl_c_while_waiting_leaves_the_jobs(scripts: Scripts, slurm: SlurmClus
 
 def test_accounts_are_checked_and_sacct_is_asked(slurm_with_accounting: SlurmCluster, tmp_path: Path) -> None:
     scripts = Scripts(slurm_with_accounting, tmp_path)
-    point = ("model=8b", "scale=1gpu", "model.context_parallel_size=1", "data=mock", *SHARED)
+    point = ("model=8b", "scale=1gpu", "model.context_parallel_size=1", "data=mock", "check_memory=false", *SHARED)
     assert "Invalid account" in scripts.submit(*point, code=2, SLURM_ACCOUNT="nosuch")
     # A batch script that ends before srun leaves no exit.json: Slurm's own books say how.
     scripts.submit(*point, "cluster.setup=['exit 3']", SLURM_ACCOUNT="nemo")
@@ -282,6 +282,7 @@ def test_the_container_boundary(
         "model=8b",
         "scale=1gpu",
         "model.context_parallel_size=1",
+        "check_memory=false",
         "data=mock",
         *SHARED,
         "cluster.container.mounts=['/data:/data:ro']",

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -15,8 +16,10 @@ from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.checks.machine import machine_problems, stage_problems
 from nemo_bench.checks.problems import problems
 from nemo_bench.config import TrainConfig, typed
+from nemo_bench.data.indexed_dataset import IndexedDatasetWriter
 from nemo_bench.errors import ConfigurationRefused, Need, Problem
 from nemo_bench.fields import number_problems, settings
+from tests.datasets import make_dataset
 
 # Overrides | the key that is named | a part of the rule | a part of the fix; "ok:" lines are allowed as they are.
 RULES = """
@@ -80,6 +83,32 @@ scale=64gpu cluster.gpus_per_node=4 | trainer.devices | cluster.gpus_per_node=4 
 scale=64gpu cluster.gpus_per_node=h100:4 | trainer.devices | gpus_per_node=h100:4 | num_nodes=16
 scale=64gpu cluster.gpus_per_node=all | cluster.gpus_per_node | a number of GPUs | h100:8 or null
 ok: scale=64gpu cluster.gpus_per_node=h100:8
+scale=64gpu cluster.gres=gpu:4 | cluster.gres | 4 GPUs, and it has trainer.devices=8 ranks | gpu:8
+scale=64gpu cluster.gres=gpu:h100:4 | cluster.gres | 4 GPUs | gpu:8
+ok: scale=64gpu cluster.gres=gpu:8
+ok: scale=64gpu cluster.gres='gpu:h100:8,nic:4'
+ok: scale=64gpu cluster.gres=license:2
+scale=64gpu +cluster.additional_parameters.ntasks=3 | cluster.additional_parameters.ntasks | follows from | leave it out
+scale=64gpu +cluster.additional_parameters.mem_per_cpu=1G | cluster.additional_parameters.mem_per_cpu | follows | leave
+scale=64gpu +cluster.additional_parameters.array=0-3 | cluster.additional_parameters.array | follows from | leave
+ok: scale=64gpu +cluster.additional_parameters.segment=8
+scale=64gpu +cluster.env.RANK=5 | cluster.env.RANK | set for each rank | leave
+scale=64gpu ++cluster.env={a-b:1} | cluster.env.a-b | not a variable's name | leave
+ok: scale=64gpu +cluster.env.NCCL_DEBUG=INFO
+scale=64gpu cluster.time=abc | cluster.time | a time limit | 01:30:00
+scale=64gpu cluster.time=0 | cluster.time | a time limit | 01:30:00
+ok: scale=64gpu cluster.time=2-12
+ok: scale=64gpu cluster.time=90
+scale=64gpu cluster.time='"1:00"' checkpoint.every_n_steps=10 | cluster.signal_s | less than the time limit | longer
+ok: scale=64gpu cluster.time='"1:00"'
+scale=64gpu cluster.mem=abc | cluster.mem | a size | 512G
+ok: scale=64gpu cluster.mem=512G
+scale=64gpu cluster.cpus_per_task=0 | cluster.cpus_per_task | at least 1 | 1
+scale=64gpu cluster.account= | cluster.account | not empty | null
+scale=64gpu "stage_path='/a,b'" | stage_path | comma | cluster.container=null
+scale=64gpu "stage_path='/a b'" | stage_path | blank | cluster.container=null
+ok: scale=64gpu "stage_path='/a b'" cluster.container=null
+scale=64gpu "stage_path='/a\\\\b'" cluster.container=null | stage_path | backslash | another path
 scale=64gpu gpu.peak_tflops.bf16=null | gpu.peak_tflops.bf16 | measured on CPUs only | dense TFLOP/s
 
 model.optim.overlap_param_gather=true | model.optim.overlap_param_gather | distributed optimizer | false
@@ -95,7 +124,7 @@ scale=64gpu precision=fp8 model.optim.exp_avg_sq_dtype=bf16 | model.optim.exp_av
 ok: scale=64gpu model.optim.exp_avg_sq_dtype=bf16
 
 scale=64gpu precision=fp8 model.hidden_size=8224 | model.hidden_size | in fp8 | 8192, 8256
-ok: scale=64gpu precision=fp8 model.hidden_size=8256 model.num_attention_heads=48
+ok: scale=64gpu precision=fp8 model.hidden_size=8256 model.num_attention_heads=172 model.num_query_groups=4
 scale=64gpu precision=fp8 precision.first_last_layers_bf16=true | precision.first_last_layers_bf16 \
  | delayed scaling | tensorwise
 ok: scale=64gpu precision=fp8 precision.first_last_layers_bf16=true precision.fp8_recipe=tensorwise \
@@ -121,6 +150,37 @@ scale=64gpu model.cuda_graph_impl=local +cluster.env.PYTORCH_CUDA_ALLOC_CONF=exp
  | model.cuda_graph_impl | expandable_segments | none
 ok: scale=64gpu model.cuda_graph_impl=local
 
+scale=64gpu model.attention_backend=unfused | model.attention_backend | no context parallelism | fused, flash
+scale=64gpu model.attention_backend=local | model.attention_backend | no context parallelism | fused, flash
+ok: scale=64gpu model.attention_backend=unfused model.context_parallel_size=1
+ok: scale=64gpu model.attention_backend=flash
+scale=64gpu model.num_attention_heads=16 | model.attention_backend | heads of 512 | unfused
+scale=64gpu model.hidden_size=8256 | model.attention_backend | heads of 129 | unfused
+ok: scale=64gpu model.num_attention_heads=32
+ok: scale=64gpu model.num_attention_heads=16 model.attention_backend=auto
+scale=32gpu model=70b trainer.num_nodes=16 trainer.devices=4 model.tensor_model_parallel_size=8 \
+ | model.tp_comm_overlap | joins 4 GPUs | cluster.nvlink_gpus=72
+ok: scale=32gpu model=70b trainer.num_nodes=16 trainer.devices=4 model.tensor_model_parallel_size=8 \
+ cluster.nvlink_gpus=72
+ok: scale=32gpu model=70b trainer.num_nodes=16 trainer.devices=4 model.tensor_model_parallel_size=8 \
+ model.tp_comm_overlap=false
+
+scale=8gpu model=8b precision=fp8 model.seq_length=8200 data=mock | model.seq_length | in fp8 | 8192, 8224
+scale=8gpu model=8b precision=fp8 model.seq_length=1032 data=mock | model.seq_length | in fp8 | 1024, 1056
+ok: scale=8gpu model=8b precision=fp8 model.seq_length=8192 data=mock
+ok: scale=8gpu model=8b precision=fp8 model.seq_length=8208 data=mock model.context_parallel_size=1
+ok: scale=8gpu model=8b precision=fp8 model.seq_length=4112 data=mock model.context_parallel_size=1
+ok: scale=8gpu model=8b precision=fp8 model.seq_length=4100 model.micro_batch_size=4 data=mock \
+ model.context_parallel_size=1
+ok: scale=8gpu model=8b precision=bf16 model.seq_length=8200 data=mock
+scale=8gpu model=8b precision=fp8 precision.fp8_recipe=tensorwise precision.first_last_layers_bf16=true \
+ precision.num_layers_at_start_in_bf16=33 | precision.num_layers_at_start_in_bf16 | 32 layers | 32
+precision=bf16 precision.name=fp8 | precision.name | number formats | precision=bf16
+scale=8gpu model=8b precision=fp8 precision.fp8=null | precision.name | number formats | precision=bf16
+
+scale=64gpu data.paths=['',''] | data.paths | no dataset | .bin/.idx
+scale=64gpu data.weights=[0,0] | data.weights | above 0 | []
+scale=64gpu data.weights=[-1,2] | data.weights | at least 0 | works: 0
 scale=64gpu data.paths=[] data.weights=[] | data.paths | no dataset | .bin/.idx
 scale=64gpu data.weights=[1.0] | data.weights | one weight per path | []
 ok: scale=64gpu data.weights=[1.0,2]
@@ -256,6 +316,92 @@ def test_a_points_problems_are_those_of_the_place_where_it_runs(tmp_path: Path) 
     here = problems(composed(f"scale=8gpu model=8b trainer.devices=4096 cluster=local data=mock stage_path={tmp_path}"))
     assert ("trainer.devices", True) in [(problem.key, problem.missing) for problem in here]
     assert problems(composed("")) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        ("gpu=h200 scale=1gpu model=8b model.context_parallel_size=1", True),  # about 156 GiB
+        ("gpu=h200 scale=1gpu model=8b model.context_parallel_size=1 gpu.memory_gib=150", False),  # within the error
+        ("gpu=h200 scale=1gpu model=8b model.context_parallel_size=1 check_memory=false", False),
+        ("gpu=h200 scale=1gpu model=8b model.context_parallel_size=1 gpu.memory_gib=null", False),
+        ("gpu=h200 scale=2gpu model=8b model.context_parallel_size=1", False),
+        ("scale=64gpu", False),
+    ],
+)
+def test_a_point_must_fit_into_its_gpu(overrides: str, refused: bool, tmp_path: Path) -> None:
+    wrong = [problem for problem in problems(composed(f"{overrides} stage_path={tmp_path}")) if not problem.missing]
+    assert [problem.key for problem in wrong] == ["gpu.memory_gib"] * refused
+    if refused:
+        assert "needs about 156 GiB" in wrong[0].rule
+        assert "trainer.devices=2" in wrong[0].fix and "check_memory=false" in wrong[0].fix
+
+
+def write_dataset(prefix: Path, documents: int, *, vocab_size: int, token: int = 3) -> None:
+    with IndexedDatasetWriter(prefix, vocab_size=vocab_size) as writer:
+        writer.extend(np.full(documents * 9, token, writer.dtype), np.full(documents, 9, np.int32))
+
+
+@pytest.mark.parametrize(
+    ("documents", "overrides", "part"),
+    [
+        (50, "", "validation"),
+        (51, "", ""),
+        (50, "data.split='100,0,0' trainer.limit_val_batches=0", ""),
+        (400, "data.split='999,1,0'", "validation"),
+        (600, "data.split='999,1,0'", ""),
+        (101, "data.split='98,1,1'", ""),
+        (20, "data.split='98,1,1'", "validation"),
+        (1, "data.split='1,99,0'", "train"),
+    ],
+)
+def test_every_part_of_a_split_needs_a_document(tmp_path: Path, documents: int, overrides: str, part: str) -> None:
+    write_dataset(tmp_path / "many", 1000, vocab_size=128256)
+    write_dataset(tmp_path / "few", documents, vocab_size=128256)
+    cfg = composed(f"scale=64gpu data.paths=[{tmp_path}/many,{tmp_path}/few] data.weights=[] {overrides}")
+    refused = [problem.rule for problem in stage_problems(cfg) if problem.key == "data.split"]
+    assert bool(refused) is bool(part)
+    assert not part or (f"gives {part} none of the {documents} documents of {tmp_path}/few" in refused[0])
+
+
+@pytest.mark.parametrize(
+    ("dataset_vocabulary", "token", "overrides", "rule"),
+    [
+        (128256, 128255, "", ""),
+        (128256, 128255, "model.vocab_size=128255", "holds token id 128,255"),
+        (1000, 999, "", "ids of 16 bits"),
+        (1000, 999, "model.vocab_size=1000", ""),
+        (128256, 999, "model.vocab_size=1000", ""),  # 32 bits for a small vocabulary
+    ],
+)
+def test_a_dataset_of_another_tokenizer_is_refused(
+    tmp_path: Path, dataset_vocabulary: int, token: int, overrides: str, rule: str
+) -> None:
+    write_dataset(tmp_path / "data", 100, vocab_size=dataset_vocabulary, token=token)
+    cfg = composed(f"scale=64gpu data.paths=[{tmp_path}/data] data.weights=[] {overrides}")
+    refused = [problem for problem in stage_problems(cfg) if problem.key == "data.paths"]
+    assert [problem.missing for problem in refused] == ([False] if rule else [])
+    assert not rule or rule in refused[0].rule
+
+
+def test_a_datasets_description_names_its_tokenizer(tmp_path: Path, small_tokenizer: Path) -> None:
+    make_dataset(tmp_path / "data", small_tokenizer)
+    point = f"scale=64gpu data.paths=[{tmp_path}/data] data.weights=[] data.split='9,1,0' model.vocab_size=1000"
+    keys = {problem.key for problem in stage_problems(composed(f"{point} data.tokenizer={small_tokenizer}"))}
+    assert "data.paths" not in keys
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (other,) = [
+        problem
+        for problem in stage_problems(composed(f"{point} data.tokenizer={tmp_path}"))
+        if problem.key == "data.paths"
+    ]
+    assert "made with another tokenizer" in other.rule
+    (small,) = [
+        problem
+        for problem in stage_problems(composed(f"{point} data.tokenizer={small_tokenizer} model.vocab_size=900"))
+        if problem.key == "data.paths"
+    ]
+    assert "vocabulary of 1,000, and the model has 900" in small.rule
 
 
 def test_nsys_must_be_where_the_ranks_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,21 +85,32 @@ def test_dry_checks_prints_and_runs_nothing(train_cli: Cli, tmp_path: Path, prec
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_point_that_does_not_fit_says_what_does(train_cli: Cli) -> None:
+def test_a_point_that_does_not_fit_is_refused_and_says_what_does(train_cli: Cli) -> None:
     eight = ("gpu=h200", "scale=1gpu", "model=8b", "model.context_parallel_size=1", "launch=dry")
     result = train_cli(*eight)
-    assert result.returncode == 0, result.stderr  # an estimate: whoever knows better may try
-    assert "about 156 GiB a GPU, by an estimate; h200 has 141\n" in result.stdout
+    assert result.returncode == 2 and "about 156 GiB a GPU" in result.stderr
     narrow = "model.optim.exp_avg_dtype=bf16 model.optim.exp_avg_sq_dtype=bf16 model.optim.store_param_remainders=true"
-    assert "this does not fit; what does: trainer.devices=2 " in result.stdout
-    assert f"; {narrow} (111 GiB)" in result.stdout  # measured: benchmarks/results/gpu_speed/8b_bf16
-    assert "does not fit" not in train_cli(*eight, *narrow.split()).stdout
+    assert "what fits: trainer.devices=2 " in result.stderr
+    assert f"; {narrow} (111 GiB)" in result.stderr  # measured: benchmarks/results/gpu_speed/8b_bf16
+    assert train_cli(*eight, *narrow.split()).returncode == 0
+    forced = train_cli(*eight, "check_memory=false")
+    assert forced.returncode == 0 and "this does not fit" in forced.stdout
+
+
+def test_a_dry_run_lists_what_is_missing(train_cli: Cli) -> None:
+    result = train_cli("launch=dry", "scale=64gpu", "checkpoint.resume_from=nowhere")
+    assert result.returncode == 0, result.stderr
+    listed = result.stdout.partition("missing, which a run would need:\n")[2]
+    for key in ("cluster.container.image=", "data.paths=", "data.tokenizer=", "checkpoint.resume_from="):
+        assert f"  {key}" in listed
+    wrong = train_cli("launch=dry", "scale=64gpu", "model.num_layers=81")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("1 problem") and wrong.stdout == ""
 
 
 def test_a_sweep_goes_on_after_a_refused_point_and_ends_with_its_code(train_cli: Cli, tmp_path: Path) -> None:
     result = train_cli("-m", "launch=dry", "scale=64gpu,8gpu,128gpu")
     assert result.returncode == 2
-    assert result.stdout.count("every check passed") == 2
+    assert result.stdout.count("the configuration's checks passed") == 2
     assert "must divide the number of GPUs" in result.stderr
     assert list(tmp_path.iterdir()) == []  # nor anything of Hydra's own
 
