@@ -15,23 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, cast
 
-from nemo_bench.report.log_formats import (
-    ALL_TIMES,
-    BAR,
-    BRIDGE,
-    BRIDGE_STEP,
-    ERROR,
-    ESCAPE,
-    FORMATS,
-    LABEL,
-    MEGATRON,
-    NEMO,
-    OTHER_FRAMEWORKS,
-    REACHED,
-    SIGNS,
-    STRAGGLER,
-    Format,
-)
+from nemo_bench.report import log_formats as formats
+from nemo_bench.report.log_formats import MEGATRON, NEMO, Format
 from nemo_bench.report.statistics import CHECKPOINT, OTHER_BATCH, PROFILE, VALIDATION, Steps, is_time
 
 BLOCK_BYTES = 1 << 18  # stays in a core's cache
@@ -177,7 +162,7 @@ class _Reader:
         self.counts_done = False  # the progress counts finished steps; NeMo 2 counts from 0, to one less
         self.bar_offset: int | None = None  # 1: a bar counts finished steps, and shows step 99 at 100/100
         self.memory_bytes = 0
-        self.marks = [*(kind.mark for kind in FORMATS), BRIDGE, *SIGNS]
+        self.marks = [*(kind.mark for kind in formats.FORMATS), formats.BRIDGE, *formats.SIGNS]
 
     def read(self, file: IO[bytes]) -> str:
         """Take in all lines; return the end of the text."""
@@ -202,15 +187,15 @@ class _Reader:
         """Take in a line that has a mark."""
         line = data.decode("latin-1")  # every byte a character: nothing that is looked for lies beyond ASCII
         if "\x1b" in line:
-            line = ESCAPE.sub("", line)
-        for kind in FORMATS:
+            line = formats.ESCAPE.sub("", line)
+        for kind in formats.FORMATS:
             if kind.mark in data:
                 self._steps(kind, line, cut_off)
                 return
-        if match := BRIDGE_STEP.search(line):
+        if match := formats.BRIDGE_STEP.search(line):
             self.bridge.append((float(match[1]), float(match[2])))
-        elif "STRAGGLER DETECTION" in line:
-            self.log.stragglers += [int(rank) for rank in STRAGGLER.findall(line)]
+        elif "formats.STRAGGLER DETECTION" in line:
+            self.log.stragglers += [int(rank) for rank in formats.STRAGGLER.findall(line)]
         elif "nsys profiling" in line:
             for series in self.series.values():
                 series.profiling = "Start" in line
@@ -227,7 +212,7 @@ class _Reader:
     def _steps(self, kind: Format, line: str, cut_off: bool) -> None:
         """Read a line with at least one step; ranks that share a file may put several into it."""
         if "timing in s: [" in line:
-            match = ALL_TIMES.search(line)
+            match = formats.ALL_TIMES.search(line)
             self.listed = [float(text) for text in match[1].split(",")] if match else []
             return
         starts = list(kind.start.finditer(line))
@@ -255,7 +240,7 @@ class _Reader:
         if "time_s" not in fields and "time_ms" not in fields:
             return False
         time_s = float(fields["time_s"]) if kind is NEMO else float(fields["time_ms"]) / 1000
-        bar = BAR.search(part) if kind is NEMO and not (start and start[1]) else None
+        bar = formats.BAR.search(part) if kind is NEMO and not (start and start[1]) else None
         step = self._number(kind, start, bar, fields.get("step"))
         if step is None:
             return False
@@ -267,8 +252,8 @@ class _Reader:
             self.memory_bytes = max(self.memory_bytes, _whole(fields["memory_bytes"]) or 0)
         if "skipped" in fields:
             self.log.skipped += _whole(fields["skipped"]) or 0
-        if len(self.marks) > 2 + len(SIGNS):  # a log is of one program
-            self.marks = [kind.mark, *SIGNS, *([BRIDGE] if kind is MEGATRON else [])]
+        if len(self.marks) > 2 + len(formats.SIGNS):  # a log is of one program
+            self.marks = [kind.mark, *formats.SIGNS, *([formats.BRIDGE] if kind is MEGATRON else [])]
         return True
 
     def _number(
@@ -337,16 +322,16 @@ class _Reader:
                 log.done, log.total = series.last + from_zero, (log.total or 0) + from_zero
             if log.total is not None and series.last > log.total:  # a second epoch, which counts from 0 again
                 log.done, log.total = series.last + 1, None
-        for kind, number in REACHED.findall(tail):
+        for kind, number in formats.REACHED.findall(tail):
             log.reached = True
             log.max_steps = int(number) if kind == "steps" else log.max_steps
-        last_step = max(tail.rfind(mark.decode()) for mark in (NEMO.mark, MEGATRON.mark, BRIDGE))
-        errors = list(ERROR.finditer(tail))
+        last_step = max(tail.rfind(mark.decode()) for mark in (NEMO.mark, MEGATRON.mark, formats.BRIDGE))
+        errors = list(formats.ERROR.finditer(tail))
         if errors:
-            log.last_error = ESCAPE.sub("", errors[-1][0]).strip()[:300]
+            log.last_error = formats.ESCAPE.sub("", errors[-1][0]).strip()[:300]
             log.ends_in_error = errors[-1].start() > last_step
         if not series.steps:
-            log.framework = next((name for name, form in OTHER_FRAMEWORKS.items() if form.search(tail)), None)
+            log.framework = next((name for name, form in formats.OTHER_FRAMEWORKS.items() if form.search(tail)), None)
 
 
 def _marked(block: bytes, marks: Sequence[bytes]) -> Iterator[bytes]:
@@ -364,7 +349,7 @@ def _marked(block: bytes, marks: Sequence[bytes]) -> Iterator[bytes]:
 
 def _label(text: str) -> tuple[int, int] | None:
     """Return the node and the rank that a line's first characters name ("3: ", "[rank3]: ")."""
-    match = LABEL.match(text)
+    match = formats.LABEL.match(text)
     return (int(match["node"] or 0), int(match[2] or match[3] or match[4])) if match else None
 
 

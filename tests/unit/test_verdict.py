@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from nemo_bench import flops
 from nemo_bench.record import folder as record
@@ -23,6 +24,7 @@ from nemo_bench.report import model, references, tables
 from nemo_bench.report.bare_logs import Given
 from nemo_bench.report.build import build_report
 from nemo_bench.report.model import Point, Report, to_json
+from nemo_bench.report.terminal import print_report
 from nemo_bench.report.verdict import level, must_agree
 
 RUNS = Path(__file__).parents[1] / "runs/nemo-2.7.3"
@@ -413,4 +415,9 @@ def test_pass_means_that_all_that_must_agree_does_and_every_output_says_so(
     if point.numbers is not None:
         assert row["verdict"].startswith(verdict.value)
         assert float(row["tokens_per_s"]) == content["numbers"]["tokens_per_s"] == point.numbers.tokens_per_s
-    assert verdict.value in tables.markdown(report)
+    markdown, terminal = tables.markdown(report), io.StringIO()
+    print_report(Console(file=terminal, width=400), report)
+    for text in (markdown, terminal.getvalue()):
+        assert verdict.value in text and all(difference in text for difference in verdict.differences)
+        if point.numbers is not None:
+            assert f"{point.numbers.tokens_per_s:,.0f}" in text
