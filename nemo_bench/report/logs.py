@@ -194,7 +194,7 @@ class _Reader:
                 return
         if match := formats.BRIDGE_STEP.search(line):
             self.bridge.append((float(match[1]), float(match[2])))
-        elif "formats.STRAGGLER DETECTION" in line:
+        elif "STRAGGLER DETECTION" in line:
             self.log.stragglers += [int(rank) for rank in formats.STRAGGLER.findall(line)]
         elif "nsys profiling" in line:
             for series in self.series.values():
@@ -226,7 +226,8 @@ class _Reader:
                 last = cut_off and i == len(edges) - 1
                 read = self._step(kind, part, starts[i] if starts else None, label, last)
                 self.log.unreadable += marks - read
-                self.log.unreadable_end = not read
+                if read or starts:  # else it is a word about step times, such as a summary's
+                    self.log.unreadable_end = not read
 
     def _step(
         self, kind: Format, part: str, start: re.Match[str] | None, label: tuple[int, int] | None, cut_off: bool
@@ -288,9 +289,7 @@ class _Reader:
         labels = sorted(label for label in self.series if label is not None)
         # The lowest rank's, or those without a label; not the odd line that lost its label.
         order = [None, *labels] if None in self.series else labels
-        series = max(
-            (self.series[label] for label in order), key=lambda ranks_own: len(ranks_own.steps), default=Series()
-        )
+        series = max((self.series[label] for label in order), key=lambda series: len(series.steps), default=Series())
         if not series.steps:
             for i, time_s in enumerate(self.listed or [time for time, _ in self.bridge]):
                 series.add(i, time_s, None, None)

@@ -16,7 +16,6 @@ import math
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 # Fewer steps than this after the warm-up give no number that could be defended.
 MIN_STEADY_STEPS = 5
@@ -57,23 +56,23 @@ class Steps:
         self, step: int, time_s: float, loss: float | None, grad_norm: float | None, excluded: str | None = None
     ) -> None:
         """Add a step."""
-        for column, value in zip(self._columns(), (step, time_s, loss, grad_norm, excluded)):
-            column.append(value)
+        self.step.append(step)
+        self.time_s.append(time_s)
+        self.loss.append(loss)
+        self.grad_norm.append(grad_norm)
+        self.excluded.append(excluded)
 
     def cut_from(self, step: int) -> int:
         """Forget this step and all later ones, which a restarted process does again; return how many there were."""
         length = bisect.bisect_left(self.step, step)
         removed = len(self.step) - length
-        for column in self._columns():
-            del column[length:]
+        for column in (self.step, self.time_s, self.loss, self.grad_norm, self.excluded):
+            del column[length:]  # type: ignore[attr-defined]  # each is a list
         return removed
 
     def counted_s(self) -> list[float]:
         """Return the step times that count."""
         return [time for time, why in zip(self.time_s, self.excluded) if why is None]
-
-    def _columns(self) -> tuple[list[Any], ...]:
-        return self.step, self.time_s, self.loss, self.grad_norm, self.excluded
 
 
 @dataclass(frozen=True)
