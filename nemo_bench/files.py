@@ -69,30 +69,51 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def hidden_path(path: Path) -> Path:
+    """Return the folder next to `path` in which it is made; reports and listings skip it."""
+    return path.with_name(f".{path.name}.making")
+
+
+@contextmanager
+def hidden_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder next to `path`, on its file system; it is removed at the end.
+
+    Callers hold a lock: a folder of this name was left by a process that was killed.
+    """
+    folder = hidden_path(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill, which becomes `path` in one step when the block ends, replacing what was there.
 
-    A block that raises leaves `path` as it was. What a killed process left aside is removed by the next one that makes
-    `path`: callers hold a lock.
+    A block that raises leaves `path` as it was. Callers hold a lock.
     """
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        shutil.rmtree(leftover)
-    temporary = temporary_path(path)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        fsync_folder(temporary)
+    with hidden_folder(path) as folder:
+        new = folder / path.name
+        new.mkdir()
+        yield new
+        fsync_tree(new)
         if path.exists():
-            os.replace(path, outgoing := temporary_path(path.with_name(path.name + ".old")))
-            os.replace(temporary, path)
-            shutil.rmtree(outgoing)
-        else:
-            os.replace(temporary, path)
+            os.replace(path, folder / "old")
+        os.replace(new, path)
         fsync_folder(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def fsync_tree(path: Path) -> None:
+    """Make a file, or a folder and all in it, durable, so that a rename never shows a name without its contents."""
+    for entry in (path, *path.rglob("*")):
+        if entry.is_dir():
+            fsync_folder(entry)
+        else:
+            with open(entry, "rb") as file:
+                os.fsync(file.fileno())
 
 
 @contextmanager

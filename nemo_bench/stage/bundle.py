@@ -18,7 +18,7 @@ from backports.zstd import tarfile
 
 from nemo_bench.data.manifest import verify
 from nemo_bench.errors import BenchError
-from nemo_bench.files import explained_disk_errors, locked, size_text
+from nemo_bench.files import explained_disk_errors, fsync_tree, hidden_folder, locked, size_text
 from nemo_bench.record.folder import timestamp
 from nemo_bench.stage.config import PartName
 from nemo_bench.stage.stage import (
@@ -30,8 +30,6 @@ from nemo_bench.stage.stage import (
     Stage,
     describe,
     differences,
-    fsync,
-    hidden_folder,
     manifest_json,
     print_line,
     read_manifest,
@@ -71,7 +69,7 @@ def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
             packing = bundle.with_name(f".{bundle.name}.packing")
             try:
                 _write(stage, entries, packing, "w:zst" if bundle.suffix == ".zst" else "w")
-                fsync(packing)
+                fsync_tree(packing)
                 os.replace(packing, bundle)
             finally:
                 packing.unlink(missing_ok=True)
@@ -87,7 +85,7 @@ def _datasets(stage: Stage) -> dict[str, Entry]:
         for suffix in _SUFFIXES:
             if (path := Path(f"{prefix}{suffix}")).exists():
                 place = path.relative_to(stage.folder).as_posix()
-                entries[place] = Entry(DATASET, timestamp(), {}, {}, describe(path, place))
+                entries[place] = Entry(DATASET, timestamp(), {}, "", describe(path, place))
     return entries
 
 

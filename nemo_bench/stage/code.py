@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from nemo_bench.errors import BenchError
 from nemo_bench.project import PROJECT
@@ -31,7 +30,7 @@ def code_part() -> Part:
     )
 
 
-def _make(folder: Path, _lock: int) -> dict[str, Any]:
+def _make(folder: Path, _lock: int) -> str:
     import tomllib
 
     for source in _project_files():
@@ -48,8 +47,7 @@ def _make(folder: Path, _lock: int) -> dict[str, Any]:
             f"pip could not download the packages that {project['name']} needs:\n{done.stderr.strip()}\n"
             "Run this where there is internet or a package index (PIP_INDEX_URL), or without this part (parts=...)"
         )
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return {"version": f"{project['version']}, for Python {python}", "python": python}
+    return f"{project['version']}, for Python {sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _project_files() -> Iterator[Path]:

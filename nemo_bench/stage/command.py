@@ -11,9 +11,9 @@ from nemo_bench.cli import quoted_path
 from nemo_bench.cluster.processes import Terminated, termination_raises
 from nemo_bench.config import Launch, typed_as
 from nemo_bench.errors import BenchError, RunFailed
-from nemo_bench.files import size_text
+from nemo_bench.files import explained_disk_errors, size_text
 from nemo_bench.stage.config import Action, PartName, StageConfig
-from nemo_bench.stage.stage import Entry, Part, Stage, State, fill, print_line, require_stage_folder
+from nemo_bench.stage.stage import REMEDY, Entry, Part, Stage, State, fill, print_line
 
 # The sections of the configuration that choose a part.
 _SECTIONS = {PartName.image: "entrypoint", PartName.tokenizer: "tokenizer", PartName.code: "code"}
@@ -43,7 +43,6 @@ def _run(cfg: StageConfig, stage: Stage, bundle: Path | None) -> None:
         raise BenchError(f"{cfg.action.value} needs a file: bundle=stage.tar, or bundle=stage.tar.zst (compressed)")
     if cfg.action is Action.check and bundle is not None:
         raise BenchError("check reads the stage folder; bundle=... goes with fill, pack and install")
-    require_stage_folder(stage.folder, create=False)
     if bundle is not None and (cfg.action is Action.install or (cfg.action is Action.fill and bundle.exists())):
         from nemo_bench.stage.bundle import install
 
@@ -56,7 +55,6 @@ def _run(cfg: StageConfig, stage: Stage, bundle: Path | None) -> None:
         _print_plan(cfg, stage, parts, bundle)
     else:
         if cfg.action is Action.fill:
-            require_stage_folder(stage.folder, create=True)
             fill_parts(stage, parts)
         if bundle is not None:
             from nemo_bench.stage.bundle import pack
@@ -92,6 +90,8 @@ def fill_parts(stage: Stage, parts: list[Part]) -> None:
     Raises:
         BenchError: why some could not be made.
     """
+    with explained_disk_errors(stage.folder, REMEDY):
+        stage.folder.mkdir(parents=True, exist_ok=True)
     problems = []
     for part in parts:
         try:
@@ -145,7 +145,7 @@ def check(stage: Stage, parts: list[Part]) -> None:
         for place in recorded or [part.place]:
             state = stage.state(place, part.settings if asked else None, contents=True)
             entry = entries.get(place)
-            shown = (size_text(entry.size_bytes), entry.details.get("version"), entry.made_at) if entry else ()
+            shown = (size_text(entry.size_bytes), entry.version, entry.made_at) if entry else ()
             table.add_row(part.name.value, state.name, *(shown or ("", "", "")), place)
             if state.name != "ok":
                 problems.append(_remedy(stage, part, place, state, None if asked else entry))

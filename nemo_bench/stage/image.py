@@ -11,7 +11,6 @@ import struct
 import subprocess
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nemo_bench.errors import BenchError
 from nemo_bench.files import size_text
@@ -71,7 +70,7 @@ def _size_bytes(cfg: StageConfig) -> int:
     return int(cfg.image_gib * 2**30)
 
 
-def _import(cfg: StageConfig, output: Path, lock: int) -> dict[str, Any]:
+def _import(cfg: StageConfig, output: Path, lock: int) -> str:
     reference = cfg.entrypoint.container
     executable = shutil.which(cfg.enroot)
     if executable is None:
@@ -90,7 +89,7 @@ def _import(cfg: StageConfig, output: Path, lock: int) -> dict[str, Any]:
         raise BenchError(f"enroot exited with status 0 but left no file; run `{shlex.join(command)}` by hand")
     _check_squashfs(output)
     version = subprocess.run([executable, "version"], capture_output=True, text=True, check=False)
-    return {"version": reference, "enroot": version.stdout.strip()}
+    return f"{reference}, by enroot {version.stdout.strip()}"
 
 
 def _run(command: list[str], lock: int) -> int:

@@ -9,15 +9,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_bench.errors import BenchError
-from nemo_bench.files import explained_disk_errors, fsync_folder, locked, sha256_of, size_text, write_json
+from nemo_bench.files import (
+    explained_disk_errors,
+    fsync_folder,
+    fsync_tree,
+    hidden_folder,
+    hidden_path,
+    locked,
+    sha256_of,
+    size_text,
+    write_json,
+)
 from nemo_bench.record.folder import timestamp
 from nemo_bench.stage.config import PartName
 
@@ -44,14 +54,14 @@ class Entry:
     Attributes:
         part: the name of the part, or DATASET.
         settings: the settings that decide its contents, by key of the configuration.
-        details: what else is known about it; "version" is for people.
+        version: what it is, for people.
         files: by path relative to the stage folder.
     """
 
     part: str
     made_at: str
     settings: dict[str, Any]
-    details: dict[str, Any]
+    version: str
     files: dict[str, FileRecord]
 
     @property
@@ -68,8 +78,8 @@ class Part:
         place_key: the key of the configuration that chooses the place.
         settings: the settings that decide its contents, by key of the configuration.
         plan: what `make` does, for launch=dry.
-        make: makes and verifies the part at a path that does not exist yet, and returns the details to record.
-            It also gets the lock's descriptor: a child process that inherits it keeps the lock if this process dies.
+        make: makes and verifies the part at a path that does not exist yet, and returns its version, for people. It
+            also gets the lock's descriptor: a child process that inherits it keeps the lock if this process dies.
     """
 
     name: PartName
@@ -77,7 +87,7 @@ class Part:
     place_key: str
     settings: dict[str, Any]
     plan: str
-    make: Callable[[Path, int], dict[str, Any]]
+    make: Callable[[Path, int], str]
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ class Stage:
         return locked(self.folder / f".stage-{name.value}.lock", f"fills the part {name.value}", print_line)
 
     def state(self, place: str, settings: dict[str, Any] | None = None, *, contents: bool) -> State:
-        """Compare what lies at `place` with its record, and the record with the settings `settings`.
+        """Compare what lies at `place` with its record, and the record with `settings`.
 
         Args:
             contents: read every byte; otherwise only sizes are compared.
@@ -149,8 +159,7 @@ class Stage:
     def put(self, new: Path, place: str, entry: Entry) -> None:
         """Record the file or folder `new`, which lies in a hidden folder, and move it to `place`."""
         destination = self.folder / place
-        for path in (new, *new.rglob("*")):
-            fsync(path)
+        fsync_tree(new)
         if destination.exists():
             os.replace(destination, new.with_name(f"{new.name}.old"))
         if entry.part != DATASET:
@@ -167,7 +176,7 @@ def fill(stage: Stage, part: Part) -> None:
         BenchError: it cannot be made, or something else is in its place.
     """
     destination = stage.folder / part.place
-    if _complete(stage, part) and not _hidden(destination).exists():
+    if _complete(stage, part) and not hidden_path(destination).exists():
         return
     with explained_disk_errors(stage.folder, REMEDY):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -175,8 +184,8 @@ def fill(stage: Stage, part: Part) -> None:
             if _complete(stage, part):  # another process made it
                 return
             new = folder / destination.name
-            details = part.make(new, lock)
-            entry = Entry(part.name.value, timestamp(), part.settings, details, describe(new, part.place))
+            version = part.make(new, lock)
+            entry = Entry(part.name.value, timestamp(), part.settings, version, describe(new, part.place))
             stage.put(new, part.place, entry)
     print_line(f"{part.name.value}: made ({destination}, {size_text(entry.size_bytes)})")
 
@@ -263,37 +272,6 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-# --- folders ------------------------------------------------------------------------------------------------
-
-
-def _hidden(destination: Path) -> Path:
-    return destination.with_name(f".{destination.name}.making")
-
-
-@contextmanager
-def hidden_folder(destination: Path) -> Iterator[Path]:
-    """Give an empty folder next to `destination`, on its file system; removed at the end.
-
-    The caller holds the lock of what it makes: a folder of this name was left by a process that was killed.
-    """
-    folder = _hidden(destination)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def fsync(path: Path) -> None:
-    """Make a file or folder durable, so that a rename never shows a name without its contents."""
-    if path.is_dir():
-        fsync_folder(path)
-    else:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
 def require_space(folder: Path, size_bytes: int, what: str) -> None:
     """Raise BenchError if the file system of `folder` has less free space than that."""
     free_bytes = shutil.disk_usage(folder).free
@@ -302,20 +280,6 @@ def require_space(folder: Path, size_bytes: int, what: str) -> None:
             f"not enough disk space in {folder}: {size_text(free_bytes)} free, {size_text(size_bytes)} needed "
             f"for {what}"
         )
-
-
-def require_stage_folder(folder: Path, *, create: bool) -> None:
-    """Raise BenchError if `folder` is not a folder, or, with `create`, cannot be made."""
-    try:
-        if create:
-            folder.mkdir(parents=True, exist_ok=True)
-        elif folder.exists():
-            os.listdir(folder)
-    except OSError as error:
-        raise BenchError(
-            f"{folder} cannot be used as the stage folder ({error.strerror})\n"
-            "STAGE_PATH (or stage_path=...) must name a folder that you can write"
-        ) from None
 
 
 def place_inside(stage_folder: Path, value: str, key: str) -> str:

@@ -14,7 +14,7 @@ from nemo_bench.files import dated_name, explained_disk_errors
 from nemo_bench.project import PROJECT
 from nemo_bench.report.terminal import make_console
 from nemo_bench.stage.config import StageConfig
-from nemo_bench.stage.stage import REMEDY, require_stage_folder
+from nemo_bench.stage.stage import REMEDY
 
 LOGS = "results.stage_setup"
 # These concern the submission alone: in the job, what Slurm sets is not read as the user's settings.
@@ -36,8 +36,6 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
         jobs.require_slurm(cfg.cluster)
     if not dry:
         jobs.require_sbatch()
-    for cfg in configs:
-        require_stage_folder(Path(cfg.stage_path), create=not dry)
     submitted: list[Job] = []
     for cfg, point in zip(configs, points):
         folder = Path(cfg.stage_path) / LOGS / dated_name()

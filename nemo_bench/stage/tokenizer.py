@@ -45,15 +45,14 @@ def tokenizer_part(cfg: StageConfig, stage_folder: Path) -> Part:
     )
 
 
-def _make(cfg: TokenizerConfig, folder: Path, _lock: int) -> dict[str, Any]:
+def _make(cfg: TokenizerConfig, folder: Path, _lock: int) -> str:
     folder.mkdir()
     if cfg.source is TokenizerSource.local:
         _train(folder, cfg)
         tokens = verify(folder, (), None)  # a small corpus gives fewer tokens than asked for
-        return {"version": f"trained here, {tokens:,} tokens", "vocab_size": tokens}
+        return f"trained here, {tokens:,} tokens"
     commit = _download(folder, cfg)
-    tokens = verify(folder, cfg.files, cfg.vocab_size)
-    return {"version": f"{cfg.repo} {commit[:12]}, {tokens:,} tokens", "vocab_size": tokens, "commit": commit}
+    return f"{cfg.repo} {commit}, {verify(folder, cfg.files, cfg.vocab_size):,} tokens"
 
 
 def verify(folder: Path, names: Iterable[str], vocab_size: int | None) -> int:

@@ -23,7 +23,7 @@ from tests.datasets import make_dataset
 
 DATASET = "llama3.1-dataset/wiki.en_03_content_document"
 PARTS = [
-    Part(name, place, "", {"a": 1}, "", lambda *_: {})
+    Part(name, place, "", {"a": 1}, "", lambda *_: "")
     for name, place in (
         (PartName.image, "nemo.sqsh"),
         (PartName.tokenizer, "llama3.1-dataset/llama"),
@@ -56,7 +56,7 @@ def stage(tmp_path: Path, small_tokenizer: Path) -> Stage:
         (stage.folder / name).write_bytes(data)
     for part in PARTS:
         recorded = describe(stage.folder / part.place, part.place)
-        stage.record(part.place, Entry(part.name.value, "2026-01-01T00:00:00Z", part.settings, {}, recorded))
+        stage.record(part.place, Entry(part.name.value, "2026-01-01T00:00:00Z", part.settings, "1", recorded))
     with IndexedDatasetWriter(stage.folder / "llama3.1-dataset/my-llama_00_text_document", vocab_size=300) as writer:
         writer.extend(np.arange(100, dtype=np.uint16), np.array([100]))
     make_dataset(stage.folder / DATASET, small_tokenizer)
