@@ -26,10 +26,10 @@ _ERROR = re.compile(
     r"|terminate called|Segmentation fault|\*\*\* JOB .* CANCELLED|PMIX ERROR|\bexpecting \d+ got \d+"
     r"|: command not found|: No such file or directory|: Permission denied|No space left on device"
 )
-# What Slurm says of the other ranks once one has failed, and PyXis before it says what failed.
+# What Slurm and PMIx say of the other ranks once one has failed, and PyXis before it says what failed.
 _CONSEQUENCE = re.compile(
     r"error: \S+: tasks? [\d,-]+: |error: \*\*\* STEP|Job step aborted|Terminating (?:StepId|job step)|Terminated"
-    r"|pyxis: (?:child \d+ failed|container start failed|printing enroot log)"
+    r"|PMIX ERROR|pyxis: (?:child \d+ failed|container start failed|printing enroot log)"
 )
 _TASK = re.compile(r"error: \S+: tasks? (?P<rank>\d+)[\d,-]*: (?P<ending>.*)")
 

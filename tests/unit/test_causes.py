@@ -146,10 +146,10 @@ EXCEPTIONS = [
         "network error, NCCL version 2.19.3\n"
         "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
         "Last error:\nNET/IB : Got completion from peer 10.42.0.2<47534> with error 5, opcode 48, vendor err 244",
-        "NCCL: the connection to another rank broke: that rank ended, or the network did (ncclRemoteError): NET/IB : ",
+        "NCCL lost the connection to another rank: that rank ended, or the network did (ncclRemoteError): NET/IB : ",
     ),
     ("index out of range in self", "a token id outside the vocabulary; this model has 128,256 of them"),
-    ("ncclInvalidUsage: This usually reflects invalid usage of NCCL library.", "NCCL: it was called in a wrong way"),
+    ("ncclInvalidUsage: This usually reflects invalid usage of NCCL library.", "NCCL was used in a wrong way"),
 ]
 
 
