@@ -1,5 +1,6 @@
 # make train   sets up and runs the main job on this machine's CPU
 # make test    sets up and passes the tests
+# make test-fast     the checks of every commit: lint, the unit tests, one training run
 # make test-nemo-1   trains with NeMo 1's program too (Python 3.11)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
@@ -7,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: train test test-nemo-1 light lint setup clean
+.PHONY: train test test-fast test-nemo-1 light lint setup clean
 
 train: $(STAMP)
 	$(BIN)/python train.py
@@ -15,6 +16,9 @@ train: $(STAMP)
 
 test: $(STAMP) build/light/.complete lint
 	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) lint
+	$(BIN)/python -m pytest tests/unit tests/integration/test_bare_run.py
 
 # NeMo 2.0.0, of the container that entrypoint=nemo_24_09 runs in, in an environment of its own.
 test-nemo-1: $(STAMP) build/nemo-1/.complete

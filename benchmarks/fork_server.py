@@ -1,4 +1,4 @@
-"""Python programs forked from a process that has imported NeMo: the imports take 20 to 40 s, a fork a tenth of one.
+"""Python programs forked from a process that has made their imports: NeMo's take 20 to 40 s, a fork a tenth of one.
 
 `ForkServer.popen` stands in for `subprocess.Popen` where `cluster.processes.started` starts ranks; all else, the rank's
 program included, is what train.py runs. The server reads commands from its standard input and answers with process
@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from types import TracebackType
 from typing import Any, NoReturn
@@ -44,16 +45,16 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The client's end of the server; made once NeMo is imported.
+    """The client's end of the server; made once the imports are.
 
     Args:
-        device: what the programs train on, "cpu" or "cuda": it decides what is done ahead of the imports.
+        what: is imported: "cpu" or "cuda", NeMo for ranks on that device; "scripts", what a login node needs.
         environment: the whole environment of the imports.
     """
 
-    def __init__(self, device: str, environment: dict[str, str]) -> None:
+    def __init__(self, what: str, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.fork_server", device],
+            [sys.executable, "-m", "benchmarks.fork_server", what],
             cwd=PROJECT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -70,14 +71,23 @@ class ForkServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._process.communicate()
 
-    def popen(self, command: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> ForkedProcess:
-        """Fork `python -m MODULE ...` or `python -c CODE ...`, in a session of its own, to write into `stdout`."""
+    def popen(
+        self, command: list[str], *, env: dict[str, str], stdout: Any, stderr: Any = None, cwd: Any = None, **_: Any
+    ) -> ForkedProcess:
+        """Fork `python -m MODULE ...`, `python -c CODE ...` or `python SCRIPT ...`, in a session of its own."""
         assert self._process.stdin is not None
-        request = {"command": command[1:], "environment": env, "log": str(stdout.name)}
+        files = [str(stdout.name), str(getattr(stderr, "name", stdout.name))]
+        request = {"command": command[1:], "environment": env, "folder": str(cwd or os.getcwd()), "files": files}
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         while "started" not in (answer := self._answer()):
             self._note(answer)
         return ForkedProcess(self, answer["started"])
+
+    def run(self, command: list[str], *, env: dict[str, str], cwd: Any = None) -> subprocess.CompletedProcess[str]:
+        """Run a command as `popen` does, to its end."""
+        with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
+            status = self.popen(command, env=env, stdout=stdout, stderr=stderr, cwd=cwd).wait()
+            return subprocess.CompletedProcess(command, status, stdout.read(), stderr.read())
 
     def exit_status(self, pid: int, *, wait: bool) -> int | None:
         """Return the exit status of a process; None while it runs and is not waited for."""
@@ -99,7 +109,20 @@ class ForkServer:
         return answer
 
 
-def import_stack(device: str) -> None:
+def import_scripts() -> None:
+    """Import what the scripts of this project import on a login node."""
+    from hydra import compose, initialize_config_dir
+
+    import nemo_bench.data.prepare
+    import nemo_bench.launch.submission
+    import nemo_bench.report.command
+    import nemo_bench.stage.command  # noqa: F401
+
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        compose("train")  # imports Hydra's plugins and grammar
+
+
+def import_nemo(device: str) -> None:
     """Import what a rank imports, without a first call to CUDA: the driver does not survive a fork."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import torch
@@ -118,11 +141,14 @@ def import_stack(device: str) -> None:
         raise SystemExit("an import has initialised CUDA: ranks cannot be forked from here")
 
 
-def serve(device: str) -> None:
+def serve(what: str) -> None:
     """Fork a process for each line of standard input, until that ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what the imports print is no answer
-    import_stack(device)
+    if what == "scripts":
+        import_scripts()
+    else:
+        import_nemo(what)
     answers.write(b"{}\n")
     read_fd, write_fd = os.pipe()  # the lifeline of the ranks: the server alone holds the writing end
     running: set[int] = set()
@@ -150,30 +176,37 @@ def serve(device: str) -> None:
     os._exit(0)  # taking all that was imported down in order takes seconds
 
 
-def run(command: list[str], environment: dict[str, str], log: str) -> NoReturn:
+def run(command: list[str], environment: dict[str, str], folder: str, files: list[str]) -> NoReturn:
     """Run the program of a command line in this process, and end with its exit status."""
     os.setsid()
-    with open(log, "wb", buffering=0) as file, open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
+    os.chdir(folder)
+    for descriptor, path, flags in zip((0, 1, 2), (os.devnull, *files), (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+        os.dup2(os.open(path, flags | os.O_APPEND), descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
-    option, program, *arguments = (word for word in command if word != "-u")
-    sys.argv = [option, *arguments]
+    program, *arguments = (word for word in command if word != "-u")
     status = 0
     try:
-        if option == "-m":
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        if program == "-m":
+            sys.argv = arguments
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        elif program == "-c":
+            sys.argv = ["-c", *arguments[1:]]
+            exec(arguments[0], {"__name__": "__main__"})
         else:
-            exec(program, {"__name__": "__main__"})
+            sys.argv = [program, *arguments]
+            runpy.run_path(program, run_name="__main__")
     except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
         status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(status)
 
 

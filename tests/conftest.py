@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from benchmarks.fork_server import ForkServer
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -18,21 +20,24 @@ def project() -> Path:
     return PROJECT
 
 
+@pytest.fixture(scope="session")
+def scripts() -> Iterator[ForkServer]:
+    """A process that has imported what the scripts of this project import, to fork them from."""
+    with ForkServer("scripts", dict(os.environ)) as server:
+        yield server
+
+
 @pytest.fixture
-def train_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def train_cli(tmp_path: Path, scripts: ForkServer) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`train.py` with these arguments, in a stage folder of the test's own; its exit status is not checked."""
 
-    def run(*args: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HYDRA_"))}
-        return subprocess.run(
-            [sys.executable, str(PROJECT / "train.py"), *args],
-            cwd=tmp_path,
-            env={**env, "STAGE_PATH": str(tmp_path / "stage"), **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        env |= {"STAGE_PATH": str(tmp_path / "stage"), **environment}
+        command = [sys.executable, str(PROJECT / "train.py"), *args]
+        if "PYTHONPATH" in environment:  # read when an interpreter starts
+            return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        return scripts.run(command, cwd=tmp_path, env=env)
 
     return run
 

@@ -107,18 +107,13 @@ def fork_server() -> Iterator[ForkServer]:
 
 
 @pytest.fixture
-def python(fork_server: ForkServer, tmp_path: Path) -> Callable[..., str]:
+def python(fork_server: ForkServer) -> Callable[..., str]:
     """Runs a program where NeMo is imported already, and returns what it printed."""
 
     def run(program: str, *arguments: str) -> str:
-        with open(tmp_path / "program.out", "w+") as output:
-            process = fork_server.popen(
-                [sys.executable, "-c", program, *arguments], env=dict(os.environ), stdout=output
-            )
-            status = process.wait()
-            printed = output.read()
-        assert status == 0, printed[-3000:]
-        return printed
+        done = fork_server.run([sys.executable, "-c", program, *arguments], env=dict(os.environ))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     return run
 

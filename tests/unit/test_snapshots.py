@@ -9,11 +9,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.fork_server import ForkServer
 
 PROJECT = Path(__file__).resolve().parents[2]
 SNAPSHOTS = PROJECT / "tests" / "golden" / "snapshots"
@@ -54,7 +55,7 @@ ERRORS: dict[str, tuple[str, ...]] = {
 }
 
 
-def run(tmp_path: Path, *command: str) -> str:
+def run(scripts: ForkServer, tmp_path: Path, *command: str) -> str:
     """The command's exit status and output, with this machine's names taken out."""
     script = command[0] if command and command[0].endswith(".py") else "train.py"
     arguments = command[1:] if command and command[0] == script else command
@@ -64,15 +65,10 @@ def run(tmp_path: Path, *command: str) -> str:
     bare.mkdir(exist_ok=True)
     if not (bare / "git").exists():
         (bare / "git").symlink_to(shutil.which("git") or "git")
-    done = subprocess.run(
+    done = scripts.run(
         [sys.executable, str(PROJECT / script), *arguments],
         cwd=tmp_path,
         env={**environment, "STAGE_PATH": str(tmp_path / "stage"), "PATH": str(bare), "COLUMNS": "200"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
     )
     text = f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
     for path, name in ((sys.executable, "<python>"), (tmp_path, "<tmp>"), (PROJECT, "<project>")):
@@ -89,19 +85,21 @@ def held(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", DRY_RUNS)
-def test_a_dry_run_prints_what_it_did(name: str, tmp_path: Path) -> None:
-    held(f"dry_{name}.txt", run(tmp_path, *DRY_RUNS[name], "launch=dry"))
+def test_a_dry_run_prints_what_it_did(name: str, scripts: ForkServer, tmp_path: Path) -> None:
+    held(f"dry_{name}.txt", run(scripts, tmp_path, *DRY_RUNS[name], "launch=dry"))
 
 
-def test_messages_say_what_they_said(tmp_path: Path) -> None:
+def test_messages_say_what_they_said(scripts: ForkServer, tmp_path: Path) -> None:
     held(
         "errors.txt",
-        "\n".join(f"# {name}: {' '.join(given)}\n{run(tmp_path, *given)}" for name, given in ERRORS.items()),
+        "\n".join(f"# {name}: {' '.join(words)}\n{run(scripts, tmp_path, *words)}" for name, words in ERRORS.items()),
     )
 
 
-def test_the_report_of_the_corpus_is_what_it_was(tmp_path: Path) -> None:
-    run(tmp_path, "report.py", f"runs=[{PROJECT}/tests/runs,{PROJECT}/tests/logs]", f"output={tmp_path}/report")
+def test_the_report_of_the_corpus_is_what_it_was(scripts: ForkServer, tmp_path: Path) -> None:
+    run(
+        scripts, tmp_path, "report.py", f"runs=[{PROJECT}/tests/runs,{PROJECT}/tests/logs]", f"output={tmp_path}/report"
+    )
     text = (tmp_path / "report" / "results.json").read_text().replace(str(PROJECT), "<project>")
     report = json.loads(re.sub(r'"generated_at": "[^"]*"', '"generated_at": ""', text))
     held("results.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
