@@ -45,7 +45,7 @@ class Job(SlurmJob[None]):
         self.step_time_s: float | None = None  # of the last step
         self.current_state = slurm.UNKNOWN
         self.ended_at: float | None = None  # when its end was first seen
-        super().__init__(folder, content.get("id") or NO_ID)
+        super().__init__(folder, str(content.get("id") or NO_ID))
 
     def _register_in_watcher(self) -> None:
         self.registered = self.job_id != NO_ID and self.content.get("cluster") in (None, slurm.cluster_name())
@@ -203,8 +203,6 @@ def _tail(path: Path) -> str:
 
 def refresh(jobs: Sequence[Job]) -> None:
     """Ask Slurm again, if the last time is long enough ago, and read again how these jobs stand."""
-    # A batch script that has ended is a reason to ask at once.
-    ending = any(job.active and job.exit_code is not None for job in jobs)
-    Job.watcher.update_if_long_enough("force" if ending else "standard")
+    Job.watcher.refresh(soon=any(job.active and job.exit_code is not None for job in jobs))
     for job in jobs:
         job.refresh()

@@ -6,6 +6,7 @@ once the batch script has ended, `exit.json`.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -117,7 +118,8 @@ def _content(folder: Path) -> dict[str, Any]:
         content["id"] = slurm.find(folder, str(content.get("name")))
         if content["id"] is None:
             return {**content, "problem": "its submission was interrupted, and Slurm knows no job of this folder"}
-        write_json(folder / record.JOB, content)
+        with contextlib.suppress(OSError):  # another user's
+            write_json(folder / record.JOB, content)
     return content
 
 
@@ -231,7 +233,7 @@ def _print_changes(jobs: Sequence[Job], shown: dict[str, str]) -> None:
     """Print a line for each job whose state or step has changed."""
     for job in jobs:
         timing = "" if job.step_time_s is None else f", {job.step_time_s:.4g} s a step"
-        step = f", step {job.steps}/{job.content['max_steps']}{timing}" if job.is_run else ""
+        step = f", step {job.steps}/{job.content.get('max_steps')}{timing}" if job.is_run else ""
         line = f"job {job.job_id} ({job.what}): {job.state}{step}"
         if shown.get(job.job_id) != line:
             shown[job.job_id] = line

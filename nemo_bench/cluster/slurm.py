@@ -30,6 +30,7 @@ UNKNOWN = "UNKNOWN"  # Slurm did not answer, or has forgotten it: neither active
 SCRIPT = "job.sbatch"
 TIMEOUT_S = 30  # of sbatch, squeue, sacct and scontrol
 ASK_EVERY_S = 15
+ASK_SOON_S = 5  # about a job whose batch script has ended
 # sbatch's words for a controller that may have taken the job all the same.
 _NO_ANSWER = re.compile(
     r"timed out|Unable to contact|Zero Bytes|Unexpected message|connect failure|reset by peer", re.I
@@ -222,6 +223,12 @@ class Books(SlurmInfoWatcher):
         super().__init__(delay_s=ASK_EVERY_S)
         self.names: set[str] = set()
         self.answered = False  # whether a job that is in neither list is unknown to Slurm
+
+    def refresh(self, *, soon: bool) -> None:
+        """Ask again, if the last time is long enough ago."""
+        if soon and time.time() - self._last_status_check > ASK_SOON_S:
+            self.update()
+        self.update_if_long_enough("standard")
 
     def update(self) -> None:
         """Ask again."""

@@ -143,7 +143,6 @@ class SlurmCluster:
         try:
             self.start()
         except BaseException:
-            # The daemons' last words are lost on the reader unless they come with the error.
             logs = self.logs()
             self.stop()
             print(logs)
