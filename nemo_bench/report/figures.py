@@ -184,27 +184,6 @@ def ratios(comparisons: Sequence[Comparison], tolerance: float) -> Figure | None
     return figure("Throughput over the baseline's", [trace], x, {}, height=110 + 26 * len(known), shapes=shapes)
 
 
-def profile(run: Run) -> Figure | None:
-    """Return the time by kernel class of each profiled rank; None if none was profiled."""
-    ranks = [f"rank {item.rank}" if item.rank is not None else "trace" for item in run.profiles]
-    names = dict.fromkeys(kernels.name for item in run.profiles for kernels in item.classes)
-    traces = []
-    for number, name in enumerate([*names, "idle"]):
-        ms = [
-            next(
-                (kernels.ms for kernels in item.classes if kernels.name == name), item.idle_ms if name == "idle" else 0
-            )
-            for item in run.profiles
-        ]
-        fill = {"shape": ("", "/", ".", "x")[number // len(COLOURS) % 4]}
-        marker = {"color": COLOURS[number % len(COLOURS)], "pattern": fill}
-        bar = {"type": "bar", "orientation": "h", "name": name, "x": [*map(_rounded, ms)], "y": ranks, "marker": marker}
-        traces.append(bar)
-    x = {"title": {"text": "ms a step"}}
-    height = 170 + 26 * len(ranks)
-    return figure("Time by kernel class", traces, x, {}, height=height, barmode="stack") if ranks else None
-
-
 def _trace(name: str, points: Sequence[tuple[float, float]], **style: Any) -> Figure:
     x, y = [x for x, _ in points], [_rounded(y) for _, y in points]
     return {"type": "scatter", "name": name, "x": x, "y": y, **style}

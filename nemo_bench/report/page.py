@@ -15,15 +15,15 @@ from nemo_bench.report import figures, model
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.comparison import KINDS, recorded
 from nemo_bench.report.methods import METHODS
-from nemo_bench.report.model import DeviceUse, Numbers, Point, Report, Run
+from nemo_bench.report.model import DeviceUse, Point, RankTimes, Report, Run, ScalingCurve
 from nemo_bench.report.numbers import counted, tokens_text, unit_name
-from nemo_bench.report.profile import StepProfile
 from nemo_bench.report.tables import (
     NONE,
     Table,
     changes_table,
     comparison_table,
     integer,
+    is_numeric,
     make_table,
     percent,
     points_table,
@@ -72,7 +72,8 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["badge"] = _badge
+    environment.filters |= _FILTERS
+    environment.tests["numeric"] = lambda value: is_numeric(str(value))
     detailed = _detailed(report)
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -84,7 +85,6 @@ def render(report: Report) -> str:
         budget=tokens_text(report.assumptions.total_tokens),
         points=points_table(report),
         point_numbers={point.name: number for number, point in enumerate(report.points)},
-        agreement=_agreement(report.points),
         mfu=figures.mfu(report.points),
         scaling=[*_scaling(report)],
         ratios=figures.ratios(report.comparisons, report.assumptions.tolerance),
@@ -98,7 +98,6 @@ def render(report: Report) -> str:
         run_sections=_run_sections(report, detailed),
         differences=_differences(report.runs),
         shared=_shared(report.runs),
-        references=[(reference, _reference_table(reference)) for reference in report.references],
         drawn_runs=DRAWN_RUNS,
     )
 
@@ -135,37 +134,12 @@ def _outcome(report: Report) -> str:
     return "; ".join(parts)
 
 
-def _agreement(points: Sequence[Point]) -> Table:
-    """Return what makes each judged point comparable with the published run: both values of everything on that list."""
-    rows = [
-        {
-            "point": point.name,
-            "must agree": change.key,
-            "published": change.before or "",
-            "run": change.after or "not known",
-            "verdict": "" if change.before == change.after else model.NOT_COMPARABLE,
-        }
-        for point in points
-        for change in point.verdict.must_agree
-    ]
-    return make_table("What must agree with the published runs", rows)
-
-
-def _scaling(report: Report) -> Iterator[tuple[dict[str, Any], dict[str, Any], Table]]:
-    """Return the figures and the table of each model that was measured on several numbers of GPUs."""
+def _scaling(report: Report) -> Iterator[list[ScalingCurve]]:
+    """Return the curves of each model that was measured on several numbers of GPUs, the measured ones first."""
     for name in dict.fromkeys(curve.model for curve in report.scaling):
         curves = sorted((curve for curve in report.scaling if curve.model == name), key=lambda curve: curve.published)
-        if not any(len(curve.gpus) > 1 and not curve.published for curve in curves):
-            continue
-        rows = []
-        for gpus in sorted({gpus for curve in curves for gpus in curve.gpus}):
-            row = {"GPUs": f"{gpus:,}"}
-            for curve in curves:
-                at = curve.gpus.index(gpus) if gpus in curve.gpus else None
-                row[f"{curve.label}: tokens/s"] = "" if at is None else integer(curve.tokens_per_s[at])
-                row[f"{curve.label}: efficiency"] = "" if at is None else percent(curve.efficiency[at], 1)
-            rows.append(row)
-        yield figures.throughput(curves), figures.efficiency(curves), make_table(f"Scaling of {name}", rows)
+        if any(len(curve.gpus) > 1 and not curve.published for curve in curves):
+            yield curves
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -204,102 +178,44 @@ def _run_part(run: Run, points: Sequence[Point]) -> dict[str, Any]:
     return {
         "run": run,
         "point": next((point.name for point in points if run.name in point.runs), "in no point"),
-        "figures": [
-            *([figures.step_times(run)] if len(run.steps) else []),
-            *([chart] if (chart := figures.profile(run)) else []),
-        ],
-        "tables": [*run_tables(run)],
+        "figure": figures.step_times(run) if len(run.steps) else None,
     }
 
 
-def run_tables(run: Run) -> Iterator[Table]:
-    """Return the tables of one run: statistics, numbers, ranks, GPUs, profiles."""
-    t, n = run.times, run.numbers
-    if run.final and t and n:
-        peak = f"; peak {significant(n.peak_tflops)} TFLOP/s ({n.peak_source})" if n.peak_tflops else ""
-        steps = {"mean of the steps that count": t.mean_s, "median": t.median_s, "last step": t.last_s}
-        rows = [{"step time": name, **_number_cells(n.at(time_s), unit_name(run))} for name, time_s in steps.items()]
-        yield make_table(f"{counted(t)}{peak}", rows)
-        cells = {"5%": t.p5_s, "95%": t.p95_s, "shortest": t.min_s, "longest": t.max_s}
-        interval = "{:.4g} to {:.4g}".format(*t.mean.interval) if t.mean else ""
-        row = {"quantile (s)": "step time", **{name: significant(value) for name, value in cells.items()}}
-        yield make_table("Spread", [{**row, "95% interval of the mean (s)": interval, "drift": f"{t.drift:+.2%}"}])
-    if run.ranks:
-        slowest = sorted(run.ranks, key=lambda rank: (not rank.straggler, -(rank.slower or 0)))
-        rows = [
-            {
-                "rank": str(rank.rank),
-                "slower by": "" if rank.slower is None else f"{rank.slower:+.1%}",
-                "this rank": significant(rank.value),
-                "median of the others": significant(rank.others),
-                "measure": rank.measure,
-                "straggler": "▼ straggler" if rank.straggler else "no",
-            }
-            for rank in slowest[:SHOWN_RANKS]
-        ]
-        stragglers = sum(rank.straggler for rank in run.ranks)
-        title = (
-            f"{stragglers or 'No'} straggler{'s'[: stragglers != 1]} among {len(run.ranks):,} ranks; the slowest first"
-        )
-
-        yield make_table(title, rows)
-    measured = [device for device in run.devices if device.power_w is not None or device.sm_clock_mhz is not None]
-    if measured:
-        rows = [
-            {
-                "rank": str(device.rank),
-                "host": device.host or "",
-                "power (W)": integer(device.power_w),
-                "SM clock (MHz)": integer(device.sm_clock_mhz),
-                "lowest": integer(device.sm_clock_min_mhz),
-                "highest °C": integer(device.temperature_max_c),
-                "peak memory (GiB)": significant(device.peak_memory_gib, 3),
-                "clocks held back": ", ".join(
-                    f"{reason.replace('_', ' ')} {share:.0%}" for reason, share in device.throttled.items()
-                ),
-            }
-            for device in sorted(measured, key=_held_back)[:SHOWN_RANKS]
-        ]
-        yield make_table("GPUs during the steps, those held back first", rows)
-    yield from map(_profile_table, run.profiles)
+def _slowest(ranks: Sequence[RankTimes]) -> list[RankTimes]:
+    return sorted(ranks, key=lambda rank: (not rank.straggler, -(rank.slower or 0)))[:SHOWN_RANKS]
 
 
-def _held_back(device: DeviceUse) -> tuple[float, float]:
-    """Return a key that sorts GPUs whose clocks were held back, by more than the usual power cap, to the front."""
-    shares = (share for reason, share in device.throttled.items() if reason != "sw_power_cap")
-    return -max(shares, default=0.0), device.sm_clock_mhz or 0.0
+def _held_back(devices: Sequence[DeviceUse]) -> list[DeviceUse]:
+    """Return the GPUs that were measured: first those whose clocks more than the usual power cap held back."""
+
+    def key(device: DeviceUse) -> tuple[float, float]:
+        shares = (share for reason, share in device.throttled.items() if reason != "sw_power_cap")
+        return -max(shares, default=0.0), device.sm_clock_mhz or 0.0
+
+    measured = (device for device in devices if device.power_w is not None or device.sm_clock_mhz is not None)
+    return sorted(measured, key=key)[:SHOWN_RANKS]
 
 
-def _number_cells(n: Numbers, unit: str) -> dict[str, str]:
-    return {
-        "s": significant(n.step_time_s),
-        "tokens/s": integer(n.tokens_per_s),
-        f"tokens/s a {unit}": integer(n.tokens_per_s_per_gpu),
-        f"TFLOP/s a {unit}": significant(n.tflops_per_gpu),
-        "causal": significant(n.tflops_per_gpu_causal),
-        "MFU": percent(n.mfu),
-        "causal MFU": percent(n.mfu_causal),
-        f"days to {tokens_text(n.total_tokens)}": f"{n.days_to_train:,.2f}",
-    }
+def _throttling(shares: dict[str, float]) -> str:
+    return ", ".join(f"{reason.replace('_', ' ')} {share:.0%}" for reason, share in shares.items())
 
 
-def _profile_table(profile: StepProfile) -> Table:
-    rows = [
-        {
-            "class": item.name,
-            "ms a step": significant(item.ms),
-            "of the step": percent(item.share, 1),
-            "sum (ms)": significant(item.total_ms),
-            "kernels": integer(item.count),
-            "most of it (ms)": ", ".join(f"{kernel.name} {significant(kernel.total_ms)}" for kernel in item.top[:2]),
-        }
-        for item in profile.classes
-    ]
-    for name, ms in (("idle", profile.idle_ms), ("step", profile.step_ms)):
-        share = percent(ms / profile.step_ms, 1)
-        rows.append({**dict.fromkeys(rows[0], ""), "class": name, "ms a step": significant(ms), "of the step": share})
-    notes = [note for note in (step_profile.communication(profile), *profile.notes) if note]
-    return make_table("; ".join([f"Profile of {step_profile.title(profile)}", *notes]), rows)
+_FILTERS = {
+    "badge": _badge,
+    "counted": counted,
+    "communication": lambda profile: step_profile.communication(profile) or "",
+    "efficiency": figures.efficiency,
+    "held_back": _held_back,
+    "integer": integer,
+    "percent": percent,
+    "significant": significant,
+    "slowest": _slowest,
+    "throttling": _throttling,
+    "throughput": figures.throughput,
+    "title_of": step_profile.title,
+    "unit_name": unit_name,
+}
 
 
 # --- configurations and environments ------------------------------------------------------------------------
@@ -344,22 +260,3 @@ def _shared(runs: Sequence[Run]) -> list[Table]:
         )
         for kind in KINDS
     ]
-
-
-def _reference_table(reference: Any) -> Table:
-    rows = [
-        {
-            "point": f"{point.model} {point.precision} {point.gpus}gpu",
-            "GPU": point.gpu,
-            "GBS": str(point.global_batch_size),
-            "step time (s)": significant(point.step_time_s),
-            "tokens/s": integer(point.tokens_per_s),
-            "from the step time": integer(point.tokens_per_s_from_step_time),
-            "MFU": percent(point.mfu),
-            "days to 1T": significant(point.days_to_1t_tokens),
-        }
-        for point in reference.points
-    ]
-    return make_table(
-        "As published; verdicts rest on the step time", rows, ("; ".join(point.notes) for point in reference.points)
-    )

@@ -162,14 +162,16 @@ def _kernels(trace: Trace, gpu: int) -> _Kernels:
     end = start + np.array([event.get("dur", 0) for event in work], dtype=np.float64)
     number_of_name: dict[str, int] = {}
     name = np.array([number_of_name.setdefault(event["name"], len(number_of_name)) for event in work])
-    class_of_name = np.array([classes.CLASSES.index(classes.kernel_class(each)) for each in number_of_name])
+    class_of_name = np.array([classes.CLASSES.index(classes.kernel_class(text)) for text in number_of_name])
     kernel_class = class_of_name[name]
     # What the optimizer launches belongs to it, but for communication and copies.
     launches = {
         event["args"].get("correlation"): event["ts"] for event in trace.events if event.get("cat") in _LAUNCHES
     }
     launched = np.array([launches.get(event["args"].get("correlation"), event["ts"]) for event in work])
-    computes = ~np.isin(kernel_class, [classes.CLASSES.index(each) for each in (classes.COMMUNICATION, classes.MEMORY)])
+    computes = ~np.isin(
+        kernel_class, [classes.CLASSES.index(known) for known in (classes.COMMUNICATION, classes.MEMORY)]
+    )
     kernel_class[computes & _within(launched, _optimizer_spans(trace))] = classes.CLASSES.index(classes.OPTIMIZER)
     return _Kernels(list(number_of_name), name, kernel_class, start, end)
 

@@ -15,7 +15,7 @@ from nemo_bench.report.numbers import tokens_text
 from nemo_bench.report.statistics import StepTimes
 
 NONE = "\u2013"  # a dash: not known, or does not apply
-_NUMBERS_ONLY = re.compile(r"[-+±\d.,%/\u2013]*(?: (?:to|±) [-+\d.,%e]+(?: \?)?)?")
+_NUMERIC = re.compile(r"[-+±\d.,%/\u2013]*(?: (?:to|±) [-+\d.,%e]+(?: \?)?)?")
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,15 @@ class Table:
 def make_table(title: str, rows: Sequence[dict[str, str]], notes: Iterable[str] = ()) -> Table:
     """Return the rows (column -> cell) as a table of the columns that any of them fills."""
     columns = tuple(name for name in (rows[0] if rows else ()) if any(row[name] for row in rows))
-    words = (not all(_NUMBERS_ONLY.fullmatch(row[name]) for row in rows) for name in columns[1:])
+    words = (not all(is_numeric(row[name]) for row in rows) for name in columns[1:])
     noted = tuple(notes)
     cells = tuple(tuple(row[name] for name in columns) for row in rows)
     return Table(title, columns, cells, noted * any(noted), (True, *words))
+
+
+def is_numeric(cell: str) -> bool:
+    """Return whether a cell holds a number, a range of numbers or nothing."""
+    return _NUMERIC.fullmatch(cell) is not None
 
 
 def significant(value: float | None, digits: int = 4) -> str:
@@ -208,46 +213,47 @@ _RUN = (
     *("path", "state", "final", "why_not_final", "model", "precision", "gpus", "nodes", "gpu", "version", "software"),
     *("entrypoint", "container", "data", "global_batch_size", "seq_length"),
 )
-_LAYOUT = ("TP", "PP", "VP", "CP", "DP", "MBS", "GA")
+_SIZES = ("TP", "PP", "VP", "CP", "DP", "MBS", "GA")
 _TIMES = ("mean_s", "median_s", "last_s", "p5_s", "p95_s", "min_s", "max_s")
 _NUMBERS = (
     *("tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "tflops_per_gpu_causal", "peak_tflops", "mfu"),
     *("mfu_causal", "total_tokens", "days_to_train"),
 )
-_RESULTS = ("first_loss", "last_loss", "peak_memory_gib")
-_VERDICT = ("ratio_of_published", "published_step_time_s", "reference", "statistic", "differences")
-CSV_COLUMNS = (
-    *("run", "point", "verdict", *_RUN, *_LAYOUT, "pipeline_bubble", "steps", "warmup_steps", "excluded_steps"),
-    *("counted_steps", *(f"step_time_{name}" for name in _TIMES), *_NUMBERS, *_RESULTS, *_VERDICT),
-)
 
 
 def csv_text(report: Report) -> str:
     """Return a line a run, with its point's verdict; results are empty for a run that is not final."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
     point_of = {name: point for point in report.points for name in point.runs}
-    for run in report.runs:
-        writer.writerow(_csv_row(run, point_of.get(run.name)))
+    rows = [_csv_row(run, point_of.get(run.name)) for run in report.runs]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, rows[0] if rows else (), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue()
 
 
 def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
-    row: dict[str, object] = {"run": run.name, **{name: getattr(run, name) for name in _RUN}, **run.layout}
-    row |= {"pipeline_bubble": bubble_of(run.layout), "steps": len(run.steps)}
-    if run.times:
-        left_out = sum(run.times.excluded.values())
-        row |= {"warmup_steps": run.times.warmup_steps, "excluded_steps": left_out, "counted_steps": run.times.counted}
-    if run.final and run.times:
-        row |= {f"step_time_{name}": getattr(run.times, name) for name in _TIMES}
-        row |= {name: getattr(run, name) for name in _RESULTS}
-    if run.numbers:
-        row |= {name: getattr(run.numbers, name) for name in _NUMBERS}
-    if point and (run.final or not point.final_runs):
-        verdict, reference = point.verdict, point.reference
-        row |= {"verdict": verdict.value, "ratio_of_published": verdict.ratio, "statistic": verdict.statistic}
-        row |= {"differences": "; ".join(verdict.differences)}
-        if reference:
-            row |= {"published_step_time_s": reference.step_time_s, "reference": reference.reference}
-    return {**row, "point": point.name if point else None}
+    times, results = run.times, run.times if run.final else None
+    judged = point if point and (run.final or not point.final_runs) else None
+    verdict, reference = (judged.verdict, judged.reference) if judged else (None, None)
+    return {
+        "run": run.name,
+        "point": point.name if point else None,
+        "verdict": verdict.value if verdict else None,
+        "differences": "; ".join(verdict.differences) if verdict else None,
+        **{name: getattr(run, name) for name in _RUN},
+        **{name: run.layout.get(name) for name in _SIZES},
+        "pipeline_bubble": bubble_of(run.layout),
+        "steps": len(run.steps),
+        "warmup_steps": times.warmup_steps if times else None,
+        "excluded_steps": sum(times.excluded.values()) if times else None,
+        "counted_steps": times.counted if times else None,
+        **{f"step_time_{name}": getattr(results, name, None) for name in _TIMES},
+        **{name: getattr(run.numbers, name, None) for name in _NUMBERS},
+        **{name: getattr(run, name) if run.final else None for name in ("first_loss", "last_loss")},
+        "peak_memory_gib": run.peak_memory_gib,
+        "ratio_of_published": verdict.ratio if verdict else None,
+        "statistic": verdict.statistic if verdict else None,
+        "published_step_time_s": reference.step_time_s if reference else None,
+        "reference": reference.reference if reference else None,
+    }

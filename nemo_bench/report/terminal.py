@@ -37,8 +37,6 @@ from nemo_bench.report.tables import (
 # More rows than this are for the files, not for a terminal.
 SHOWN_RUNS = 30
 SHOWN_CHANGES = 20
-# A table with fewer columns than this is shown as a block a row.
-FEWEST_COLUMNS = 3
 NAME_WIDTH = 32  # of a table that would not fit otherwise
 
 _PHASES = {
@@ -225,37 +223,18 @@ def print_report(console: Console, report: Report) -> None:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print as many of the first columns as fit, or a block a row if those are too few; then the notes."""
-    wide = console.options.update(max_width=100_000)
-    every = len(table.columns)
-    for columns, name_width in [
-        (every, 1000),
-        *((count, NAME_WIDTH) for count in range(every, FEWEST_COLUMNS - 1, -1)),
-    ]:
+    """Print as many of the first columns as fit, then the notes; a long name may wrap between its words."""
+    wide, every = console.options.update(max_width=100_000), len(table.columns)
+    for columns, name_width in [(every, 1000), *((count, NAME_WIDTH) for count in range(every, 0, -1))]:
         shown = _rich_table(table, columns, name_width)
         if Measurement.get(console, wide, shown).maximum <= console.width:
-            console.print(shown)
-            if columns < every:
-                console.print(
-                    Text(f"{every - columns} more columns in a wider terminal and in results.md", style="dim")
-                )
             break
-    else:
-        console.print(Text(table.title, style="italic"))
-        for row in table.rows:
-            console.print(Text(row[0], style="bold"))
-            # A value and its name stay on one line: no space of theirs is a place to wrap.
-            cells = (f"{name}: {cell}" for name, cell in zip(table.columns[1:], row[1:]) if cell)
-            text = "  ".join(cell.replace(" ", "\u00a0") for cell in cells)
-            for line in _wrapped(text, console.width - 2):
-                console.print(Text(f"  {line}".replace("\u00a0", " ")), soft_wrap=True)
+    console.print(shown)
+    if columns < every:
+        console.print(Text(f"{every - columns} more columns in a wider terminal and in results.md", style="dim"))
     for row, note in zip(table.rows, table.notes):
         if note:
             _print_line(console, row[0], note)
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
 
 
 def _rich_table(table: Table, columns: int, name_width: int) -> RichTable:
@@ -263,7 +242,7 @@ def _rich_table(table: Table, columns: int, name_width: int) -> RichTable:
     for name, words in zip(table.columns[:columns], table.words):
         shown.add_column(name, justify="left" if words else "right", no_wrap=True)
     for row in table.rows:
-        name = "\n".join(_wrapped(row[0], name_width))
+        name = textwrap.fill(row[0], name_width, break_on_hyphens=False, break_long_words=False)
         shown.add_row(*(Text(cell, style=_style(cell)) for cell in (name, *row[1:columns])))
     return shown
 

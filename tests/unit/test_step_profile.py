@@ -31,13 +31,6 @@ def times(profile: StepProfile) -> dict[str, tuple[float, float, float]]:
     }
 
 
-def example_profile() -> StepProfile:
-    """A profile of three classes of kernels."""
-    kernels = (step_profile.KernelTime("nvjet", 60.0, 1.0),)
-    times = tuple(step_profile.ClassTime(name, 30.0, 0.3, 30.0, 1.0, kernels) for name in classes.CLASSES[:3])
-    return StepProfile(2, "NVIDIA H200", (10,), 100.0, times, 10.0, 25.0, 15.0, ())
-
-
 # --- counting ----------------------------------------------------------------------------------------------
 
 

@@ -68,18 +68,8 @@ def test_no_value_is_broken_on_a_narrow_terminal(report: Report, width: int) -> 
     for table in (tables.points_table(report), tables.runs_table(report.runs)):
         for row in table.rows:
             assert row[0] in " ".join(text.split())  # a long name may wrap, between its words
-            assert all(cell in text for cell in row[1:3])
+            assert all(cell in text for cell in row[1 : width // 30])
     assert width != 80 or "more columns in a wider terminal" in text
-
-
-def test_a_table_that_does_not_fit_is_a_block_a_row(report: Report) -> None:
-    long = "70b_fp8_64gpu_with_a_name_that_is_nearly_as_long_as_a_line_of_the_terminal"
-    points = (replace(report.points[0], name=long),)
-    lines = on_terminal(replace(report, points=points, runs=(), comparisons=(), warnings=()), 80)
-    assert long in lines and max(map(len, lines)) <= 80
-    cells = tables.point_cells(points[0], 1e12)
-    for name in ("step time (s)", "tokens/s", "MFU"):
-        assert any(f"{name}: {cells[name]}" in line for line in lines)
 
 
 def test_one_run_shows_its_numbers_and_what_they_assume(report: Report) -> None:
