@@ -82,31 +82,30 @@ class Encoder:
         self.eod = _end_of_document(folder, self._reference)
         self.backend = Backend.tokenizers
         if backend is not Backend.tokenizers:
-            self._fast, reason = self._gigatoken(content)
-            if self._fast is not None:
+            reason = self._load_gigatoken(content)
+            if not reason:
                 self.backend = Backend.gigatoken
             elif backend is Backend.gigatoken:
-                raise BenchError(f"gigatoken cannot be used: {reason}. encoder=tokenizers can, and is slower.")
+                raise BenchError(f"gigatoken cannot be used: {reason}. Use encoder=tokenizers, which is slower.")
             else:
                 report(f"encoding with Hugging Face tokenizers, which is slower: {reason}")
 
-    def _gigatoken(self, content: bytes) -> tuple[Any, str]:
-        """Return gigatoken's tokenizer, proven on difficult texts, or None and the reason."""
+    def _load_gigatoken(self, content: bytes) -> str:
+        """Load gigatoken's tokenizer and prove it on difficult texts; return why it cannot be used, or ""."""
         try:
             import gigatoken
         except ImportError as error:
-            return None, f"gigatoken cannot be imported ({error}); pip install gigatoken"
+            return f"gigatoken cannot be imported ({error}); pip install gigatoken"
         try:
-            fast = gigatoken.Tokenizer.from_json(content)
-            self._fast = fast
+            self._fast = gigatoken.Tokenizer.from_json(content)
             added = [str(token["content"]) for token in json.loads(content).get("added_tokens", ())]
             probes = [*_PROBES, "".join(f"{token} a{token}b" for token in added[:64])]
             ids, lengths = self._encode_fast(probes)
         except Exception as error:  # anything, depending on tokenizer.json
-            return None, f"gigatoken does not support this tokenizer ({str(error).splitlines()[0]})"
-        if (differing := self._first_difference(probes, ids, lengths)) is not None:
-            return None, f"gigatoken encodes {probes[differing][:40]!r} differently"
-        return fast, ""
+            return f"gigatoken does not support this tokenizer ({str(error).splitlines()[0]})"
+        if differing := self._differing(probes, ids, lengths, range(len(probes))):
+            return f"gigatoken encodes {probes[differing[0]][:40]!r} differently"
+        return ""
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """Return the ids of all texts, one after another, and the number of ids of each text.
@@ -128,22 +127,26 @@ class Encoder:
         """
         if self.backend is Backend.tokenizers:
             return
-        first = max(0, min(SAMPLE_FIRST - before, len(texts)))
-        numbers = sorted({*range(first), *range(-before % SAMPLE_EVERY, len(texts), SAMPLE_EVERY)})
-        if not numbers:
-            return
-        import numpy as np
+        first = range(max(0, min(SAMPLE_FIRST - before, len(texts))))
+        sample = sorted({*first, *range(-before % SAMPLE_EVERY, len(texts), SAMPLE_EVERY)})
+        short = [number for number in sample if len(texts[number]) <= SAMPLE_LONGEST]
+        for number in self._differing(texts, ids, lengths, short):
+            raise RunFailed(
+                f"gigatoken and Hugging Face tokenizers encode document {before + number + 1:,} differently "
+                f"({texts[number][:40]!r}...): nothing was written. Use encoder=tokenizers, which is slower."
+            )
 
-        ends = np.cumsum(lengths)
-        for number in numbers:
-            if len(texts[number]) > SAMPLE_LONGEST:
-                continue
-            expected = self._reference.encode(texts[number], add_special_tokens=False).ids
-            if ids[ends[number] - lengths[number] : ends[number]].tolist() != expected:
-                raise RunFailed(
-                    f"gigatoken and Hugging Face tokenizers encode document {before + number + 1:,} differently "
-                    f"({texts[number][:40]!r}...): nothing was written. encoder=tokenizers is slower and can"
-                )
+    def _reference_ids(self, text: str) -> list[int]:
+        return list(self._reference.encode(text, add_special_tokens=False).ids)
+
+    def _differing(self, texts: Sequence[str], ids: Any, lengths: Any, numbers: Iterable[int]) -> list[int]:
+        """Return which of the documents `numbers` the reference encodes differently."""
+        ends = lengths.cumsum()
+        return [
+            number
+            for number in numbers
+            if ids[ends[number] - lengths[number] : ends[number]].tolist() != self._reference_ids(texts[number])
+        ]
 
     def _encode_fast(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         import numpy as np
@@ -170,16 +173,8 @@ class Encoder:
 
         rows = np.split(ids, np.cumsum(lengths)[:-1])
         for number in numbers:
-            rows[number] = np.asarray(self._reference.encode(texts[number], add_special_tokens=False).ids, np.uint32)
+            rows[number] = np.asarray(self._reference_ids(texts[number]), np.uint32)
         return np.concatenate(rows), np.asarray([len(row) for row in rows], np.int64)
-
-    def _first_difference(self, texts: Sequence[str], ids: Any, lengths: Any) -> int | None:
-        start = 0
-        for number, (text, length) in enumerate(zip(texts, lengths)):
-            if ids[start : start + length].tolist() != self._reference.encode(text, add_special_tokens=False).ids:
-                return number
-            start += length
-        return None
 
 
 def _may_differ(text: str) -> bool:
