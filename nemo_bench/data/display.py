@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from nemo_bench.data.shard import LOG, Shard
+from nemo_bench.data.shard import Shard
 
 LINE_EVERY_S = 10.0
 
@@ -34,7 +32,7 @@ class ShardDisplay:
         self.bars = Progress(*columns, TimeRemainingColumn(), counts, console=console, disable=not console.is_terminal)
         self.rows: list[TaskID] = [self.bars.add_task(shard.name, total=None, counts="") for shard in shards]
         self.phases = [""] * len(shards)
-        self.read_bytes: dict[Path, int] = {}  # of the logs
+        self.notes = [""] * len(shards)
         self.last_lines = time.monotonic()
 
     def __enter__(self) -> ShardDisplay:
@@ -51,8 +49,9 @@ class ShardDisplay:
         if due:
             self.last_lines = time.monotonic()
         for number, shard in enumerate(self.shards):
-            for line in self._new_log_lines(shard):
-                self._print(f"{shard.name}: {line}")
+            if shard.note != self.notes[number]:
+                self.notes[number] = shard.note
+                self._print(f"{shard.name}: {shard.note}")
             phase = shard.phase if shard.state == "running" else shard.state
             if shard.job_id and not shard.ended:
                 phase = f"job {shard.job_id} {shard.state.lower()}" + (f": {shard.phase}" if shard.phase_began else "")
@@ -73,18 +72,6 @@ class ShardDisplay:
             if speed := self.bars.tasks[number].speed:
                 parts.append(f"{speed / 1e6:,.0f} MB/s")
         return ", ".join([*parts, counts] if counts else parts)
-
-    def _new_log_lines(self, shard: Shard) -> list[str]:
-        """Return what the process has printed since the last call: retries, bad documents."""
-        lines: list[str] = []
-        for path in (Path(shard.folder, LOG), Path(shard.folder, f"slurm-{shard.job_id}.out")):
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as log:
-                log.seek(self.read_bytes.get(path, 0))
-                whole, newline, _ = log.read().rpartition(b"\n")
-                self.read_bytes[path] = self.read_bytes.get(path, 0) + len(whole) + len(newline)
-                lines += whole.decode("utf-8", "replace").splitlines()
-        # Its last lines are its result or its error, which are shown at the end.
-        return [] if shard.ended else lines
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)

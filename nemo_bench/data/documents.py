@@ -188,7 +188,6 @@ class JsonLines:
 
     @property
     def lines(self) -> int:
-        """The number of lines."""
         return self.data.count(b"\n") + (not self.data.endswith(b"\n"))
 
     def texts(self, text_key: str) -> tuple[list[str], list[BadDocument]]:
@@ -251,7 +250,6 @@ class ParquetRows:
 
     @property
     def lines(self) -> int:
-        """The number of rows."""
         return len(self.column)
 
     def texts(self, text_key: str) -> tuple[list[str], list[BadDocument]]:

@@ -39,7 +39,7 @@ def _character_class(ranges: Iterable[tuple[int, int]]) -> re.Pattern[str]:
     return re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges) + "]")
 
 
-# Characters of another kind in Unicode 17 (gigatoken 0.10) than in Unicode 16 (tokenizers 0.22); made by unicode17.py.
+# Characters of another kind in Unicode 17 (gigatoken 0.10) than in 16 (tokenizers 0.22), by benchmarks/unicode17.py.
 _CHANGED: list[tuple[int, int]] = [
     (int(first, 16), int(last, 16))
     for first, last in (line.split("-") for line in json.loads(Path(__file__).with_name("unicode17.json").read_bytes()))

@@ -79,7 +79,7 @@ def check_local(parent: Path, *, vocab_size: int, corpus_bytes: int) -> LocalDat
     if not folder.exists():
         raise BenchError(f"{folder} does not exist: `python prepare_data.py data=local` makes it")
     dataset = _described(folder)
-    verify(dataset.prefix, None)
+    verify(dataset.prefix)
     return dataset
 
 

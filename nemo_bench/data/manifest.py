@@ -54,14 +54,14 @@ def damage(prefix: Path, manifest: dict[str, Any]) -> str:
     return ""
 
 
-def verify(prefix: Path, vocab_size: int | None) -> DatasetInfo:
-    """Read the whole dataset and compare it with its description, or a foreign one with the vocabulary.
+def verify(prefix: Path) -> DatasetInfo:
+    """Read the whole dataset and compare it with its description, if it has one.
 
     Raises:
         BenchError: it is missing, damaged or changed.
     """
     manifest = read_manifest(prefix)
-    info = inspect(prefix, vocab_size=manifest["vocab_size"] if manifest else vocab_size, read_tokens=True)
+    info = inspect(prefix, vocab_size=manifest["vocab_size"] if manifest else None, read_tokens=True)
     if manifest is not None:
         for path in (bin_path(prefix), idx_path(prefix)):
             if sha256_of(path) != manifest["products"][path.suffix]["sha256"]:

@@ -19,7 +19,7 @@ from nemo_bench.config import Launch, typed_as
 from nemo_bench.data.config import Action, PreparationConfig
 from nemo_bench.data.display import ShardDisplay
 from nemo_bench.data.documents import format_of
-from nemo_bench.data.encoder import Backend, Encoder, read_tokenizer
+from nemo_bench.data.encoder import read_tokenizer
 from nemo_bench.data.manifest import datasets_in, read_manifest, verify
 from nemo_bench.data.shard import LOG, Shard, find, is_url
 from nemo_bench.data.tokenize import MAX_THREADS, usable_cores
@@ -203,17 +203,12 @@ def check(cfg: PreparationConfig) -> None:
     Raises:
         BenchError: one is missing or damaged.
     """
-    vocab_size = None
-    try:
-        vocab_size = Encoder(Path(cfg.tokenizer_folder or ""), backend=Backend.tokenizers).vocab_size
-    except BenchError as error:
-        print(f"token ids are not compared with the vocabulary: {error}")
     named = [Path(shard.prefix) for shard in shards_of(cfg)]
     others = [prefix for prefix in datasets_in(named[0].parent) if prefix not in named]
     missing, damaged = 0, 0
     for prefix in [*named, *others]:
         try:
-            info = verify(prefix, vocab_size)
+            info = verify(prefix)
             manifest = read_manifest(prefix)
         except BenchError as error:
             exists = prefix.with_name(f"{prefix.name}.idx").exists()

@@ -64,6 +64,7 @@ class Shard:
     saved_at: float = 0.0
     done_bytes: int = 0  # of the source, as stored
     total_bytes: int | None = None
+    note: str = ""  # the last thing that its user wants to know: a retry, bad documents
     # what came of it
     origin: str = ""  # made, found (made before), foreign (not made by this program)
     documents: int = 0
@@ -368,9 +369,15 @@ def main(folder: Path) -> int:
     sys.setswitchinterval(0.0005)
     shard = Shard.load(folder)
     signal.signal(signal.SIGTERM, _end)
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+        shard.note, shard.saved_at = line, 0.0
+        shard.advance(shard.done_bytes, shard.total_bytes)
+
     lifeline.watch(lambda: shutil.rmtree(building_folder(shard), ignore_errors=True))
     try:
-        prepare(shard, lambda line: print(line, flush=True))
+        prepare(shard, report)
         shard.state = "done"
         shard.save()
     except _Ended:

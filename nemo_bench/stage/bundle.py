@@ -81,7 +81,7 @@ def _datasets(stage: Stage) -> dict[str, Entry]:
     files = [path for path in (stage.folder / _DATASETS).glob("[!.]*") if path.suffix in (".bin", ".idx")]
     entries = {}
     for prefix in sorted({file.with_suffix("") for file in files}):
-        verify(prefix, None)
+        verify(prefix)
         for suffix in _SUFFIXES:
             if (path := Path(f"{prefix}{suffix}")).exists():
                 place = path.relative_to(stage.folder).as_posix()

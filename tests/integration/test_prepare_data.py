@@ -221,16 +221,6 @@ def test_downloads_go_only_when_asked(stage: Stage, server: FileServer, shards: 
     assert sorted(names) == ["00.jsonl.zst"]
 
 
-def test_urls_of_the_same_name_and_size_are_told_apart(stage: Stage, server: FileServer) -> None:
-    texts = [json.dumps({"text": text * 50}) + "\n" for text in ("one ", "two ")]
-    for number, path in enumerate(("/a/x.jsonl", "/b/x.jsonl", "/a/q.jsonl")):
-        server.put(path, texts[number % 2].encode())
-    stage.run(f"sources=[{server.url('/a/x.jsonl')}]", "output_prefix=a")
-    stage.run(f"sources=[{server.url('/b/x.jsonl')}]", "output_prefix=b")
-    made = [(stage.data / f"{name}_00_text_document.bin").read_bytes() for name in "ab"]
-    assert made[0] != made[1]
-
-
 def test_secrets_in_urls_stay_out_of_records(stage: Stage, server: FileServer) -> None:
     server.put("/x.jsonl", b'{"text": "a"}\n')
     url = server.url("/x.jsonl").replace("http://", "http://user:passw0rd@") + "?signature=s3cret"

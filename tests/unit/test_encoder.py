@@ -210,11 +210,6 @@ def test_end_of_document_token(folder: Path) -> None:
         Encoder(folder)
 
 
-def test_nothing_to_encode(fast: Encoder, slow: Encoder) -> None:
-    assert_same(fast, slow, [])
-    assert_same(fast, slow, [""])
-
-
 def test_probes_are_the_modules(fast: Encoder) -> None:
     """The self-check sees a difference in any of its probes."""
     numbers = range(len(module._PROBES))

@@ -159,13 +159,6 @@ def test_bin_of_wrong_size(prefix: Path, size: int) -> None:
         inspect(prefix)
 
 
-def test_bin_too_long(prefix: Path) -> None:
-    with open(bin_path(prefix), "ab") as file:
-        file.write(b"\0\0")
-    with pytest.raises(BenchError, match="16 bytes and has 18"):
-        inspect(prefix)
-
-
 def test_idx_of_any_wrong_size(prefix: Path) -> None:
     good = idx_path(prefix).read_bytes()
     for size in range(len(good)):
@@ -233,10 +226,3 @@ def test_negative_ids(tmp_path: Path) -> None:
     bin_path(prefix).write_bytes(struct.pack("<ii", 1, -1))
     with pytest.raises(BenchError, match="negative token ids"):
         inspect(prefix, read_tokens=True)
-
-
-def test_unreadable_folder_in_place_of_a_file(prefix: Path) -> None:
-    bin_path(prefix).unlink()
-    bin_path(prefix).mkdir()
-    with pytest.raises(BenchError, match="does not exist"):
-        inspect(prefix)

@@ -1,8 +1,8 @@
-"""Write unicode17.json: the characters whose kind (letter, digit, ...) differs between Unicode 16 and Unicode 17.
+"""Write nemo_bench/data/unicode17.json: the characters whose kind (letter, digit, ...) changed with Unicode 17.
 
 pip install --target u16 unicodedata2==16.0.0
 pip install --target u17 unicodedata2==17.0.0
-python nemo_bench/data/unicode17.py u16 u17 > nemo_bench/data/unicode17.json
+python benchmarks/unicode17.py u16 u17 > nemo_bench/data/unicode17.json
 """
 
 from __future__ import annotations
