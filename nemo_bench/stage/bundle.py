@@ -174,9 +174,9 @@ def _read_entries(bundle: Path, tar: tarfile.TarFile) -> dict[str, Entry]:
             raise ValueError(f"its first member is not {NAME}")
         entries = read_manifest(file.read())
         for place, entry in entries.items():
-            for name in entry.files:
-                outside = place.startswith((".", "/")) or place == NAME or {"..", ""} & set(name.split("/"))
-                if outside or not (name == place or name.startswith(f"{place}/")):
+            outside = place.startswith((".", "/")) or place == NAME
+            for name in (place, *entry.files):
+                if outside or {"..", ""} & set(name.split("/")) or not f"{name}/".startswith(f"{place}/"):
                     raise ValueError(f"{name!r} is not a path of a stage folder")
         return entries
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from functools import partial
@@ -107,15 +108,14 @@ def _json(content: dict[str, Any]) -> str:
 
 def _download(folder: Path, cfg: TokenizerConfig) -> str:
     """Download the files, all of one commit, and return the commit."""
-    from huggingface_hub.constants import ENDPOINT
-
-    from nemo_bench.data.fetch import hub_file, shown
+    from nemo_bench.data.fetch import HUB, hub_file, shown
 
     assert cfg.repo is not None
     revision = cfg.revision
+    endpoint = shown(os.environ.get("HF_ENDPOINT", HUB))
     print_line(
-        f"tokenizer: downloading {cfg.repo} ({revision}) from {shown(ENDPOINT)}; without a connection this gives up "
-        "after half a minute"
+        f"tokenizer: downloading {cfg.repo} ({revision}) from {endpoint}; without a connection this gives up after "
+        "half a minute"
     )
     try:
         for name in cfg.files:

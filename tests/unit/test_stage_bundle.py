@@ -163,12 +163,15 @@ def rewrite(packed: Path, change: Callable[[dict[str, Any], Members], object]) -
             tar.addfile(member, io.BytesIO(data))
 
 
-@pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "stage.json", ".stage.lock", "a//b", "", "."])
+@pytest.mark.parametrize(
+    "name", ["../evil", "/evil", "a/../../evil", "stage.json", ".stage.lock", "a//b", "", ".", ".."]
+)
 @pytest.mark.parametrize("as_place", [True, False])
 def test_paths_outside_are_refused(packed: Path, other: Stage, name: str, as_place: bool) -> None:
     def change(content: dict[str, Any], _: Members) -> None:
         entry = content["entries"].pop("nemo.sqsh")
-        content["entries"][name if as_place else "a"] = {**entry, "files": {name: {"size_bytes": 1, "sha256": "x"}}}
+        files = {} if as_place else {name: {"size_bytes": 1, "sha256": "x"}}
+        content["entries"][name if as_place else "a"] = {**entry, "files": files}
 
     rewrite(packed, change)
     with pytest.raises(BenchError, match="not a path of a stage folder"):
