@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from nemo_bench import cli
-from nemo_bench.config import default_stage_path
+from nemo_bench.composition import default_stage_path
 from nemo_bench.errors import BenchError
 
 

@@ -1,14 +1,18 @@
-"""Composing with Hydra: what it does not do by itself, and its errors in our words."""
+"""Composing with Hydra: the functions that conf/ calls, what Hydra does not do by itself, its errors in our words."""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import math
+import os
 import re
 import sys
 from typing import Any
 
-from nemo_bench.fields import settings
+from omegaconf import OmegaConf
+
+from nemo_bench.fields import absolute, settings
 
 # Groups that are not keys of the composed configuration.
 GROUPS_ONLY = ("scale", "experiment")
@@ -25,25 +29,17 @@ _NOISE = (
 )
 
 
-def prepare_hydra() -> None:
-    """Prepare Hydra and the command line that it is about to read."""
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.plugins import Plugins
-    from omegaconf import OmegaConf
+def weak_scaling_batch(sequences: int, per_gpus: int, num_nodes: int, devices: int) -> int:
+    """Return the global batch size (sequences) that keeps `sequences` on every `per_gpus` GPUs, rounded up.
 
-    OmegaConf.register_new_resolver("temporary_folder", temporary_folder, replace=True)
-    # hydra-submitit-launcher, where it is installed, registers a launcher of the same name, and Hydra would hold
-    # conf/hydra/launcher/ against its schema.
-    Plugins.instance()  # finds and registers all plugins, once
-    ConfigStore.instance().repo.get("hydra", {}).get("launcher", {}).pop("submitit_slurm.yaml", None)
-    # --cfg job shows numbers (global batch size 256), not the interpolations that they are computed from.
-    shows_job = re.search(r" (--cfg|-c)[ =]job\b", " ".join(sys.argv))
-    if shows_job and "--resolve" not in sys.argv:
-        sys.argv.append("--resolve")
-    # scale=64,128 means scale=64gpu,128gpu.
-    for position, argument in enumerate(sys.argv):
-        if argument.startswith("scale="):
-            sys.argv[position] = re.sub(r"(?<=[=,])(\d+)(?=,|$)", r"\1gpu", argument)
+    Rounding never hides a wrong batch: the checks refuse one that does not divide into micro-batches.
+    """
+    return math.ceil(sequences * num_nodes * devices / per_gpus)
+
+
+def default_stage_path() -> str:
+    """Return `STAGE_PATH`, or `outputs` if it is not set or empty; absolute."""
+    return absolute(os.environ.get("STAGE_PATH") or "outputs")
 
 
 @functools.cache
@@ -56,6 +52,29 @@ def temporary_folder() -> str:
     folder = tempfile.mkdtemp(prefix="nemo-bench-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+for resolver in (weak_scaling_batch, default_stage_path, temporary_folder):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+
+
+def prepare_hydra() -> None:
+    """Prepare Hydra and the command line that it is about to read."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    # hydra-submitit-launcher, where it is installed, registers a launcher of the same name, and Hydra would hold
+    # conf/hydra/launcher/ against its schema.
+    Plugins.instance()  # finds and registers all plugins, once
+    ConfigStore.instance().repo.get("hydra", {}).get("launcher", {}).pop("submitit_slurm.yaml", None)
+    # --cfg job shows numbers (global batch size 256), not the interpolations that they are computed from.
+    shows_job = re.search(r" (--cfg|-c)[ =]job\b", " ".join(sys.argv))
+    if shows_job and "--resolve" not in sys.argv:
+        sys.argv.append("--resolve")
+    # scale=64,128 means scale=64gpu,128gpu.
+    for position, argument in enumerate(sys.argv):
+        if argument.startswith("scale="):
+            sys.argv[position] = re.sub(r"(?<=[=,])(\d+)(?=,|$)", r"\1gpu", argument)
 
 
 def composition_error(error: Exception, schema: type | None) -> str:

@@ -8,7 +8,6 @@ This module imports nothing heavy: it runs on login nodes, and in every process 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, TypeVar
@@ -16,17 +15,9 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+import nemo_bench.composition  # noqa: F401  registers the resolvers that conf/ uses
 from nemo_bench.errors import BenchError, ConfigurationRefused
-from nemo_bench.fields import (
-    PATH,
-    absolute,
-    choice,
-    choice_problems,
-    has_unknown_keys,
-    make_paths_absolute,
-    number,
-    number_problems,
-)
+from nemo_bench.fields import PATH, choice, field_problems, has_unknown_keys, make_paths_absolute, number
 from nemo_bench.flops import Architecture
 
 T = TypeVar("T")
@@ -364,28 +355,7 @@ class ComposedPoint:
         return " ".join(self.overrides) or "the defaults"
 
 
-def weak_scaling_batch(sequences: int, per_gpus: int, num_nodes: int, devices: int) -> int:
-    """Global batch size (sequences) that keeps `sequences` a batch on every `per_gpus` GPUs, rounded up.
-
-    Rounding never hides a wrong batch: the checks refuse one that does not divide into micro-batches.
-    """
-    return math.ceil(sequences * num_nodes * devices / per_gpus)
-
-
-def default_stage_path() -> str:
-    """Return `STAGE_PATH`, or `outputs` if it is not set or empty; absolute."""
-    return absolute(os.environ.get("STAGE_PATH") or "outputs")
-
-
-def register() -> None:
-    """Makes the schema and the resolvers known to Hydra. Calling it twice does no harm."""
-    store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    OmegaConf.register_new_resolver("weak_scaling_batch", weak_scaling_batch, replace=True)
-    OmegaConf.register_new_resolver("default_stage_path", default_stage_path, replace=True)
-
-
-register()
+ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
 def typed_as(schema: type[T], cfg: DictConfig) -> T:
@@ -397,7 +367,7 @@ def typed_as(schema: type[T], cfg: DictConfig) -> T:
         BenchError: the stage folder has no name.
     """
     result = _object(schema, cfg)
-    if problems := number_problems(result) + choice_problems(result):
+    if problems := field_problems(result):
         raise ConfigurationRefused(problems)
     return result
 
@@ -423,7 +393,7 @@ def typed(cfg: DictConfig) -> TrainConfig:
 
 
 def load(path: Any) -> TrainConfig:
-    """The configuration that a run folder holds (`config.yaml`)."""
+    """Return the configuration in a run folder (`config.yaml`)."""
     loaded = OmegaConf.load(path)
     assert isinstance(loaded, DictConfig)
     return typed(loaded)

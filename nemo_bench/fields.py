@@ -1,4 +1,4 @@
-"""What a configuration's fields may hold, declared beside each field: a number's range, a word's choices, a path."""
+"""What a configuration's fields may hold, declared with the field: a number's range, a word's choices, a path."""
 
 from __future__ import annotations
 
@@ -88,6 +88,11 @@ def choice_problems(config: Any) -> list[Problem]:
             rule = f"unknown {name.replace('_', ' ').replace('.', ' ')}"
             problems.append(Problem(key, value, rule, f"valid: {', '.join(map(text_of, valid))}"))
     return problems
+
+
+def field_problems(config: Any) -> list[Problem]:
+    """Return a problem for every value that its field cannot hold."""
+    return number_problems(config) + choice_problems(config)
 
 
 def has_unknown_keys(config: Any) -> bool:

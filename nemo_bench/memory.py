@@ -1,16 +1,16 @@
-"""An estimate of the GPU memory that a configuration needs: arithmetic alone, each rule with its source.
+"""An estimate of the GPU memory that a configuration needs: arithmetic, each rule with its source.
 
-A step has two moments that can need most: the backward pass of the first micro-batch, with all activations alive, and
-the optimizer's step, without them but with copies of its own. The estimate is the larger, on the pipeline stage where
-it is largest. Sources:
+A step needs most memory at one of two moments: in the backward pass of the first micro-batch, with all activations
+alive, or in the optimizer's step, which has none of them but makes copies. The estimate is the larger of the two, on
+the pipeline stage where it is largest. Sources:
 
 * bytes a parameter: megatron-core 0.15's buffers and distributed optimizer (`param_and_grad_buffer.py`,
   `distrib_optimizer.py`), Transformer Engine 2's `cast_master_weights_to_fp8`;
 * activations: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", with its terms
-  taken anew for SwiGLU, grouped queries, RMSNorm, no dropout, and an attention kernel that keeps no scores;
+  derived again for SwiGLU, grouped queries, RMSNorm, no dropout, and an attention kernel that keeps no scores;
 * micro-batches in flight: the same paper, and megatron-core's `schedules.py` for the later stages.
 
-Not in it: what CUDA, cuDNN and NCCL take outside of PyTorch, workspaces, fragmentation.
+Not included: what CUDA, cuDNN and NCCL take outside of PyTorch, workspaces, fragmentation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class MemoryEstimate:
     """Bytes on one GPU of pipeline stage `stage` (from 0), the one that needs most.
 
     Attributes:
-        parameters_bytes: weights as the matrix products read them, with what fp8 keeps beside them.
+        parameters_bytes: weights as the matrix products read them, with what fp8 keeps in addition.
         gradients_bytes: Megatron's gradient buffer.
         optimizer_bytes: main weights and Adam's two moments, this GPU's share.
         activations_bytes: what the backward pass still needs, at its largest.
@@ -46,15 +46,15 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> float:
-        """The larger of the two moments."""
+        """The need at the larger of the two moments."""
         kept = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
         return kept + max(self.activations_bytes + self.logits_bytes, self.optimizer_step_bytes)
 
 
 def estimate_memory(cfg: TrainConfig) -> MemoryEstimate:
-    """The memory that one GPU needs to train as `cfg` says, which the checks of the layout have passed."""
+    """Return the memory that one GPU needs to train `cfg`, whose layout has passed the checks."""
     stages = range(cfg.model.pipeline_model_parallel_size)
-    return max((_stage(cfg, stage) for stage in stages), key=lambda each: each.total_bytes)
+    return max((_stage(cfg, stage) for stage in stages), key=lambda estimate: estimate.total_bytes)
 
 
 def _stage(cfg: TrainConfig, stage: int) -> MemoryEstimate:
@@ -82,7 +82,7 @@ def _stage(cfg: TrainConfig, stage: int) -> MemoryEstimate:
 
 
 def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, float, float]:
-    """Bytes a parameter: weight, gradient, optimizer state, and what the optimizer's step adds for its duration.
+    """Return the bytes per parameter: weight, gradient, optimizer state, and what the optimizer's step adds.
 
     `matrix`: a weight of a layer's matrix product, which fp8 is for; embeddings and norms stay in bf16.
     """
@@ -94,7 +94,7 @@ def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, floa
         return 4, 4, 8 * share, 0
     gradient = 4 if o.grad_reduce_in_fp32 else 2
     in_fp8 = matrix and p.fp8 is not None
-    # In fp8 a weight is kept twice, as it is and transposed; beside its bf16 self unless the parameter itself is fp8.
+    # In fp8 a weight is kept twice, as it is and transposed, next to its bf16 form unless the parameter itself is fp8.
     weight = (2 if not in_fp8 or not p.fp8_param_gather else 0) + (2 if in_fp8 else 0)
     main, step = 4, 0 if o.grad_reduce_in_fp32 else 4  # the step reads gradients in fp32
     moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (o.exp_avg_dtype, o.exp_avg_sq_dtype))
@@ -128,7 +128,7 @@ def _activations(cfg: TrainConfig, stage: int, layers: int) -> float:
 
 
 def _recomputed(cfg: TrainConfig, kept: float, chunk: float, layer: float, tokens: float) -> float:
-    """Bytes of `kept` layers of `layer` bytes each, less what is computed again.
+    """Return the bytes of `kept` layers of `layer` bytes each, less what is computed again.
 
     `chunk` are the layers of one virtual stage, `tokens` those of a micro-batch that one tensor rank holds.
     """
@@ -153,7 +153,7 @@ def _logits(cfg: TrainConfig) -> float:
     m = cfg.model
     # Megatron's cross entropy works on an fp32 copy; Transformer Engine's in place.
     in_place = m.cross_entropy_loss_fusion and m.cross_entropy_fusion_impl == "te"
-    each = (2 if in_place else 6) if cfg.precision.trainer_precision == "bf16-mixed" else (4 if in_place else 8)
+    logit = (2 if in_place else 6) if cfg.precision.trainer_precision == "bf16-mixed" else (4 if in_place else 8)
     tokens = m.seq_length / m.context_parallel_size * m.micro_batch_size
     split = m.tensor_model_parallel_size
     deferred = 0.0
@@ -163,4 +163,4 @@ def _logits(cfg: TrainConfig) -> float:
         inputs = m.hidden_size / (split if m.sequence_parallel else 1)
         kept = min(m.wgrad_deferral_limit or micro_batches, micro_batches)
         deferred = kept * tokens * 2 * (cfg.padded_vocab_size / split + inputs)
-    return tokens * cfg.padded_vocab_size / split * each + deferred
+    return tokens * cfg.padded_vocab_size / split * logit + deferred

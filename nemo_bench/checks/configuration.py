@@ -140,13 +140,13 @@ def _fp8_sizes(cfg: TrainConfig, need: Need) -> None:
     if cfg.precision.fp8 is None:
         return
     multiple = FP8_ALIGNMENT * tp
-    on_each = f"in fp8: sides of a matrix are multiples of {FP8_ALIGNMENT} on each of {tp} tensor-parallel ranks"
+    aligned = f"in fp8: sides of a matrix are multiples of {FP8_ALIGNMENT} on each of {tp} tensor-parallel ranks"
     for name in ("hidden_size", "ffn_hidden_size"):
         size = getattr(m, name)
-        rule = f"must be a multiple of {multiple} {on_each}"
+        rule = f"must be a multiple of {multiple} {aligned}"
         need(size % multiple == 0, f"model.{name}", rule, _multiples(size, multiple))
     query_key_value = m.hidden_size + 2 * m.num_query_groups * m.hidden_size // m.num_attention_heads
-    rule = f"gives {query_key_value} rows of query, key and value weights, not a multiple of {multiple} {on_each}"
+    rule = f"gives {query_key_value} rows of query, key and value weights, not a multiple of {multiple} {aligned}"
     need(query_key_value % multiple == 0, "model.num_query_groups", rule, "use another number, or precision=bf16")
     ranks = m.context_parallel_size * (tp if m.sequence_parallel else 1)
     unit = FP8_ALIGNMENT * ranks
@@ -262,16 +262,16 @@ def _recomputation(cfg: TrainConfig, need: Need) -> None:
 
 def _fp8(cfg: TrainConfig, need: Need) -> None:
     m, p = cfg.model, cfg.precision
+    of_stage = p.first_last_layers_bf16
+    layers = m.num_layers // max(1, m.pipeline_model_parallel_size) if of_stage else m.num_layers
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        rule = f"is more than the {layers} layers of {'a pipeline stage' if of_stage else 'the model'}"
+        need(getattr(p, name) <= layers, f"precision.{name}", rule, f"nearest that works: {layers}")
     if p.fp8 is None:
         return
     rule, fix = "is not possible with delayed scaling", "use false, or precision.fp8_recipe=tensorwise"
     mixed = p.first_last_layers_bf16 and p.fp8_recipe == "delayed"
     need(not mixed, "precision.first_last_layers_bf16", rule, fix)
-    if p.first_last_layers_bf16:
-        layers = m.num_layers // max(1, m.pipeline_model_parallel_size)
-        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
-            rule, fix = f"is more than the {layers} layers of a pipeline stage", f"nearest that works: {layers}"
-            need(getattr(p, name) <= layers, f"precision.{name}", rule, fix)
 
 
 def _data(cfg: TrainConfig, need: Need) -> None:

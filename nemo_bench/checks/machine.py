@@ -6,11 +6,13 @@ import os
 import shutil
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from nemo_bench.checks.configuration import split_shares
 from nemo_bench.checks.datasets import NO_FILES, dataset_rules
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import Need, Problem
-from nemo_bench.record.folder import RunFolder
+from nemo_bench.record.folder import CONFIG, RunFolder
 
 
 def machine_problems(cfg: TrainConfig) -> list[Problem]:
@@ -71,6 +73,7 @@ def _checkpoint(cfg: TrainConfig, need: Need, key: str, folder: Path) -> None:
     checkpoint = RunFolder(folder).last_checkpoint()
     fix = "give a run with checkpoint.every_n_steps set"
     need(checkpoint is not None, key, "holds no finished checkpoint", fix)
+    _same_architecture(cfg, need, key, folder)
     if checkpoint is None or key != "checkpoint.resume_from":
         return
     done, steps = int(checkpoint.name.partition("=")[2]) + 1, cfg.trainer.max_steps
@@ -80,3 +83,15 @@ def _checkpoint(cfg: TrainConfig, need: Need, key: str, folder: Path) -> None:
     profiled = cfg.profile.kind == "none" or cfg.profile.start_step > done
     rule = f"the run continues at step {done} (checkpoint.resume_from), and a step before warms the profiler up"
     need(profiled, "profile.start_step", rule, f"nearest that works: {done + 1}")
+
+
+def _same_architecture(cfg: TrainConfig, need: Need, key: str, folder: Path) -> None:
+    """Compare the sizes of the model with those of the run that wrote the checkpoint, if its record is there."""
+    records = [path for path in (folder / CONFIG, folder.parents[1] / CONFIG) if path.is_file()]
+    if not records:
+        return
+    need.missing = False
+    written = OmegaConf.select(OmegaConf.load(records[0]), "model", default={})
+    other = [f"{name}={written[name]}" for name, size in vars(cfg.architecture).items() if written.get(name) != size]
+    rule = f"was written by a model of other sizes: {', '.join(other)}"
+    need(not other, key, rule, "give the model the same sizes")

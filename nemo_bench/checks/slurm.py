@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from nemo_bench.config import TrainConfig
@@ -11,12 +12,16 @@ from nemo_bench.project import PROJECT
 
 # sbatch's options that follow from other settings of the configuration.
 OURS = (
-    *("array", "chdir", "error", "export", "gpus", "gpus-per-task", "input", "job-name", "mem-per-cpu", "mem-per-gpu"),
-    *("nodes", "no-requeue", "ntasks", "ntasks-per-gpu", "ntasks-per-node", "open-mode", "output", "parsable"),
-    *("requeue", "signal", "test-only", "wait", "wrap"),
+    *("array", "gpus-per-task", "job-name", "nodes", "no-requeue", "ntasks", "ntasks-per-gpu", "ntasks-per-node"),
+    *("open-mode", "output", "parsable", "requeue", "signal", "test-only", "wrap"),
 )
-# Variables that srun or the ranks' launcher sets for each rank.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+# Variables that differ by rank, or that the ranks agree on.
+RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_JOB_ID"),
+)
+# Words for no limit, which 0 means too.
+UNLIMITED = ("INFINITE", "UNLIMITED", "-1")
 _TIME = re.compile(
     r"(?:(?P<days>\d+)-(?P<day_hours>\d+)(?::(?P<day_minutes>\d+)(?::(?P<day_seconds>\d+))?)?"
     r"|(?P<hours>\d+):(?P<hour_minutes>\d+):(?P<hour_seconds>\d+)"
@@ -30,33 +35,38 @@ def slurm_rules(cfg: TrainConfig, need: Need) -> None:
     for key, owner, setting in settings(c, "cluster."):
         value = getattr(owner, setting.name)
         if isinstance(value, str):
-            one_line = value.strip() and "\n" not in value
+            filled = value.strip() or key == "cluster.gpus_per_node"  # which the recipe leaves empty to ask for none
+            one_line = filled and "\n" not in value
             need(one_line, key, "must be one line that is not empty", "use null to leave the option out")
-    need(c.mem is None or re.fullmatch(r"\d+[KMGT]?", c.mem, re.IGNORECASE), "cluster.mem",
-         "must be a size in sbatch's words", "such as 0 (all of a node's memory), 512G or null")  # fmt: skip
+    size = c.mem is None or re.fullmatch(r"\d+([KMGT](i?B)?)?", c.mem, re.IGNORECASE)
+    fix = "such as 0 (all of a node's memory), 512G or null"
+    need(size, "cluster.mem", "must be a size in sbatch's words", fix)
     _time_limit(cfg, need)
     _gpus(cfg, need)
     for name in c.additional_parameters:
         rule, fix = "follows from other settings of the configuration", "leave it out"
         key = f"cluster.additional_parameters.{name}"
-        need(name.replace("_", "-") not in OURS, key, rule, fix, value=c.additional_parameters[name])
+        option = name.replace("_", "-")
+        ours = option in OURS or (option in ("mem-per-cpu", "mem-per-gpu") and c.mem is not None)
+        need(not ours, key, rule, fix, value=c.additional_parameters[name])
     for name, value in c.env.items():
         key, fix = f"cluster.env.{name}", "leave it out"
         need(re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII), key, "is not a variable's name", fix, value=value)
-        ours = name in RANK_VARIABLES or name.startswith(("SLURM_", "PMI_", "PMIX_"))
-        need(not ours, key, "is set for each rank by srun or by the launcher", fix, value=value)
+        need(name not in RANK_VARIABLES, key, "is set for each rank by srun or by the launcher", fix, value=value)
     _paths(cfg, need)
 
 
 def limit_s(time: str) -> float | None:
     """Return a time limit in sbatch's words in seconds; None if it is not one."""
+    if time.upper() in UNLIMITED:
+        return math.inf
     match = _TIME.fullmatch(time)
     if match is None:
         return None
     value = {name: int(text) for name, text in match.groupdict(default="0").items()}
     hours = 24 * value["days"] + value["day_hours"] + value["hours"]
     minutes = value["day_minutes"] + value["hour_minutes"] + value["minutes"]
-    return 3600 * hours + 60 * minutes + value["day_seconds"] + value["hour_seconds"] + value["seconds"]
+    return 3600 * hours + 60 * minutes + value["day_seconds"] + value["hour_seconds"] + value["seconds"] or math.inf
 
 
 def _time_limit(cfg: TrainConfig, need: Need) -> None:
@@ -64,7 +74,7 @@ def _time_limit(cfg: TrainConfig, need: Need) -> None:
     if c.time is None:
         return
     limit = limit_s(c.time)
-    rule, fix = "must be a time limit above 0 in sbatch's words", "such as 90 (minutes), 01:30:00, 2-12 or null"
+    rule, fix = "must be a time limit in sbatch's words", "such as 90 (minutes), 01:30:00, 2-12 or null"
     need(limit, "cluster.time", rule, fix)
     if limit and cfg.checkpoint.every_n_steps is not None:
         rule = f"must be less than the time limit, cluster.time={c.time}: the job would only checkpoint and requeue"

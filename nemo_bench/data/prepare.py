@@ -23,8 +23,7 @@ from nemo_bench.data.encoder import read_tokenizer
 from nemo_bench.data.manifest import datasets_in, read_manifest, verify
 from nemo_bench.data.shard import LOG, Shard, find, is_url
 from nemo_bench.data.tokenize import MAX_THREADS, usable_cores
-from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
-from nemo_bench.fields import number_problems
+from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import dated_name
 from nemo_bench.project import python_path
 from nemo_bench.record.folder import tail
@@ -62,8 +61,6 @@ def checked(cfg: PreparationConfig) -> PreparationConfig:
     """Return the configuration with absolute sources; raise BenchError if it cannot work."""
     if os.path.exists(cfg.stage_path) and not os.path.isdir(cfg.stage_path):
         raise BenchError(f"{cfg.stage_path} is a file: STAGE_PATH (or stage_path=...) must name a folder")
-    if problems := number_problems(cfg):
-        raise ConfigurationRefused(problems)
     if not cfg.text_key or "/" in cfg.text_key or "/" in cfg.output_prefix:
         raise BenchError(
             f"text_key={cfg.text_key} output_prefix={cfg.output_prefix}: both are parts of file names, so they must "

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.checks.machine import machine_problems, stage_problems
@@ -96,13 +97,17 @@ scale=64gpu +cluster.env.RANK=5 | cluster.env.RANK | set for each rank | leave
 scale=64gpu ++cluster.env={a-b:1} | cluster.env.a-b | not a variable's name | leave
 ok: scale=64gpu +cluster.env.NCCL_DEBUG=INFO
 scale=64gpu cluster.time=abc | cluster.time | a time limit | 01:30:00
-scale=64gpu cluster.time=0 | cluster.time | a time limit | 01:30:00
+ok: scale=64gpu cluster.time=0
+ok: scale=64gpu cluster.time=UNLIMITED checkpoint.every_n_steps=10
 ok: scale=64gpu cluster.time=2-12
 ok: scale=64gpu cluster.time=90
 scale=64gpu cluster.time='"1:00"' checkpoint.every_n_steps=10 | cluster.signal_s | less than the time limit | longer
 ok: scale=64gpu cluster.time='"1:00"'
 scale=64gpu cluster.mem=abc | cluster.mem | a size | 512G
-ok: scale=64gpu cluster.mem=512G
+ok: scale=64gpu cluster.mem=512GB
+ok: scale=64gpu cluster.mem=null +cluster.additional_parameters.mem_per_cpu=1G
+ok: scale=64gpu cluster.gpus_per_node=
+ok: scale=64gpu +cluster.env.SLURM_CPU_BIND=none
 scale=64gpu cluster.cpus_per_task=0 | cluster.cpus_per_task | at least 1 | 1
 scale=64gpu cluster.account= | cluster.account | not empty | null
 scale=64gpu "stage_path='/a,b'" | stage_path | comma | cluster.container=null
@@ -175,6 +180,7 @@ ok: scale=8gpu model=8b precision=fp8 model.seq_length=4100 model.micro_batch_si
 ok: scale=8gpu model=8b precision=bf16 model.seq_length=8200 data=mock
 scale=8gpu model=8b precision=fp8 precision.fp8_recipe=tensorwise precision.first_last_layers_bf16=true \
  precision.num_layers_at_start_in_bf16=33 | precision.num_layers_at_start_in_bf16 | 32 layers | 32
+scale=64gpu precision.num_layers_at_start_in_bf16=81 | precision.num_layers_at_start_in_bf16 | 80 layers | 80
 precision=bf16 precision.name=fp8 | precision.name | number formats | precision=bf16
 scale=8gpu model=8b precision=fp8 precision.fp8=null | precision.name | number formats | precision=bf16
 
@@ -421,3 +427,14 @@ def test_a_continued_run_must_have_steps_left_and_come_to_the_profile(tmp_path: 
     assert machine_problems(composed(f"{resumed} profile.start_step=21 profile.end_step=22")) == []
     (problem,) = machine_problems(composed(f"{resumed} profile.start_step=21 trainer.max_steps=20"))
     assert problem.key == "checkpoint.resume_from" and "of step 20" in problem.rule
+
+
+@pytest.mark.parametrize("key", ["resume_from", "weights_from"])
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, key: str) -> None:
+    checkpoint = tmp_path / "checkpoints/step=9"
+    (checkpoint / "weights").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(composed(""))))
+    for folder in (tmp_path, checkpoint):
+        assert machine_problems(composed(f"checkpoint.{key}='{folder}'")) == []
+        (problem,) = machine_problems(composed(f"checkpoint.{key}='{folder}' model.num_layers=5"))
+        assert problem.rule == "was written by a model of other sizes: num_layers=4" and not problem.missing

@@ -10,7 +10,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 FLOORS = (
     ("errors", "interrupt", "project"),
     ("files", "flops", "fields"),
-    ("composition", "config"),
+    ("composition",),
+    ("config",),
     ("record", "memory", "cli"),
     ("report",),
     ("cluster",),
