@@ -14,14 +14,12 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -294,7 +292,7 @@ def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str]
         "seconds": shard.seconds,
         "threads": threads,
         "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "made_with": {"encoder": encoder.backend.value, **_versions()},
+        "encoder": encoder.backend.value,
     }
     _move_into_place(building, Path(shard.prefix), manifest)
     if shard.is_url and not shard.keep_download:
@@ -345,30 +343,14 @@ def _move_into_place(building: Path, prefix: Path, manifest: dict[str, Any]) -> 
     fsync_folder(prefix.parent)
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0]}
-    for name in ("nemo-bench", "tokenizers", "gigatoken", "orjson", "backports.zstd"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
-class _Ended(BaseException):
-    """SIGTERM: what is half-made is removed on the way out."""
-
-
-def _end(signum: int, frame: object) -> None:
-    raise _Ended(signum)
-
-
 def main(folder: Path) -> int:
     """Make the shard whose record is in `folder`; return the exit code of a command."""
     from nemo_bench.cluster import lifeline
+    from nemo_bench.cluster.processes import Terminated, termination_raises
 
     # Threads that release the interpreter lock thousands of times a second wait less for it.
     sys.setswitchinterval(0.0005)
     shard = Shard.load(folder)
-    signal.signal(signal.SIGTERM, _end)
 
     def report(line: str) -> None:
         print(line, flush=True)
@@ -377,11 +359,12 @@ def main(folder: Path) -> int:
 
     lifeline.watch(lambda: shutil.rmtree(building_folder(shard), ignore_errors=True))
     try:
-        prepare(shard, report)
+        with termination_raises():
+            prepare(shard, report)
         shard.state = "done"
         shard.save()
-    except _Ended:
-        return 128 + signal.SIGTERM
+    except Terminated as ended:
+        return 128 + ended.signum
     except (BenchError, OSError) as error:
         shard.state, shard.error = "failed", str(error)
         shard.exit_code = error.exit_code if isinstance(error, BenchError) else 2

@@ -114,7 +114,7 @@ def test_the_recipes_dataset(stage: Stage, server: FileServer, shards: list[byte
     assert "made, read back and verified" in out and "2 datasets" in out and "train.py data=pile" in out
     assert stage.leftovers() == []
     manifest = json.loads((stage.data / "my-llama_00_text_document.json").read_bytes())
-    assert manifest["inputs"]["source"].endswith("/00.jsonl.zst") and manifest["made_with"]["encoder"] == "gigatoken"
+    assert manifest["inputs"]["source"].endswith("/00.jsonl.zst") and manifest["encoder"] == "gigatoken"
     assert manifest["source"]["size_bytes"] == len(pack(shards[0]))
 
     requests = len(server.requests)
