@@ -1,4 +1,4 @@
-"""Ends a process when the one that started it is gone, however that died.
+"""End a process when the one that started it is gone, however it died.
 
 The launching process holds the writing end of a pipe and never writes; all that it started read. The kernel closes the
 pipe when the launching process ends, SIGKILL included, and the read returns. Signals alone would not do: a rank that
@@ -16,7 +16,7 @@ VARIABLE = "NEMO_BENCH_LIFELINE_FD"
 
 
 def watch(when_gone: Callable[[], object]) -> None:
-    """Watches the pipe in a thread, which calls `when_gone` and ends the process group once the launcher is gone.
+    """Watch the pipe in a thread, which calls `when_gone` and ends the process group once the launcher is gone.
 
     Does nothing where no launching process gave a pipe.
     """

@@ -1,4 +1,4 @@
-"""NVIDIA Nsight Systems around single ranks of a run.
+"""Run single ranks of a run under NVIDIA Nsight Systems.
 
 A rank that is to be profiled replaces itself with `nsys profile <itself>`: Slurm's srun starts one command for all
 ranks, and in a container `nsys` is the container's. The process keeps its number, its process group and its open files,
@@ -21,7 +21,7 @@ VARIABLE = "NEMO_BENCH_UNDER_NSYS"
 
 
 def command(profile: ProfileConfig, run_dir: Path, rank: int | str) -> list[str]:
-    """`nsys profile` and its options; it writes `<run>/profile/rank<N>.nsys-rep`."""
+    """Return `nsys profile` and its options; it writes `<run>/profile/rank<N>.nsys-rep`."""
     return [
         "nsys",
         "profile",
@@ -39,7 +39,7 @@ def command(profile: ProfileConfig, run_dir: Path, rank: int | str) -> list[str]
 
 
 def wrap(profile: ProfileConfig, run_dir: Path, rank: int) -> None:
-    """Goes on as `nsys profile <this command>` where this rank is to be profiled by nsys; returns where it is not.
+    """Go on as `nsys profile <this command>` if nsys is to profile this rank; return if not.
 
     Raises:
         BenchError: there is no nsys here.

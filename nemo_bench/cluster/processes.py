@@ -1,4 +1,4 @@
-"""The ranks of a run as processes of this machine.
+"""Run the ranks of a run as processes of this machine.
 
 Not torchrun: it imports torch in the launching process, leaves its ranks behind when it is killed, and says which rank
 failed in its own words only. This is a loop over `subprocess.Popen`: all ranks end when one fails, on Ctrl-C, and
@@ -50,7 +50,7 @@ class ProcessGroup:
     lifeline_fd: int = -1
 
     def poll(self) -> Outcome | None:
-        """None while ranks run and none has failed."""
+        """Return how the group ended; None while ranks run and none has failed."""
         codes = [process.poll() for process in self.processes]
         failed = [(code, rank) for rank, code in enumerate(codes) if code]
         if failed:
@@ -60,7 +60,7 @@ class ProcessGroup:
         return Outcome() if all(code == 0 for code in codes) else None
 
     def stop(self) -> None:
-        """Ends every rank and every process a rank started, within a few seconds; returns when they are gone."""
+        """End every rank and every process that a rank started, and return when they are gone: within a few seconds."""
         self._signal(signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
@@ -119,7 +119,7 @@ def started(
 
 
 def wait(group: ProcessGroup, tick: Callable[[], None]) -> Outcome:
-    """Waits for the ranks, calling `tick` ten times a second."""
+    """Wait for the ranks, calling `tick` ten times a second."""
     while True:
         outcome = group.poll()
         tick()
@@ -130,7 +130,7 @@ def wait(group: ProcessGroup, tick: Callable[[], None]) -> Outcome:
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise `Terminated`, so that ranks are ended and the record is written."""
+    """Make SIGTERM and SIGHUP raise `Terminated` within the block, so that ranks end and the record is written."""
 
     def handler(signum: int, frame: object) -> None:
         raise Terminated(signum)
@@ -157,7 +157,7 @@ def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now; rank 0 will, in a few seconds."""
+    """Return a TCP port that nobody listens on now; rank 0 will, in a few seconds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

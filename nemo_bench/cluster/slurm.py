@@ -44,7 +44,7 @@ class Refused(BenchError):
 def sbatch_options(
     c: ClusterConfig, *, name: str, nodes: int, ntasks_per_node: int, folder: Path, requeue: bool, signal: str | None
 ) -> dict[str, Any]:
-    """sbatch's long options and their values (True: no value), in a fixed order."""
+    """Return sbatch's long options and their values (True: no value), in a fixed order."""
     options: dict[str, Any] = {
         "job-name": name,
         "account": c.account,
@@ -75,7 +75,7 @@ def sbatch_options(
 
 
 def sbatch_lines(options: dict[str, Any]) -> list[str]:
-    """The `#SBATCH` lines of these options."""
+    """Return the `#SBATCH` lines of these options."""
     return [
         f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
         for name, value in options.items()
@@ -83,7 +83,7 @@ def sbatch_lines(options: dict[str, Any]) -> list[str]:
 
 
 def command_script(cluster: ClusterConfig, name: str, command: list[str], folder: Path) -> str:
-    """The sbatch script of one command on one node, with this interpreter's environment and all the node's cores.
+    """Return the batch script of one command on one node, with this interpreter's environment and all the node's cores.
 
     Its exit status goes to `folder`/exit.json. The command must be one that can be killed and run again: the job is
     requeued when it is preempted or its node fails.
@@ -138,7 +138,7 @@ def record_status(folder_variable: str) -> list[str]:
 def environment() -> dict[str, str]:
     """Return the environment of Slurm's commands, and so of the jobs.
 
-    Without the variables of a job that this process itself runs in, which sbatch would put before the script's own
+    It lacks the variables of a job that this process itself runs in, which sbatch would put before the script's own
     options (conf/cluster/slurm.yaml has read what it needs of them), and without HYDRA_FULL_ERROR, which cli.py sets
     for this process alone. SLURM_CONF says which cluster is meant.
     """

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from rich.table import Table
-from rich.text import Text
 
 from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import jobs, slurm
@@ -26,9 +24,7 @@ from nemo_bench.report.terminal import make_console
 
 
 def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
-    """Checks all points, then submits them (launch=run) or prints what would be submitted (launch=dry).
-
-    Each point is a job of its own.
+    """Check all points, then submit each as a job (launch=run) or print what would be submitted (launch=dry).
 
     Raises:
         BenchError: a point is refused, by our checks (then none was submitted) or by the scheduler.
@@ -58,9 +54,10 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     for data in dict.fromkeys(data for _, data in prepared if data):
         print(data)
     submitted = _submit_all(points, configs)
-    console = make_console()
-    console.print(_table(submitted))
     _write_jobs(Path(configs[0].stage_path), submitted)
+    console = make_console()
+    refresh(submitted)
+    console.print(jobs.table(submitted))
     if wait:
         jobs.follow(console, submitted)
     else:
@@ -198,16 +195,4 @@ def _write_jobs(stage: Path, submitted: list[Job]) -> None:
     except OSError as error:
         ids = " ".join(job.job_id for job in submitted)
         raise BenchError(f"all points were submitted, then: {error}\n`scancel {ids}` takes them back") from None
-    print(f"submitted: {folder}/jobs.json")
-
-
-def _table(submitted: list[Job]) -> Table:
-    refresh(submitted)
-    count = len(submitted)
-    listing = Table(title=f"{count} job{'s' if count != 1 else ''} submitted", title_justify="left")
-    for name in ("point", "job", "nodes", "GPUs", "state", "log"):
-        listing.add_column(name, justify="right" if name in ("nodes", "GPUs") else "left", overflow="fold")
-    for job in submitted:
-        nodes, gpus, log = job.content["nodes"], job.content["gpus"], RunFolder(job.folder).log(0)
-        listing.add_row(*(Text(str(cell)) for cell in (job.what, job.job_id, nodes, gpus, job.state, log)))
-    return listing
+    print(f"{len(submitted)} job{'s' if len(submitted) != 1 else ''} submitted: {folder}/jobs.json")
