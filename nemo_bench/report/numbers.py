@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 from nemo_bench import flops
 from nemo_bench.config import TrainConfig
@@ -56,27 +55,15 @@ def numbers_at(
     )
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What a step time means for one GPU (one process, on CPU), as rates at a step time of a second."""
+def rates(cfg: TrainConfig, measured_peaks: Sequence[float]) -> Numbers:
+    """Return a configuration's numbers at a step time of a second.
 
-    tokens_per_s_per_gpu: float
-    tflops_per_gpu: float
-    mfu: float | None  # the recipe's; None without a peak
-
-    def at(self, step_time_s: float) -> dict[str, float]:
-        """Return the rates of a step, by the names of steps.jsonl; none of a step without a time."""
-        if not step_time_s > 0:
-            return {}
-        return {name: value / step_time_s for name, value in asdict(self).items() if value is not None}
-
-
-def rates(cfg: TrainConfig, measured_peaks: Sequence[float]) -> Rates:
-    """Return the rates of a configuration; `measured_peaks` (TFLOP/s of each rank) where no peak is published."""
+    `measured_peaks` (TFLOP/s of each rank) count where no peak is published.
+    """
     peak = cfg.gpu.peak_tflops.get(cfg.precision.name)
     if peak is None and measured_peaks:
         peak = statistics.fmean(measured_peaks)
-    numbers = numbers_at(
+    return numbers_at(
         1.0,
         seq_length=cfg.model.seq_length,
         global_batch_size=cfg.model.global_batch_size,
@@ -86,8 +73,13 @@ def rates(cfg: TrainConfig, measured_peaks: Sequence[float]) -> Rates:
         peak_source=None,
         total_tokens=cfg.total_tokens,
     )
-    assert numbers.tflops_per_gpu is not None
-    return Rates(numbers.tokens_per_s_per_gpu, numbers.tflops_per_gpu, numbers.mfu)
+
+
+def rates_of_step(rates: Numbers, step_time_s: float) -> dict[str, float]:
+    """Return a step's rates by the names of steps.jsonl; none of a step without a time, no MFU without a peak."""
+    numbers = vars(rates.at(step_time_s)) if step_time_s > 0 else {}
+    names = ("tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")
+    return {name: numbers[name] for name in names if numbers.get(name) is not None}
 
 
 def counted(times: StepTimes) -> str:

@@ -14,7 +14,6 @@ from markupsafe import Markup
 from nemo_bench.report import figures, model
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.comparison import KINDS, recorded
-from nemo_bench.report.methods import METHODS
 from nemo_bench.report.model import DeviceUse, Point, RankTimes, Report, Run, ScalingCurve
 from nemo_bench.report.numbers import counted, tokens_text, unit_name
 from nemo_bench.report.tables import (
@@ -81,7 +80,6 @@ def render(report: Report) -> str:
         plotly=Markup(plotly_script()),
         outcome=_outcome(report),
         urgent=[point for point in report.points if point.verdict.value not in model.SUCCESSES],
-        methods=METHODS,
         budget=tokens_text(report.assumptions.total_tokens),
         points=points_table(report),
         point_numbers={point.name: number for number, point in enumerate(report.points)},

@@ -62,7 +62,7 @@ def _of_run(run: Run) -> Iterator[str]:
 
 
 def throttling(run: Run) -> Iterator[str]:
-    """Yield what the driver said of clocks held back: where it was asked during the steps, else as node.json has it.
+    """Yield what the driver said during the steps of clocks held back.
 
     The power cap is no fault: at full load it is what ends the clocks' rise. It is shown elsewhere, not blamed.
     """
@@ -78,11 +78,3 @@ def throttling(run: Run) -> Iterator[str]:
         yield f"clocks of rank {device.rank}'s GPU{host} held back: {', '.join(texts)}"
     if len(faults) > SHOWN_FAULTS:
         yield f"and of {len(faults) - SHOWN_FAULTS} more ranks' GPUs"
-    for i, gpu in enumerate(() if run.devices else run.record.hardware.get("gpus") or ()):
-        held = [
-            key.rpartition(".")[2].replace("_", " ")
-            for key, value in gpu.items()
-            if key.startswith(("clocks_event_reasons.", "clocks_throttle_reasons.")) and value == "Active"
-        ]
-        if held:
-            yield f"clocks of GPU {i} held back: {', '.join(held)}"

@@ -14,7 +14,7 @@ import torch
 from nemo_bench.config import TrainConfig
 from nemo_bench.record.folder import EventLog, RunFolder, StepLog
 from nemo_bench.record.ranks import gathered, write_ranks
-from nemo_bench.report.numbers import rates
+from nemo_bench.report.numbers import rates, rates_of_step
 from nemo_bench.training.gpu import GpuSampler, open_sampler
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class StepRecorder(pl.Callback):
         }
         if "grad_norm" in metrics:
             row["grad_norm"] = float(metrics["grad_norm"])
-        self.steps.write({**row, **self.rates.at(seconds), **self.telemetry.step})
+        self.steps.write({**row, **rates_of_step(self.rates, seconds), **self.telemetry.step})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.events.write("validation", after_step=trainer.global_step - 1)
