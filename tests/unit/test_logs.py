@@ -280,15 +280,6 @@ def test_one_odd_line_does_not_cost_the_others_their_steps(tmp_path: Path) -> No
     assert paused(log) == {700: "checkpoint"} and log.unreadable == 1
 
 
-def test_another_form_within_a_log(tmp_path: Path) -> None:
-    first = "".join(line(i) for i in range(300))
-    second = "".join(line(i).replace(" | train_step", " | grad_norm: 1.5 | train_step") for i in range(300, 600))
-    log = parse(first + second + "".join(f"0: {line(i)}" for i in range(600, 900)), tmp_path)
-    # The labelled lines are another rank's, as far as anyone can tell.
-    assert log.steps.step == [*range(600)]
-    assert log.steps.grad_norm[299:301] == [None, 1.5]
-
-
 # --- properties ---
 
 
@@ -354,38 +345,6 @@ def test_every_step_is_found_however_the_blocks_fall(
         log = parse(text, Path(folder))
         assert steps_of(log) == truth
         assert log.unreadable == 0
-
-
-@st.composite
-def long_runs(draw: st.DrawFn) -> str:
-    """A run of one kind of line, perhaps drawn twice, with restarts, gaps and garbled lines."""
-    form = draw(st.sampled_from([line, bar]))
-    twice = form is bar and draw(st.booleans())
-    text, first, before = "", draw(st.integers(1, 50)), ""
-    for _ in range(draw(st.integers(0, 6))):
-        for step in range(first, first + draw(st.integers(1, 90))):
-            time = draw(TIME)
-            text += bar(step - 1, before, shown=step + 1) if twice and before else ""
-            text += form(step, time)
-            before = time
-        jump = draw(st.sampled_from(["restart", "gap", "noise", "garbled"]))
-        if jump == "restart":
-            first, before = max(0, step - draw(st.integers(0, 40))), ""
-        else:
-            first = step + (1 if jump == "noise" else draw(st.integers(2, 9)))
-        text += {"noise": "\n[NeMo I] Validation\n", "garbled": f"\n{form(first - 1)[:-20]}\n"}.get(jump, "")
-    return text + "\n"
-
-
-@settings(max_examples=80, deadline=None)
-@given(long_runs(), st.integers(50, 5000))
-def test_however_the_blocks_fall_the_log_reads_the_same(text: str, block_bytes: int) -> None:
-    logs_read = []
-    for size in (10**6, block_bytes):
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(logs, "BLOCK_BYTES", size)
-            logs_read.append(parse(text, Path(folder)))
-    assert repr(logs_read[0]) == repr(logs_read[1])
 
 
 @settings(max_examples=200, deadline=None)

@@ -107,42 +107,37 @@ def test_ranks_are_held_beside_each_other(tmp_path: Path) -> None:
     assert slow.straggler and slow.measure == "matrix rate (TFLOP/s)" and slow.slower == pytest.approx(0.888, abs=1e-2)
 
 
+ELSEWHERE = {"host": "elsewhere", "pid": 1, "started": "1"}
+
+
 @pytest.mark.parametrize(
-    ("state", "text"), [("killed", "killed at step 12 of 30: SIGTERM"), ("interrupted", "interrupted at step 12 of 30")]
+    ("state", "steps", "done", "why", "warning"),
+    [
+        ("completed", slice(0, 30), True, None, None),
+        ("completed", slice(0, 25), True, "the record ends at step 25 of 30", None),
+        ("completed", slice(27, 30), True, "not a measurement", None),
+        ("killed", slice(0, 12), False, "killed at step 12 of 30: SIGTERM", None),
+        ("interrupted", slice(0, 12), False, "interrupted at step 12 of 30", None),
+        ("running", slice(0, 20), False, "running at step 20 of 30", None),
+        # All steps are there: how it ended is worth a word.
+        ("failed", slice(0, 30), False, None, "failed after its last step, 30 of 30: SIGTERM"),
+        ("submitted", slice(0, 30), False, None, "no end was recorded after its last step, 30 of 30"),
+        ("submitted", slice(0, 30), True, None, None),  # rank 0 saw the end
+    ],
 )
-def test_a_run_that_was_ended(copy: Path, state: str, text: str) -> None:
-    edit(copy / record.RUN, status={"state": state, "exit_code": 143, "reason": "SIGTERM from outside"})
-    rewrite_steps(copy, steps_in(copy)[:12])
+def test_how_a_run_ended(
+    copy: Path, state: str, steps: slice, done: bool, why: str | None, warning: str | None
+) -> None:
+    edit(copy / record.RUN, status={"state": state, "reason": "SIGTERM"}, launcher=ELSEWHERE)
+    rewrite_steps(copy, steps_in(copy)[steps])
+    if not done:
+        (copy / record.EVENTS).write_text('{"event": "training", "time": 1, "first_step": 0}\n')
     run = load_run(copy)
-    assert run.why_not_final is not None and run.why_not_final.startswith(text)
-    assert run.numbers is None and run.times is not None
-    assert [name for name, _, _ in summary_rows(run)] == [
-        "loss",
-        "step time so far (s)",
-        "  median (s)",
-        "  last step (s)",
-        "no result",
-    ]
-
-
-def test_a_run_that_goes_on(copy: Path) -> None:
-    launcher = {"host": "elsewhere", "pid": 1, "started": "1"}
-    edit(copy / record.RUN, status={"state": "running"}, launcher=launcher)
-    rewrite_steps(copy, steps_in(copy)[:20])
-    (copy / record.EVENTS).write_text('{"event": "training", "time": 1, "first_step": 0}\n')
-    assert load_run(copy).why_not_final == "running at step 20 of 30"
-
-
-def test_rank_0_saw_the_end_where_nobody_wrote_it(copy: Path) -> None:
-    """Of a Slurm job whose batch script was killed after the training."""
-    edit(copy / record.RUN, status={"state": "submitted"})
-    run = load_run(copy)
-    assert (run.state, run.final) == ("completed", True)
-
-
-def test_a_record_that_ends_early_is_no_result(copy: Path) -> None:
-    rewrite_steps(copy, steps_in(copy)[:25])
-    assert load_run(copy).why_not_final == "the record ends at step 25 of 30"
+    assert (why or "None") in str(run.why_not_final) and run.final == (run.numbers is not None)
+    assert [text for text in run.warnings if "last step" in text] == ([] if warning is None else [run.warnings[0]])
+    assert warning is None or warning in run.warnings[0]
+    if not run.final:
+        assert [name for name, _, _ in summary_rows(run)][-1] == "no result"
 
 
 @pytest.mark.parametrize("loss", ["nan", "inf"])
@@ -153,12 +148,6 @@ def test_a_loss_that_is_no_number_is_no_result(copy: Path, loss: str) -> None:
     run = load_run(copy)
     assert run.why_not_final == run.invalid == f"the loss is {loss} at step 7" and run.numbers is None
     assert run.steps.loss[7] is not None and not math.isfinite(run.steps.loss[7])
-
-
-def test_too_few_steps_are_no_result(copy: Path) -> None:
-    rewrite_steps(copy, steps_in(copy)[-3:])
-    why = load_run(copy).why_not_final
-    assert why is not None and "not a measurement" in why
 
 
 def test_a_requeued_run_counts_the_later_steps(copy: Path) -> None:
