@@ -12,7 +12,7 @@ from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
 from nemo_bench.report import comparison, inputs, model, points, references, runs
 from nemo_bench.report.bare_logs import Given, check, load_log
-from nemo_bench.report.model import Assumptions, Point, Report, Run
+from nemo_bench.report.model import Assumptions, Report, Run
 from nemo_bench.report.statistics import CONFIDENCE
 
 DEFAULT_REFERENCE = "nvidia-24.09"
@@ -52,20 +52,15 @@ def build_report(
         raise BenchError(f"total_tokens={total_tokens}: must be a number above 0")
     tables = [references.load(name) for name in ([reference] if isinstance(reference, str) else reference or ())]
     all_runs, warnings = _load(paths, "runs", given, total_tokens)
-    groups = points.gather(all_runs)
-    all_points = [points.make_point(group, tables, tolerance) for group in groups]
-    old_runs: list[Run] = []
-    old_points: list[Point] = []
+    old_runs, old_warnings = _load(baseline, "baseline", given, total_tokens) if baseline else ([], [])
+    groups, old_groups = points.gather(all_runs), points.gather(old_runs)
+    all_points, old_points = (
+        [points.make_point(group, tables, tolerance) for group in side] for side in (groups, old_groups)
+    )
     comparisons: list[model.Comparison] = []
     if baseline:
-        old_runs, more = _load(baseline, "baseline", given, total_tokens)
-        old_groups = points.gather(old_runs)
-        old_points = [points.make_point(group, tables, tolerance) for group in old_groups]
         comparisons, unmatched = comparison.compare(groups, all_points, old_groups, old_points, tolerance)
-        warnings += more + unmatched
-        both = {run.path for run in all_runs} & {run.path for run in old_runs}
-        if both:
-            warnings.append(f"runs= and baseline= share {len(both)} of {len(old_runs)} runs: compared with themselves")
+        warnings += old_warnings + unmatched + _shared(all_runs, old_runs)
     known = {name for point in all_points for name in point.runs}
     unknown = [run.name for run in all_runs if run.name not in known]
     if unknown:
@@ -89,6 +84,11 @@ def build_report(
         baseline_points=tuple(old_points),
         comparisons=tuple(comparisons),
     )
+
+
+def _shared(all_runs: Sequence[Run], old_runs: Sequence[Run]) -> list[str]:
+    both = {run.path for run in all_runs} & {run.path for run in old_runs}
+    return [f"runs= and baseline= share {len(both)} of {len(old_runs)} runs: compared with themselves"] if both else []
 
 
 def _overall(values: set[str]) -> str:

@@ -69,13 +69,17 @@ def load_run(run_dir: Path, total_tokens: float | None = None) -> Run:
     Raises:
         BenchError: config.yaml or run.json is missing or damaged.
     """
-    folder = RunFolder(run_dir)
     try:
-        config, about, status = _config(run_dir / CONFIG), folder.read(), folder.status()
-        run = _configured(run_dir, config)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        return _load(RunFolder(run_dir), total_tokens)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, yaml.YAMLError) as error:
         what = str(error).splitlines()[0] if str(error) else ""
         raise BenchError(f"{run_dir}: the record cannot be read ({type(error).__name__}: {what})") from None
+
+
+def _load(folder: RunFolder, total_tokens: float | None) -> Run:
+    run_dir = folder.path
+    config, about, status = _config(run_dir / CONFIG), folder.read(), folder.status()
+    run = _configured(run_dir, config)
     warnings: list[str] = []
     lines = read_lines(run_dir / STEPS)[0]
     rows = [line for line in lines if isinstance(line, dict)]
@@ -132,11 +136,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
-    """Return what the configuration says of the run.
-
-    Raises:
-        KeyError, TypeError, ValueError: a value is missing, or is none.
-    """
+    """Return what the configuration says of the run."""
     model, trainer = config["model"], config["trainer"]
     nodes = int(trainer["num_nodes"])
     gpus, batch = nodes * int(trainer["devices"]), int(model["global_batch_size"])
