@@ -181,13 +181,7 @@ def _headers(url: str) -> dict[str, str]:
 
 
 def _curl(url: str, *options: str) -> str:
-    """Run curl on `url` and return what it printed.
-
-    Raises:
-        _Interrupted: another attempt may work.
-        BenchError: the server refuses.
-        OSError: the disk is full.
-    """
+    """Run curl on `url` and return what it printed; raise _Interrupted if another attempt may work."""
     escaped = url.replace("\\", "%5C").replace('"', "%22")
     try:
         done = subprocess.run(
@@ -198,7 +192,7 @@ def _curl(url: str, *options: str) -> str:
             errors="replace",
         )
     except FileNotFoundError:
-        raise BenchError("curl is not installed, and downloads from URLs need it") from None
+        raise BenchError("curl is not installed, but downloads from URLs need it") from None
     output, _, status = done.stdout.rpartition("\n")
     cause = done.stderr.strip().partition(") ")[2] or f"curl ended with status {done.returncode}"
     if done.returncode == 0:
@@ -210,11 +204,8 @@ def _curl(url: str, *options: str) -> str:
         raise _Interrupted("the server sends files only from their beginning")
     if done.returncode == 23:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), options[-1])
-    if status in ("401", "403"):
-        raise BenchError(f"{shown(url)}: access refused ({status}). Does the URL need a user name or a signature?")
-    if status in ("404", "410"):
-        raise BenchError(f"{shown(url)} does not exist ({status}): correct the URL")
-    raise BenchError(f"{shown(url)} cannot be downloaded: {cause}")
+    refusals = {"401": "access refused", "403": "access refused", "404": "does not exist", "410": "does not exist"}
+    raise BenchError(f"{shown(url)} {refusals.get(status, f'cannot be downloaded: {cause}')} ({status})")
 
 
 # --- the Hugging Face Hub ---------------------------------------------------------------------------------------------

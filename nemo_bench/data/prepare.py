@@ -219,20 +219,15 @@ def check(cfg: PreparationConfig) -> None:
             f"{prefix.name}: {info.documents:,} documents, {info.tokens:,} tokens of {info.dtype}, largest id "
             f"{info.max_token_id:,}: whole ({origin})"
         )
-    again = shlex.join(["python", "prepare_data.py", *_overrides()])
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = [override for override in HydraConfig.get().overrides.task if not override.startswith("action=")]
+    again = shlex.join(["python", "prepare_data.py", *overrides])
     problems = [f"{missing} missing: {again}"] if missing else []
     if damaged:
         problems.append(f"{damaged} damaged: {again} overwrite=true makes the datasets that it names again")
     if problems:
         raise BenchError("\n".join(problems))
-
-
-def _overrides() -> list[str]:
-    """Return what the user chose, without the verb."""
-    from hydra.core.hydra_config import HydraConfig
-
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    return [override for override in overrides if not override.startswith("action=")]
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
