@@ -81,9 +81,8 @@ class Task:
 
 
 @pytest.fixture
-def task(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tokenizer: Path
-) -> Task:
+def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageConfig:
+    """A small project, an enroot that makes its file in two steps, and a Python whose pip makes one wheel."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     project = tmp_path / "project"
     for name in ("train.py", "nemo_bench/config.py", "conf/train.yaml", "constraints.txt"):
@@ -100,12 +99,16 @@ def task(
         (tmp_path / name).write_text(f'#!/bin/sh\n[ "$1" = version ] && exit\n{script}\n')
         (tmp_path / name).chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    stage, other = Stage(tmp_path / "stage"), Stage(tmp_path / "other")
     tokenizer = TokenizerConfig(
-        source=TokenizerSource.local, folder=str(stage.folder / "llama"), vocab_size=300, corpus_bytes=9999
+        source=TokenizerSource.local, folder=str(tmp_path / "stage" / "llama"), vocab_size=300, corpus_bytes=9999
     )
     image = EntrypointConfig(container="nvcr.io/nvidia/nemo:25.11", image="nemo.sqsh")
-    cfg = StageConfig(entrypoint=image, tokenizer=tokenizer, enroot=str(tmp_path / "enroot"), image_gib=0.001)
+    return StageConfig(entrypoint=image, tokenizer=tokenizer, enroot=str(tmp_path / "enroot"), image_gib=0.001)
+
+
+@pytest.fixture
+def task(request: pytest.FixtureRequest, cfg: StageConfig, tmp_path: Path, small_tokenizer: Path) -> Task:
+    stage, other, project = Stage(tmp_path / "stage"), Stage(tmp_path / "other"), tmp_path / "project"
     packed = tmp_path / "out" / "stage.tar.zst"
 
     def older_code() -> None:
