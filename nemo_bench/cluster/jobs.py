@@ -31,6 +31,7 @@ from nemo_bench.report.terminal import print_summary
 
 FOLDERS = ("results/*/*/*/*/*", "results.data_preparation/*/*", "results.stage_setup/*")
 TICK_S = 1.0
+SHOWN_IDS = 12
 
 
 def require_slurm(cluster: ClusterConfig) -> None:
@@ -137,9 +138,9 @@ def find(jobs: Sequence[Job], job_id: str, stage: Path) -> Job:
     for job in reversed(jobs):
         if job.job_id == job_id:
             return job
-    known = ", ".join(job.job_id for job in jobs) or "none"
+    known = ", ".join(job.job_id for job in jobs[-SHOWN_IDS:]) or "none"
     raise BenchError(
-        f"no job {job_id} was submitted from {stage}; known: {known}\n"
+        f"no job {job_id} was submitted from {stage}; {'the last ones' if len(jobs) > SHOWN_IDS else 'known'}: {known}\n"
         "--stage (or STAGE_PATH) names another stage folder"
     )
 
