@@ -38,7 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
     chosen = [jobs.find(submitted, job_id, stage) for job_id in ids]
     if arguments.command == "log":
         (job,) = chosen
-        failure = failure_text(job.folder) if job.is_run and (job.failed or job.lost) else ""
+        try:
+            failure = failure_text(job.folder) if job.is_run and (job.failed or job.lost) else ""
+        except (OSError, ValueError) as error:  # a full disk may have cut the record off
+            failure = f"unreadable record: {error}"
         print("\n\n".join(filter(None, [failure, job.log_text()])))
     elif arguments.command == "cancel":
         cancelled = jobs.cancel(chosen)

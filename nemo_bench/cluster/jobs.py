@@ -139,8 +139,10 @@ def find(jobs: Sequence[Job], job_id: str, stage: Path) -> Job:
         if job.job_id == job_id:
             return job
     known = ", ".join(job.job_id for job in jobs[-SHOWN_IDS:]) or "none"
+    if len(jobs) > SHOWN_IDS:
+        known = f"..., {known}"
     raise BenchError(
-        f"no job {job_id} was submitted from {stage}; {'the last ones' if len(jobs) > SHOWN_IDS else 'known'}: {known}\n"
+        f"no job {job_id} was submitted from {stage}; known: {known}\n"
         "--stage (or STAGE_PATH) names another stage folder"
     )
 

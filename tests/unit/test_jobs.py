@@ -139,6 +139,13 @@ def test_square_brackets_in_an_error_are_printed(cluster: Cluster) -> None:
     assert "RuntimeError: [/pytorch/gloo.cc:81] [bold]timed out[/]" in listing(cluster)
 
 
+def test_a_job_that_nobody_knows(cluster: Cluster) -> None:
+    for number in range(20):
+        cluster.job(str(number))
+    with pytest.raises(BenchError, match=r"no job 99 was submitted from .*; known: ..., 8, .*, 19\n"):
+        jobs.find(jobs.submitted(cluster.stage), "99", cluster.stage)
+
+
 def test_an_interrupted_submission_is_found_by_its_script(cluster: Cluster) -> None:
     folder = cluster.job(None)
     assert cluster.states() == {"?": "UNKNOWN"}
