@@ -63,10 +63,12 @@ def prepare_hydra() -> None:
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
 
-    # hydra-submitit-launcher, where it is installed, registers a launcher of the same name, and Hydra would hold
-    # conf/hydra/launcher/ against its schema.
+    # hydra-submitit-launcher, where it is installed, registers launchers of the same names, and Hydra would hold
+    # conf/hydra/launcher/ against their schemas.
     Plugins.instance()  # finds and registers all plugins, once
-    ConfigStore.instance().repo.get("hydra", {}).get("launcher", {}).pop("submitit_slurm.yaml", None)
+    launchers = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+    for name in ("submitit_slurm.yaml", "submitit_local.yaml"):
+        launchers.pop(name, None)
     # --cfg job shows numbers (global batch size 256), not the interpolations that they are computed from.
     shows_job = re.search(r" (--cfg|-c)[ =]job\b", " ".join(sys.argv))
     if shows_job and "--resolve" not in sys.argv:

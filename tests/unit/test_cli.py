@@ -175,11 +175,14 @@ def test_another_launcher_of_the_same_name_does_not_get_in_the_way(train_cli: Cl
         "from dataclasses import dataclass\n"
         "from hydra.core.config_store import ConfigStore\n"
         "@dataclass\nclass Conf:\n    _target_: str = 'other.Launcher'\n    timeout_min: int = 60\n"
-        "ConfigStore.instance().store(group='hydra/launcher', name='submitit_slurm', node=Conf, provider='other')\n"
+        "for name in ('submitit_slurm', 'submitit_local'):\n"
+        "    ConfigStore.instance().store(group='hydra/launcher', name=name, node=Conf, provider='other')\n"
     )
     point = ("scale=64gpu,128gpu", "data=mock", "hydra/launcher=submitit_slurm", "launch=dry")
     shown = train_cli(*point, PYTHONPATH=str(tmp_path / "site"))
     assert shown.stderr == "" and shown.stdout.count("nothing was submitted") == 2
+    refused = train_cli("hydra/launcher=submitit_local", PYTHONPATH=str(tmp_path / "site"))
+    assert refused.returncode == 2 and "in the foreground" in refused.stderr
 
 
 HEAVY = {"torch", "lightning", "megatron", "nemo", "transformers"}
