@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.checks.machine import machine_problems, stage_problems
 from nemo_bench.checks.problems import problems
-from nemo_bench.config import TrainConfig, typed
+from nemo_bench.config import TrainConfig
 from nemo_bench.data.indexed_dataset import IndexedDatasetWriter
 from nemo_bench.errors import ConfigurationRefused, Need, Problem
 from nemo_bench.fields import number_problems, settings
+from tests import composing
 from tests.datasets import make_dataset
 
 # Overrides | the key that is named | a part of the rule | a part of the fix; "ok:" lines are allowed as they are.
@@ -232,14 +231,8 @@ BROKEN = [[column.strip() for column in line.split(" | ")] for line in LINES if 
 ALLOWED = [line.removeprefix("ok: ") for line in LINES if line.startswith("ok: ")]
 
 
-@pytest.fixture(autouse=True)
-def hydra_composes() -> Iterator[None]:
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        yield
-
-
 def composed(overrides: str) -> TrainConfig:
-    return typed(compose("train", shlex.split(overrides.replace("'", '"\'"'))))
+    return composing.composed(*shlex.split(overrides.replace("'", '"\'"')))
 
 
 def broken(overrides: str) -> list[Problem]:

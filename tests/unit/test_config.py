@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -12,23 +11,17 @@ from omegaconf import OmegaConf
 
 from nemo_bench import cli, config
 from nemo_bench.checks.configuration import configuration_problems
-from nemo_bench.config import TrainConfig, typed
 
-PROJECT = Path(__file__).resolve().parents[2]
+from ..composing import PROJECT, composed
+
 PUBLISHED = {64: 128, 128: 256, 256: 512, 512: 1024, 1024: 2048, 2048: 4096}
 EXPERIMENTS = sorted(path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
-def hydra_composes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STAGE_PATH", raising=False)
     monkeypatch.delenv("GSW_VERSION", raising=False)
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        yield
-
-
-def composed(*overrides: str) -> TrainConfig:
-    return typed(compose("train", list(overrides)))
 
 
 @pytest.mark.parametrize(("precision", "gpus"), list(product(("bf16", "fp8"), PUBLISHED)))
@@ -145,7 +138,8 @@ def test_vocabulary_is_padded_for_tensor_parallelism() -> None:
 )
 def test_a_quoted_path_is_read_as_it_was(path: str) -> None:
     quoted = cli.quoted_path(path)
-    cfg = compose("train", [f"checkpoint.weights_from={quoted}", f"data.paths=[{quoted},{quoted}]"])
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        cfg = compose("train", [f"checkpoint.weights_from={quoted}", f"data.paths=[{quoted},{quoted}]"])
     assert cfg.checkpoint.weights_from == path
     assert cfg.data.paths == [path, path]
 

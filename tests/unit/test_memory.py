@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from nemo_bench.config import TrainConfig, load, typed
+from nemo_bench.config import TrainConfig, load
 from nemo_bench.memory import GIB, estimate_memory
 
-PROJECT = Path(__file__).resolve().parents[2]
+from ..composing import PROJECT, composed
+
 H200 = PROJECT / "benchmarks/results/h200"
 
 
@@ -25,8 +24,7 @@ def plain(cfg: TrainConfig) -> TrainConfig:
 
 
 def point(*overrides: str) -> TrainConfig:
-    with initialize_config_dir(str(PROJECT / "conf"), version_base=None):
-        return plain(typed(compose("train", overrides=list(overrides))))
+    return plain(composed(*overrides))
 
 
 def changed(cfg: TrainConfig, **changes: Any) -> TrainConfig:
