@@ -36,6 +36,19 @@ class ReportConfig:
 
 ConfigStore.instance().store(name="report_schema", node=ReportConfig)
 
+# Hydra's options that a word follows
+_TAKES_A_VALUE = (
+    "-c",
+    "--cfg",
+    "-p",
+    "--package",
+    "-cp",
+    "--config-path",
+    "-cn",
+    "--config-name",
+    "-cd",
+    "--config-dir",
+)
 _PATHS = ("runs", "baseline", "output", "archive", "reference")
 
 
@@ -44,7 +57,7 @@ def quoted(arguments: list[str]) -> list[str]:
     plain, others = [], []
     for i, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
-        if i and arguments[i - 1] in ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"):
+        if i and arguments[i - 1] in _TAKES_A_VALUE:
             others.append(argument)
         elif equals and key in _PATHS and value and value[0] not in "[\"'$" and not re.fullmatch(r"[\w./-]+", value):
             # A list without brackets is Hydra's to refuse.
