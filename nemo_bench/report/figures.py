@@ -7,6 +7,7 @@ they suit light and dark pages. Marks differ by more than their colour.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -153,7 +154,15 @@ def mfu(points: Sequence[Point]) -> Figure | None:
         published = [point.reference.mfu if point.reference else None for point, _ in known]
         traces.append(_ticks("published", "diamond", names, published))
     x = {"tickformat": ".0%", "rangemode": "tozero"}
-    return figure("Model FLOPs utilisation", traces, x, {}, height=120 + 26 * len(known))
+    y, height = _names_axis(names)
+    return figure("Model FLOPs utilisation", traces, x, y, height=120 + height)
+
+
+def _names_axis(names: Sequence[str]) -> tuple[Figure, int]:
+    """Return an axis of names, long ones wrapped between their words, and its height in pixels."""
+    labels = [textwrap.wrap(name, 52, break_on_hyphens=False, break_long_words=False) for name in names]
+    axis = {"type": "category", "tickvals": [*names], "ticktext": ["<br>".join(lines) for lines in labels]}
+    return axis, len(names) * (10 + 14 * max(map(len, labels), default=1))
 
 
 def _ticks(name: str, symbol: str, y: Sequence[str], x: Sequence[float | None]) -> Figure:
@@ -181,7 +190,8 @@ def ratios(comparisons: Sequence[Comparison], tolerance: float) -> Figure | None
     band = {"type": "rect", "x0": 1 - tolerance, "x1": 1 + tolerance, "yref": "paper", "y0": 0, "y1": 1}
     shapes = [{**band, "fillcolor": GREY, "opacity": 0.15, "line": {"width": 0}}]
     x = {"tickformat": ".0%"}
-    return figure("Throughput over the baseline's", [trace], x, {}, height=110 + 26 * len(known), shapes=shapes)
+    y, height = _names_axis([item.point for item in known])
+    return figure("Throughput over the baseline's", [trace], x, y, height=110 + height, shapes=shapes)
 
 
 def _trace(name: str, points: Sequence[tuple[float, float]], **style: Any) -> Figure:

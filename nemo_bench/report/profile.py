@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_json, write_text
 from nemo_bench.report import kernel_classes as classes
-from nemo_bench.report.trace import Event, Trace, read_trace
+from nemo_bench.report.trace import Trace, read_trace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +37,8 @@ OPTIMIZER_MARK = "nemo_bench optimizer"
 
 TOP_KERNELS = 5
 
-_STEP = re.compile(rf"(?P<ours>{STEP_MARK})(\d+)$|ProfilerStep#(\d+)$")
-_TORCH_OPTIMIZER = "Optimizer.step#"
+_OUR_STEP, _PROFILER_STEP = re.compile(rf"{STEP_MARK}(\d+)$"), re.compile(r"ProfilerStep#(\d+)$")
+_OPTIMIZER = re.compile(f"{OPTIMIZER_MARK}$|Optimizer.step#")
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 
@@ -127,11 +128,16 @@ def measure(path: Path, rank: int | None = None) -> StepProfile:
     work = [event for event in trace.events if event.get("cat") in _GPU_WORK]
     if not work:
         raise BenchError(f"{path}: holds no GPU kernels")
-    gpu, several = _busiest_gpu(work)
-    if several:
+    busy_us: Counter[int] = Counter()
+    for event in work:
+        busy_us[event["args"].get("device", 0)] += event.get("dur", 0)
+    gpu = busy_us.most_common(1)[0][0]
+    if len(busy_us) > 1:
         notes.append(f"the trace holds several GPUs: this is GPU {gpu}, the busiest")
     kernels = _kernels(trace, gpu)
-    steps = _steps(trace)
+    steps: dict[int, tuple[float, float]] = {}
+    for mark in (_OUR_STEP, _PROFILER_STEP):
+        steps = steps or {int(match[1]): (first, last) for match, first, last in _spans(trace, mark)}
     if not steps:
         steps = {0: (float(kernels.start.min()), float(kernels.end.max()))}
         notes.append("no steps are marked in the trace: all of it counts as one")
@@ -143,15 +149,6 @@ def measure(path: Path, rank: int | None = None) -> StepProfile:
         device=next((device.get("name") for device in devices if device.get("id") == gpu), None),
         notes=tuple(notes),
     )
-
-
-def _busiest_gpu(work: Sequence[Event]) -> tuple[int, bool]:
-    """Return the number of the GPU that works longest, and whether there are others."""
-    busy: dict[int, float] = {}
-    for event in work:
-        gpu = event["args"].get("device", 0)
-        busy[gpu] = busy.get(gpu, 0.0) + event.get("dur", 0)
-    return max(busy, key=lambda gpu: busy[gpu]), len(busy) > 1
 
 
 def _kernels(trace: Trace, gpu: int) -> _Kernels:
@@ -169,30 +166,17 @@ def _kernels(trace: Trace, gpu: int) -> _Kernels:
         event["args"].get("correlation"): event["ts"] for event in trace.events if event.get("cat") in _LAUNCHES
     }
     launched = np.array([launches.get(event["args"].get("correlation"), event["ts"]) for event in work])
-    computes = ~np.isin(
-        kernel_class, [classes.CLASSES.index(known) for known in (classes.COMMUNICATION, classes.MEMORY)]
-    )
-    kernel_class[computes & _within(launched, _optimizer_spans(trace))] = classes.CLASSES.index(classes.OPTIMIZER)
+    by_optimizer = _within(launched, [(first, last) for _, first, last in _spans(trace, _OPTIMIZER)])
+    transfers = [classes.CLASSES.index(kind) for kind in (classes.COMMUNICATION, classes.MEMORY)]
+    kernel_class[by_optimizer & ~np.isin(kernel_class, transfers)] = classes.CLASSES.index(classes.OPTIMIZER)
     return _Kernels(list(number_of_name), name, kernel_class, start, end)
 
 
-def _steps(trace: Trace) -> dict[int, tuple[float, float]]:
-    """Return where each marked step begins and ends: our own marks, else those of PyTorch's profiler."""
-    ours: dict[int, tuple[float, float]] = {}
-    profilers: dict[int, tuple[float, float]] = {}
+def _spans(trace: Trace, names: re.Pattern[str]) -> Iterator[tuple[re.Match[str], float, float]]:
+    """Yield where each range that the program named so begins and ends."""
     for event in trace.events:
-        if event.get("cat") == "user_annotation" and (match := _STEP.match(event["name"])):
-            marked = ours if match["ours"] else profilers
-            marked[int(match[2] or match[3])] = (event["ts"], event["ts"] + event.get("dur", 0))
-    return ours or profilers
-
-
-def _optimizer_spans(trace: Trace) -> list[tuple[float, float]]:
-    return [
-        (event["ts"], event["ts"] + event.get("dur", 0))
-        for event in trace.events
-        if event.get("cat") == "user_annotation" and event["name"].startswith((OPTIMIZER_MARK, _TORCH_OPTIMIZER))
-    ]
+        if event.get("cat") == "user_annotation" and (match := names.match(event["name"])):
+            yield match, event["ts"], event["ts"] + event.get("dur", 0)
 
 
 # --- counting -----------------------------------------------------------------------------------------------
