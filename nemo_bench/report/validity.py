@@ -49,7 +49,7 @@ def _bad_formats(config: dict[str, Any]) -> str | None:
     """Return how the precision's name, a free label, contradicts its number formats."""
     precision = config.get("precision") or {}
     formats = "fp8" if precision.get("fp8") else {"32": "fp32"}.get(str(precision.get("trainer_precision")), "bf16")
-    if not precision or str(precision["name"]).startswith(formats):
+    if not precision or formats in str(precision["name"]):  # also fp8_cs, mxfp8
         return None
     return f"precision.name is {precision['name']}, and its number formats are {formats}'s"
 
