@@ -152,16 +152,6 @@ def test_tokenizer_and_tokens(tmp_path: Path) -> None:
         assert auto.decode(document[:-1]) == file.text
 
 
-def test_tokenizer_in_nemo(tmp_path: Path, library: Path) -> None:
-    module = pytest.importorskip("nemo.collections.common.tokenizers.huggingface.auto_tokenizer")
-    dataset = prepare(tmp_path / "data")
-    auto = module.AutoTokenizer(pretrained_model_name=str(dataset.tokenizer_folder), use_fast=True)
-    size = dataset.vocab_size
-    assert (auto.vocab_size, auto.bos_id, auto.eos_id, auto.eod) == (size, size - 2, size - 1, size - 1)
-    ids = auto.text_to_ids("return 1")
-    assert auto.bos_id not in ids and auto.ids_to_text(ids) == "return 1"
-
-
 @pytest.mark.parametrize("call", [1, 3, 5])
 def test_full_disk(tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     calls = 0
