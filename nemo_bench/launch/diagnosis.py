@@ -85,7 +85,7 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
     for log_rank in range(cfg.world_size):
         if run.log(log_rank).exists():
             logs[log_rank] = "\n".join(tail(run.log(log_rank), LOG_LINES))
-    first, software = first_error(run, rank), _software(run)
+    first, software = first_error(run.path, rank), _software(run)
     suspects = [rank] if rank is not None else sorted(logs)
     if error is not None and (first is None or first.killed_rank is None):
         lines = explain(Evidence(cfg, int(error["rank"]), f"{error['type']}: {error['message']}", logs, software))

@@ -8,10 +8,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nemo_bench.record.folder import RunFolder
 
 # An error stands near the end of a log, before the stack traces that it causes.
 READ_BYTES = 1 << 18
@@ -31,7 +27,8 @@ _CONSEQUENCE = re.compile(
     r"error: \S+: tasks? [\d,-]+: |error: \*\*\* STEP|Job step aborted|Terminating (?:StepId|job step)|Terminated"
     r"|PMIX ERROR|pyxis: (?:child \d+ failed|container start failed|printing enroot log)"
 )
-_TASK = re.compile(r"error: \S+: tasks? (?P<rank>\d+)[\d,-]*: (?P<ending>.*)")
+# How a rank ended, or that Slurm ended all of them.
+_ENDING = re.compile(r"error: (?:\*\*\* |\S+: tasks? (?P<rank>\d+)[\d,-]*: (?P<ending>.*))")
 
 
 @dataclass(frozen=True)
@@ -44,22 +41,27 @@ class FirstError:
     killed_rank: int | None = None  # which Slurm saw killed before any other ended
 
 
-def first_error(run: RunFolder, rank: int | None = None) -> FirstError | None:
+def first_error(run_dir: Path, rank: int | None = None) -> FirstError | None:
     """Return the first error in the logs of a failed run; None if they have none.
 
-    Args:
-        run: its folder.
-        rank: the rank that failed first, whose log comes before Slurm's; None if that is not known: then Slurm's comes
-            first, and all ranks' follow.
+    A rank that Slurm saw killed before any other ended comes first: the exceptions of others are consequences. Then
+    comes the log of `rank`, the one that failed first; if that is not known, Slurm's log and after it those of all
+    ranks.
     """
-    if killed := killed_task(run):
-        return killed
-    job_logs = _job_logs(run)
+    first_rank = 0
+    job_logs = sorted(run_dir.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)[-1:]
+    for log in job_logs:
+        text = _read_end(log)
+        if (ending := _ENDING.search(text)) and ending["rank"]:
+            if ending["ending"].startswith(("Killed", "Out Of Memory")):
+                text = text[text.rfind("\n", 0, ending.start()) + 1 :]
+                return FirstError(log, text.splitlines()[0], text, int(ending["rank"]))
+            first_rank = int(ending["rank"])
     if rank is not None:
-        logs = [run.log(rank), *job_logs]
+        logs = [run_dir / f"rank{rank}.out", *job_logs]
     else:
-        task = _TASK.search(read_end(job_logs[0])) if job_logs else None
-        logs = job_logs + _rank_logs(run, int(task["rank"]) if task else 0)
+        rank_logs = sorted(run_dir.glob("rank*.out"), key=lambda path: (len(path.name), path.name))
+        logs = job_logs + sorted(rank_logs, key=lambda path: path.name != f"rank{first_rank}.out")
     consequence = None
     for log in logs:
         error = error_in(log)
@@ -69,41 +71,9 @@ def first_error(run: RunFolder, rank: int | None = None) -> FirstError | None:
     return consequence
 
 
-def killed_task(run: RunFolder) -> FirstError | None:
-    """Return what Slurm says of a rank that was killed before any other ended; None if there was none.
-
-    The exceptions of the other ranks are then consequences.
-    """
-    for log in _job_logs(run):
-        lines = read_end(log).splitlines()
-        for number, line in enumerate(lines):
-            if "error: *** " in line:  # Slurm ended all of them
-                break
-            if task := _TASK.search(line):
-                if task["ending"].startswith(("Killed", "Out Of Memory")):
-                    return FirstError(log, line, "\n".join(lines[number:]), int(task["rank"]))
-                break
-    return None
-
-
-def _job_logs(run: RunFolder) -> list[Path]:
-    return sorted(run.path.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)[-1:]
-
-
-def _rank_logs(run: RunFolder, first: int) -> list[Path]:
-    return sorted(run.path.glob("rank*.out"), key=lambda path: (path != run.log(first), len(path.name), path.name))
-
-
-def read_end(path: Path) -> str:
-    """Return the end of a log: of a requeued job, what its last start said."""
-    with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, 2) - READ_BYTES))
-        return _EARLIER_START.sub("", file.read().decode("utf-8", errors="replace"))
-
-
 def error_in(log: Path) -> FirstError | None:
     """Return the first error of one log: its last traceback's exception, else the first line that reads like one."""
-    lines = read_end(log).splitlines() if log.exists() else []
+    lines = _read_end(log).splitlines() if log.exists() else []
     number = _exception(lines)
     if number is None:
         errors = [number for number, line in enumerate(lines) if _ERROR.search(line)]
@@ -112,6 +82,13 @@ def error_in(log: Path) -> FirstError | None:
     if number is None:
         return None
     return FirstError(log, _LABEL.sub("", lines[number]).strip(), "\n".join(lines[number:]))
+
+
+def _read_end(path: Path) -> str:
+    """Return the end of a log: of a requeued job, what its last start said."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - READ_BYTES))
+        return _EARLIER_START.sub("", file.read().decode("utf-8", errors="replace"))
 
 
 def _exception(lines: list[str]) -> int | None:

@@ -23,6 +23,7 @@ This module needs the standard library only: it runs inside nemo:24.09, with Pyt
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.files import dated_name, write_json, write_text
-from nemo_bench.record.first_error import first_error, killed_task
+from nemo_bench.record.first_error import first_error
 from nemo_bench.record.node import git_revision
 
 SCHEMA_VERSION = 1
@@ -86,11 +87,7 @@ class RunFolder:
         state: str = "running",
         git: dict[str, Any] | None = None,
     ) -> None:
-        """Make the folder of a run that this process is about to start, or to submit.
-
-        Args:
-            git: this project's revision, for a caller that makes many; else git is asked.
-        """
+        """Make the folder of a run that this process is about to start, or to submit; `git`: None asks git."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / CONFIG, config_yaml)
         write_json(
@@ -103,7 +100,7 @@ class RunFolder:
                 "overrides": overrides,
                 "git": git or git_revision(),
                 "ranks": ranks,
-                "launcher": _this_process(),
+                "launcher": {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())},
                 "status": asdict(Status(state)),
             },
         )
@@ -129,7 +126,7 @@ class RunFolder:
         if (
             status.state == "running"
             and launcher["host"] == socket.gethostname()
-            and process_start(launcher["pid"]) != launcher["started"]
+            and _process_start(launcher["pid"]) != launcher["started"]
         ):
             return Status("killed", reason="the launching process is gone and recorded no end: it was killed")
         return status
@@ -141,14 +138,16 @@ class RunFolder:
             return None
         if end["exit_code"] == 0:
             return Status("completed", exit_code=0, ended_at=end["ended_at"])
-        rank, reason = None, f"exit status {end['exit_code']}"
-        if killed := killed_task(self):
-            rank, reason = killed.killed_rank, killed.line
-        elif errors := self.rank_errors():
-            rank = int(errors[0]["rank"])
+        reason = f"exit status {end['exit_code']}"
+        errors = self.rank_errors()
+        rank = int(errors[0]["rank"]) if errors else None
+        error = first_error(self.path, rank)
+        if error and error.killed_rank is not None:
+            rank, reason = error.killed_rank, error.line
+        elif errors:
             message = (str(errors[0]["message"]).strip().splitlines() or [""])[0]
             reason = f"rank {rank} on {errors[0]['host']}: {errors[0]['type']}: {message}"
-        elif error := first_error(self):
+        elif error:
             reason += f": {error.line}"
         return Status("failed", exit_code=end["exit_code"], reason=reason, rank=rank, ended_at=end["ended_at"])
 
@@ -191,6 +190,10 @@ class RunFolder:
         errors = [_read_object(path) for path in self.path.glob("rank*.error.json")]
         return sorted(errors, key=lambda error: float(error["time"]))
 
+    def write_step(self, row: dict[str, Any]) -> None:
+        """Append a line to `steps.jsonl`, with `time`: seconds since 1970 at the end of the step."""
+        _append(self.path / STEPS, {**row, "time": round(time.time(), 6)})
+
     def write_peak(self, rank: int, peak: dict[str, object]) -> None:
         """Record the matrix rate that `rank` measured."""
         write_json(self.path / f"peak_rank{rank}.json", peak)
@@ -204,10 +207,9 @@ class RunFolder:
         profiles: dict[str, dict[str, Any]] = {}
         paths = (self.path / PROFILE).glob("rank*.json")
         for path in sorted(paths, key=lambda path: (len(path.name), path.name)):  # rank10 after rank9
-            try:
+            profiles[path.name] = {}
+            with contextlib.suppress(OSError, ValueError):
                 profiles[path.name] = _read_object(path)
-            except (OSError, ValueError):
-                profiles[path.name] = {}
         return profiles
 
     def last_checkpoint(self) -> Path | None:
@@ -225,43 +227,23 @@ class RunFolder:
         return max(checkpoints)[1] if checkpoints else None
 
 
-class _Lines:
-    """A file of JSON lines, opened for each (some 30 us): NeMo copies callbacks, and an open file cannot be copied."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def write(self, row: dict[str, Any]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _strict(value) for key, value in row.items()}) + "\n")
-
-
-class StepLog(_Lines):
-    """`steps.jsonl`: adds `time`, seconds since 1970 at the end of the step."""
-
-    def __init__(self, run: RunFolder) -> None:
-        super().__init__(run.path / STEPS)
-
-    def write(self, row: dict[str, Any]) -> None:
-        super().write({**row, "time": round(time.time(), 6)})
-
-
 class EventLog:
     """`events.jsonl`; one rank writes it, the others hold one that is not enabled."""
 
     def __init__(self, run: RunFolder, *, enabled: bool = True) -> None:
-        self._lines = _Lines(run.path / EVENTS) if enabled else None
+        self.run, self.enabled = run, enabled
 
     def write(self, event: str, **details: Any) -> None:
-        if self._lines is not None:
-            self._lines.write({"event": event, "time": round(time.time(), 3), **details})
+        if self.enabled:
+            _append(self.run.path / EVENTS, {"event": event, "time": round(time.time(), 3), **details})
 
 
-def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they are written as the strings that float() reads."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+def _append(path: Path, row: dict[str, Any]) -> None:
+    """Append a JSON line. NaN and infinity, which JSON lacks, become the strings that float() reads."""
+    infinite = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    # Opened for each line (some 30 us): NeMo copies callbacks, and an open file cannot be copied.
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, **infinite}) + "\n")
 
 
 def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
@@ -278,10 +260,8 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     complete = data.rfind(b"\n") + 1
     rows = []
     for line in data[:complete].splitlines():
-        try:
+        with contextlib.suppress(ValueError):  # cut off by a kill, and the next start's first line behind it
             rows.append(json.loads(line))
-        except ValueError:  # cut off by a kill, and the next start's first line behind it
-            continue
     return rows, offset + complete
 
 
@@ -301,20 +281,13 @@ def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def process_start(pid: int) -> str | None:
-    """Return when process `pid` started (boot ticks), which tells it from a later one of that number; None: it is gone.
-
-    The second field of `stat`, the program's name in parentheses, may hold blanks.
-    """
+def _process_start(pid: int) -> str | None:
+    """Return when a process started, in boot ticks: it tells it from a later one of that number. None: it is gone."""
     try:
+        # The second field, the program's name in parentheses, may hold blanks.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None
-
-
-def _this_process() -> dict[str, Any]:
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "started": process_start(pid)}
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import socket
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +27,13 @@ _KEPT_ENVIRONMENT = re.compile(
 )
 
 _PACKAGES = (
-    "torch",
-    "nemo_toolkit",
-    "megatron-core",
-    "transformer-engine",
-    "lightning",
-    "pytorch-lightning",
-    "apex",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "hydra-core",
-    "omegaconf",
-    "triton",
+    *("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning", "pytorch-lightning", "apex"),
+    *("transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "triton"),
 )
 
 
 def write_node(run_dir: Path) -> None:
-    """`node.json`, about the machine and software that this process runs on. Imports nothing heavy."""
+    """Write `node.json`, about the machine and software that this process runs on. Imports nothing heavy."""
     write_json(
         run_dir / NODE,
         {
@@ -60,7 +51,7 @@ def write_node(run_dir: Path) -> None:
 
 
 def kept_environment(environment: dict[str, str]) -> dict[str, str]:
-    """The variables that a benchmark can depend on, without anything that looks like a secret."""
+    """Return the variables that a benchmark can depend on, without anything that looks like a secret."""
     return {
         name: value
         for name, value in sorted(environment.items())
@@ -69,7 +60,7 @@ def kept_environment(environment: dict[str, str]) -> dict[str, str]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Revision of this project, and whether its files differ from it; None where it is no checkout."""
+    """Return this project's revision, and whether its files differ from it; None outside a checkout."""
     revision = _output(["git", "rev-parse", "HEAD"], cwd=PROJECT)
     if revision is None:
         return None
@@ -78,22 +69,15 @@ def git_revision() -> dict[str, Any] | None:
 
 
 def _package_versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
     versions = {}
     for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return versions
 
 
 def _cpu_model() -> str:
-    try:
-        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        match = None
+    match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return match[1] if match else platform.machine()
 
 

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.record.folder import EventLog, RunFolder, StepLog
+from nemo_bench.record.folder import EventLog, RunFolder
 from nemo_bench.record.ranks import gathered, write_ranks
 from nemo_bench.report.numbers import rates, rates_of_step
 from nemo_bench.training.gpu import GpuSampler, open_sampler
@@ -44,7 +44,6 @@ class StepRecorder(pl.Callback):
     ) -> None:
         self.cfg, self.timing, self.telemetry = cfg, timing, telemetry
         self.run, self.events = RunFolder(run_dir), events
-        self.steps = StepLog(self.run)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.events.write("training", first_step=trainer.global_step)
@@ -66,7 +65,7 @@ class StepRecorder(pl.Callback):
         }
         if "grad_norm" in metrics:
             row["grad_norm"] = float(metrics["grad_norm"])
-        self.steps.write({**row, **rates_of_step(self.rates, seconds), **self.telemetry.step})
+        self.run.write_step({**row, **rates_of_step(self.rates, seconds), **self.telemetry.step})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.events.write("validation", after_step=trainer.global_step - 1)

@@ -264,7 +264,7 @@ def test_a_jobs_state_comes_with_its_first_error(log: str, reason: str, tmp_path
 
 def test_a_log_without_an_error_names_none(tmp_path: Path) -> None:
     (tmp_path / "rank0.out").write_text(BOOST + "step 50 of 50\n")
-    assert first_error(RunFolder(tmp_path)) is None
+    assert first_error(tmp_path) is None
 
 
 def test_a_user_adds_causes_that_come_first(cfg: TrainConfig, tmp_path: Path) -> None:
