@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 import nemo_bench.composition  # noqa: F401  registers the resolvers that conf/ uses
 from nemo_bench.errors import BenchError, ConfigurationRefused
-from nemo_bench.fields import PATH, choice, field_problems, has_unknown_keys, make_paths_absolute, number
+from nemo_bench.fields import PATH, choice, field_problems, has_unknown_keys, kernel, make_paths_absolute, number
 from nemo_bench.flops import Architecture
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class OptimConfig:
     grad_reduce_in_fp32: bool = False  # the recipe reduces gradients in bf16
     # Adam (Transformer Engine's) reads gradients in the format they are reduced in: no fp32 copies of them. Not with
     # fp8 parameters: after the first step their layers got hardly any gradient (H200, megatron-core 0.15.3).
-    use_precision_aware_optimizer: bool | None = None  # null: see precision_aware_optimizer
+    use_precision_aware_optimizer: bool | None = kernel(None)  # null: see precision_aware_optimizer
     # With it: keep of each fp32 main weight only the 16 bits that the bf16 parameter lacks, 2 bytes a parameter less.
     store_param_remainders: bool = False
     exp_avg_dtype: str = choice("fp32", "bf16")  # with it: bf16 halves the first moment
@@ -86,22 +86,22 @@ class ModelConfig:
     # Megatron's AttnBackend; fused: cuDNN's.
     attention_backend: str = choice("fused", "flash", "unfused", "local", "auto")
     # fusions
-    apply_rope_fusion: bool = True
+    apply_rope_fusion: bool = kernel(True)
     bias_activation_fusion: bool = True
     bias_dropout_fusion: bool = True
-    masked_softmax_fusion: bool = True
+    masked_softmax_fusion: bool = kernel(True)
     cross_entropy_loss_fusion: bool = True
     cross_entropy_fusion_impl: str = choice("te", "native")  # Transformer Engine's kernel; native: Megatron's own
-    persist_layer_norm: bool = True
-    fused_single_qkv_rope: bool = False  # RoPE on queries, keys and values where they lie, without splitting them first
-    use_transformer_engine_op_fuser: bool = False  # the MLP as Transformer Engine's fused operations
-    gradient_accumulation_fusion: bool = True  # the weight gradient's product adds to the gradient of the step so far
+    persist_layer_norm: bool = kernel(True)
+    fused_single_qkv_rope: bool = kernel(False)  # RoPE on queries, keys and values in place, without splitting them
+    use_transformer_engine_op_fuser: bool = kernel(False)  # the MLP as Transformer Engine's fused operations
+    gradient_accumulation_fusion: bool = kernel(True)  # the weight gradient's product adds to the step's gradient
     # communication and the pipeline
     # The output layer's weight gradients fill the bubble at a step's end; null: where they are right, see
     # TrainConfig.defers_embedding_wgrad; true: as the recipe has it.
     defer_embedding_wgrad_compute: bool | None = None
     wgrad_deferral_limit: int = number(22, least=0, most=2**24)  # micro-batches deferred at most; 0: all
-    tp_comm_overlap: bool = False  # tensor-parallel communication under the matrix products (user buffers)
+    tp_comm_overlap: bool = kernel(False)  # tensor-parallel communication under the matrix products (user buffers)
     # NeMo's table of user buffers: a name, auto (the one made for these sizes) or null (Transformer Engine's defaults)
     tp_comm_overlap_cfg: str | None = "auto"
     # memory and launch overhead

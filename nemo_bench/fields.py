@@ -35,6 +35,11 @@ def choice(default: Any, *others: str | None) -> Any:
     return field(default=default, metadata={"valid": [word for word in (default, *others) if word is not MISSING]})
 
 
+def kernel(default: bool | None) -> Any:
+    """Declare the switch of a kernel, which needs a GPU."""
+    return field(default=default, metadata={"gpu_only": True})
+
+
 def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
     """Give every field of a configuration, sections before what they hold: its key, its owner, the field."""
     for setting in fields(config):

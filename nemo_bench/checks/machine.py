@@ -20,7 +20,7 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
     need = Need(cfg, missing=True)
     fix = "install NVIDIA Nsight Systems, or add its folder to PATH; profile=torch needs nothing"
     profiler = cfg.profile.kind != "nsys" or shutil.which("nsys")
-    need(profiler, "profile", "there is no `nsys` on PATH here", fix, value="nsys")
+    need(profiler, "profile", "there is no `nsys` on PATH here", fix, value=cfg.profile.kind)
     if cfg.gpu.device == "cuda":
         present = count_gpus()
         rule = f"this machine has {present} NVIDIA GPU{'' if present == 1 else 's'}"
@@ -46,8 +46,8 @@ def stage_problems(cfg: TrainConfig) -> list[Problem]:
 
 
 def count_gpus() -> int:
-    """Return how many NVIDIA GPUs this machine has, without loading CUDA: the driver's device files."""
-    return sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
+    """Return how many NVIDIA GPUs this machine has, without loading CUDA."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _file_problems(cfg: TrainConfig) -> list[Problem]:

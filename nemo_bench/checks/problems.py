@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.checks.machine import machine_problems, stage_problems
 from nemo_bench.checks.smaller import smaller_configurations
@@ -29,12 +31,11 @@ def problems(cfg: TrainConfig) -> list[Problem]:
 
 
 def _memory_problems(cfg: TrainConfig) -> list[Problem]:
-    there = cfg.gpu.memory_gib
-    if there is None or cfg.gpu.device == "cpu" or not cfg.check_memory or not entrypoint_of(cfg).memory_is_estimated:
+    gpu_gib = math.inf if cfg.gpu.memory_gib is None or cfg.gpu.device == "cpu" else cfg.gpu.memory_gib
+    needed_gib = estimate_memory(cfg).total_bytes / GIB
+    estimated = cfg.check_memory and entrypoint_of(cfg).memory_is_estimated
+    if not estimated or needed_gib <= gpu_gib * (1 + MEMORY_ERROR):
         return []
-    needed = estimate_memory(cfg).total_bytes / GIB
-    if needed <= there * (1 + MEMORY_ERROR):
-        return []
-    rule = f"is not enough: the point needs about {needed:.0f} GiB a GPU, estimated to {MEMORY_ERROR:.0%}"
-    fix = f"what fits: {smaller_configurations(cfg, there)}; check_memory=false runs it all the same"
-    return [Problem("gpu.memory_gib", f"{there:g}", rule, fix)]
+    rule = f"is not enough: the point needs about {needed_gib:.0f} GiB a GPU, estimated to {MEMORY_ERROR:.0%}"
+    fix = f"what fits: {smaller_configurations(cfg, gpu_gib)}; check_memory=false runs it all the same"
+    return [Problem("gpu.memory_gib", f"{gpu_gib:g}", rule, fix)]

@@ -22,11 +22,6 @@ RANK_VARIABLES = (
 )
 # Words for no limit, which 0 means too.
 UNLIMITED = ("INFINITE", "UNLIMITED", "-1")
-_TIME = re.compile(
-    r"(?:(?P<days>\d+)-(?P<day_hours>\d+)(?::(?P<day_minutes>\d+)(?::(?P<day_seconds>\d+))?)?"
-    r"|(?P<hours>\d+):(?P<hour_minutes>\d+):(?P<hour_seconds>\d+)"
-    r"|(?P<minutes>\d+)(?::(?P<seconds>\d+))?)"
-)
 
 
 def slurm_rules(cfg: TrainConfig, need: Need) -> None:
@@ -34,9 +29,8 @@ def slurm_rules(cfg: TrainConfig, need: Need) -> None:
     c = cfg.cluster
     for key, owner, setting in settings(c, "cluster."):
         value = getattr(owner, setting.name)
-        if isinstance(value, str):
-            filled = value.strip() or key == "cluster.gpus_per_node"  # which the recipe leaves empty to ask for none
-            one_line = filled and "\n" not in value
+        if isinstance(value, str) and key != "cluster.gpus_per_node":  # which the recipe leaves empty to ask for none
+            one_line = value.strip() and "\n" not in value
             need(one_line, key, "must be one line that is not empty", "use null to leave the option out")
     size = c.mem is None or re.fullmatch(r"\d+([KMGT](i?B)?)?", c.mem, re.IGNORECASE)
     fix = "such as 0 (all of a node's memory), 512G or null"
@@ -44,15 +38,13 @@ def slurm_rules(cfg: TrainConfig, need: Need) -> None:
     _time_limit(cfg, need)
     _gpus(cfg, need)
     for name in c.additional_parameters:
-        rule, fix = "follows from other settings of the configuration", "leave it out"
-        key = f"cluster.additional_parameters.{name}"
-        option = name.replace("_", "-")
+        option, rule = name.replace("_", "-"), "follows from other settings of the configuration"
         ours = option in OURS or (option in ("mem-per-cpu", "mem-per-gpu") and c.mem is not None)
-        need(not ours, key, rule, fix, value=c.additional_parameters[name])
+        need(not ours, f"cluster.additional_parameters.{name}", rule, "leave it out")
     for name, value in c.env.items():
         key, fix = f"cluster.env.{name}", "leave it out"
-        need(re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII), key, "is not a variable's name", fix, value=value)
-        need(name not in RANK_VARIABLES, key, "is set for each rank by srun or by the launcher", fix, value=value)
+        need(name.isascii() and name.isidentifier(), key, "is not a variable's name", fix, value=value)
+        need(name not in RANK_VARIABLES, key, "is set for each rank by srun or by the launcher", fix)
     _paths(cfg, need)
 
 
@@ -60,22 +52,23 @@ def limit_s(time: str) -> float | None:
     """Return a time limit in sbatch's words in seconds; None if it is not one."""
     if time.upper() in UNLIMITED:
         return math.inf
-    match = _TIME.fullmatch(time)
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         return None
-    value = {name: int(text) for name, text in match.groupdict(default="0").items()}
-    hours = 24 * value["days"] + value["day_hours"] + value["hours"]
-    minutes = value["day_minutes"] + value["hour_minutes"] + value["minutes"]
-    return 3600 * hours + 60 * minutes + value["day_seconds"] + value["hour_seconds"] + value["seconds"] or math.inf
+    days, *numbers = match.groups()
+    from_hours = days is not None or numbers[-1] is not None  # else minutes, or minutes:seconds
+    units_s = (3600, 60, 1) if from_hours else (60, 1)
+    return (
+        86400 * int(days or 0) + sum(int(number or 0) * unit_s for number, unit_s in zip(numbers, units_s)) or math.inf
+    )
 
 
 def _time_limit(cfg: TrainConfig, need: Need) -> None:
     c = cfg.cluster
-    if c.time is None:
-        return
-    limit = limit_s(c.time)
-    rule, fix = "must be a time limit in sbatch's words", "such as 90 (minutes), 01:30:00, 2-12 or null"
-    need(limit, "cluster.time", rule, fix)
+    limit = math.inf if c.time is None else limit_s(c.time)
+    need(
+        limit, "cluster.time", "must be a time limit in sbatch's words", "such as 90 (minutes), 01:30:00, 2-12 or null"
+    )
     if limit and cfg.checkpoint.every_n_steps is not None:
         rule = f"must be less than the time limit, cluster.time={c.time}: the job would only checkpoint and requeue"
         need(c.signal_s < limit, "cluster.signal_s", rule, "use a longer limit, or signal later")
@@ -90,15 +83,13 @@ def _gpus(cfg: TrainConfig, need: Need) -> None:
         rule = f"gives a node {sum(counts)} GPUs, and it has trainer.devices={devices} ranks"
         need(not counts or sum(counts) >= devices, "cluster.gres", rule, f"such as gpu:{devices}")
         return
-    requested = c.requested_gpus_per_node
-    if requested is None:
-        return
+    requested = c.requested_gpus_per_node or str(devices)
     count = requested.rpartition(":")[2]
     if not count.isdecimal():
         rule = "must be a number of GPUs, with or without a type"
         need(False, "cluster.gpus_per_node", rule, "such as 8, h100:8 or null")
     else:
-        nodes = -(-cfg.world_size // max(1, int(count)))
+        nodes = math.ceil(cfg.world_size / max(1, int(count)))
         rule = f"ranks on a node, and a node has cluster.gpus_per_node={requested} GPUs"
         fix = f"as many GPUs: trainer.devices={count} trainer.num_nodes={nodes}"
         need(int(count) >= devices, "trainer.devices", rule, fix)

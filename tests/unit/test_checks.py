@@ -116,7 +116,7 @@ scale=64gpu "stage_path='/a\\\\b'" cluster.container=null | stage_path | backsla
 scale=64gpu gpu.peak_tflops.bf16=null | gpu.peak_tflops.bf16 | measured on CPUs only | dense TFLOP/s
 
 model.optim.overlap_param_gather=true | model.optim.overlap_param_gather | distributed optimizer | false
-scale=64gpu model.optim.overlap_grad_reduce=false | model.optim.overlap_param_gather | overlap_grad_reduce=true | false
+scale=64gpu model.optim.overlap_grad_reduce=false | model.optim.overlap_param_gather | overlap_grad_reduce=false | false
 scale=64gpu precision=fp8 model.optim.use_precision_aware_optimizer=true | model.optim.use_precision_aware_optimizer \
  | does not train fp8 parameters correctly | precision.fp8_param_gather=false
 ok: scale=64gpu precision=fp8 model.optim.use_precision_aware_optimizer=true precision.fp8_param_gather=false
@@ -148,7 +148,7 @@ scale=64gpu model.recompute_granularity=full | model.recompute_method | needed |
 scale=64gpu model.recompute_granularity=full | model.recompute_num_layers | needed | 1
 ok: scale=64gpu model.recompute_granularity=full model.recompute_method=block model.recompute_num_layers=1
 scale=64gpu model.recompute_method=block | model.recompute_method | recompute_granularity=full | null
-model.cuda_graph_impl=local | model.cuda_graph_impl | gpu=cpu | none
+model.cuda_graph_impl=local | model.cuda_graph_impl | needs a GPU | none
 scale=64gpu model.cuda_graph_impl=local model.recompute_granularity=selective | model.cuda_graph_impl | selective | none
 scale=64gpu model.cuda_graph_impl=local +cluster.env.PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
  | model.cuda_graph_impl | expandable_segments | none
@@ -212,7 +212,7 @@ profile=torch profile.end_step=50 | profile.end_step | start_step=10 and 49 | wo
 profile=torch profile.end_step=9 | profile.end_step | start_step=10 and 49 | works: 10;
 ok: profile=torch profile.start_step=1 profile.end_step=49
 profile=torch trainer.max_steps=1 | profile | warm the profiler up | max_steps=2
-profile=torch profile.ranks=[1] | profile.ranks | [0], the only rank | [0]
+profile=torch profile.ranks=[1] | profile.ranks | of 0 to 0 | [0]
 scale=64gpu profile=torch profile.ranks=[] | profile.ranks | at least one | [0]
 scale=64gpu profile=nsys profile.ranks=[0,64] | profile.ranks | of 0 to 63 | [0]
 scale=64gpu profile=nsys profile.ranks=[3,3] | profile.ranks | each once | [0]
