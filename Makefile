@@ -8,14 +8,22 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: train test test-fast test-nemo-1 light lint setup clean
+.PHONY: train test test-slurm test-others test-fast test-nemo-1 light lint setup clean
 
 train: $(STAMP)
 	$(BIN)/python train.py
 	@echo '`source $(BIN)/activate` gives you this environment for the other commands of the README.'
 
+# Slurm's tests mostly wait: they run beside the others, and are shown behind them.
 test: $(STAMP) build/light/.complete lint
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-slurm test-others; \
+	status=$$?; cat build/test-slurm.log; exit $$status
+
+test-slurm:
+	@$(BIN)/python -m pytest tests/slurm >build/test-slurm.log 2>&1
+
+test-others:
+	$(BIN)/python -m pytest --ignore=tests/slurm
 
 test-fast: $(STAMP) lint
 	$(BIN)/python -m pytest tests/unit tests/integration/test_bare_run.py

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from backports import zstd
 
+from benchmarks.fork_server import ForkServer
 from nemo_bench.data.corpus import collect
 from nemo_bench.data.indexed_dataset import bin_path, idx_path
 from tests.httpserver import FileServer, Twist
@@ -28,17 +29,24 @@ PROJECT = Path(__file__).resolve().parents[2]
 class Stage:
     """A stage folder with a tokenizer, and the command on it."""
 
-    def __init__(self, folder: Path, tokenizer: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, tokenizer: Path, scripts: ForkServer) -> None:
+        self.folder, self.scripts = folder, scripts
         self.data = folder / "llama3.1-dataset"
         shutil.copytree(tokenizer, self.data / "llama")
 
-    def start(self, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+    def command(self, *overrides: str) -> list[str]:
+        return [sys.executable, str(PROJECT / "prepare_data.py"), *overrides]
+
+    @property
+    def environment(self) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HYDRA_", "HF_"))}
+        return {**env, "STAGE_PATH": str(self.folder), "HF_HUB_OFFLINE": "1"}
+
+    def start(self, *overrides: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(PROJECT / "prepare_data.py"), *overrides],
+            self.command(*overrides),
             cwd=self.folder,
-            env={**env, "STAGE_PATH": str(self.folder), "HF_HUB_OFFLINE": "1", **environment},
+            env=self.environment | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -47,13 +55,13 @@ class Stage:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
-    def run(self, *overrides: str, code: int = 0, **environment: str) -> str:
+    def run(self, *overrides: str, code: int = 0) -> str:
         """What it printed; its exit status must be `code`."""
-        process = self.start(*overrides, **environment)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == code, out + err
-        assert "Traceback" not in out + err
-        return out + err
+        done = self.scripts.run(self.command(*overrides), cwd=self.folder, env=self.environment)
+        output = done.stdout + done.stderr
+        assert done.returncode == code, output
+        assert "Traceback" not in output
+        return output
 
     def dataset(self, number: int = 0) -> tuple[bytes, bytes]:
         prefix = self.data / f"my-llama_{number:02d}_text_document"
@@ -66,9 +74,9 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, small_tokenizer: Path) -> Stage:
+def stage(tmp_path: Path, small_tokenizer: Path, scripts: ForkServer) -> Stage:
     (tmp_path / "stage").mkdir()
-    return Stage(tmp_path / "stage", small_tokenizer)
+    return Stage(tmp_path / "stage", small_tokenizer, scripts)
 
 
 @pytest.fixture
@@ -86,10 +94,12 @@ def shards() -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def expected(shards: list[bytes], small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+def expected(
+    shards: list[bytes], small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory, scripts: ForkServer
+) -> Stage:
     """The datasets of both shards, made from plain files in one go."""
     folder = tmp_path_factory.mktemp("expected")
-    stage = Stage(folder, small_tokenizer)
+    stage = Stage(folder, small_tokenizer, scripts)
     for number, data in enumerate(shards):
         (folder / f"{number}.jsonl").write_bytes(data)
     stage.run("sources=[0.jsonl,1.jsonl]")
@@ -284,8 +294,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_full_disk(small_disk: Path, small_tokenizer: Path, shards: list[bytes], tmp_path: Path) -> None:
-    stage = Stage(small_disk, small_tokenizer)
+def test_full_disk(
+    small_disk: Path, small_tokenizer: Path, scripts: ForkServer, shards: list[bytes], tmp_path: Path
+) -> None:
+    stage = Stage(small_disk, small_tokenizer, scripts)
     source = tmp_path / "0.jsonl"
     source.write_bytes(shards[0] * 3)
     out = stage.run(f"sources=[{source}]", code=2)
@@ -381,7 +393,9 @@ def test_mock_and_local(stage: Stage) -> None:
 def test_nothing_heavy_is_imported(stage: Stage, shards: list[bytes]) -> None:
     """Neither by the command nor by the process of a shard."""
     (stage.folder / "a.jsonl").write_bytes(shards[0])
-    out = stage.run("sources=[a.jsonl]", PYTHONPROFILEIMPORTTIME="1")
+    process = stage.start("sources=[a.jsonl]", PYTHONPROFILEIMPORTTIME="1")
+    out = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, out
     log = next(stage.folder.glob("results.data_preparation/*/*/log.out")).read_text()
     imported = {line.rpartition("|")[2].strip() for line in (out + log).splitlines() if line.startswith("import time:")}
     assert {"hydra", "gigatoken", "tokenizers"} <= imported

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.fork_server import ForkServer
+
 from .conftest import PROJECT, Run
 
 TINY = PROJECT / "tests/runs/nemo-2.7.3/fp32/tiny"
@@ -22,20 +24,13 @@ Report = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def report(tmp_path: Path) -> Report:
+def report(tmp_path: Path, scripts: ForkServer) -> Report:
     """`report.py` with these arguments, in a folder of the test's own."""
 
     def run(*arguments: str, stage: Path | None = None, columns: int = 200) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("HYDRA_")}
-        done = subprocess.run(
-            [sys.executable, str(PROJECT / "report.py"), *arguments],
-            cwd=tmp_path,
-            env={**env, "STAGE_PATH": str(stage or tmp_path / "stage"), "COLUMNS": str(columns)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        env |= {"STAGE_PATH": str(stage or tmp_path / "stage"), "COLUMNS": str(columns)}
+        done = scripts.run([sys.executable, str(PROJECT / "report.py"), *arguments], cwd=tmp_path, env=env)
         assert "Traceback" not in done.stderr, done.stderr
         return done
 

@@ -85,10 +85,11 @@ def test_any_text_is_encoded_alike(fast: Encoder, slow: Encoder, texts: list[str
 
 
 def test_every_character_is_encoded_alike(fast: Encoder, slow: Encoder) -> None:
-    """All of Unicode, each between letters, digits, punctuation and spaces; 256 neighbours a document."""
+    """Each between letters, digits, punctuation and spaces; of the planes without assigned characters one in 256."""
     texts = []
     for block in range(0, sys.maxunicode + 1, 256):
-        characters = [chr(code) for code in range(block, block + 256) if not 0xD800 <= code <= 0xDFFF]
+        codes = range(block, block + 256) if block < 0x40000 or block >> 12 == 0xE0 else [block]
+        characters = [chr(code) for code in codes if not 0xD800 <= code <= 0xDFFF]
         # One that goes to the reference would take the others along.
         kept = [character for character in characters if not _may_differ(character)]
         texts.append("".join(f"a{c}1 {c}!{c}\n {c}'s" for c in kept))
