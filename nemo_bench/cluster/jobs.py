@@ -44,16 +44,19 @@ def require_sbatch() -> None:
     """Raise BenchError if this machine has no Slurm."""
     if not slurm.have_sbatch():
         raise BenchError(
-            "sbatch is not on this machine: submit from a login node of the cluster, or leave hydra/launcher=... out "
-            "to do it here; launch=dry prints the scripts"
+            "sbatch is not on this machine: submit from a login node of the cluster.\n"
+            "launch=dry prints the scripts; without hydra/launcher=... (train.py: and with scale=local) it is done here"
         )
 
 
-def show(script: str, *files: str) -> None:
-    """Print a batch script, the text of other files of the job, and whether Slurm would take it."""
+def show(script: str, *files: str) -> bool:
+    """Print a batch script and the text of other files of the job; return whether Slurm, if it is there, takes it."""
     print(script, *files, sep="\n")
-    if slurm.have_sbatch():
-        print(f"sbatch --test-only: {slurm.test_only(script)}")
+    if not slurm.have_sbatch():
+        return True
+    accepted, words = slurm.test_only(script)
+    print(f"sbatch --test-only: {words}")
+    return accepted
 
 
 def submit(script: str, folder: Path, **details: Any) -> Job:

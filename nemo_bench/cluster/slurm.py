@@ -151,13 +151,19 @@ def have_sbatch() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def test_only(script: str) -> str:
-    """Return whether the scheduler would take the job, and what it says; nothing is submitted."""
+def test_only(script: str) -> tuple[bool, str]:
+    """Return whether the scheduler would take the job, and what it says; nothing is submitted.
+
+    A controller that cannot be asked refuses nothing.
+    """
     try:
         done = _run(["sbatch", "--test-only"], input=script)
     except subprocess.TimeoutExpired:
-        return f"no answer within {TIMEOUT_S} s"
-    return f"{'REFUSED' if done.returncode else 'accepted'}: {_scheduler_words(done.stderr)}"
+        return True, f"no answer within {TIMEOUT_S} s"
+    words = _scheduler_words(done.stderr)
+    if done.returncode and _NO_ANSWER.search(words):
+        return True, f"no answer: {words}"
+    return done.returncode == 0, f"{'REFUSED' if done.returncode else 'accepted'}: {words}"
 
 
 def submit(script: str, folder: Path) -> str:

@@ -26,11 +26,7 @@ class Cause:
 
 
 def read_causes(path: Path) -> list[Cause]:
-    """Return the entries of a table of causes.
-
-    Raises:
-        BenchError: it is not one; the message names the file and what is wrong.
-    """
+    """Return the entries of a table of causes; raise BenchError if it is not one."""
     try:
         causes = [Cause(**entry) for entry in yaml.safe_load(path.read_text()) or []]
         for cause in causes:
@@ -56,7 +52,7 @@ def known_cause(text: str, stage: Path, values: Mapping[str, object]) -> list[st
             problem = str(error).splitlines()
     for cause in causes:
         if match := re.search(cause.pattern, text, re.MULTILINE):
-            groups = {name: group or "" for name, group in match.groupdict().items()}
-            lines = [Template(line).safe_substitute({**values, **groups}) for line in (cause.meaning, cause.remedy)]
-            return [*(line.strip().removesuffix(":") for line in lines if line), *problem]
+            values = {**values, **{name: group or "" for name, group in match.groupdict().items()}}
+            lines = [Template(line).safe_substitute(values) for line in (cause.meaning, cause.remedy) if line]
+            return [*(line.strip().removesuffix(":") for line in lines), *problem]
     return None

@@ -6,7 +6,6 @@ stand in `causes.yaml`. An unknown failure keeps its own words: its first error 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,83 +17,50 @@ from nemo_bench.config import TrainConfig, load
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError
 from nemo_bench.launch.causes import known_cause
-from nemo_bench.memory import GIB, MemoryEstimate, estimate_memory
-from nemo_bench.record.first_error import FirstError, first_error
+from nemo_bench.memory import GIB, estimate_memory
+from nemo_bench.record.first_error import first_error
 from nemo_bench.record.folder import CONFIG, RunFolder, tail
-from nemo_bench.record.node import NODE
 
 # The end of a log: it holds a C++ stack trace of each process group after the lines of interest.
 LOG_LINES = 600
 SHOWN_RANKS = 8
-# More than this reserved by PyTorch and unused is worth a word.
-FRAGMENTED_BYTES = 4 << 30
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What is known of a failure.
-
-    Attributes:
-        cfg: the run's configuration.
-        rank: the rank that failed first.
-        text: its exception's message; without one, its log from the first error on.
-        logs: the end of each rank's log, by rank.
-        software: versions of torch and driver, for messages about them; empty if they are not known.
-    """
-
-    cfg: TrainConfig
-    rank: int
-    text: str
-    logs: Mapping[int, str]
-    software: str = ""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the user reads of a failed run: its cause if that is known, with remedies; and its first error."""
+    """What the user reads of a failed run."""
 
-    cause: str | None
-    remedies: list[str]
-    error: FirstError | None
+    cause: str | None  # None if it is not known
+    advice: list[str]  # what to do, then the first error and its log
+    error_line: str = ""
     refused: bool = False  # the rank said itself what is wrong: a BenchError
-
-    @property
-    def headline(self) -> str:
-        """Return the cause in one line; if it is not known, the error's own words."""
-        return self.cause or (self.error.line if self.error else "")
-
-    @property
-    def advice(self) -> list[str]:
-        """Return the lines after the headline."""
-        return self.remedies + ([f"first error, in {self.error.log}: {self.error.line}"] if self.error else [])
 
 
 def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[str, Any] | None) -> Diagnosis:
     """Return why a run failed.
 
     Args:
-        cfg: the run's configuration.
-        run: its folder.
         rank: the rank that failed first; None if that is not known.
         error: its exception as RunFolder.write_rank_error wrote it; None if it left none.
     """
     if error is not None and error["type"] == BenchError.__name__:
-        headline, *remedies = str(error["message"]).splitlines()
-        return Diagnosis(headline, remedies, None, refused=True)
-    logs = {}
-    for log_rank in range(cfg.world_size):
-        if run.log(log_rank).exists():
-            logs[log_rank] = "\n".join(tail(run.log(log_rank), LOG_LINES))
-    first, software = first_error(run.path, rank), _software(run)
-    suspects = [rank] if rank is not None else sorted(logs)
+        cause, *remedies = str(error["message"]).splitlines()
+        return Diagnosis(cause, remedies, refused=True)
+    paths = {number: run.log(number) for number in range(cfg.world_size)}
+    logs = {number: "\n".join(tail(path, LOG_LINES)) for number, path in paths.items() if path.exists()}
+    first = first_error(run.path, rank)
     if error is not None and (first is None or first.killed_rank is None):
-        lines = explain(Evidence(cfg, int(error["rank"]), f"{error['type']}: {error['message']}", logs, software))
+        lines = explain(cfg, int(error["rank"]), f"{error['type']}: {error['message']}", logs)
     else:
-        evidence = [Evidence(cfg, suspect, logs.get(suspect, ""), logs, software) for suspect in suspects]
-        lines = next(filter(None, map(_with_numbers, evidence)), None)
+        suspects = [rank] if rank is not None else sorted(logs)
+        explained = (_with_numbers(cfg, suspect, logs.get(suspect, ""), logs) for suspect in suspects)
+        lines = next(filter(None, explained), None)
         if lines is None and first is not None:
-            lines = explain(Evidence(cfg, rank or 0, first.text, logs, software))
-    return Diagnosis(lines[0], lines[1:], first) if lines else Diagnosis(None, [], first)
+            lines = explain(cfg, rank or 0, first.text, logs)
+    cause, *advice = lines or [None]
+    if first is not None:
+        advice.append(f"first error, in {first.log}: {first.line}")
+    return Diagnosis(cause, advice, first.line if first else "")
 
 
 def failure_text(run_dir: Path) -> str:
@@ -105,31 +71,24 @@ def failure_text(run_dir: Path) -> str:
     own_words = [f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}"] if error else []
     if diagnosis.refused:
         return own_words[0]
-    return "\n".join([*own_words, *([diagnosis.cause] if diagnosis.cause else []), *diagnosis.advice])
+    return "\n".join([*own_words, *filter(None, [diagnosis.cause]), *diagnosis.advice])
 
 
-def explain(evidence: Evidence) -> list[str] | None:
-    """Return a line about the cause and lines about what to do; None if the cause is not known."""
-    values = {
-        "rank": evidence.rank,
-        "vocab_size": f"{evidence.cfg.padded_vocab_size:,}",
-        "software": f" ({evidence.software})" if evidence.software else "",
-    }
-    return _with_numbers(evidence) or known_cause(evidence.text, Path(evidence.cfg.stage_path), values)
+def explain(cfg: TrainConfig, rank: int, text: str, logs: Mapping[int, str]) -> list[str] | None:
+    """Return a line about the cause and lines about what to do; None if the cause is not known.
+
+    Args:
+        rank: the rank that failed first.
+        text: its exception's message; without one, its log from the first error on.
+        logs: the end of each rank's log, by rank.
+    """
+    values = {"rank": rank, "vocab_size": f"{cfg.padded_vocab_size:,}"}
+    return _with_numbers(cfg, rank, text, logs) or known_cause(text, Path(cfg.stage_path), values)
 
 
-def _with_numbers(evidence: Evidence) -> list[str] | None:
+def _with_numbers(cfg: TrainConfig, rank: int, text: str, logs: Mapping[int, str]) -> list[str] | None:
     """Explain what is explained with this run's numbers; its patterns are safe to look for in a whole log."""
-    return _collective_timeout(evidence) or _stuck(evidence) or _out_of_memory(evidence)
-
-
-def _software(run: RunFolder) -> str:
-    if not (run.path / NODE).exists():
-        return ""
-    node = json.loads((run.path / NODE).read_text())
-    gpus = node["gpus"] or [{}]
-    versions = {"torch": node["packages"].get("torch"), "driver": gpus[0].get("driver_version")}
-    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return _collective_timeout(cfg, rank, text, logs) or _out_of_memory(cfg, text)
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -138,58 +97,27 @@ _OUT_OF_MEMORY = re.compile(
     r"CUDA out of memory|CUDA error: out of memory|Failed to CUDA (?:calloc|malloc)"
     r"|Cuda failure (?:\d+ )?'out of memory'|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
 )
-_SIZE = r"(\d+(?:\.\d+)? (?:bytes|KiB|MiB|GiB))"
-_TORCH_MEMORY = {
-    "asked for": re.compile(rf"Tried to allocate {_SIZE}"),
-    "the GPU has": re.compile(rf"total capac(?:i)?ty of {_SIZE}"),
-    "free": re.compile(rf"of which {_SIZE} is free"),
-    "this process holds": re.compile(rf"this process has {_SIZE} memory in use"),
-    "in PyTorch's tensors": re.compile(rf"{_SIZE} is allocated by PyTorch"),
-    "reserved by PyTorch, unused": re.compile(rf"{_SIZE} is reserved by PyTorch but unallocated"),
-    "held by other processes": re.compile(rf"Process \d+ has {_SIZE} memory in use"),
-}
+# torch 2.1 to 2.11: what was asked for, then what the GPU has and who holds it.
+_TORCH_WORDS = re.compile(r"CUDA out of memory\. Tried to allocate (?P<size>[\d.]+ \w+)\. *(?P<held>.*?) *(?:See doc|$)")
 
 
-def _out_of_memory(evidence: Evidence) -> list[str] | None:
-    if not _OUT_OF_MEMORY.search(evidence.text):
+def _out_of_memory(cfg: TrainConfig, text: str) -> list[str] | None:
+    if not _OUT_OF_MEMORY.search(text):
         return None
-    cfg = evidence.cfg
-    sizes = {name: match[1] for name, pattern in _TORCH_MEMORY.items() if (match := pattern.search(evidence.text))}
-    by = "" if sizes else " (asked for outside PyTorch: by NCCL, cuBLAS, cuDNN or CUDA itself)"
-    lines = [f"out of GPU memory{by}" + "".join(f"; {name} {size}" for name, size in sizes.items())]
-    if "held by other processes" in sizes:
-        lines.append("other processes use this GPU: nvidia-smi names them")
+    if torch_words := _TORCH_WORDS.search(text):
+        lines = [f"out of GPU memory: asked for {torch_words['size']}", torch_words["held"]]
+    else:
+        lines = ["out of GPU memory (asked for outside PyTorch: by NCCL, cuBLAS, cuDNN or CUDA itself)"]
     if entrypoint_of(cfg).memory_is_estimated:
-        estimate = estimate_memory(cfg)
-        lines.append(f"needed by this configuration, estimated: {_estimated(estimate)}")
-        lines.append(f"what takes less, by the same estimate: {smaller_configurations(cfg)}")
-    if _bytes(sizes.get("reserved by PyTorch, unused", "0 bytes")) > FRAGMENTED_BYTES:
-        lines.append(
-            "much reserved and unused is fragmentation: export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-        )
+        need = estimate_memory(cfg)
+        sizes = {name.removesuffix("_bytes"): size for name, size in vars(need).items() if name != "stage"}
+        parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in sizes.items())
+        lines += [
+            f"needed by this configuration, estimated: {need.total_bytes / GIB:.1f} GiB on a GPU of pipeline stage "
+            f"{need.stage} ({parts}: activations and logits are free by then), plus what CUDA and NCCL take",
+            f"what takes less, by the same estimate: {smaller_configurations(cfg)}",
+        ]
     return lines
-
-
-def _bytes(size: str) -> float:
-    number, unit = size.split()
-    return float(number) * {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[unit]
-
-
-def _estimated(estimate: MemoryEstimate) -> str:
-    parts = {
-        "parameters": estimate.parameters_bytes,
-        "gradients": estimate.gradients_bytes,
-        "optimizer state": estimate.optimizer_bytes,
-        "activations": estimate.activations_bytes,
-        "logits": estimate.logits_bytes,
-    }
-    text = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-    if estimate.optimizer_step_bytes:
-        text += f"; in the optimizer's step {estimate.optimizer_step_bytes / GIB:.1f} instead of the last two"
-    return (
-        f"{estimate.total_bytes / GIB:.1f} GiB on a GPU of pipeline stage {estimate.stage} ({text}), "
-        "plus what CUDA and NCCL take"
-    )
 
 
 # --- collectives --------------------------------------------------------------------------------------------
@@ -206,35 +134,31 @@ _STATUS = re.compile(
 )
 # In the logs of ranks that did not see a time-out themselves, before torch ends them.
 _DUMP_SIGNAL = "Received a dump signal due to a collective timeout from"
-_STUCK = re.compile(r"ProcessGroupNCCL's watchdog got stuck for (\d+) seconds")
 # Lines that end a log without saying what the rank was doing.
 _ABORT = re.compile(r"ProcessGroupNCCL|TCPStore|^\s*frame #|terminate called|what\(\):|most recent call first|^\s*$")
 
 
-def _collective_timeout(evidence: Evidence) -> list[str] | None:
-    if not _TIMEOUT.search(evidence.text) and _DUMP_SIGNAL not in evidence.text:
+def _collective_timeout(cfg: TrainConfig, rank: int, text: str, logs: Mapping[int, str]) -> list[str] | None:
+    if not _TIMEOUT.search(text) and _DUMP_SIGNAL not in text:
         return None
-    reports = {rank: match for rank, log in evidence.logs.items() if (match := _TIMEOUT.search(log))}
-    if match := _TIMEOUT.search(evidence.text):
-        reports[evidence.rank] = match
+    texts = [*logs.items(), (rank, text)]
+    reports = {number: match for number, log in texts if (match := _TIMEOUT.search(log))}
     if not reports:
         return None
-    rank = evidence.rank if evidence.rank in reports else min(reports)
-    first = reports[rank]
-    states = {rank: match for rank, log in evidence.logs.items() if (match := _STATUS.search(log))}
-    group = f" of process group {states[rank]['group']}" if rank in states else ""
-    numel = f" of {int(first['numel']):,} elements" if first["numel"] else ""
+    reporter = rank if rank in reports else min(reports)
+    report = reports[reporter]
+    states = {number: match for number, log in logs.items() if (match := _STATUS.search(log))}
+    group = f" of process group {states[reporter]['group']}" if reporter in states else ""
+    numel = f" of {int(report['numel']):,} elements" if report["numel"] else ""
     lines = [
-        f"NCCL time-out: {first['operation']}{numel} (number {first['number']}{group}) did not end within "
-        f"{int(first['limit']) / 1000:,.0f} s on {_ranks(sorted(reports))}"
+        f"NCCL time-out: {report['operation']}{numel} (number {report['number']}{group}) did not end within "
+        f"{int(report['limit']) / 1000:,.0f} s on {_ranks(sorted(reports))}"
     ]
-    missing = sorted(set(range(evidence.cfg.world_size)) - {*reports})
-    behind = _behind(states)
+    missing = sorted(set(range(cfg.world_size)) - {*reports})
     if missing:
         lines.append(f"not reported by {_ranks(missing)}, for which the others may have waited: look there first")
-        for silent in missing[:3]:
-            lines.append(f"  rank{silent}.out ends: {_last_line(evidence.logs.get(silent))}")
-    elif behind:
+        lines += [f"  rank{silent}.out ends: {_last_line(logs.get(silent, ''))}" for silent in missing[:3]]
+    elif behind := _behind(states):
         lines.append(f"{_ranks(behind)} had begun fewer collectives than the others: look there first")
     else:
         lines.append("all ranks reported it: the network or a GPU is a likelier cause than one process")
@@ -243,17 +167,6 @@ def _collective_timeout(evidence: Evidence) -> list[str] | None:
         "collective's caller; on the nodes: dmesg (Xid), ibstat, nvidia-smi"
     )
     return lines
-
-
-def _stuck(evidence: Evidence) -> list[str] | None:
-    match = _STUCK.search(evidence.text)
-    if match is None:
-        return None
-    return [
-        f"a call of CUDA or NCCL hangs on rank {evidence.rank}: NCCL's watchdog stood still for {match[1]} s",
-        "`dmesg | grep -i xid` and `nvidia-smi` on that node say whether the GPU still answers; if the wait is "
-        "legitimate, TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC allows more",
-    ]
 
 
 def _behind(states: Mapping[int, re.Match[str]]) -> list[int]:
@@ -270,6 +183,6 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank{'' if len(ranks) == 1 else 's'} {shown}{more}"
 
 
-def _last_line(log: str | None) -> str:
-    lines = [line for line in (log or "").splitlines() if not _ABORT.search(line)]
+def _last_line(log: str) -> str:
+    lines = [line for line in log.splitlines() if not _ABORT.search(line)]
     return lines[-1][:160] if lines else "(nothing)"

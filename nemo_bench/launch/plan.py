@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_bench import flops
-from nemo_bench.checks.smaller import smaller_configurations
 from nemo_bench.cluster import nsys
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
@@ -27,8 +26,8 @@ def results_dir(cfg: TrainConfig) -> Path:
     return results / cfg.precision.name / cfg.model.name / str(cfg.world_size)
 
 
-def plan(cfg: TrainConfig) -> str:
-    """Return what a point is: layout, batch, work, memory, and where its results go."""
+def plan(cfg: TrainConfig, missing: Iterable[Problem] = ()) -> str:
+    """Return what a point is: layout, batch, work, memory, where its results go, and what is missing to run it."""
     m = cfg.model
     per_sequence = cfg.architecture.flops_per_sequence(m.seq_length)
     sequence_parallel = " SP" if m.sequence_parallel and m.tensor_model_parallel_size > 1 else ""
@@ -49,6 +48,8 @@ def plan(cfg: TrainConfig) -> str:
         *profile_plan(cfg),
         f"  results    {results_dir(cfg)}/<run>/",
     ]
+    if missing:
+        lines += ["missing, which a run would need:", *(f"  {problem}" for problem in missing)]
     return "\n".join(lines)
 
 
@@ -67,13 +68,11 @@ def _bubble(cfg: TrainConfig) -> str:
 def _memory(cfg: TrainConfig) -> list[str]:
     if cfg.gpu.device == "cpu" or not entrypoint_of(cfg).memory_is_estimated:
         return []
-    needed_gib = estimate_memory(cfg).total_bytes / GIB
-    gpu_gib = cfg.gpu.memory_gib or math.inf
-    has = "" if cfg.gpu.memory_gib is None else f"; {cfg.gpu.name} has {gpu_gib:g}"
-    lines = [f"  memory     about {needed_gib:.0f} GiB a GPU, by an estimate{has}"]
-    if needed_gib > gpu_gib:
-        lines.append(f"             this does not fit; what does: {smaller_configurations(cfg, gpu_gib)}")
-    return lines
+    needed_gib, gpu_gib = estimate_memory(cfg).total_bytes / GIB, cfg.gpu.memory_gib
+    gpu = "" if gpu_gib is None else f"; {cfg.gpu.name} has {gpu_gib:g}"
+    # Refused where it exceeds the estimate's own error.
+    warning = ": this does not fit" if gpu_gib is not None and needed_gib > gpu_gib else ""
+    return [f"  memory     about {needed_gib:.0f} GiB a GPU, by an estimate{gpu}{warning}"]
 
 
 def profile_plan(cfg: TrainConfig) -> list[str]:
@@ -87,26 +86,17 @@ def profile_plan(cfg: TrainConfig) -> list[str]:
         f"  profile    {p.kind}: {steps} of {ranks}, to <run>/profile/; these and the steps next to them do not count"
     ]
     if p.kind == "nsys":
-        command = nsys.command(cfg.profile, Path("<run>"), p.ranks[0])
+        command = nsys.command(p, Path("<run>"), p.ranks[0])
         lines.append(f"             around the rank's command: {shlex.join(command)}")
     return lines
-
-
-def missing_plan(missing: list[Problem]) -> str:
-    """Return what a run needs and does not find."""
-    return "\n".join(["missing, which a run would need:", *(f"  {problem}" for problem in missing)])
 
 
 def rank_plan(cfg: TrainConfig) -> str:
     """Return what each rank would run on this machine: its command, its environment, and the files it reads."""
     entrypoint, run_dir = entrypoint_of(cfg), results_dir(cfg) / "<run>"
     environment = (f"{name}={shlex.quote(value)}" for name, value in entrypoint.environment(cfg).items())
-    lines = [
-        f"  each rank  {shlex.join(entrypoint.rank_command(cfg, run_dir, sys.executable))}",
-        f"             {' '.join(environment)}",
-        *files_plan(cfg),
-    ]
-    return "\n".join(lines)
+    command = shlex.join(entrypoint.rank_command(cfg, run_dir, sys.executable))
+    return "\n".join([f"  each rank  {command}", f"             {' '.join(environment)}", *files_plan(cfg)])
 
 
 def files_plan(cfg: TrainConfig) -> list[str]:

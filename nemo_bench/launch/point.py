@@ -19,7 +19,7 @@ from nemo_bench.config import Launch, TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, Need, RunFailed
 from nemo_bench.launch.diagnosis import Diagnosis, diagnose
-from nemo_bench.launch.plan import missing_plan, plan, rank_plan, results_dir
+from nemo_bench.launch.plan import plan, rank_plan, results_dir
 from nemo_bench.project import python_path
 from nemo_bench.record.folder import PROFILE, RunFolder, Status, tail
 
@@ -45,9 +45,7 @@ def run_point(raw: DictConfig) -> None:
     if refused := [problem for problem in broken if runs_here or not problem.missing]:
         raise ConfigurationRefused(refused)
     if dry:
-        print(plan(cfg))
-        if broken:
-            print(missing_plan(broken))
+        print(plan(cfg, missing=broken))
         if cfg.cluster.scheduler == "none":
             print(f"{rank_plan(cfg)}\nlaunch=dry: nothing was started.")
         else:
@@ -66,10 +64,11 @@ def _run_here(cfg: TrainConfig) -> None:
     from nemo_bench.report.terminal import Follower, make_console, print_summary
 
     console = make_console()
-    cfg, data = prepare_data(cfg)
-    if data:
-        print(data)
-    run = _new_run(cfg)
+    from hydra.core.hydra_config import HydraConfig
+
+    cfg = prepare_data(cfg)
+    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    run = new_run(cfg, ["python", *sys.argv], overrides)
     console.print(f"run folder: {run.path}", soft_wrap=True, highlight=False)
     with Follower(cfg, run.path, console) as follower:
         execute(cfg, run, follower.tick)
@@ -80,10 +79,10 @@ def _run_here(cfg: TrainConfig) -> None:
         console.print(f"profile:  {profile}: {names}", soft_wrap=True, highlight=False)
 
 
-def prepare_data(cfg: TrainConfig) -> tuple[TrainConfig, str]:
-    """Build (or find) the local dataset and tokenizer; return the configuration with their paths, and their sizes."""
+def prepare_data(cfg: TrainConfig) -> TrainConfig:
+    """Build (or find) the local dataset and tokenizer; return the configuration with their paths."""
     if cfg.data.kind != "local":
-        return cfg, ""
+        return cfg
     from nemo_bench.data.local import prepare_local
 
     assert cfg.data.folder is not None
@@ -94,31 +93,21 @@ def prepare_data(cfg: TrainConfig) -> tuple[TrainConfig, str]:
         report=lambda line: print(line, flush=True),
     )
     data = replace(cfg.data, paths=[str(prepared.prefix)], tokenizer=str(prepared.tokenizer_folder))
-    sizes = f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary"
     cfg = replace(cfg, data=data)
     need = Need(cfg)
     dataset_rules(cfg, need)
     if need.problems:
         raise ConfigurationRefused(need.problems)
-    return cfg, f"data: {sizes}"
+    sizes = f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary"
+    print(f"data: {sizes}")
+    return cfg
 
 
-def _new_run(cfg: TrainConfig) -> RunFolder:
-    from hydra.core.hydra_config import HydraConfig
-
+def new_run(cfg: TrainConfig, command: list[str], overrides: list[str], state: str = "running") -> RunFolder:
+    """Record a run that is about to be started or submitted, with its configuration as it is now."""
     run = RunFolder.new(results_dir(cfg))
-    try:
-        run.create(
-            config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
-            command=["python", *sys.argv],
-            overrides=list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
-            ranks=cfg.world_size,
-        )
-    except OSError as error:
-        raise BenchError(
-            f"the run folder cannot be written: {error}\n"
-            f"STAGE_PATH (or stage_path=...) names the folder; it is {cfg.stage_path}"
-        ) from None
+    config_yaml = OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    run.create(config_yaml=config_yaml, command=command, overrides=overrides, ranks=cfg.world_size, state=state)
     return run
 
 
@@ -184,14 +173,12 @@ def record_failure(cfg: TrainConfig, run: RunFolder, outcome: Outcome) -> str:
 
 def _reason(exit_code: int, error: Mapping[str, Any] | None, diagnosis: Diagnosis) -> str:
     if exit_code < 0:
+        by_kernel = "(from outside, or by the kernel for want of memory: `dmesg` says)"
         reason = f"killed by {signal.Signals(-exit_code).name}"
         if diagnosis.cause is not None:
             return f"{reason}: {diagnosis.cause}"
-        by_kernel = " (from outside, or by the kernel for want of memory: `dmesg` says)"
-        return reason + (by_kernel if -exit_code == signal.SIGKILL else "")
+        return f"{reason} {by_kernel}" if -exit_code == signal.SIGKILL else reason
     if error is None:
-        return f"exit status {exit_code}" + (f": {diagnosis.headline}" if diagnosis.headline else "")
-    if diagnosis.refused:
-        return diagnosis.headline
-    message = str(error["message"]).strip()
-    return f"{error['type']}: {diagnosis.cause or message.partition(chr(10))[0]}"
+        return ": ".join(filter(None, [f"exit status {exit_code}", diagnosis.cause or diagnosis.error_line]))
+    cause = diagnosis.cause or str(error["message"]).strip().partition("\n")[0]
+    return cause if diagnosis.refused else f"{error['type']}: {cause}"

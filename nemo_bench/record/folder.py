@@ -85,9 +85,8 @@ class RunFolder:
         overrides: list[str],
         ranks: int,
         state: str = "running",
-        git: dict[str, Any] | None = None,
     ) -> None:
-        """Make the folder of a run that this process is about to start, or to submit; `git`: None asks git."""
+        """Make the folder of a run that this process is about to start, or to submit."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / CONFIG, config_yaml)
         write_json(
@@ -98,7 +97,7 @@ class RunFolder:
                 "created_at": timestamp(),
                 "command": shlex.join(command),
                 "overrides": overrides,
-                "git": git or git_revision(),
+                "git": git_revision(),
                 "ranks": ranks,
                 "launcher": {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())},
                 "status": asdict(Status(state)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import re
@@ -59,6 +60,7 @@ def kept_environment(environment: dict[str, str]) -> dict[str, str]:
     }
 
 
+@functools.cache  # a sweep records it for each point
 def git_revision() -> dict[str, Any] | None:
     """Return this project's revision, and whether its files differ from it; None outside a checkout."""
     revision = _output(["git", "rev-parse", "HEAD"], cwd=PROJECT)
