@@ -58,7 +58,7 @@ class Case:
 
     def start(self, server: ForkServer, gpus: list[int]) -> contextlib.AbstractContextManager[ProcessGroup]:
         """Record the run and fork its ranks onto `gpus`; they end with the context at the latest."""
-        cfg, _ = point.prepare_data(self.cfg)
+        cfg = point.prepare_data(self.cfg)
         self.run.create(
             config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
             command=["python", "train.py", *self.overrides],

@@ -161,7 +161,7 @@ def test_only(script: str) -> tuple[bool, str]:
     except subprocess.TimeoutExpired:
         return True, f"no answer within {TIMEOUT_S} s"
     words = _scheduler_words(done.stderr)
-    if done.returncode and _NO_ANSWER.search(words):
+    if done.returncode and (_NO_ANSWER.search(words) or "configuration source" in words):
         return True, f"no answer: {words}"
     return done.returncode == 0, f"{'REFUSED' if done.returncode else 'accepted'}: {words}"
 

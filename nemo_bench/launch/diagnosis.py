@@ -57,10 +57,10 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
         lines = next(filter(None, explained), None)
         if lines is None and first is not None:
             lines = explain(cfg, rank or 0, first.text, logs)
-    cause, *advice = lines or [None]
-    if first is not None:
-        advice.append(f"first error, in {first.log}: {first.line}")
-    return Diagnosis(cause, advice, first.line if first else "")
+    cause, advice = (lines[0] if lines else None), (lines or [])[1:]
+    if first is None:
+        return Diagnosis(cause, advice)
+    return Diagnosis(cause, [*advice, f"first error, in {first.log}: {first.line}"], first.line)
 
 
 def failure_text(run_dir: Path) -> str:
@@ -82,8 +82,9 @@ def explain(cfg: TrainConfig, rank: int, text: str, logs: Mapping[int, str]) -> 
         text: its exception's message; without one, its log from the first error on.
         logs: the end of each rank's log, by rank.
     """
-    values = {"rank": rank, "vocab_size": f"{cfg.padded_vocab_size:,}"}
-    return _with_numbers(cfg, rank, text, logs) or known_cause(text, Path(cfg.stage_path), values)
+    return _with_numbers(cfg, rank, text, logs) or known_cause(
+        text, Path(cfg.stage_path), {"vocab_size": f"{cfg.padded_vocab_size:,}"}
+    )
 
 
 def _with_numbers(cfg: TrainConfig, rank: int, text: str, logs: Mapping[int, str]) -> list[str] | None:
@@ -98,7 +99,9 @@ _OUT_OF_MEMORY = re.compile(
     r"|Cuda failure (?:\d+ )?'out of memory'|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
 )
 # torch 2.1 to 2.11: what was asked for, then what the GPU has and who holds it.
-_TORCH_WORDS = re.compile(r"CUDA out of memory\. Tried to allocate (?P<size>[\d.]+ \w+)\. *(?P<held>.*?) *(?:See doc|$)")
+_TORCH_WORDS = re.compile(
+    r"(?m)CUDA out of memory\. Tried to allocate (?P<size>[\d.]+ \w+)\. *(?P<held>.*?) *(?:See documentation|$)"
+)
 
 
 def _out_of_memory(cfg: TrainConfig, text: str) -> list[str] | None:

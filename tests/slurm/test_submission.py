@@ -63,8 +63,9 @@ def test_2048_gpus_are_accepted_and_257_nodes_refused_in_the_schedulers_words(sc
 def test_what_the_scheduler_refuses_is_said_in_its_words(
     scripts: Scripts, overrides: tuple[str, ...], words: str
 ) -> None:
-    said = scripts.submit("scale=64gpu", "data=mock", *CLOSED, *overrides, code=2)
-    assert words.lower() in said.lower()
+    for launch in ("launch=run", "launch=dry"):
+        said = scripts.submit("scale=64gpu", "data=mock", *CLOSED, *overrides, launch, code=2)
+        assert words.lower() in said.lower()
 
 
 def test_no_point_is_submitted_when_one_is_wrong(scripts: Scripts, slurm: SlurmCluster) -> None:
