@@ -44,8 +44,8 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
         error: its exception as RunFolder.write_rank_error wrote it; None if it left none.
     """
     if error is not None and error["type"] == BenchError.__name__:
-        cause, *remedies = str(error["message"]).splitlines()
-        return Diagnosis(cause, remedies, refused=True)
+        refusal, *remedies = str(error["message"]).splitlines()
+        return Diagnosis(refusal, remedies, refused=True)
     paths = {number: run.log(number) for number in range(cfg.world_size)}
     logs = {number: "\n".join(tail(path, LOG_LINES)) for number, path in paths.items() if path.exists()}
     first = first_error(run.path, rank)
