@@ -1,8 +1,4 @@
-"""Removes secrets from what is shown or shared.
-
-Two nets: names (a key or variable called `..._TOKEN`, `..._PASSWORD`, ...), and the forms of well-known tokens and of
-private keys, wherever they appear. A secret that has neither cannot be told from other text.
-"""
+"""Removes secrets from what is shown or shared: by names (`..._TOKEN`, `..._PASSWORD`), and by the forms of tokens."""
 
 from __future__ import annotations
 
@@ -15,12 +11,11 @@ _NAME = (
     r"(?<![\w.\-])[\w.\-]*"
     r"(?:TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|AUTH(?!OR(?!I[SZ]ATION))|COOKIE)[\w.\-]*"
 )
-# total_tokens, tokens_per_s, eos_token and the like are numbers and terms of the field.
+# Numbers and terms of the field: total_tokens, tokens_per_s, eos_token.
 _HARMLESS = re.compile(
-    r"(?:^|[._-])(?:(?:total|num|max|min|train|special)_)?tokens(?:_per_\w+)?$"
-    r"|(?:^|[._-])(?:eos|bos|pad|unk|cls|sep|mask)_token(?:_id)?$"
+    r"(?:^|[._-])(?:(?:(?:total|num|max|min|train|special)_)?tokens(?:_per_\w+)?"
+    r"|(?:eos|bos|pad|unk|cls|sep|mask)_token(?:_id)?)$"
 )
-_SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 # NAME=value, NAME: value, "NAME": "value", --name value; the value up to a space, or the closing quote.
 _ASSIGNED = re.compile(
     rf"(?P<name>{_NAME})(?P<between>[\"']?[^\S\n]*[=:][^\S\n]*)(?P<value>\"[^\"\n]*\"|'[^'\n]*'|[^\s,;\"'}}\])]+)",
@@ -45,7 +40,7 @@ _URL = re.compile(r"(\b[a-z][a-z0-9+.\-]*://[^/\s:@]*:)[^/\s@]+@", re.IGNORECASE
 
 def is_secret(name: str) -> bool:
     """Return whether a key or variable of that name holds a secret."""
-    return bool(_SECRET_NAME.search(name)) and not _HARMLESS.search(name)
+    return bool(re.search(_NAME, name, re.IGNORECASE)) and not _HARMLESS.search(name)
 
 
 def redact(text: str) -> str:
@@ -56,15 +51,12 @@ def redact(text: str) -> str:
     return _URL.sub(rf"\1{REMOVED}@", text)
 
 
-def redact_values(value: Any) -> Any:
+def redact_values(value: Any, name: str = "") -> Any:
     """Return nested dicts and lists without secrets, whether their keys or their forms give them away."""
     if isinstance(value, dict):
-        return {
-            key: REMOVED
-            if item is not None and not isinstance(item, (dict, list)) and is_secret(str(key))
-            else redact_values(item)
-            for key, item in value.items()
-        }
+        return {key: redact_values(item, str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [redact_values(item) for item in value]
+    if value is not None and is_secret(name):
+        return REMOVED
     return redact(value) if isinstance(value, str) else value

@@ -1,8 +1,4 @@
-"""What a GPU kernel is for, judged by its name.
-
-The first pattern that matches decides. A name that matches none is in OTHER, which a profile lists by name: that is
-where a pattern is missing.
-"""
+"""What a GPU kernel is for, judged by its name. A name that no pattern matches is in OTHER, which a profile lists."""
 
 from __future__ import annotations
 
@@ -23,53 +19,35 @@ OTHER = "other"
 # In display order; an instant counts for the first of them that is running.
 CLASSES = (GEMM, ATTENTION, NORMALISATION, CAST, ACTIVATION, ELEMENTWISE, OPTIMIZER, OTHER, COMMUNICATION, MEMORY)
 
-# pattern, class, why
-_KERNELS = (
-    # Communication comes first: the names of collectives hold those of the types that they reduce.
-    (r"nccl", COMMUNICATION, "NCCL: ncclDevKernel_, ncclSymkDevKernel_ (symmetric memory), ncclKernel_ (before 2.19)"),
-    (r"userbuffers", COMMUNICATION, "Transformer Engine's tensor-parallel overlap: userbuffers_..., kuserbuffers_..."),
-    (r"^(consumer|producer|consumer_batch|reset_counters)_kernel", COMMUNICATION, "that overlap's counters"),
-    (r"nvshmem|multimem_|(one|two)_shot_all", COMMUNICATION, "NVSHMEM, and PyTorch's symmetric memory"),
-    (r"^Memcpy PtoP", COMMUNICATION, "copies between GPUs: user buffers that use the copy engines"),
-    (r"^Mem(cpy|set)\b", MEMORY, "copies and fills by the copy engines, as CUPTI names them"),
-    # Not multi_tensor_swizzle_..., which is fp8's, and not Hadamard, which is fp4's.
-    (
-        r"multi_?tensor_(?!swizzle)|adam(?!ard)|l2norm",
-        OPTIMIZER,
-        "Adam, the gradients' norm and their clipping, by Transformer Engine, Apex or PyTorch",
-    ),
-    # Before GEMM: FlashAttention 3 is a cutlass::device_kernel.
-    (
-        r"sdpa|flash|fmha|attention|attn|thd_|mha_|compute_dot_do_o|convert_dq_to",
-        ATTENTION,
-        "cuDNN, FlashAttention, and what joins context-parallel parts",
-    ),
-    (r"(masked|causal)_softmax", ATTENTION, "unfused attention"),
-    (r"nvjet|gemm|gemv|xmma|cutlass|splitk|wgmma|triton_(mm|tem)", GEMM, "cuBLAS, cuBLASLt, CUTLASS, Triton"),
-    (r"rms_?norm|layer_?norm|\bln_(fwd|bwd)|group_?norm", NORMALISATION, "Transformer Engine, Apex, PyTorch, Triton"),
-    (r"swiglu|silu|[gr]elu|glu\b|gated_act|sigmoid", ACTIVATION, "also where the cast to fp8 is fused with it"),
-    (
-        r"(?<![a-z])(de)?(cast|quantize)|transpose|swap_first_dims|amax|delayed_scaling|scaling_recipe|scale_inv|swizzle"
-        r"|hadamard|padding_kernel|identity|nvfp4|mxfp8",
-        CAST,
-        "fp8 and fp4: casts, their transposes and their scales, by Transformer Engine",
-    ),
-    (r"copy_kernel|CatArray|chunk_cat|split_with_sizes|to_copy", CAST, "PyTorch's changes of type and layout"),
-    (
-        r"elementwise|element_|pointwise|triton_|reduce_|rope|embedding|index|gather|scatter|softmax|cross_?entropy"
-        r"|dropout|unary|fill|memset|cub::|distribution|scan|sort|at::native",
-        ELEMENTWISE,
-        "residuals, RoPE, embedding, loss, masks, sums",
-    ),
-)
-
-_PATTERNS = [(re.compile(pattern, re.IGNORECASE), name) for pattern, name, _ in _KERNELS]
+# The first class that matches decides.
+_PATTERNS = {
+    # First, since the names of collectives hold those of the types that they reduce. NCCL; Transformer Engine's
+    # tensor-parallel overlap, with its counters and its copies between GPUs; PyTorch's symmetric memory.
+    COMMUNICATION: r"nccl|userbuffers|^(consumer|producer|consumer_batch|reset_counters)_kernel|^Memcpy PtoP"
+    r"|nvshmem|multimem_|(one|two)_shot_all",
+    MEMORY: r"^Mem(cpy|set)\b",
+    # Adam, the gradients' norm and their clipping; not multi_tensor_swizzle_..., which is fp8's, and not Hadamard.
+    OPTIMIZER: r"multi_?tensor_(?!swizzle)|adam(?!ard)|l2norm",
+    # Before GEMM, since FlashAttention 3 is a cutlass::device_kernel. With what joins context-parallel parts.
+    ATTENTION: r"sdpa|flash|fmha|attention|attn|thd_|mha_|compute_dot_do_o|convert_dq_to|(masked|causal)_softmax",
+    GEMM: r"nvjet|gemm|gemv|xmma|cutlass|splitk|wgmma|triton_(mm|tem)",
+    NORMALISATION: r"rms_?norm|layer_?norm|\bln_(fwd|bwd)|group_?norm",
+    # Also where the cast to fp8 is fused with it.
+    ACTIVATION: r"swiglu|silu|[gr]elu|glu\b|gated_act|sigmoid",
+    # Casts to fp8 and fp4, their transposes and scales, and PyTorch's changes of type and layout.
+    CAST: r"(?<![a-z])(de)?(cast|quantize)|transpose|swap_first_dims|amax|delayed_scaling|scaling_recipe|scale_inv"
+    r"|swizzle|hadamard|padding_kernel|identity|nvfp4|mxfp8|copy_kernel|CatArray|chunk_cat|split_with_sizes|to_copy",
+    # Residuals, RoPE, embedding, loss, masks, sums.
+    ELEMENTWISE: r"elementwise|element_|pointwise|triton_|reduce_|rope|embedding|index|gather|scatter|softmax"
+    r"|cross_?entropy|dropout|unary|fill|memset|cub::|distribution|scan|sort|at::native",
+}
 
 
 @cache
 def kernel_class(name: str) -> str:
     """Return the class of a GPU kernel, or of a copy, with this (demangled) name."""
-    return next((kernel_class for pattern, kernel_class in _PATTERNS if pattern.search(name)), OTHER)
+    matches = (kind for kind, pattern in _PATTERNS.items() if re.search(pattern, name, re.IGNORECASE))
+    return next(matches, OTHER)
 
 
 def short_name(name: str, width: int = 80) -> str:

@@ -11,24 +11,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from nemo_bench.report import figures, model
+from nemo_bench.report import figures, model, tables
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.comparison import KINDS, recorded
 from nemo_bench.report.model import DeviceUse, Point, RankTimes, Report, Run, ScalingCurve
 from nemo_bench.report.numbers import counted, tokens_text, unit_name
-from nemo_bench.report.tables import (
-    NONE,
-    Table,
-    changes_table,
-    comparison_table,
-    integer,
-    is_numeric,
-    make_table,
-    percent,
-    points_table,
-    runs_table,
-    significant,
-)
 
 # Of more runs than this, those that need a look have a part of their own; the others are a row of the table.
 DETAILED_RUNS = 60
@@ -48,8 +35,11 @@ BADGES = {
     model.NOT_COMPARABLE: ("≠", "warn"),
     model.SLOWER: ("▼", "warn"),
     model.NO_DIFFERENCE: ("=", "good"),
+    "REGRESSION": ("✗", "bad"),
     "completed": ("✓", "good"),
+    "no result": ("◌", "warn"),
 }
+_CONTROL_CHARACTERS = {code: "\ufffd" for code in range(32) if chr(code) not in "\t\n\r"}
 
 
 @cache
@@ -72,8 +62,13 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= _FILTERS
-    environment.tests["numeric"] = lambda value: is_numeric(str(value))
-    detailed = _detailed(report)
+    environment.tests["numeric"] = tables.is_numeric
+    sections = [_section("runs", "Runs", report.runs, report.points)]
+    if report.baseline_runs:
+        title = "Runs of the baseline"
+        sections.append(_section("baseline-runs", title, report.baseline_runs, report.baseline_points))
+    differences, shared = _records(report.runs)
+    drawn = [part["run"] for part in sections[0]["parts"][:DRAWN_RUNS]]
     return environment.get_template("report.html.j2").render(
         report=report,
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
@@ -81,21 +76,17 @@ def render(report: Report) -> str:
         outcome=_outcome(report),
         urgent=[point for point in report.points if point.verdict.value not in model.SUCCESSES],
         budget=tokens_text(report.assumptions.total_tokens),
-        points=points_table(report),
+        points=tables.points_table(report),
         point_numbers={point.name: number for number, point in enumerate(report.points)},
         mfu=figures.mfu(report.points),
         scaling=[*_scaling(report)],
         ratios=figures.ratios(report.comparisons, report.assumptions.tolerance),
-        comparison=comparison_table(report.comparisons),
-        changes=changes_table(report.comparisons),
-        series=[
-            chart
-            for draw in (figures.all_step_times, figures.all_losses)
-            if (chart := draw(run for _, run in detailed[:DRAWN_RUNS]))
-        ],
-        run_sections=_run_sections(report, detailed),
-        differences=_differences(report.runs),
-        shared=_shared(report.runs),
+        comparison=tables.comparison_table(report.comparisons),
+        changes=tables.changes_table(report.comparisons),
+        series=[*filter(None, (figures.all_step_times(drawn), figures.all_losses(drawn)))],
+        run_sections=sections,
+        differences=differences,
+        shared=shared,
         drawn_runs=DRAWN_RUNS,
     )
 
@@ -107,14 +98,10 @@ def _printable(value: object) -> object:
     return value.encode("utf-8", "replace").decode().translate(_CONTROL_CHARACTERS)
 
 
-_CONTROL_CHARACTERS = {code: "\ufffd" for code in range(32) if chr(code) not in "\t\n\r"}
-
-
 def _badge(text: str) -> tuple[str, str]:
-    """Return the sign and the colour class of a verdict or state, whatever follows it after a comma."""
-    special = {"REGRESSION": ("✗", "bad"), "no result": ("◌", "warn")}
+    """Return the sign and the colour class of a verdict or state, which may be "PASS, 2 differences"."""
     first, _, last = text.partition(", ")
-    return special.get(last or first) or BADGES.get(first, (NONE, "none"))
+    return BADGES.get(last) or BADGES.get(first, (tables.NONE, "none"))
 
 
 def _outcome(report: Report) -> str:
@@ -133,50 +120,35 @@ def _outcome(report: Report) -> str:
 
 
 def _scaling(report: Report) -> Iterator[list[ScalingCurve]]:
-    """Return the curves of each model that was measured on several numbers of GPUs, the measured ones first."""
+    """Yield the curves of each model that was measured on several numbers of GPUs, the measured ones first."""
     for name in dict.fromkeys(curve.model for curve in report.scaling):
         curves = sorted((curve for curve in report.scaling if curve.model == name), key=lambda curve: curve.published)
         if any(len(curve.gpus) > 1 and not curve.published for curve in curves):
             yield curves
 
 
-# --- runs ---------------------------------------------------------------------------------------------------
+def _section(anchor: str, title: str, runs: Sequence[Run], points: Sequence[Point]) -> dict[str, Any]:
+    """Return the section of these runs: a table, and a part for each of the first runs that need a look."""
+    point_of = {name: point for point in points for name in point.runs}
 
+    def passed(number: int) -> bool:
+        point = point_of.get(runs[number].name)
+        return runs[number].final and point is not None and point.verdict.value in (model.PASS, model.FASTER)
 
-def _detailed(report: Report) -> list[tuple[int, Run]]:
-    """Return the runs that get a part of their own, with their numbers in the report, in the report's order."""
-    verdicts = {name: point.verdict.value for point in report.points for name in point.runs}
-    passed = (model.PASS, model.FASTER)
-    order = sorted(enumerate(report.runs), key=lambda item: item[1].final and verdicts.get(item[1].name) in passed)
-    return sorted(order[:DETAILED_RUNS], key=lambda item: item[0])
-
-
-def _run_sections(report: Report, detailed: Sequence[tuple[int, Run]]) -> list[dict[str, Any]]:
-    sections = [("runs", "Runs", report.runs, detailed, report.points)]
-    if report.baseline_runs:
-        runs = report.baseline_runs
-        sections.append(
-            ("baseline-runs", "Runs of the baseline", runs, [*enumerate(runs)][:DETAILED_RUNS], report.baseline_points)
-        )
-    return [
-        {
-            "id": anchor,
-            "title": title,
-            "table": runs_table(runs),
-            "links": [f"{anchor}-{number}" if number in dict(shown) else "" for number in range(len(runs))],
-            "parts": [{"id": f"{anchor}-{number}", **_run_part(run, points)} for number, run in shown],
-            "open": len(runs) <= OPEN_RUNS,
-        }
-        for anchor, title, runs, shown, points in sections
-        if runs
-    ]
-
-
-def _run_part(run: Run, points: Sequence[Point]) -> dict[str, Any]:
+    detailed = sorted(sorted(range(len(runs)), key=passed)[:DETAILED_RUNS])
+    parts = []
+    for number in detailed:
+        run, point = runs[number], point_of.get(runs[number].name)
+        figure = figures.step_times(run) if len(run.steps) else None
+        name = point.name if point else "in no point"
+        parts.append({"id": f"{anchor}-{number}", "run": run, "point": name, "figure": figure})
     return {
-        "run": run,
-        "point": next((point.name for point in points if run.name in point.runs), "in no point"),
-        "figure": figures.step_times(run) if len(run.steps) else None,
+        "id": anchor,
+        "title": title,
+        "table": tables.runs_table(runs),
+        "links": [f"{anchor}-{number}" if number in detailed else "" for number in range(len(runs))],
+        "parts": parts,
+        "open": len(runs) <= OPEN_RUNS,
     }
 
 
@@ -199,62 +171,42 @@ def _throttling(shares: dict[str, float]) -> str:
     return ", ".join(f"{reason.replace('_', ' ')} {share:.0%}" for reason, share in shares.items())
 
 
+def _records(runs: Sequence[Run]) -> tuple[tables.Table, list[tables.Table]]:
+    """Return what differs between the run folders, a row a value, and what they share, a table a kind."""
+    records = {run.name: recorded(run) for run in runs if run.source == "run folder"}
+    differences, shared = [], []
+    for kind in KINDS:
+        rows = []
+        for key in sorted({key for record in records.values() for key in record[kind]}):
+            names: dict[str, list[str]] = {}
+            for name, record in records.items():
+                names.setdefault(record[kind].get(key, "(none)"), []).append(name)
+            if len(names) == 1:
+                rows.append({"key": key, "value": next(iter(names))})
+                continue
+            for value, having in [*names.items()][:SHOWN_VALUES]:
+                more = f" and {len(having) - SHOWN_VALUES} more" if len(having) > SHOWN_VALUES else ""
+                text = ", ".join(having[:SHOWN_VALUES]) + more
+                differences.append({"key": key, "value": value, "kind": kind, "runs": text})
+            if len(names) > SHOWN_VALUES:
+                text = f"{len(names) - SHOWN_VALUES} more values"
+                differences.append({"key": key, "value": text, "kind": kind, "runs": ""})
+        title = f"{kind}, the same in {len(records)} recorded runs" if len(records) > 1 else kind
+        shared.append(tables.make_table(title, rows))
+    return tables.make_table("What differs between the runs", differences), shared
+
+
 _FILTERS = {
     "badge": _badge,
     "counted": counted,
     "communication": lambda profile: step_profile.communication(profile) or "",
-    "efficiency": figures.efficiency,
     "held_back": _held_back,
-    "integer": integer,
-    "percent": percent,
-    "significant": significant,
+    "integer": tables.integer,
+    "percent": tables.percent,
+    "scaling": figures.scaling,
+    "significant": tables.significant,
     "slowest": _slowest,
     "throttling": _throttling,
-    "throughput": figures.throughput,
     "title_of": step_profile.title,
     "unit_name": unit_name,
 }
-
-
-# --- configurations and environments ------------------------------------------------------------------------
-
-
-def _recorded(runs: Sequence[Run]) -> list[tuple[str, dict[tuple[str, str], str]]]:
-    """Return what each run folder recorded: (kind, key) -> value."""
-    return [
-        (run.name, {(kind, key): value for kind, values in recorded(run).items() for key, value in values.items()})
-        for run in runs
-        if run.source == "run folder"
-    ]
-
-
-def _differences(runs: Sequence[Run]) -> Table:
-    """Return a row for each value of what the runs do not share."""
-    known = _recorded(runs)
-    rows = []
-    for kind, key in sorted({key for _, values in known for key in values}, key=lambda key: (KINDS.index(key[0]), key)):
-        names: dict[str | None, list[str]] = {}
-        for name, values in known:
-            names.setdefault(values.get((kind, key)), []).append(name)
-        if len(names) == 1:
-            continue
-        for value, having in [*names.items()][:SHOWN_VALUES]:
-            more = f" and {len(having) - SHOWN_VALUES} more" if len(having) > SHOWN_VALUES else ""
-            shown = ", ".join(having[:SHOWN_VALUES]) + more
-            rows.append({"key": key, "value": "(none)" if value is None else value, "kind": kind, "runs": shown})
-        if len(names) > SHOWN_VALUES:
-            rows.append({"key": key, "value": f"{len(names) - SHOWN_VALUES} more values", "kind": kind, "runs": ""})
-    return make_table("What differs between the runs", rows)
-
-
-def _shared(runs: Sequence[Run]) -> list[Table]:
-    """Return what all recorded runs have in common, a table a kind."""
-    known = _recorded(runs)
-    common = set.intersection(*({*values.items()} for _, values in known)) if known else set()
-    return [
-        make_table(
-            f"{kind}, the same in {len(known)} recorded runs" if len(known) > 1 else kind,
-            [{"key": key, "value": value} for (its_kind, key), value in sorted(common) if its_kind == kind],
-        )
-        for kind in KINDS
-    ]

@@ -13,23 +13,17 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_json, write_text
-from nemo_bench.report import kernel_classes as classes
-from nemo_bench.report.trace import Trace, read_trace
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
-    Integers = NDArray[np.int64]
+from nemo_bench.report.kernel_classes import CLASSES, COMMUNICATION, MEMORY, OPTIMIZER, kernel_class, short_name
+from nemo_bench.report.trace import Event, read_trace
 
 # The names that training/profiling.py gives to a profiled step (its number follows) and to the optimizer's part of it.
 STEP_MARK = "nemo_bench step "
@@ -80,17 +74,10 @@ class StepProfile:
 
 
 def from_dict(content: dict[str, Any]) -> StepProfile:
-    """Return the profile that `write` put into a `rank<N>.json`.
-
-    Raises:
-        KeyError, TypeError: the content is damaged.
-    """
-    times = (
-        ClassTime(**{**item, "top": tuple(KernelTime(**kernel) for kernel in item["top"])})
-        for item in content["classes"]
-    )
-    sequences = {"classes": tuple(times), "steps": tuple(content["steps"]), "notes": tuple(content["notes"])}
-    return StepProfile(**{**content, **sequences})
+    """Return the profile that `write` put into a `rank<N>.json`; raise KeyError or TypeError if it is damaged."""
+    times = [{**item, "top": tuple(KernelTime(**kernel) for kernel in item["top"])} for item in content["classes"]]
+    sequences = {"steps": tuple(content["steps"]), "notes": tuple(content["notes"])}
+    return StepProfile(**{**content, **sequences, "classes": tuple(ClassTime(**item) for item in times)})
 
 
 def write(profile: StepProfile, stem: Path) -> None:
@@ -99,47 +86,36 @@ def write(profile: StepProfile, stem: Path) -> None:
     write_text(stem.with_name(stem.name + ".txt"), text(profile))
 
 
-# --- reading ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Kernels:
-    """The kernels and copies of one GPU, in columns of equal length; times in microseconds."""
-
-    names: list[str]  # distinct names
-    name: Integers  # index into `names`
-    kernel_class: Integers  # index into kernel_classes.CLASSES
-    start: Floats
-    end: Floats
+class _Kernel(NamedTuple):
+    name: str
+    kind: str  # one of CLASSES
+    start_us: float
+    end_us: float
 
 
 def measure(path: Path, rank: int | None = None) -> StepProfile:
-    """Return the profile of a trace file, plain or gzipped.
-
-    Args:
-        path: the trace.
-        rank: the rank that wrote it; None: the one that the trace names.
+    """Return the profile of a trace file, plain or gzipped; `rank` None: the one that the trace names.
 
     Raises:
         BenchError: the file cannot be read, is not a trace, or holds no GPU kernels.
     """
     trace = read_trace(path)
     notes = [f"{trace.unreadable:,} events are not JSON and were left out"] if trace.unreadable else []
-    work = [event for event in trace.events if event.get("cat") in _GPU_WORK]
-    if not work:
-        raise BenchError(f"{path}: holds no GPU kernels")
     busy_us: Counter[int] = Counter()
-    for event in work:
-        busy_us[event["args"].get("device", 0)] += event.get("dur", 0)
+    for event in trace.events:
+        if event.get("cat") in _GPU_WORK:
+            busy_us[event["args"].get("device", 0)] += event.get("dur", 0)
+    if not busy_us:
+        raise BenchError(f"{path}: holds no GPU kernels")
     gpu = busy_us.most_common(1)[0][0]
     if len(busy_us) > 1:
         notes.append(f"the trace holds several GPUs: this is GPU {gpu}, the busiest")
-    kernels = _kernels(trace, gpu)
+    kernels = _kernels(trace.events, gpu)
     steps: dict[int, tuple[float, float]] = {}
     for mark in (_OUR_STEP, _PROFILER_STEP):
-        steps = steps or {int(match[1]): (first, last) for match, first, last in _spans(trace, mark)}
+        steps = steps or {int(match[1]): (first, last) for match, first, last in _spans(trace.events, mark)}
     if not steps:
-        steps = {0: (float(kernels.start.min()), float(kernels.end.max()))}
+        steps = {0: (min(kernel.start_us for kernel in kernels), max(kernel.end_us for kernel in kernels))}
         notes.append("no steps are marked in the trace: all of it counts as one")
     devices = trace.header.get("deviceProperties") or []
     return _profile(
@@ -151,138 +127,84 @@ def measure(path: Path, rank: int | None = None) -> StepProfile:
     )
 
 
-def _kernels(trace: Trace, gpu: int) -> _Kernels:
-    import numpy as np
-
-    work = [event for event in trace.events if event.get("cat") in _GPU_WORK and event["args"].get("device", 0) == gpu]
-    start = np.array([event["ts"] for event in work], dtype=np.float64)
-    end = start + np.array([event.get("dur", 0) for event in work], dtype=np.float64)
-    number_of_name: dict[str, int] = {}
-    name = np.array([number_of_name.setdefault(event["name"], len(number_of_name)) for event in work])
-    class_of_name = np.array([classes.CLASSES.index(classes.kernel_class(text)) for text in number_of_name])
-    kernel_class = class_of_name[name]
-    # What the optimizer launches belongs to it, but for communication and copies.
-    launches = {
-        event["args"].get("correlation"): event["ts"] for event in trace.events if event.get("cat") in _LAUNCHES
-    }
-    launched = np.array([launches.get(event["args"].get("correlation"), event["ts"]) for event in work])
-    by_optimizer = _within(launched, [(first, last) for _, first, last in _spans(trace, _OPTIMIZER)])
-    transfers = [classes.CLASSES.index(kind) for kind in (classes.COMMUNICATION, classes.MEMORY)]
-    kernel_class[by_optimizer & ~np.isin(kernel_class, transfers)] = classes.CLASSES.index(classes.OPTIMIZER)
-    return _Kernels(list(number_of_name), name, kernel_class, start, end)
+def _kernels(events: Sequence[Event], gpu: int) -> list[_Kernel]:
+    """Return the GPU's kernels and copies; what the optimizer launches belongs to it, but for transfers."""
+    launched_us = {event["args"].get("correlation"): event["ts"] for event in events if event.get("cat") in _LAUNCHES}
+    optimizer_spans = [(first, last) for _, first, last in _spans(events, _OPTIMIZER)]
+    kernels = []
+    for event in events:
+        if event.get("cat") in _GPU_WORK and event["args"].get("device", 0) == gpu:
+            kind, start = kernel_class(event["name"]), event["ts"]
+            launched = launched_us.get(event["args"].get("correlation"), start)
+            if kind not in (COMMUNICATION, MEMORY) and any(
+                first <= launched <= last for first, last in optimizer_spans
+            ):
+                kind = OPTIMIZER
+            kernels.append(_Kernel(event["name"], kind, start, start + event.get("dur", 0)))
+    return kernels
 
 
-def _spans(trace: Trace, names: re.Pattern[str]) -> Iterator[tuple[re.Match[str], float, float]]:
+def _spans(events: Sequence[Event], names: re.Pattern[str]) -> Iterator[tuple[re.Match[str], float, float]]:
     """Yield where each range that the program named so begins and ends."""
-    for event in trace.events:
+    for event in events:
         if event.get("cat") == "user_annotation" and (match := names.match(event["name"])):
             yield match, event["ts"], event["ts"] + event.get("dur", 0)
 
 
-# --- counting -----------------------------------------------------------------------------------------------
-
-
-def _profile(
-    kernels: _Kernels,
-    steps: dict[int, tuple[float, float]],
-    *,
-    rank: int | None,
-    device: str | None,
-    notes: tuple[str, ...],
-) -> StepProfile:
-    import numpy as np
-
-    cells = (len(classes.CLASSES), len(kernels.names))
-    key = kernels.kernel_class * cells[1] + kernels.name
-    counted_us, communication_us = np.zeros(cells[0]), 0.0
-    total_us, count = np.zeros(cells[0] * cells[1]), np.zeros(cells[0] * cells[1])
+def _profile(kernels: Sequence[_Kernel], steps: dict[int, tuple[float, float]], **identity: Any) -> StepProfile:
+    total_us: defaultdict[str, Counter[str]] = defaultdict(Counter)  # class -> kernel -> sum of its times
+    count: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    counted_us: Counter[str] = Counter()
+    communication_us = 0.0
     for first, last in steps.values():
-        count += np.bincount(key[(kernels.start >= first) & (kernels.start < last)], minlength=len(count))
-        inside = np.flatnonzero((kernels.start < last) & (kernels.end > first))
-        begin, end = np.maximum(kernels.start[inside], first), np.minimum(kernels.end[inside], last)
-        total_us += np.bincount(key[inside], weights=end - begin, minlength=len(count))
-        covered, covered_us = (np.empty(0), np.empty(0)), 0.0
-        for number, name in enumerate(classes.CLASSES):
-            own = kernels.kernel_class[inside] == number
-            covered = _union(np.append(covered[0], begin[own]), np.append(covered[1], end[own]))
-            counted_us[number] += _length(covered) - covered_us
-            covered_us = _length(covered)
-            if name == classes.COMMUNICATION:
-                communication_us += _length(_union(begin[own], end[own]))
+        edges = []  # where a kernel of a class begins (+1) or ends (-1)
+        for name, kind, start_us, end_us in kernels:
+            if start_us < last and end_us > first:
+                begin, end = max(start_us, first), min(end_us, last)
+                edges += [(begin, 1, kind), (end, -1, kind)]
+                total_us[kind][name] += end - begin
+                count[kind][name] += start_us >= first
+        running = dict.fromkeys(CLASSES, 0)
+        for (moment, change, kind), (following, _, _) in pairwise(sorted(edges)):
+            running[kind] += change
+            if any(running.values()):
+                counted_us[next(kind for kind in CLASSES if running[kind])] += following - moment
+            if running[COMMUNICATION]:
+                communication_us += following - moment
     us_per_ms = 1e3 * len(steps)  # microseconds of all steps to milliseconds of one
     step_ms = sum(last - first for first, last in steps.values()) / us_per_ms
-    counted_ms = counted_us / us_per_ms
+    class_times = [
+        ClassTime(
+            name=kind,
+            ms=counted_us[kind] / us_per_ms,
+            share=counted_us[kind] / us_per_ms / step_ms,
+            total_ms=total_us[kind].total() / us_per_ms,
+            count=count[kind].total() / len(steps),
+            top=tuple(
+                KernelTime(short_name(name), time_us / us_per_ms, count[kind][name] / len(steps))
+                for name, time_us in total_us[kind].most_common(TOP_KERNELS)
+            ),
+        )
+        for kind in CLASSES
+        if kind in total_us
+    ]
     return StepProfile(
-        rank=rank,
-        device=device,
+        **identity,
         steps=tuple(sorted(steps)),
         step_ms=step_ms,
-        classes=_class_times(
-            kernels.names, counted_ms, total_us.reshape(cells) / us_per_ms, count.reshape(cells) / len(steps), step_ms
-        ),
-        idle_ms=step_ms - float(counted_ms.sum()),
+        classes=tuple(class_times),
+        idle_ms=step_ms - counted_us.total() / us_per_ms,
         communication_ms=communication_us / us_per_ms,
-        exposed_communication_ms=float(counted_ms[classes.CLASSES.index(classes.COMMUNICATION)]),
-        notes=notes,
+        exposed_communication_ms=counted_us[COMMUNICATION] / us_per_ms,
     )
-
-
-def _class_times(
-    names: list[str], counted_ms: Floats, total_ms: Floats, count: Floats, step_ms: float
-) -> tuple[ClassTime, ...]:
-    """Return the classes that ran, from their times and those of their kernels (a row a class, a column a name)."""
-    times = []
-    for number, name in enumerate(classes.CLASSES):
-        if not total_ms[number].any() and not count[number].any():
-            continue
-        top = tuple(
-            KernelTime(classes.short_name(names[at]), float(total_ms[number, at]), float(count[number, at]))
-            for at in (-total_ms[number]).argsort(kind="stable")[:TOP_KERNELS]
-            if total_ms[number, at] > 0
-        )
-        ms, total, kernels = float(counted_ms[number]), float(total_ms[number].sum()), float(count[number].sum())
-        times.append(ClassTime(name, ms, ms / step_ms, total, kernels, top))
-    return tuple(times)
-
-
-def _within(moments: Floats, spans: Sequence[tuple[float, float]]) -> NDArray[np.bool_]:
-    """Return which moments lie in one of the spans."""
-    import numpy as np
-
-    within = np.zeros(len(moments), dtype=bool)
-    for first, last in spans:
-        within |= (moments >= first) & (moments <= last)
-    return within
-
-
-def _union(begins: Floats, ends: Floats) -> tuple[Floats, Floats]:
-    """Return the same instants as ascending intervals that do not touch."""
-    import numpy as np
-
-    if not len(begins):
-        return begins, ends
-    order = begins.argsort(kind="stable")
-    begins, ends = begins[order], np.maximum.accumulate(ends[order])
-    apart = begins[1:] > ends[:-1]
-    return begins[np.append(True, apart)], ends[np.append(apart, True)]
-
-
-def _length(intervals: tuple[Floats, Floats]) -> float:
-    return float((intervals[1] - intervals[0]).sum())
-
-
-# --- showing ------------------------------------------------------------------------------------------------
 
 
 def title(profile: StepProfile) -> str:
     """Return what was profiled, in a line."""
     first, last = profile.steps[0], profile.steps[-1]
-    parts = (
-        "unknown rank" if profile.rank is None else f"rank {profile.rank}",
-        profile.device,
-        f"step {first}" if first == last else f"{len(profile.steps)} steps, {first} to {last}",
-    )
-    return ", ".join(part for part in parts if part)
+    rank = "unknown rank" if profile.rank is None else f"rank {profile.rank}"
+    steps = f"step {first}" if first == last else f"{len(profile.steps)} steps, {first} to {last}"
+    return ", ".join(filter(None, (rank, profile.device, steps)))
 
 
 def communication(profile: StepProfile) -> str | None:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from nemo_bench.report import model
 from nemo_bench.report.comparison import KINDS
-from nemo_bench.report.model import Comparison, Point, Report, Run, bubble_of
+from nemo_bench.report.model import Change, Comparison, Point, Report, Run, bubble_of
 from nemo_bench.report.numbers import tokens_text
-from nemo_bench.report.statistics import StepTimes
 
 NONE = "\u2013"  # a dash: not known, or does not apply
 _NUMERIC = re.compile(r"[-+±\d.,%/\u2013]*(?: (?:to|±) [-+\d.,%e]+(?: \?)?)?")
@@ -33,14 +32,14 @@ def make_table(title: str, rows: Sequence[dict[str, str]], notes: Iterable[str] 
     """Return the rows (column -> cell) as a table of the columns that any of them fills."""
     columns = tuple(name for name in (rows[0] if rows else ()) if any(row[name] for row in rows))
     words = (not all(is_numeric(row[name]) for row in rows) for name in columns[1:])
-    noted = tuple(notes)
     cells = tuple(tuple(row[name] for name in columns) for row in rows)
-    return Table(title, columns, cells, noted * any(noted), (True, *words))
+    texts = tuple(notes)
+    return Table(title, columns, cells, texts if any(texts) else (), (True, *words))
 
 
-def is_numeric(cell: str) -> bool:
+def is_numeric(cell: object) -> bool:
     """Return whether a cell holds a number, a range of numbers or nothing."""
-    return _NUMERIC.fullmatch(cell) is not None
+    return _NUMERIC.fullmatch(str(cell)) is not None
 
 
 def significant(value: float | None, digits: int = 4) -> str:
@@ -60,82 +59,65 @@ def percent(value: float | None, decimals: int = 2) -> str:
 
 def points_table(report: Report) -> Table:
     """Return a row a point with its verdict; the verdict's reason and the differences as notes."""
-    rows = [point_cells(point, report.assumptions.total_tokens) for point in report.points]
-    return make_table("Points", rows, (verdict_line(point) for point in report.points))
-
-
-def verdict_line(point: Point) -> str:
-    """Return a point's verdict with its reasons in one line; "" where nothing was judged."""
-    if point.verdict.value == model.NO_REFERENCE:
-        return "; ".join(point.verdict.remarks)
-    return "; ".join([point.verdict.line, *point.verdict.remarks])
-
-
-def point_cells(point: Point, total_tokens: float) -> dict[str, str]:
-    """Return what tables say of a point: column -> text."""
-    n, reference, layout = point.numbers, point.reference, point.layout
-    margin = f" ± {point.step_time.margin:.2g}" if point.step_time else ""
-    if point.step_time and point.step_time.margin > point.step_time.value / 2:
-        margin += " ?"
-    return {
-        "point": point.name,
-        "verdict": "" if point.verdict.value == model.NO_REFERENCE else point.verdict.text,
-        "step time (s)": significant(n.step_time_s) + margin if n else "",
-        "of published": percent(point.verdict.ratio, 1),
-        "tokens/s": integer(n.tokens_per_s if n else None),
-        "MFU": percent(n.mfu if n else None),
-        f"days to {tokens_text(total_tokens)}": f"{n.days_to_train:,.2f}" if n else "",
-        "published (s)": significant(reference.step_time_s if reference else None),
-        "median (s)": significant(point.median_s),
-        "last (s)": significant(point.last_s),
-        "runs": f"{len(point.final_runs)}/{len(point.runs)}",
-        "tokens/s a GPU": integer(n.tokens_per_s_per_gpu if n else None),
-        "TFLOP/s a GPU": significant(n.tflops_per_gpu if n else None),
-        "causal": percent(n.mfu_causal if n else None),
-        "bubble": percent(point.pipeline_bubble, 1),
-        "GPU": point.gpu or "",
-        "TP/PP/VP/CP/DP": "/".join(str(layout.get(key, NONE)) for key in ("TP", "PP", "VP", "CP", "DP"))
-        if layout
-        else "",
-        "MBS/GBS": f"{layout.get('MBS', NONE)}/{point.global_batch_size or NONE}",
-    }
+    rows, notes = [], []
+    for point in report.points:
+        n, reference, layout, judged = point.numbers, point.reference, point.layout, point.verdict
+        published = judged.value != model.NO_REFERENCE
+        notes.append("; ".join([judged.line, *judged.remarks] if published else judged.remarks))
+        margin = f" ± {point.step_time.margin:.2g}" if point.step_time else ""
+        if point.step_time and point.step_time.margin > point.step_time.value / 2:
+            margin += " ?"
+        sizes = "/".join(str(layout.get(key, NONE)) for key in ("TP", "PP", "VP", "CP", "DP"))
+        rows.append(
+            {
+                "point": point.name,
+                "verdict": judged.text if published else "",
+                "step time (s)": significant(n.step_time_s) + margin if n else "",
+                "of published": percent(judged.ratio, 1),
+                "tokens/s": integer(n.tokens_per_s) if n else "",
+                "MFU": percent(n.mfu) if n else "",
+                f"days to {tokens_text(report.assumptions.total_tokens)}": f"{n.days_to_train:,.2f}" if n else "",
+                "published (s)": significant(reference.step_time_s) if reference else "",
+                "median (s)": significant(point.median_s),
+                "last (s)": significant(point.last_s),
+                "runs": f"{len(point.final_runs)}/{len(point.runs)}",
+                "tokens/s a GPU": integer(n.tokens_per_s_per_gpu) if n else "",
+                "TFLOP/s a GPU": significant(n.tflops_per_gpu) if n else "",
+                "causal": percent(n.mfu_causal) if n else "",
+                "bubble": percent(point.pipeline_bubble, 1),
+                "GPU": point.gpu or "",
+                "TP/PP/VP/CP/DP": sizes if layout else "",
+                "MBS/GBS": f"{layout.get('MBS', NONE)}/{point.global_batch_size or NONE}",
+            }
+        )
+    return make_table("Points", rows, notes)
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """Return a row a run, without times and losses of those that are not results; remarks as notes."""
-    return make_table("Runs", [run_cells(run) for run in runs], (run_note(run) for run in runs))
-
-
-def run_cells(run: Run) -> dict[str, str]:
-    """Return what the table of runs says of one: column -> text."""
-    t = run.times if run.final else None
-    return {
-        "run": run.name,
-        "state": run.state if run.final else f"{run.state}, no result",
-        "mean (s)": significant(t.mean_s if t else None),
-        "median (s)": significant(t.median_s if t else None),
-        "last (s)": significant(t.last_s if t else None),
-        "5% to 95% (s)": f"{significant(t.p5_s)} to {significant(t.p95_s)}" if t else "",
-        "steps": f"{t.counted:,}" if t else "",
-        "left out": left_out(t) if t else "",
-        "loss": loss_text(run) if run.final else "",
-    }
+    rows = []
+    for run in runs:
+        t = run.times if run.final else None
+        left_out = {"warm-up": t.warmup_steps, **t.excluded} if t else {}
+        rows.append(
+            {
+                "run": run.name,
+                "state": run.state if run.final else f"{run.state}, no result",
+                "mean (s)": significant(t.mean_s) if t else "",
+                "median (s)": significant(t.median_s) if t else "",
+                "last (s)": significant(t.last_s) if t else "",
+                "5% to 95% (s)": f"{significant(t.p5_s)} to {significant(t.p95_s)}" if t else "",
+                "steps": f"{t.counted:,}" if t else "",
+                "left out": ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number),
+                "loss": loss_text(run) if run.final else "",
+            }
+        )
+    return make_table("Runs", rows, ("; ".join(filter(None, (run.why_not_final, *run.warnings))) for run in runs))
 
 
 def loss_text(run: Run) -> str:
     """Return the first and the last loss; "" if they are not known."""
     return "" if run.first_loss is None or run.last_loss is None else f"{run.first_loss:.3f} to {run.last_loss:.3f}"
-
-
-def left_out(times: StepTimes) -> str:
-    """Return how many steps do not count, and why: `2 warm-up, 1 validation`."""
-    reasons = {"warm-up": times.warmup_steps, **times.excluded}
-    return ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number)
-
-
-def run_note(run: Run) -> str:
-    """Return why a run is not a result, and its warnings, in one line."""
-    return "; ".join([*([run.why_not_final] if run.why_not_final else []), *run.warnings])
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
@@ -154,21 +136,21 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def changes_table(comparisons: Sequence[Comparison]) -> Table:
-    """Return what changed since the baseline, with the points that each change is found at."""
-    points: dict[tuple[str, str, str | None, str | None], list[str]] = {}
+    """Return what changed since the baseline, with the points at which each change was made."""
+    points: dict[tuple[str, Change], list[str]] = {}
     for item in comparisons:
         for kind in KINDS:
             for change in getattr(item, kind):
-                points.setdefault((kind, change.key, change.before, change.after), []).append(item.point)
+                points.setdefault((kind, change), []).append(item.point)
     rows = [
         {
-            "what changed": key,
-            "baseline": "(none)" if before is None else before,
-            "now": "(none)" if after is None else after,
+            "what changed": change.key,
+            "baseline": "(none)" if change.before is None else change.before,
+            "now": "(none)" if change.after is None else change.after,
             "kind": kind,
             "at": "all points" if len(names) == len(comparisons) > 1 else ", ".join(names),
         }
-        for (kind, key, before, after), names in points.items()
+        for (kind, change), names in points.items()
     ]
     return make_table("What changed since the baseline", rows)
 
@@ -209,7 +191,7 @@ def _escaped(text: str) -> str:
 
 # --- CSV ----------------------------------------------------------------------------------------------------
 
-_RUN = (
+_IDENTITY = (
     *("path", "state", "final", "why_not_final", "model", "precision", "gpus", "nodes", "gpu", "version", "software"),
     *("entrypoint", "container", "data", "global_batch_size", "seq_length"),
 )
@@ -241,7 +223,7 @@ def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
         "point": point.name if point else None,
         "verdict": verdict.value if verdict else None,
         "differences": "; ".join(verdict.differences) if verdict else None,
-        **{name: getattr(run, name) for name in _RUN},
+        **{name: getattr(run, name) for name in _IDENTITY},
         **{name: run.layout.get(name) for name in _SIZES},
         "pipeline_bubble": bubble_of(run.layout),
         "steps": len(run.steps),

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -74,54 +74,45 @@ class Follower:
         self.cfg, self.run_dir, self.console = cfg, run_dir, console
         self.offsets = {record.STEPS: 0, record.EVENTS: 0}
         self.total = cfg.trainer.max_steps
-        self.bar: Progress | None = None
-        self.task: TaskID | None = None
         self.times: list[float] = []
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn())
+        step = TextColumn("{task.fields[step]}")
+        self.bar = Progress(*columns, step, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("starting", total=self.total, step="")
 
     def __enter__(self) -> Follower:
-        if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn())
-            self.bar = Progress(*columns, TextColumn("{task.fields[step]}"), console=self.console)
-            self.bar.start()
-            self.task = self.bar.add_task("starting", total=self.total, step="")
+        self.bar.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.bar.stop()
 
     def tick(self) -> None:
         """Show what has been written since the last call."""
-        news = [*self._new(record.EVENTS), *self._new(record.STEPS)]
+        news: list[dict[str, Any]] = []
+        for name, offset in self.offsets.items():
+            rows, self.offsets[name] = record.read_lines(self.run_dir / name, offset)
+            news += rows
         for row in sorted(news, key=lambda row: float(row["time"])):
             if "step" in row:
                 self._step(row)
             elif text := _PHASES.get(row["event"]):
-                self._phase(text)
-
-    def _new(self, name: str) -> list[dict[str, Any]]:
-        rows, self.offsets[name] = record.read_lines(self.run_dir / name, self.offsets[name])
-        return rows
-
-    def _phase(self, text: str) -> None:
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, description=text, step="")
-        else:
-            self.console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False)
+                self.bar.update(self.task, description=text, step="")
+                self._line(f"{time.strftime('%H:%M:%S')} {text}")
 
     def _step(self, row: dict[str, Any]) -> None:
         step, seconds, loss = int(row["step"]), float(row["train_step_timing_s"]), float(row["loss"])
         self.times.append(seconds)
         tokens_per_s = self.cfg.model.seq_length * self.cfg.model.global_batch_size / seconds
         left = int(statistics.median(self.times[-10:]) * (self.total - step - 1))
-        eta = f"ETA {left // 60}:{left % 60:02d}"
-        # Counted from 1 for people; the record and NeMo's log count from 0.
-        if self.bar is not None and self.task is not None:  # short: it fits into 80 columns
-            text = f"{seconds:.4g} s  {tokens_per_s:,.0f} tokens/s  {eta}"
-            self.bar.update(self.task, description=f"loss {loss:.3f}", completed=step + 1, step=text)
-        else:
-            text = f"loss {loss:.3f}  train_step_timing {seconds:.4g} s  {tokens_per_s:,.0f} tokens/s  {eta}"
-            self.console.print(f"step {step + 1}/{self.total}  {text}", highlight=False)
+        rates = f"{seconds:.4g} s  {tokens_per_s:,.0f} tokens/s  ETA {left // 60}:{left % 60:02d}"
+        # Counted from 1 for people; the record and NeMo's log count from 0. The bar fits into 80 columns.
+        self.bar.update(self.task, description=f"loss {loss:.3f}", completed=step + 1, step=rates)
+        self._line(f"step {step + 1}/{self.total}  loss {loss:.3f}  train_step_timing {rates}")
+
+    def _line(self, text: str) -> None:
+        if self.bar.disable:
+            self.console.print(text, highlight=False)
 
 
 # --- one run ------------------------------------------------------------------------------------------------
@@ -129,7 +120,7 @@ class Follower:
 
 def print_summary(console: Console, run: Run) -> None:
     """Print a run's numbers, each with what it assumes, and where the evidence is."""
-    what = ", ".join(text for text in (run.model, run.precision, run.gpu) if text)
+    what = ", ".join(filter(None, (run.model, run.precision, run.gpu)))
     table = RichTable(title=f"Llama 3.1 {what}" if run.model else run.name, title_justify="left")
     table.add_column("", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
@@ -170,26 +161,26 @@ def _result_rows(run: Run) -> Iterator[tuple[str, str, str]]:
 
 
 def _device_rows(run: Run) -> Iterator[tuple[str, str, str]]:
-    """Give what the GPUs did: power, energy, clocks, and what held these back."""
+    """Yield what the GPUs did: power, energy, clocks, and what held these back."""
     gpus = f"mean of {len(run.devices)} GPUs" if len(run.devices) > 1 else "mean"
-    powers = [device.power_w for device in run.devices if device.power_w is not None]
-    if powers:
-        power_w = statistics.fmean(powers)
+
+    def measured(name: str) -> list[tuple[float, int]]:
+        values = ((getattr(device, name), device.rank) for device in run.devices)
+        return [(value, rank) for value, rank in values if value is not None]
+
+    if powers := measured("power_w"):
+        power_w = statistics.fmean(power for power, _ in powers)
         energy = ""
-        if run.numbers:
-            tokens_per_joule = run.numbers.tokens_per_s_per_gpu / power_w
-            energy = f", {power_w * run.numbers.step_time_s:,.0f} J a step and GPU, {tokens_per_joule:.3g} tokens/J"
+        if n := run.numbers:
+            tokens_per_joule = n.tokens_per_s_per_gpu / power_w
+            energy = f", {power_w * n.step_time_s:,.0f} J a step and GPU, {tokens_per_joule:.3g} tokens/J"
         yield "power (W)", integer(power_w), gpus + energy
-    clocks = [device.sm_clock_mhz for device in run.devices if device.sm_clock_mhz is not None]
-    lowest = [(device.sm_clock_min_mhz, device.rank) for device in run.devices if device.sm_clock_min_mhz is not None]
-    if clocks and lowest:
+    if (clocks := measured("sm_clock_mhz")) and (lowest := measured("sm_clock_min_mhz")):
         clock, rank = min(lowest)
-        yield "SM clock (MHz)", integer(statistics.fmean(clocks)), f"{gpus}, lowest {clock:,.0f} (rank {rank})"
-    hottest = [
-        (device.temperature_max_c, device.rank) for device in run.devices if device.temperature_max_c is not None
-    ]
-    if hottest:
-        degrees, rank = max(hottest)
+        mean = integer(statistics.fmean(clock for clock, _ in clocks))
+        yield "SM clock (MHz)", mean, f"{gpus}, lowest {clock:,.0f} (rank {rank})"
+    if temperatures := measured("temperature_max_c"):
+        degrees, rank = max(temperatures)
         yield "temperature (°C)", integer(degrees), f"highest (rank {rank})"
     for reason in sorted({reason for device in run.devices for reason in device.throttled}):
         shares = [device.throttled[reason] for device in run.devices if reason in device.throttled]
@@ -224,37 +215,29 @@ def print_report(console: Console, report: Report) -> None:
 
 def print_table(console: Console, table: Table) -> None:
     """Print as many of the first columns as fit, then the notes; a long name may wrap between its words."""
-    wide, every = console.options.update(max_width=100_000), len(table.columns)
-    for columns, name_width in [(every, 1000), *((count, NAME_WIDTH) for count in range(every, 0, -1))]:
-        shown = _rich_table(table, columns, name_width)
+    wide, total = console.options.update(max_width=100_000), len(table.columns)
+    for columns, name_width in [(total, 1000), *((count, NAME_WIDTH) for count in range(total, 0, -1))]:
+        shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for name, words in zip(table.columns[:columns], table.words):
+            shown.add_column(name, justify="left" if words else "right", no_wrap=True)
+        for row in table.rows:
+            name = textwrap.fill(row[0], name_width, break_on_hyphens=False, break_long_words=False)
+            cells = (name, *row[1:columns])
+            shown.add_row(*(Text(cell, style=_STYLES.get(cell.partition(",")[0], "")) for cell in cells))
         if Measurement.get(console, wide, shown).maximum <= console.width:
             break
     console.print(shown)
-    if columns < every:
-        console.print(Text(f"{every - columns} more columns in a wider terminal and in results.md", style="dim"))
+    if columns < total:
+        console.print(Text(f"{total - columns} more columns in a wider terminal and in results.md", style="dim"))
     for row, note in zip(table.rows, table.notes):
         if note:
             _print_line(console, row[0], note)
 
 
-def _rich_table(table: Table, columns: int, name_width: int) -> RichTable:
-    shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name, words in zip(table.columns[:columns], table.words):
-        shown.add_column(name, justify="left" if words else "right", no_wrap=True)
-    for row in table.rows:
-        name = textwrap.fill(row[0], name_width, break_on_hyphens=False, break_long_words=False)
-        shown.add_row(*(Text(cell, style=_style(cell)) for cell in (name, *row[1:columns])))
-    return shown
-
-
-def _style(cell: str) -> str:
-    return _STYLES.get(cell.partition(",")[0], "")
-
-
 def _print_line(console: Console, name: str, text: str, style: str = "bold") -> None:
     """Print `name: text`: indented and wrapped at words on a terminal, one line elsewhere."""
-    line = Text.assemble("  ", (name, style), ": ", text)
+    line = Text.assemble((name, style), ": ", text)
     if console.is_terminal:
-        console.print(Padding(line[2:], (0, 0, 0, 2)))
+        console.print(Padding(line, (0, 0, 0, 2)))
     else:
-        console.print(line, soft_wrap=True)
+        console.print(Text("  ") + line, soft_wrap=True)

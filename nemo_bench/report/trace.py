@@ -23,17 +23,11 @@ _NO_VALUE = re.compile(rb'(":\s*)(?:-?(?:nan|inf))?(?=\s*[,}])')
 
 @dataclass(frozen=True)
 class Trace:
-    """The content of a trace file.
+    """The content of a trace file."""
 
-    Attributes:
-        events: the events that have a duration, with `name`, `ts` and `args`.
-        header: what else the file holds (`deviceProperties`, `distributedInfo`, ...).
-        unreadable: the number of events that were left out because they are not JSON.
-    """
-
-    events: list[Event]
-    header: dict[str, Any]
-    unreadable: int
+    events: list[Event]  # those that have a duration, with `name`, `ts` and `args`
+    header: dict[str, Any]  # what else the file holds: deviceProperties, distributedInfo, ...
+    unreadable: int  # events that were left out because they are not JSON
 
 
 def read_trace(path: Path) -> Trace:
@@ -50,8 +44,9 @@ def read_trace(path: Path) -> Trace:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise BenchError(f"{path}: cannot be read ({error})") from None
+    unreadable = 0
     try:
-        parsed, unreadable = orjson.loads(content), 0
+        parsed = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         if _LIST_BEGINS not in content or _LIST_ENDS not in content:
             raise BenchError(f"{path}: not a trace of PyTorch's profiler, or cut off ({error})") from None
@@ -60,18 +55,15 @@ def read_trace(path: Path) -> Trace:
         parsed = {"traceEvents": parsed}
     if not isinstance(parsed, dict) or not isinstance(parsed.get("traceEvents"), list):
         raise BenchError(f"{path}: not a trace of PyTorch's profiler (it has no list traceEvents)")
-    events = [event for event in parsed.pop("traceEvents") if _has_duration(event)]
+    events = [event for event in parsed.pop("traceEvents") if _is_timed(event)]
+    for event in events:
+        event.setdefault("args", {})
     return Trace(events, parsed, unreadable)
 
 
-def _has_duration(event: Any) -> bool:
-    return (
-        isinstance(event, dict)
-        and event.get("ph") == "X"
-        and isinstance(event.get("name"), str)
-        and isinstance(event.get("ts"), (int, float))
-        and isinstance(event.setdefault("args", {}), dict)
-    )
+def _is_timed(event: Any) -> bool:
+    is_span = isinstance(event, dict) and event.get("ph") == "X" and isinstance(event.get("name"), str)
+    return is_span and all(isinstance(value, (int, float)) for value in (event.get("ts"), event.get("dur", 0)))
 
 
 def _mended(content: bytes) -> tuple[dict[str, Any], int]:
