@@ -129,16 +129,18 @@ def measure(path: Path, rank: int | None = None) -> StepProfile:
 
 def _kernels(events: Sequence[Event], gpu: int) -> list[_Kernel]:
     """Return the GPU's kernels and copies; what the optimizer launches belongs to it, but for transfers."""
-    launched_us = {event["args"].get("correlation"): event["ts"] for event in events if event.get("cat") in _LAUNCHES}
+    launched_us: dict[Any, float] = {
+        event["args"].get("correlation"): event["ts"] for event in events if event.get("cat") in _LAUNCHES
+    }
     optimizer_spans = [(first, last) for _, first, last in _spans(events, _OPTIMIZER)]
     kernels = []
     for event in events:
         if event.get("cat") in _GPU_WORK and event["args"].get("device", 0) == gpu:
-            kind, start = kernel_class(event["name"]), event["ts"]
+            kind = kernel_class(event["name"])
+            start: float = event["ts"]
             launched = launched_us.get(event["args"].get("correlation"), start)
-            if kind not in (COMMUNICATION, MEMORY) and any(
-                first <= launched <= last for first, last in optimizer_spans
-            ):
+            by_optimizer = any(first <= launched <= last for first, last in optimizer_spans)
+            if by_optimizer and kind not in (COMMUNICATION, MEMORY):
                 kind = OPTIMIZER
             kernels.append(_Kernel(event["name"], kind, start, start + event.get("dur", 0)))
     return kernels
@@ -152,9 +154,9 @@ def _spans(events: Sequence[Event], names: re.Pattern[str]) -> Iterator[tuple[re
 
 
 def _profile(kernels: Sequence[_Kernel], steps: dict[int, tuple[float, float]], **identity: Any) -> StepProfile:
-    total_us: defaultdict[str, Counter[str]] = defaultdict(Counter)  # class -> kernel -> sum of its times
-    count: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    counted_us: Counter[str] = Counter()
+    total_us: defaultdict[tuple[str, str], float] = defaultdict(float)  # (class, name) -> sum of the kernels' times
+    count: Counter[tuple[str, str]] = Counter()
+    counted_us = dict.fromkeys(CLASSES, 0.0)
     communication_us = 0.0
     for first, last in steps.values():
         edges = []  # where a kernel of a class begins (+1) or ends (-1)
@@ -162,8 +164,8 @@ def _profile(kernels: Sequence[_Kernel], steps: dict[int, tuple[float, float]], 
             if start_us < last and end_us > first:
                 begin, end = max(start_us, first), min(end_us, last)
                 edges += [(begin, 1, kind), (end, -1, kind)]
-                total_us[kind][name] += end - begin
-                count[kind][name] += start_us >= first
+                total_us[kind, name] += end - begin
+                count[kind, name] += start_us >= first
         running = dict.fromkeys(CLASSES, 0)
         for (moment, change, kind), (following, _, _) in pairwise(sorted(edges)):
             running[kind] += change
@@ -173,27 +175,25 @@ def _profile(kernels: Sequence[_Kernel], steps: dict[int, tuple[float, float]], 
                 communication_us += following - moment
     us_per_ms = 1e3 * len(steps)  # microseconds of all steps to milliseconds of one
     step_ms = sum(last - first for first, last in steps.values()) / us_per_ms
-    class_times = [
-        ClassTime(
-            name=kind,
-            ms=counted_us[kind] / us_per_ms,
-            share=counted_us[kind] / us_per_ms / step_ms,
-            total_ms=total_us[kind].total() / us_per_ms,
-            count=count[kind].total() / len(steps),
-            top=tuple(
-                KernelTime(short_name(name), time_us / us_per_ms, count[kind][name] / len(steps))
-                for name, time_us in total_us[kind].most_common(TOP_KERNELS)
-            ),
-        )
-        for kind in CLASSES
-        if kind in total_us
-    ]
+    class_times = []
+    for kind, time_us in counted_us.items():
+        kernel_times = [
+            KernelTime(short_name(name), kernel_us / us_per_ms, count[kind, name] / len(steps))
+            for (name_kind, name), kernel_us in total_us.items()
+            if name_kind == kind
+        ]
+        if kernel_times:
+            total_ms = sum(kernel.total_ms for kernel in kernel_times)
+            number = sum(kernel.count for kernel in kernel_times)
+            top = sorted(kernel_times, key=lambda kernel: -kernel.total_ms)[:TOP_KERNELS]
+            ms = time_us / us_per_ms
+            class_times.append(ClassTime(kind, ms, ms / step_ms, total_ms, number, tuple(top)))
     return StepProfile(
         **identity,
         steps=tuple(sorted(steps)),
         step_ms=step_ms,
         classes=tuple(class_times),
-        idle_ms=step_ms - counted_us.total() / us_per_ms,
+        idle_ms=step_ms - sum(counted_us.values()) / us_per_ms,
         communication_ms=communication_us / us_per_ms,
         exposed_communication_ms=counted_us[COMMUNICATION] / us_per_ms,
     )
