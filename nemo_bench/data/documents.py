@@ -9,8 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,10 @@ class CutShort(Exception):
         self.reason = reason
 
 
+class _Damaged(Exception):
+    """The compressed data cannot be read any further."""
+
+
 class Reader:
     """The blocks of one file. `bytes_read`, of `size_bytes`, says how far the reading is in the stored file."""
 
@@ -69,68 +72,47 @@ class Reader:
 
     def _json_lines(self) -> Iterator[Block]:
         line = 0  # lines given out
-        pieces: list[bytes] = []  # of the next block
-        size = 0
-        cut: str | None = None
-        with self._opened() as read:
-            while True:
-                try:
-                    piece = read(BLOCK_BYTES - size if size < BLOCK_BYTES else BLOCK_BYTES)
-                except _Damaged as error:
-                    cut = str(error)
-                    break
-                if not piece:
-                    break
-                pieces.append(piece)
-                size += len(piece)
-                if size > _LONGEST_LINE:
+        data = bytearray()  # of the next block
+        try:
+            for piece in self._pieces():
+                data += piece
+                if len(data) > _LONGEST_LINE:
                     raise BenchError(
                         f"{self.path}: line {line + 1:,} is longer than {_LONGEST_LINE >> 20} MiB: is this a file of "
                         f"JSON Lines, one document a line? Known formats: {', '.join(FORMATS)}"
                     )
-                if size >= BLOCK_BYTES and b"\n" in piece:
-                    block, rest = _split(pieces, line)
-                    yield block
+                if len(data) >= BLOCK_BYTES and b"\n" in piece:
+                    block = _take_lines(data, line)
                     line += block.lines
-                    pieces, size = [rest], len(rest)
-        if cut is not None:  # the line that was cut through is lost with the rest
-            block, _ = _split(pieces, line)
-        else:
-            block = JsonLines(b"".join(pieces), line)
-        if block.data:
-            yield block
-            line += block.lines
-        if cut is not None:
-            raise CutShort(line, cut)
+                    yield block
+        except _Damaged as error:
+            block = _take_lines(data, line)  # the line that was cut through is lost with the rest
+            if block.data:
+                yield block
+            raise CutShort(line + block.lines, str(error)) from None
+        if data:
+            yield JsonLines(bytes(data), line)
 
-    @contextmanager
-    def _opened(self) -> Iterator[Callable[[int], bytes]]:
-        """Give a function that reads at most so many decompressed bytes, and never more than one block at once.
-
-        It is `read1`: `read` would lose what it has already decompressed when it meets the end of a truncated file.
-        """
+    def _pieces(self) -> Iterator[bytes]:
         from backports import zstd
 
-        kind = self.format.rpartition(".")[2]
         with open(self.path, "rb") as stored:
             stream: Any = stored
-            if kind == "gz":
+            if self.format == ".jsonl.gz":
                 stream = gzip.GzipFile(fileobj=stored)
-            elif kind == "zst":
+            elif self.format == ".jsonl.zst":
                 # Some shards are written with long windows, which are refused unless asked for.
                 stream = zstd.ZstdFile(stored, options={zstd.DecompressionParameter.window_log_max: 31})
-
-            def read(size: int) -> bytes:
-                try:
-                    data: bytes = stream.read1(min(size, BLOCK_BYTES))
-                except EOFError:
-                    raise _Damaged(f"the {kind} data end in the middle: the file is truncated") from None
-                except (zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
-                    raise _Damaged(f"the {kind} data are damaged ({error})") from None
-                self.bytes_read = stored.tell()
-                return data
-
-            yield read
+            try:
+                # `read` would lose what it has already decompressed when it meets the end of a truncated file.
+                while piece := stream.read1(BLOCK_BYTES):
+                    self.bytes_read = stored.tell()
+                    yield piece
+            except EOFError:
+                raise _Damaged("the compressed data end in the middle: the file is truncated") from None
+            except (zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
+                raise _Damaged(f"the compressed data are damaged ({error})") from None
+            self.bytes_read = stored.tell()
 
     def _parquet(self) -> Iterator[Block]:
         import pyarrow
@@ -145,11 +127,10 @@ class Reader:
                         f"{self.path} has no column {self.text_key!r}: text_key=... names the column that holds the "
                         f"text; the columns are {', '.join(file.schema_arrow.names)}"
                     )
-                rows = file.metadata.num_rows
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[self.text_key]):
                     yield ParquetRows(batch.column(0), line)
                     line += batch.num_rows
-                    self.bytes_read = int(self.size_bytes * line / max(rows, 1))
+                    self.bytes_read = self.size_bytes * line // file.metadata.num_rows
         except (pyarrow.ArrowInvalid, pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's, not the file's
@@ -157,26 +138,19 @@ class Reader:
 
 
 def format_of(name: str) -> str:
-    """Return which of FORMATS a file or URL of this name has.
-
-    Raises:
-        BenchError: none of them.
-    """
-    for suffix in sorted(FORMATS, key=len, reverse=True):
+    """Return which of FORMATS a file or URL of this name has; raise BenchError if it has none of them."""
+    for suffix in FORMATS:
         if name.lower().endswith(suffix):
             return suffix
     raise BenchError(f"{name}: unknown format; valid: {', '.join(FORMATS)}")
 
 
-class _Damaged(Exception):
-    """The compressed data cannot be read any further."""
-
-
-def _split(pieces: list[bytes], line: int) -> tuple[JsonLines, bytes]:
-    """Return the whole lines in `pieces` as a block, and the beginning of the next line."""
-    data = b"".join(pieces)
+def _take_lines(data: bytearray, before: int) -> JsonLines:
+    """Take the whole lines out of `data`, which keeps the beginning of the next line."""
     end = data.rfind(b"\n") + 1
-    return JsonLines(data[:end], line), data[end:]
+    block = JsonLines(bytes(data[:end]), before)
+    del data[:end]
+    return block
 
 
 @dataclass(frozen=True)
@@ -188,7 +162,7 @@ class JsonLines:
 
     @property
     def lines(self) -> int:
-        return self.data.count(b"\n") + (not self.data.endswith(b"\n"))
+        return self.data.count(b"\n") + (not self.data.endswith(b"\n") and bool(self.data))
 
     def texts(self, text_key: str) -> tuple[list[str], list[BadDocument]]:
         """Return the usable documents in order, and the unusable ones."""
@@ -221,23 +195,21 @@ def _text_of(line: bytes, text_key: str) -> str:
     """
     try:
         document = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 (byte {error.start + 1} of the line)") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({error})") from None
-    except RecursionError:
-        raise ValueError("broken JSON (nested too deeply)") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"not a JSON object but {type(document).__name__}")
-    if text_key not in document:
-        raise ValueError(f"no {text_key!r}")
-    text = document[text_key]
-    if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} is not a string but {type(text).__name__}")
+    text = _checked(document.get(text_key) if isinstance(document, dict) else None, text_key)
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{text_key!r} has half of a surrogate pair, which is not Unicode text") from None
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise ValueError(f"{text_key!r} is not Unicode text ({error})") from None
+    return text
+
+
+def _checked(text: object, text_key: str) -> str:
+    if text is None:
+        raise ValueError(f"no {text_key!r}")
+    if not isinstance(text, str):
+        raise ValueError(f"{text_key!r} is not a string but {type(text).__name__}")
     return text
 
 
@@ -254,28 +226,16 @@ class ParquetRows:
 
     def texts(self, text_key: str) -> tuple[list[str], list[BadDocument]]:
         """Return the usable documents in order, and the unusable ones."""
-        import pyarrow
-
-        kind = self.column.type
-        column = self.column
-        # As bytes: one string that is not UTF-8 would spoil the conversion of all.
-        if pyarrow.types.is_string(kind):
-            column = column.view(pyarrow.binary())
-        elif pyarrow.types.is_large_string(kind):
-            column = column.view(pyarrow.large_binary())
         texts: list[str] = []
         bad: list[BadDocument] = []
-        for number, value in enumerate(column.to_pylist(), start=self.before + 1):
+        for number, row in enumerate(self.column, start=self.before + 1):
             try:
-                text = value.decode("utf-8") if isinstance(value, bytes) else value
+                value = row.as_py()
+                texts.append(_checked(value.decode() if isinstance(value, bytes) else value, text_key))
             except UnicodeDecodeError as error:
-                bad.append(BadDocument(number, f"invalid UTF-8 (byte {error.start + 1} of the text)"))
-                continue
-            if isinstance(text, str):
-                texts.append(text)
-            else:
-                reason = f"no {text_key!r}" if text is None else f"{text_key!r} is not a string but {kind}"
-                bad.append(BadDocument(number, reason))
+                bad.append(BadDocument(number, f"{text_key!r} is not Unicode text ({error})"))
+            except ValueError as reason:
+                bad.append(BadDocument(number, str(reason)))
         return texts, bad
 
 

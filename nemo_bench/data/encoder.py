@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    Encoded = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]  # ids of all texts, number of ids of each
+
 # Texts on which implementations of the split expression and of added tokens differ.
 _PROBES = (
     "",
@@ -65,11 +67,8 @@ class Backend(Enum):
 class Encoder:
     """The tokenizer of a Hugging Face folder.
 
-    Attributes:
-        backend: the library that encodes.
-        vocab_size: tokens, the added ones included: Hugging Face's `len(tokenizer)`.
-        eod: id of the end-of-document token, the folder's `eos_token`.
-        fingerprint: hexadecimal SHA-256 of tokenizer.json.
+    `vocab_size` counts added tokens too, as Hugging Face's `len(tokenizer)`; `eod` is the id of the folder's
+    `eos_token`; `fingerprint` is the SHA-256 of tokenizer.json.
     """
 
     def __init__(
@@ -107,23 +106,30 @@ class Encoder:
             return f"gigatoken encodes {probes[differing[0]][:40]!r} differently"
         return ""
 
-    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    def encode(self, texts: Sequence[str]) -> Encoded:
         """Return the ids of all texts, one after another, and the number of ids of each text.
 
         No special tokens are added, but text that looks like one becomes it, as with Hugging Face and Megatron.
         Several threads may call this at once; they run in parallel.
         """
+        import numpy as np
+
         if self.backend is Backend.tokenizers:
-            return self._encode_reference(texts)
+            encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
+            return _joined([encoding.ids for encoding in encodings])
         ids, lengths = self._encode_fast(texts)
         newer = [number for number, text in enumerate(texts) if _may_differ(text)]
-        return self._replace(texts, ids, lengths, newer) if newer else (ids, lengths)
+        if not newer:
+            return ids, lengths
+        rows: list[Any] = np.split(ids, np.cumsum(lengths)[:-1])
+        for number in newer:
+            rows[number] = self._reference_ids(texts[number])
+        return _joined(rows)
 
     def check(self, texts: Sequence[str], before: int, ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
-        """Compare a sample of what `encode` returned with the reference; `before` documents preceded these.
+        """Compare a sample of what `encode` returned with the reference; raise RunFailed if they differ.
 
-        Raises:
-            RunFailed: they differ.
+        `before` documents of the shard preceded these.
         """
         if self.backend is Backend.tokenizers:
             return
@@ -148,7 +154,7 @@ class Encoder:
             if ids[ends[number] - lengths[number] : ends[number]].tolist() != self._reference_ids(texts[number])
         ]
 
-    def _encode_fast(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    def _encode_fast(self, texts: Sequence[str]) -> Encoded:
         import numpy as np
 
         if not texts:
@@ -158,23 +164,12 @@ class Encoder:
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
-    def _encode_reference(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        import numpy as np
 
-        rows = [encoding.ids for encoding in self._reference.encode_batch_fast(texts, add_special_tokens=False)]
-        ids = np.concatenate([np.asarray(row, np.uint32) for row in rows]) if rows else np.empty(0, np.uint32)
-        return ids, np.asarray([len(row) for row in rows], np.int64)
+def _joined(rows: Sequence[Any]) -> Encoded:
+    import numpy as np
 
-    def _replace(
-        self, texts: Sequence[str], ids: npt.NDArray[Any], lengths: npt.NDArray[Any], numbers: list[int]
-    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Return the encoding of `texts` with the documents `numbers` encoded by the reference."""
-        import numpy as np
-
-        rows = np.split(ids, np.cumsum(lengths)[:-1])
-        for number in numbers:
-            rows[number] = np.asarray(self._reference_ids(texts[number]), np.uint32)
-        return np.concatenate(rows), np.asarray([len(row) for row in rows], np.int64)
+    ids = np.concatenate([np.asarray(row, np.uint32) for row in rows]) if rows else np.empty(0, np.uint32)
+    return ids, np.asarray([len(row) for row in rows], np.int64)
 
 
 def _may_differ(text: str) -> bool:
@@ -187,11 +182,7 @@ def _may_differ(text: str) -> bool:
 
 
 def read_tokenizer(folder: Path) -> tuple[bytes, str]:
-    """Return the folder's tokenizer.json and its SHA-256.
-
-    Raises:
-        BenchError: there is none.
-    """
+    """Return the folder's tokenizer.json and its SHA-256; raise BenchError if there is none."""
     path = folder / "tokenizer.json"
     try:
         content = path.read_bytes()
@@ -219,19 +210,16 @@ def _reference(folder: Path, content: bytes) -> Any:
 
 def _end_of_document(folder: Path, reference: Any) -> int:
     """Return the id of `eos_token`, which Megatron's --append-eod appends."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    for path in [folder / name for name in names if (folder / name).exists()]:
         try:
-            token = json.loads((folder / name).read_bytes()).get("eos_token")
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, AttributeError) as error:
-            raise BenchError(f"Cannot read {folder / name}: {error}. Download the tokenizer's files again.") from None
+            token = json.loads(path.read_bytes()).get("eos_token")
+        except (OSError, ValueError) as error:
+            raise BenchError(f"Cannot read {path}: {error}. Download the tokenizer's files again.") from None
         if isinstance(token, dict):
             token = token.get("content")
         if token is not None:
             if (number := reference.token_to_id(token)) is None:
-                raise BenchError(f"{folder / name} names {token!r} as eos_token, but tokenizer.json has no such token.")
+                raise BenchError(f"{path} names {token!r} as eos_token, but tokenizer.json has no such token.")
             return int(number)
-    raise BenchError(
-        f"{folder} names no eos_token, which ends each document: tokenizer_config.json or special_tokens_map.json must."
-    )
+    raise BenchError(f"{folder} names no eos_token, which ends each document: {' or '.join(names)} must.")

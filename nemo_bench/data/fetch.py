@@ -9,10 +9,9 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,12 +27,13 @@ HUB = "https://huggingface.co"
 _NETWORK = "Is the network up? Does it need a proxy (https_proxy)? Then run the same command again."
 _HUB_PATH = re.compile(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 # The URL comes through standard input: it may hold a password, and `ps` shows arguments.
-_CURL = ["curl", "--silent", "--show-error", "--location", "--globoff", "--connect-timeout", "30", "--config", "-"]
-# curl's exit codes for no address, no connection, and connections that break off or stall.
+_CURL = ["curl", "--fail", "--silent", "--show-error", "--location", "--globoff", "--config", "-"]
+_CURL += ["--connect-timeout", "30", "--speed-time", "60"]
+# curl's exit codes for no address, no connection, and connections that break off or stall; then its words.
 _BROKEN = (5, 6, 7, 16, 18, 28, 35, 52, 55, 56, 92)
+_BUSY = re.compile(r"returned error: (408|425|429|5\d\d)")
 
 T = TypeVar("T")
-Progress = Callable[[int, "int | None"], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class HubFile:
 
 
 class _Interrupted(Exception):
-    """The transfer broke off; `str` is the cause."""
+    """The transfer broke off; another attempt may work."""
 
 
 def _ignore(*_: object) -> None:
@@ -58,7 +58,7 @@ def fetch(
     destination: Path,
     *,
     sha256: str | None = None,
-    progress: Progress = _ignore,
+    announce: Callable[[int | None], None] = _ignore,
     report: Callable[[str], None] = _ignore,
 ) -> str:
     """Download `url` to `destination`, unless that file exists, and return its SHA-256.
@@ -67,7 +67,7 @@ def fetch(
 
     Args:
         sha256: the checksum to expect. Checksums that the Hub knows are always compared.
-        progress: called twice a second with the bytes received and the size (None: unknown).
+        announce: called with the size in bytes (None: unknown) once it is known.
         report: called with one line each time the transfer breaks off.
 
     Raises:
@@ -75,30 +75,25 @@ def fetch(
             differs.
         OSError: the disk is full or cannot be written.
     """
-    part = destination.with_name(f".{destination.name}.part")
+    part = _part(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with locked(destination.with_name(f".{destination.name}.lock"), f"downloads {destination.name}", report):
+        path = destination
         if destination.exists():
             actual = sha256_of(destination)
+        elif hub := hub_address(url):
+            repo, name, revision, repo_type = hub
+            file = hub_file(repo, name, part, revision=revision, repo_type=repo_type, announce=announce, report=report)
+            path, actual = file.path, file.sha256
         else:
             part.mkdir(exist_ok=True)
-            if hub := hub_address(url):
-                repo, name, revision, repo_type = hub
-                file = hub_file(
-                    repo, name, part, revision=revision, repo_type=repo_type, progress=progress, report=report
-                )
-                path, actual = file.path, file.sha256
-            else:
-                path = _retried(lambda: _curl_file(url, part, progress), part, shown(url), report)
-                actual = sha256_of(path)
+            path = _retried(lambda: _curl_file(url, part, announce), part, shown(url), report)
+            actual = sha256_of(path)
         if sha256 not in (None, actual):
-            shutil.rmtree(part, ignore_errors=True)
             raise BenchError(
-                f"{shown(url)} has the SHA-256 {actual} instead of {sha256}: correct the checksum or the URL"
-                + (f", or delete {destination}" if destination.exists() else "")
+                f"{shown(url)} has the SHA-256 {actual} instead of {sha256}: correct the checksum or delete {path}"
             )
-        if not destination.exists():
-            os.replace(path, destination)
+        os.replace(path, destination)
         shutil.rmtree(part, ignore_errors=True)
     return actual
 
@@ -107,6 +102,15 @@ def shown(url: str) -> str:
     """Return the URL without what may be secret: user name, password and query."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def received_bytes(destination: Path) -> int:
+    """Return how much of an unfinished download is here."""
+    return _bytes_in(_part(destination))
+
+
+def _part(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.part")
 
 
 def _bytes_in(folder: Path) -> int:
@@ -134,37 +138,19 @@ def _retried(transfer: Callable[[], T], folder: Path, source: str, report: Calla
             time.sleep(pause_s)
 
 
-@contextmanager
-def _watched(folder: Path, size: int | None, progress: Progress) -> Iterator[None]:
-    """Call `progress` with the bytes in `folder` twice a second while the block runs."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.5):
-            progress(_bytes_in(folder), size)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 # --- any server, with curl --------------------------------------------------------------------------------------------
 
 
-def _curl_file(url: str, part: Path, progress: Progress) -> Path:
+def _curl_file(url: str, part: Path, announce: Callable[[int | None], None]) -> Path:
     """Download the rest of `url` into a file in `part`, in one request."""
-    about = _headers(url)
-    size = int(about["content-length"]) if "content-length" in about else None
+    headers = _headers(url)
+    size = int(headers["content-length"]) if "content-length" in headers else None
+    announce(size)
     # A file that has changed on the server gets another name here, and so starts from its beginning.
-    version = about.get("etag") or about.get("last-modified") or ""
-    path = part / hashlib.sha256(f"{version} {size}".encode()).hexdigest()[:16]
+    version = f"{headers.get('etag') or headers.get('last-modified')} {size}"
+    path = part / hashlib.sha256(version.encode()).hexdigest()[:16]
     if size is None or not path.exists() or path.stat().st_size != size:
-        with _watched(part, size, progress):
-            _curl(url, "--fail", "--speed-time", "60", "--continue-at", "-", "--output", str(path))
+        _curl(url, "--continue-at", "-", "--output", str(path))
     if size not in (None, path.stat().st_size):
         raise _Interrupted(f"it has {path.stat().st_size:,} bytes instead of {size:,}")
     return path
@@ -173,7 +159,7 @@ def _curl_file(url: str, part: Path, progress: Progress) -> Path:
 def _headers(url: str) -> dict[str, str]:
     """Return what the server says about the file; {} if it answers no HEAD request (signed URLs may allow only GET)."""
     try:
-        answer = _curl(url, "--fail", "--head").strip().split("\r\n\r\n")[-1]
+        answer = _curl(url, "--head").strip().split("\r\n\r\n")[-1]
     except BenchError:
         return {}
     rows = (line.partition(":") for line in answer.splitlines()[1:])
@@ -185,27 +171,21 @@ def _curl(url: str, *options: str) -> str:
     escaped = url.replace("\\", "%5C").replace('"', "%22")
     try:
         done = subprocess.run(
-            [*_CURL, "--write-out", "\n%{http_code}", *options],
-            input=f'url = "{escaped}"',
-            capture_output=True,
-            text=True,
-            errors="replace",
+            [*_CURL, *options], input=f'url = "{escaped}"', capture_output=True, text=True, errors="replace"
         )
     except FileNotFoundError:
         raise BenchError("curl is not installed, but downloads from URLs need it") from None
-    output, _, status = done.stdout.rpartition("\n")
-    cause = done.stderr.strip().partition(") ")[2] or f"curl ended with status {done.returncode}"
     if done.returncode == 0:
-        return output
-    if done.returncode in _BROKEN or status in ("408", "425", "429") or status >= "500":
+        return done.stdout
+    cause = done.stderr.strip().partition(") ")[2] or f"curl ended with status {done.returncode}"
+    if done.returncode in _BROKEN or _BUSY.search(cause):
         raise _Interrupted(cause)
     if done.returncode == 33:  # the server cannot continue in the middle
         Path(options[-1]).unlink()
         raise _Interrupted("the server sends files only from their beginning")
     if done.returncode == 23:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), options[-1])
-    refusals = {"401": "access refused", "403": "access refused", "404": "does not exist", "410": "does not exist"}
-    raise BenchError(f"{shown(url)} {refusals.get(status, f'cannot be downloaded: {cause}')} ({status})")
+    raise BenchError(f"{shown(url)} cannot be downloaded: {cause}")
 
 
 # --- the Hugging Face Hub ---------------------------------------------------------------------------------------------
@@ -227,7 +207,7 @@ def hub_file(
     *,
     revision: str = "main",
     repo_type: str = "model",
-    progress: Progress = _ignore,
+    announce: Callable[[int | None], None] = _ignore,
     report: Callable[[str], None] = _ignore,
 ) -> HubFile:
     """Download one file of a Hub repository into `folder` and compare its checksum with the Hub's.
@@ -235,8 +215,7 @@ def hub_file(
     Token, endpoint and time limits are huggingface_hub's: HF_TOKEN or its stored login, HF_ENDPOINT, HF_HUB_*.
 
     Raises:
-        BenchError: the Hub refuses or does not have the file, cannot be reached, or the checksum differs; the error of
-            huggingface_hub, where there was one, is its cause.
+        BenchError: the Hub refuses or does not have the file, cannot be reached, or the checksum differs.
         OSError: the disk is full or cannot be written.
     """
     # Read at the import: transfers over Xet cannot be resumed by another process, those over HTTP can.
@@ -252,64 +231,52 @@ def hub_file(
     def transfer() -> tuple[Path, str, str]:
         try:
             about = get_hf_file_metadata(hf_hub_url(repo, name, repo_type=repo_type, revision=revision))
+            announce(about.size)
             commit = about.commit_hash or revision
-            with _watched(folder, about.size, progress):
-                path = hf_hub_download(repo, name, repo_type=repo_type, revision=commit, local_dir=folder)
+            path = hf_hub_download(repo, name, repo_type=repo_type, revision=commit, local_dir=folder)
             return Path(path), commit, about.etag or ""
-        except OSError as error:
+        except (OSError, ValueError) as error:
             # The client itself retries all but these. It reports a body of the wrong length as a bare OSError.
             short = type(error) is OSError and error.errno is None
-            busy = getattr(getattr(error, "response", None), "status_code", None) == 429
-            if short or busy or isinstance(error, requests.exceptions.ChunkedEncodingError):
-                raise _Interrupted("the Hub is busy" if busy else "the connection broke off") from None
-            raise
+            if short or isinstance(error, requests.exceptions.ChunkedEncodingError):
+                raise _Interrupted("the connection broke off") from None
+            if _status(error) == 429:
+                raise _Interrupted("the Hub is busy") from None
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's
+            raise BenchError(_explained(error, repo, name, revision, repo_type)) from error
 
-    try:
-        path, commit, etag = _retried(transfer, folder, f"{name} of {repo}", report)
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's
-        raise _explained(error, repo, name, revision, repo_type) from error
+    path, commit, etag = _retried(transfer, folder, f"{name} of {repo}", report)
     sha256 = sha256_of(path)
-    known = sha256 if len(etag) == 64 else etag
-    if len(etag) == 40:  # small files are known by git's id of the blob
-        data = path.read_bytes()
-        known = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    if known != etag:
+    if len(etag) == 64 and etag != sha256:  # the Hub knows the SHA-256 of large files
         path.unlink()
         raise BenchError(f"{name} of {repo} was damaged on its way (checksum): run the same command again")
     return HubFile(path, commit, sha256)
 
 
-def _explained(error: Exception, repo: str, name: str, revision: str, repo_type: str) -> BenchError:
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _explained(error: Exception, repo: str, name: str, revision: str, repo_type: str) -> str:
     """Say what an error of huggingface_hub means for the user, without its own text, which may quote signed URLs."""
     from huggingface_hub import constants, errors, get_token
 
-    page, token = f"{HUB}/{'datasets/' if repo_type == 'dataset' else ''}{repo}", get_token()
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
-        account = "to the account of this token" if token else "without a token (HF_TOKEN is not set)"
-        return BenchError(
-            f"Hugging Face shows no {repo_type} {repo} {account}: correct the name, or, if it is private, "
-            "export HF_TOKEN=<a token of an account that may read it>"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return BenchError(f"{repo} has no revision {revision}: {page}/commits lists them")
-    if isinstance(error, errors.EntryNotFoundError) and status is not None:
-        return BenchError(f"{name} does not exist in {repo} ({status}): {page}/tree/main lists its files")
-    if status in (401, 403):
-        refused = f"{repo}: access refused ({status})" + (" to this token." if token else "; HF_TOKEN is not set.")
-        return BenchError(
-            f"{refused}\n"
+    page, status = f"{HUB}/{'datasets/' if repo_type == 'dataset' else ''}{repo}", _status(error)
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo} is not the name of a repository, ORGANISATION/NAME"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing is downloaded: unset it"
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+        token = "with this token" if get_token() else "and HF_TOKEN is not set"
+        return (
+            f"{repo}: access refused or no such repository ({status}), {token}.\n"
             f"  1. access: log in, open {page}, accept the licence. Approval can take a day or more.\n"
             "  2. token: https://huggingface.co/settings/tokens, of the same account, with read access to gated "
             "repositories\n"
             "  3. export HF_TOKEN=<token>, and run the same command again"
         )
-    if isinstance(error, errors.HFValidationError):
-        return BenchError(f"{repo} is not the name of a repository, ORGANISATION/NAME")
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return BenchError("HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing is downloaded: unset it")
+    if status == 404:
+        return f"{repo} has no {name} in revision {revision}: {page}/tree/main lists its files and revisions"
     cause = f"status {status}" if status is not None else type(error.__cause__ or error).__name__
-    endpoint = re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
-    return BenchError(f"{endpoint} cannot be reached for {repo} ({cause}).\n{_NETWORK}")
+    return f"{shown(constants.ENDPOINT)} cannot be reached for {repo} ({cause}).\n{_NETWORK}"

@@ -32,13 +32,8 @@ if TYPE_CHECKING:
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-
 # Megatron's type codes. 6 and 7 are floating-point types, which hold no token ids.
-_DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_CODE_OF_DTYPE = {name: code for code, name in _DTYPE_CODES.items()}
-
-_MAX_LENGTH = 2**31 - 1  # a sequence's length is an int32
-
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 # Elements read at once: 8 MiB of int64, whatever the size of the file.
 _CHUNK = 1 << 20
 
@@ -54,10 +49,7 @@ def idx_path(prefix: Path) -> Path:
 
 
 def optimal_dtype(vocab_size: int | None) -> str:
-    """Return the numpy name of the type that Megatron stores ids of a vocabulary of `vocab_size` tokens in.
-
-    This is its `DType.optimal_dtype`: uint16 below 65,500 tokens; int32 from there on, and for None.
-    """
+    """Return the numpy name of the type in which Megatron stores ids of a vocabulary of this size (None: unknown)."""
     return "uint16" if vocab_size is not None and vocab_size < 65500 else "int32"
 
 
@@ -65,22 +57,12 @@ class IndexedDatasetWriter:
     """Stream documents of token ids into `prefix`.bin; the end of the `with` block writes `prefix`.idx.
 
     A block that raises, or a killed process, leaves a .bin without an .idx. The index stays in memory (4 bytes a
-    document).
-
-    Args:
-        prefix: path without suffix; its folder must exist.
-        vocab_size: number of tokens of the vocabulary, which decides the stored type; None stores int32.
-
-    Raises:
-        OSError: the folder cannot be written or the disk is full.
+    document). `vocab_size` decides the stored type.
     """
 
     def __init__(self, prefix: Path, *, vocab_size: int | None) -> None:
-        import numpy as np
-
         self.prefix = prefix
         self.dtype = optimal_dtype(vocab_size)
-        self._stored = np.dtype(self.dtype).newbyteorder("<")
         self.tokens = 0
         self._lengths = array("i")
         self._empty = array("q")  # for each document without tokens, the number of sequences before it
@@ -92,29 +74,14 @@ class IndexedDatasetWriter:
         return len(self._lengths) + len(self._empty)
 
     def extend(self, tokens: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]]) -> None:
-        """Append many documents: all their ids one after another, and the length in tokens of each.
-
-        The ids must be below the vocabulary's size and of the stored type (`dtype`): the caller checks and converts
-        them, on another thread.
-
-        Raises:
-            ValueError: the type is another one, or the lengths do not fit `tokens` or the format.
-        """
+        """Append many documents: all their ids, of the type `dtype`, and the length in tokens of each document."""
         import numpy as np
 
-        if tokens.dtype != self.dtype or tokens.ndim != 1:
-            raise ValueError(f"ids must be a 1-D array of {self.dtype}, not {tokens.dtype} of shape {tokens.shape}")
-        if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > _MAX_LENGTH):
-            raise ValueError(f"a document has from 0 to {_MAX_LENGTH} tokens")
-        if int(lengths.sum()) != tokens.size:
-            raise ValueError(f"the lengths sum to {lengths.sum()}, and there are {tokens.size} tokens")
-        self._file.write(tokens.astype(self._stored, copy=False).data)
+        self._file.write(tokens.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False).data)
         holding = lengths > 0
-        if not holding.all():
-            sequences = len(self._lengths) + np.cumsum(holding)
-            self._empty.frombytes(sequences[~holding].astype(np.int64).tobytes())
-            lengths = lengths[holding]
-        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        sequences = len(self._lengths) + np.cumsum(holding)
+        self._empty.frombytes(sequences[~holding].astype(np.int64).tobytes())
+        self._lengths.frombytes(lengths[holding].astype(np.int32).tobytes())
         self.tokens += tokens.size
 
     def __enter__(self) -> IndexedDatasetWriter:
@@ -135,16 +102,15 @@ class IndexedDatasetWriter:
         import numpy as np
 
         count = len(self._lengths)
-        lengths = np.frombuffer(self._lengths, dtype=np.int32) if count else np.empty(0, dtype=np.int32)
-        pointers = np.zeros(count, dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-        pointers *= np.dtype(self.dtype).itemsize
-        boundaries = np.arange(count + 1, dtype="<i8")
-        if self._empty:
-            boundaries = np.sort(np.concatenate([boundaries, np.asarray(self._empty, dtype="<i8")]))
+        lengths = np.asarray(self._lengths, dtype="<i4")
+        offsets = np.zeros(count, dtype="<i8")
+        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+        offsets *= np.dtype(self.dtype).itemsize
+        boundaries = np.sort(np.concatenate([np.arange(count + 1), np.asarray(self._empty, np.int64)]))
+        (code,) = (code for code, dtype in _DTYPES.items() if dtype == self.dtype)
         with atomic_file(idx_path(self.prefix), "wb") as index:
-            index.write(_HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[self.dtype], count, self.documents + 1))
-            for column in (lengths.astype("<i4"), pointers, boundaries):
+            index.write(_HEADER.pack(_MAGIC, _VERSION, code, count, self.documents + 1))
+            for column in (lengths, offsets, boundaries.astype("<i8")):
                 index.write(column.tobytes())
 
 
@@ -170,56 +136,38 @@ def inspect(prefix: Path, *, vocab_size: int | None = None, read_tokens: bool = 
         BenchError: a file is missing, unreadable, truncated or damaged, the dataset holds no token, or an id does not
             belong to the vocabulary.
     """
+    for path in (idx_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            hint = f" without its suffix: {prefix.with_suffix('')}" if prefix.suffix in (".bin", ".idx") else ""
+            raise BenchError(f"The dataset file {path} does not exist: prepare the dataset, or correct its path{hint}.")
     try:
         return _inspect(prefix, vocab_size, read_tokens)
     except OSError as error:
-        raise BenchError(
-            f"Cannot read the dataset {prefix}: {error}. Check its permissions and that its disk is mounted."
-        ) from error
+        raise BenchError(f"Cannot read the dataset {prefix}: {error}. Check its permissions and its disk.") from error
 
 
 def _inspect(prefix: Path, vocab_size: int | None, read_tokens: bool) -> DatasetInfo:
-    """Do the work of `inspect`."""
     import numpy as np
 
     index, data = idx_path(prefix), bin_path(prefix)
-    for path in (index, data):
-        if not path.is_file():
-            hint = ""
-            if prefix.suffix in (".bin", ".idx"):
-                hint = f" Give the path without its suffix: {prefix.with_suffix('')}."
-            raise BenchError(f"The dataset file {path} does not exist: prepare the dataset, or correct its path.{hint}")
-
-    index_bytes = index.stat().st_size
-    if index_bytes < _HEADER.size:
-        raise _size_error(index, f"at least {_HEADER.size:,}", index_bytes)
     with open(index, "rb") as file:
-        magic, version, code, sequences, boundaries = _HEADER.unpack(file.read(_HEADER.size))
-    if magic != _MAGIC:
-        raise BenchError(
-            f"{index} is not a Megatron dataset index (it does not begin with MMIDIDX): prepare the dataset "
-            "again with Megatron's preprocess_data.py or with this program, or correct the path."
-        )
-    if version != _VERSION:
-        raise _damaged(index, f"it has format version {version}, and Megatron reads version {_VERSION}")
-    if code not in _DTYPE_CODES:
-        raise _damaged(index, f"its type code {code} is not an integer type of Megatron's")
-    if boundaries < 1:
-        raise _damaged(index, "it lists no document boundary")
-    expected = _HEADER.size + 12 * sequences + 8 * boundaries
-    if index_bytes != expected:
-        raise _size_error(index, f"{expected:,}", index_bytes)
+        header = file.read(_HEADER.size)
+    if header[: len(_MAGIC)] != _MAGIC[: len(header)]:
+        raise BenchError(f"{index} is no Megatron dataset index (it does not begin with MMIDIDX): correct the path.")
+    _require_size(index, _HEADER.size, at_least=True)
+    _, version, code, sequences, boundaries = _HEADER.unpack(header)
+    _require(version == _VERSION, index, f"it has format version {version}, and Megatron reads version {_VERSION}")
+    _require(code in _DTYPES, index, f"its type code {code} is not an integer type of Megatron's")
+    _require(boundaries >= 1, index, "it lists no document boundary")
+    _require_size(index, _HEADER.size + 12 * sequences + 8 * boundaries)
 
-    dtype = np.dtype(_DTYPE_CODES[code]).newbyteorder("<")
+    dtype = np.dtype(_DTYPES[code]).newbyteorder("<")
     tokens = _check_index(index, sequences, boundaries, dtype.itemsize)
-    data_bytes = data.stat().st_size
-    if data_bytes != tokens * dtype.itemsize:
-        raise _size_error(data, f"{tokens * dtype.itemsize:,}", data_bytes)
+    _require_size(data, tokens * dtype.itemsize)
     if tokens == 0:
         raise BenchError(f"The dataset {prefix} holds no tokens: prepare it again from text that is not empty.")
-
-    max_token_id = _check_tokens(data, dtype, tokens, vocab_size) if read_tokens else None
-    return DatasetInfo(prefix, boundaries - 1, tokens, _DTYPE_CODES[code], max_token_id)
+    largest = _check_tokens(data, dtype, vocab_size) if read_tokens else None
+    return DatasetInfo(prefix, boundaries - 1, tokens, _DTYPES[code], largest)
 
 
 def _check_index(index: Path, sequences: int, boundaries: int, itemsize: int) -> int:
@@ -231,56 +179,50 @@ def _check_index(index: Path, sequences: int, boundaries: int, itemsize: int) ->
         return np.memmap(index, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
 
     lengths = column("<i4", _HEADER.size, sequences)
-    pointers = column("<i8", _HEADER.size + 4 * sequences, sequences)
+    offsets = column("<i8", _HEADER.size + 4 * sequences, sequences)
     starts = column("<i8", _HEADER.size + 12 * sequences, boundaries)
-
     tokens = 0
     for begin in range(0, sequences, _CHUNK):
         part = np.asarray(lengths[begin : begin + _CHUNK], dtype=np.int64)
-        if part.min() < 0:
-            raise _damaged(index, "it has a sequence of negative length")
+        _require(part.min() >= 0, index, "it has a sequence of negative length")
         ends = tokens + np.cumsum(part)
-        if not np.array_equal(pointers[begin : begin + _CHUNK], (ends - part) * itemsize):
-            raise _damaged(index, "its sequence offsets do not agree with its sequence lengths")
+        expected = (ends - part) * itemsize
+        agree = np.array_equal(offsets[begin : begin + _CHUNK], expected)
+        _require(agree, index, "its sequence offsets do not agree with its sequence lengths")
         tokens = int(ends[-1])
-
-    if starts[0] != 0 or starts[-1] != sequences:
-        raise _damaged(index, f"its document boundaries do not run from 0 to its {sequences:,} sequences")
+    whole = starts[0] == 0 and starts[-1] == sequences
+    _require(whole, index, f"its document boundaries do not run from 0 to its {sequences:,} sequences")
     for begin in range(0, boundaries - 1, _CHUNK):
         # One more than the chunk, so that the step from each chunk to the next is checked too.
-        if np.any(np.diff(starts[begin : begin + _CHUNK + 1]) < 0):
-            raise _damaged(index, "its document boundaries are out of order")
+        steps = np.diff(starts[begin : begin + _CHUNK + 1])
+        _require(steps.min() >= 0, index, "its document boundaries are out of order")
     return tokens
 
 
-def _check_tokens(data: Path, dtype: np.dtype[Any], tokens: int, vocab_size: int | None) -> int:
-    """Read all ids of a .bin file of the right size, and return the largest."""
+def _check_tokens(data: Path, dtype: np.dtype[Any], vocab_size: int | None) -> int:
+    """Read all ids and return the largest."""
     import numpy as np
 
-    ids = np.memmap(data, dtype, "r", 0, (tokens,))
+    ids = np.memmap(data, dtype, "r")
     largest = 0
-    for begin in range(0, tokens, _CHUNK):
+    for begin in range(0, len(ids), _CHUNK):
         part = ids[begin : begin + _CHUNK]
-        if int(part.min()) < 0:
-            raise _damaged(data, "it has negative token ids")
+        _require(part.min() >= 0, data, "it has negative token ids")
         largest = max(largest, int(part.max()))
     if vocab_size is not None and largest >= vocab_size:
         raise BenchError(
-            f"{data} has token id {largest:,}, but the tokenizer has only {vocab_size:,} tokens (ids 0 to "
-            f"{vocab_size - 1:,}): the dataset was prepared with another tokenizer. Set that tokenizer, or prepare the "
-            "dataset again with this one."
+            f"{data} has token id {largest:,}, but the tokenizer has only {vocab_size:,} tokens: the dataset was "
+            "prepared with another tokenizer. Set that tokenizer, or prepare the dataset again with this one."
         )
     return largest
 
 
-def _size_error(path: Path, expected: str, actual: int) -> BenchError:
-    """Return the error for a file whose size is not what the index says; `expected` is in bytes."""
-    return BenchError(
-        f"{path} is damaged: it should have {expected} bytes and has {actual:,} (an interrupted copy or "
-        "preparation?). Prepare the dataset again, or copy both of its files again."
-    )
+def _require(condition: bool, path: Path, damage: str) -> None:
+    if not condition:
+        raise BenchError(f"{path} is damaged: {damage}. Prepare the dataset again, or copy both of its files again.")
 
 
-def _damaged(path: Path, what: str) -> BenchError:
-    """Return the error for a file whose contents contradict themselves; `what` is a clause."""
-    return BenchError(f"{path} is damaged: {what}. Prepare the dataset again, or copy both of its files again.")
+def _require_size(path: Path, size_bytes: int, *, at_least: bool = False) -> None:
+    actual = path.stat().st_size
+    right = actual >= size_bytes if at_least else actual == size_bytes
+    _require(right, path, f"it should have {size_bytes:,} bytes and has {actual:,} (an interrupted copy?)")

@@ -24,24 +24,26 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
         RunFailed: a job did not complete.
     """
     configs = [_checked(point) for point in points]
-    shards = [prepare.shards_of(cfg) for cfg in configs]
-    counts = Counter(shard.prefix for group in shards for shard in group)
+    groups = [prepare.shards_of(cfg) for cfg in configs]
+    counts = Counter(shard.prefix for group in groups for shard in group)
     if repeated := [prefix for prefix, count in counts.items() if count > 1]:
         raise BenchError(
             f"two points of the sweep make the same dataset: {', '.join(repeated)}; output_prefix=... must differ"
         )
     if any(cfg.launch is Launch.dry for cfg in configs):
-        for cfg, group in zip(configs, shards):
+        for cfg, group in zip(configs, groups):
             _show(cfg, group)
         return
-    missing = [prepare.missing_shards(cfg, group) for cfg, group in zip(configs, shards)]
-    submitted = _submit(configs, missing)
-    if submitted and not wait:
-        print("python prepare_data.py check reads back what they make; python jobs.py lists them")
-        return
-    if submitted:
-        _follow([shard for group in missing for shard in group], submitted)
-    for cfg, group in zip(configs, shards):
+    work = [(cfg, shard) for cfg, group in zip(configs, groups) for shard in prepare.missing_shards(cfg, group)]
+    if work:
+        jobs.require_sbatch()
+        active = _active(Path(configs[0].stage_path))
+        submitted = [_submit(cfg, shard, active) for cfg, shard in work]
+        if not wait:
+            print("python prepare_data.py check reads back what they make; python jobs.py lists them")
+            return
+        _follow([shard for _, shard in work], submitted)
+    for cfg, group in zip(configs, groups):
         print(prepare.summary(cfg, group))
 
 
@@ -64,32 +66,17 @@ def _show(cfg: PreparationConfig, shards: list[Shard]) -> None:
     print("launch=dry: nothing was submitted.")
 
 
-def _submit(configs: list[PreparationConfig], missing: list[list[Shard]]) -> list[Job]:
-    """Return a job for each missing dataset: a new one, or the one that is making it already."""
-    if not any(missing):
-        return []
-    jobs.require_sbatch()
-    active = _active(Path(configs[0].stage_path))
-    submitted: list[Job] = []
-    for cfg, group in zip(configs, missing):
-        parent = prepare.new_folder(cfg)
-        for shard in group:
-            if job := active.get(shard.prefix):
-                shard.folder = str(job.folder)
-                print(f"job {job.job_id} is making {shard.name} already", flush=True)
-            else:
-                try:
-                    prepare.begin(shard, parent)
-                    job = jobs.submit(_script(cfg, shard), Path(shard.folder))
-                except BenchError as error:
-                    before = (
-                        f"\nsubmitted before that: {' '.join(job.job_id for job in submitted)}" if submitted else ""
-                    )
-                    raise BenchError(f"{error}{before}") from None
-                print(f"job {job.job_id}: {shard.name}, log {job.log}", flush=True)
-            shard.job_id, shard.state = job.job_id, job.state
-            submitted.append(job)
-    return submitted
+def _submit(cfg: PreparationConfig, shard: Shard, active: dict[str, Job]) -> Job:
+    """Return the job that makes the shard: a new one, or the one that is making it already."""
+    if job := active.get(shard.prefix):
+        shard.folder = str(job.folder)
+        print(f"job {job.job_id} is making {shard.name} already", flush=True)
+    else:
+        prepare.begin(shard, prepare.new_folder(cfg))
+        job = jobs.submit(_script(cfg, shard), Path(shard.folder))
+        print(f"job {job.job_id}: {shard.name}, log {job.log}", flush=True)
+    shard.job_id, shard.state = job.job_id, job.state
+    return job
 
 
 def _active(stage: Path) -> dict[str, Job]:

@@ -11,7 +11,7 @@ from nemo_bench.errors import BenchError
 from nemo_bench.files import sha256_of
 
 FORMAT, FORMAT_VERSION = "nemo-bench dataset", 1
-_KEYS = {"inputs", "source", "documents", "tokens", "vocab_size", "bad", "truncated", "products", "made_at"}
+_KEYS = {"inputs", "source", "documents", "tokens", "vocab_size", "bad", "products", "made_at"}
 
 
 def manifest_path(prefix: Path) -> Path:
@@ -20,11 +20,7 @@ def manifest_path(prefix: Path) -> Path:
 
 
 def read_manifest(prefix: Path) -> dict[str, Any] | None:
-    """Return the description of the dataset `prefix`, or None if there is none.
-
-    Raises:
-        BenchError: it is damaged or describes something else.
-    """
+    """Return the description of the dataset `prefix`, or None if there is none; raise BenchError if it is damaged."""
     path = manifest_path(prefix)
     if not path.exists():
         return None
@@ -55,11 +51,7 @@ def damage(prefix: Path, manifest: dict[str, Any]) -> str:
 
 
 def verify(prefix: Path) -> DatasetInfo:
-    """Read the whole dataset and compare it with its description, if it has one.
-
-    Raises:
-        BenchError: it is missing, damaged or changed.
-    """
+    """Read the whole dataset and compare it with its description; raise BenchError if it is not whole."""
     manifest = read_manifest(prefix)
     info = inspect(prefix, vocab_size=manifest["vocab_size"] if manifest else None, read_tokens=True)
     if manifest is not None:

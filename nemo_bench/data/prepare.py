@@ -61,11 +61,9 @@ def checked(cfg: PreparationConfig) -> PreparationConfig:
     """Return the configuration with absolute sources; raise BenchError if it cannot work."""
     if os.path.exists(cfg.stage_path) and not os.path.isdir(cfg.stage_path):
         raise BenchError(f"{cfg.stage_path} is a file: STAGE_PATH (or stage_path=...) must name a folder")
-    if not cfg.text_key or "/" in cfg.text_key or "/" in cfg.output_prefix:
-        raise BenchError(
-            f"text_key={cfg.text_key} output_prefix={cfg.output_prefix}: both are parts of file names, so they must "
-            "not hold a slash; text_key must not be empty"
-        )
+    for key, name in (("text_key", cfg.text_key), ("output_prefix", cfg.output_prefix)):
+        if not name or "/" in name:
+            raise BenchError(f"{key}={name}: must be a part of a file name, not empty and without a slash")
     for source in cfg.sources:
         if "://" in source and not is_url(source):
             raise BenchError(f"{source}: sources must be http:// or https:// URLs, or paths of files")
@@ -77,11 +75,7 @@ def checked(cfg: PreparationConfig) -> PreparationConfig:
 
 
 def shards_of(cfg: PreparationConfig) -> list[Shard]:
-    """Return the shards that the configuration names, in order.
-
-    Raises:
-        BenchError: it names none, or wrong ones.
-    """
+    """Return the shards that the configuration names; raise BenchError if it names none, or wrong ones."""
     if cfg.data.folder is None or cfg.tokenizer_folder is None:
         raise BenchError(f"data={cfg.data.name} needs data.folder=... and tokenizer_folder=...")
     sources = dict(enumerate(cfg.sources))
@@ -132,22 +126,13 @@ def missing_shards(cfg: PreparationConfig, shards: list[Shard]) -> list[Shard]:
 
 def plan(cfg: PreparationConfig, shards: list[Shard]) -> str:
     """Return what would be made from what, and what is in the way."""
-    lines = [f"{len(shards)} dataset{'s' if len(shards) > 1 else ''}, tokenizer {cfg.tokenizer_folder}"]
-    tokenizer_sha256 = None
+    lines = [f"{len(shards)} datasets, tokenizer {cfg.tokenizer_folder}"]
+    lines += [f"  {shard.shown_source}\n    -> {shard.prefix}.bin and .idx" for shard in shards]
     try:
-        _, tokenizer_sha256 = read_tokenizer(Path(shards[0].tokenizer_folder))
+        missing = missing_shards(cfg, shards)
+        lines += [f"{shard.name} exists already" for shard in shards if shard not in missing]
     except BenchError as error:
-        lines.append(str(error))
-    for shard in shards:
-        lines.append(f"  {shard.shown_source}\n    -> {shard.prefix}.bin and .idx")
-        if not shard.is_url and not Path(shard.source).is_file():
-            lines.append("    this file does NOT EXIST")
-        if tokenizer_sha256 is not None and not cfg.overwrite:
-            try:
-                if not find(shard, tokenizer_sha256):
-                    lines.append("    exists already")
-            except BenchError as error:
-                lines.append(f"    REFUSED: {error}")
+        lines.append(f"REFUSED: {error}")
     return "\n".join(lines)
 
 
@@ -200,16 +185,16 @@ def check(cfg: PreparationConfig) -> None:
     Raises:
         BenchError: one is missing or damaged.
     """
+    from hydra.core.hydra_config import HydraConfig
+
     named = [Path(shard.prefix) for shard in shards_of(cfg)]
     others = [prefix for prefix in datasets_in(named[0].parent) if prefix not in named]
-    missing, damaged = 0, 0
+    problems = 0
     for prefix in [*named, *others]:
         try:
-            info = verify(prefix)
-            manifest = read_manifest(prefix)
+            info, manifest = verify(prefix), read_manifest(prefix)
         except BenchError as error:
-            exists = prefix.with_name(f"{prefix.name}.idx").exists()
-            missing, damaged = missing + (not exists), damaged + exists
+            problems += 1
             print(f"{prefix.name}: {error}")
             continue
         origin = "not made by this program"
@@ -219,15 +204,13 @@ def check(cfg: PreparationConfig) -> None:
             f"{prefix.name}: {info.documents:,} documents, {info.tokens:,} tokens of {info.dtype}, largest id "
             f"{info.max_token_id:,}: whole ({origin})"
         )
-    from hydra.core.hydra_config import HydraConfig
-
-    overrides = [override for override in HydraConfig.get().overrides.task if not override.startswith("action=")]
-    again = shlex.join(["python", "prepare_data.py", *overrides])
-    problems = [f"{missing} missing: {again}"] if missing else []
-    if damaged:
-        problems.append(f"{damaged} damaged: {again} overwrite=true makes the datasets that it names again")
     if problems:
-        raise BenchError("\n".join(problems))
+        overrides = [override for override in HydraConfig.get().overrides.task if not override.startswith("action=")]
+        again = shlex.join(["python", "prepare_data.py", *overrides])
+        raise BenchError(
+            f"{problems} missing or damaged: {again} makes what is missing; with overwrite=true it makes all that it "
+            "names again"
+        )
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -260,9 +243,7 @@ def end(shard: Shard, exit_code: int) -> None:
         return
     shard.state, shard.exit_code, shard.error = "failed", exit_code, f"exit status {exit_code}"
     if exit_code < 0:
-        shard.error = f"killed by {signal.Signals(-exit_code).name}"
-        if -exit_code == signal.SIGKILL:
-            shard.error += " (from outside, or by the kernel for lack of memory: see `dmesg`)"
+        shard.error = f"killed by {signal.Signals(-exit_code).name} (for lack of memory? see `dmesg`)"
     logs = [*Path(shard.folder).glob(LOG), *sorted(Path(shard.folder).glob("slurm-*.out"))]
     if lines := [f"  | {line}" for log in logs for line in tail(log, 15)]:
         shard.error = "\n".join([shard.error, "the last lines of its log:", *lines])
@@ -271,15 +252,14 @@ def end(shard: Shard, exit_code: int) -> None:
 def raise_failures(shards: list[Shard]) -> None:
     """Raise RunFailed with the errors of the shards that failed, and the exit code of the first."""
     failed = [shard for shard in shards if shard.state == "failed"]
-    if not failed:
-        return
-    lines = [f"{shard.name}: {shard.error}\n  ({shard.folder})" for shard in failed]
-    done = sum(shard.state == "done" for shard in shards)
-    advice = "the same command continues from here"
-    if failed[0].overwrite:
-        advice = "without overwrite=true the same command makes the others"
-    lines.append(f"{len(failed)} of {len(shards)} failed, {done} are done and stay; {advice}")
-    raise RunFailed("\n".join(lines), max(failed[0].exit_code, 1))
+    if failed:
+        done = sum(shard.state == "done" for shard in shards)
+        lines = [f"{shard.name}: {shard.error}\n  ({shard.folder})" for shard in failed]
+        lines.append(
+            f"{len(failed)} of {len(shards)} failed, {done} are done and stay; the same command (without "
+            "overwrite=true) continues from here"
+        )
+        raise RunFailed("\n".join(lines), max(failed[0].exit_code, 1))
 
 
 def _run_here(cfg: PreparationConfig, shards: list[Shard]) -> None:

@@ -17,7 +17,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,9 +24,9 @@ from typing import Any
 from urllib.parse import unquote, urldefrag, urlsplit
 
 from nemo_bench.data import fetch
-from nemo_bench.data.documents import FORMATS, Reader
+from nemo_bench.data.documents import Reader
 from nemo_bench.data.encoder import Backend, Encoder
-from nemo_bench.data.indexed_dataset import bin_path, idx_path, inspect, optimal_dtype
+from nemo_bench.data.indexed_dataset import bin_path, idx_path, inspect
 from nemo_bench.data.manifest import FORMAT, FORMAT_VERSION, damage, manifest_path, read_manifest
 from nemo_bench.data.tokenize import MAX_THREADS, Counts, tokenize, usable_cores
 from nemo_bench.errors import BenchError
@@ -87,18 +86,19 @@ class Shard:
 
     @property
     def shown_source(self) -> str:
-        """The source without what may be secret in a URL."""
-        return fetch.shown(self.source) if self.is_url else self.source
+        """The source without what may be secret in a URL: of a query only a hash."""
+        if not self.is_url:
+            return self.source
+        query = urlsplit(self.source).query
+        return fetch.shown(self.source) + (f"?{hashlib.sha256(query.encode()).hexdigest()[:8]}" if query else "")
 
     @property
     def download_path(self) -> Path:
         """Where a URL's file goes, by host, path and query."""
-        parts = urlsplit(self.source)
-        folders = [part for part in unquote(parts.path).split("/") if part not in ("", ".", "..")]
-        name = folders.pop()
-        if parts.query:
-            name = f"{hashlib.sha256(parts.query.encode()).hexdigest()[:8]}-{name}"
-        return Path(self.download_folder).joinpath(parts.netloc.rpartition("@")[2].replace(":", "_"), *folders, name)
+        parts = urlsplit(self.shown_source)
+        *folders, name = [part for part in unquote(parts.path).split("/") if part not in ("", ".", "..")]
+        name = f"{parts.query}-{name}" if parts.query else name
+        return Path(self.download_folder).joinpath(parts.netloc.replace(":", "_"), *folders, name)
 
     def save(self) -> None:
         """Write the record."""
@@ -112,6 +112,8 @@ class Shard:
         saved = Shard.load(Path(self.folder))
         own = {"state": saved.state if saved.ended else self.state, "job_id": self.job_id, "folder": self.folder}
         vars(self).update({**asdict(saved), **own})
+        if self.phase == "downloading" and self.is_url:
+            self.done_bytes = fetch.received_bytes(self.download_path)
 
     def enter(self, phase: str) -> None:
         """Begin a phase, and note how long the last one took."""
@@ -136,19 +138,15 @@ class Shard:
 
     def inputs(self, tokenizer_sha256: str) -> dict[str, Any]:
         """Return what decides the dataset's bytes; of a file only its name, since a stage folder may be moved."""
-        if self.is_url:
-            query = urlsplit(self.source).query
-            source: dict[str, Any] = {"source": self.shown_source}
-            if query:
-                source["query_sha256"] = hashlib.sha256(query.encode()).hexdigest()
-        else:
-            path = Path(self.source)
-            source = {"source": path.name}
-            if path.exists():
-                status = path.stat()
-                source |= {"source_bytes": status.st_size, "source_mtime_ns": status.st_mtime_ns}
-        settings = {"text_key": self.text_key, "append_eod": self.append_eod}
-        return {**source, **settings, "tokenizer_sha256": tokenizer_sha256}
+        inputs: dict[str, Any] = {"source": self.shown_source if self.is_url else Path(self.source).name}
+        if not self.is_url and os.path.exists(self.source):
+            status = os.stat(self.source)
+            inputs |= {"source_bytes": status.st_size, "source_mtime_ns": status.st_mtime_ns}
+        return inputs | {
+            "text_key": self.text_key,
+            "append_eod": self.append_eod,
+            "tokenizer_sha256": tokenizer_sha256,
+        }
 
 
 def is_url(source: str) -> bool:
@@ -158,8 +156,6 @@ def is_url(source: str) -> bool:
 
 def find(shard: Shard, tokenizer_sha256: str) -> str:
     """Look for the dataset and take its numbers over; return why it has to be made, or "" if it exists.
-
-    Only the index and the sizes are read, in milliseconds; `verify` reads everything.
 
     Raises:
         BenchError: the dataset was made from other inputs, or the files are not ours and no dataset.
@@ -196,15 +192,9 @@ def _differences(manifest: dict[str, Any], shard: Shard, tokenizer_sha256: str) 
     then, now = manifest["inputs"], shard.inputs(tokenizer_sha256)
     # A source file that no longer exists is not another one, and has no size or date to compare.
     keys = [key for key in now if then.get(key) != now[key]]
-    if keys == ["source_mtime_ns"] and sha256_of(Path(shard.source)) == manifest["source"].get("sha256"):
-        keys = []
-    differences = [f"{key}: {then.get(key)} then, {now[key]} now" for key in keys]
-    bad = sum(manifest["bad"].values())
-    if bad / max(bad + manifest["documents"], 1) > shard.max_bad_share:
-        differences.append(f"{bad:,} bad documents were left out, more than max_bad_share={shard.max_bad_share:g}")
-    if manifest["truncated"] and shard.max_bad_share < 1:
-        differences.append("its source was truncated")
-    return differences
+    if keys == ["source_mtime_ns"] and sha256_of(Path(shard.source)) == manifest["source"]["sha256"]:
+        return []
+    return [f"{key}: {then.get(key)} then, {now[key]} now" for key in keys]
 
 
 # --- making one -------------------------------------------------------------------------------------------------------
@@ -249,10 +239,9 @@ def building_folder(shard: Shard) -> Path:
 def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str], None]) -> None:
     """Make the dataset `building`, verify it and move it into place."""
     shard.enter("downloading")
-    source, origin = _source(shard, report)
+    source, source_sha256 = _download(shard, report)
     shard.enter("tokenising")
     reader = Reader(source, shard.text_key)
-    threads = shard.threads or min(MAX_THREADS, usable_cores())
 
     def progress(counts: Counts) -> None:
         shard.documents, shard.tokens, shard.text_bytes = counts.documents, counts.tokens, counts.text_bytes
@@ -262,18 +251,17 @@ def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str]
         reader,
         encoder,
         building,
-        threads=threads,
+        threads=shard.threads or min(MAX_THREADS, usable_cores()),
         append_eod=shard.append_eod,
         max_bad_share=shard.max_bad_share,
         progress=progress,
     )
     shard.enter("verifying")
     products = _read_back(building, encoder, counts)
-    if "sha256" not in origin:
-        origin["sha256"] = sha256_of(source)
+    origin = {"size_bytes": reader.size_bytes, "sha256": source_sha256 or sha256_of(source)}
     shard.enter("finishing")
-    if counts.bad_documents:
-        report(f"{source}: {counts.bad_documents:,} bad documents were left out:{counts.listed()}")
+    if counts.bad:
+        report(f"{source}: {counts.bad.total():,} bad documents were left out:{counts.listed()}")
     manifest = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -282,15 +270,10 @@ def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str]
         "documents": counts.documents,
         "tokens": counts.tokens,
         "vocab_size": encoder.vocab_size,
-        "dtype": optimal_dtype(encoder.vocab_size),
-        "eod": encoder.eod if shard.append_eod else None,
-        "text_bytes": counts.text_bytes,
         "bad": dict(counts.bad),
         "bad_examples": counts.examples,
-        "truncated": counts.truncated,
         "products": products,
         "seconds": shard.seconds,
-        "threads": threads,
         "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "encoder": encoder.backend.value,
     }
@@ -300,38 +283,29 @@ def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str]
     shard.origin, shard.bad = "made", dict(counts.bad)
 
 
-def _source(shard: Shard, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """Return the file to read, downloaded if need be, and what it is."""
-    path = Path(shard.source)
+def _download(shard: Shard, report: Callable[[str], None]) -> tuple[Path, str]:
+    """Return the file to read, and its SHA-256 if it was downloaded."""
     if not shard.is_url:
-        if not path.is_file():
-            raise BenchError(f"{path} does not exist: correct sources=[...], files or URLs of {', '.join(FORMATS)}")
-        return path, {"path": shard.source, "size_bytes": path.stat().st_size}
-
-    path = shard.download_path
+        return Path(shard.source), ""
     url, fragment = urldefrag(shard.source)
     expected = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None
-    sha256 = fetch.fetch(url, path, sha256=expected, progress=shard.advance, report=report)
-    return path, {"url": shard.shown_source, "size_bytes": path.stat().st_size, "sha256": sha256}
+
+    def announce(size_bytes: int | None) -> None:
+        shard.advance(0, size_bytes)
+
+    return shard.download_path, fetch.fetch(url, shard.download_path, sha256=expected, announce=announce, report=report)
 
 
 def _read_back(building: Path, encoder: Encoder, counts: Counts) -> dict[str, Any]:
     """Read everything that was written from the files again; return their sizes and SHA-256."""
-    paths = (bin_path(building), idx_path(building))
-    with ThreadPoolExecutor(2) as pool:
-        digests = [pool.submit(sha256_of, path) for path in paths]
-        info = inspect(building, vocab_size=encoder.vocab_size, read_tokens=True)
-        products = {
-            path.suffix: {"size_bytes": path.stat().st_size, "sha256": digest.result()}
-            for path, digest in zip(paths, digests)
-        }
-    written = (counts.documents, counts.tokens, optimal_dtype(encoder.vocab_size))
-    if (info.documents, info.tokens, info.dtype) != written:
+    info = inspect(building, vocab_size=encoder.vocab_size, read_tokens=True)
+    if (info.documents, info.tokens) != (counts.documents, counts.tokens):
         raise BenchError(
-            f"{building} reads back as {info.documents:,} documents and {info.tokens:,} {info.dtype} tokens, but "
-            f"{written} were written: the disk or its driver loses data. Choose another disk."
+            f"{building} reads back as {info.documents:,} documents and {info.tokens:,} tokens, but "
+            f"{counts.documents:,} and {counts.tokens:,} were written: the disk or its driver loses data"
         )
-    return products
+    paths = (bin_path(building), idx_path(building))
+    return {path.suffix: {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
 
 
 def _move_into_place(building: Path, prefix: Path, manifest: dict[str, Any]) -> None:

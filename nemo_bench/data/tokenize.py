@@ -34,35 +34,18 @@ _HOPELESS = 10_000
 
 @dataclass
 class Counts:
-    """What went through so far.
+    """What went through so far."""
 
-    Attributes:
-        documents, tokens: written; the tokens include those that end documents.
-        text_bytes: UTF-8 bytes of the encoded text.
-        bad: documents left out, by reason.
-        examples: the first of them, as "line N: reason".
-        truncated: whether the file ended before its data did.
-    """
+    documents: int = 0  # written
+    tokens: int = 0  # written, those that end documents included
+    text_bytes: int = 0  # UTF-8 bytes of the encoded text
+    bad: Counter[str] = field(default_factory=Counter)  # documents left out, by reason
+    examples: list[str] = field(default_factory=list)  # the first of them: "line N: reason"
 
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-    truncated: bool = False
-
-    @property
-    def bad_documents(self) -> int:
-        return self.bad.total()
-
-    def bad_share(self) -> float:
-        """Return the share of bad documents among all."""
-        return self.bad_documents / max(self.documents + self.bad_documents, 1)
-
-    def add_bad(self, document: BadDocument) -> None:
-        self.bad[document.reason.partition(" (")[0]] += 1
+    def add_bad(self, line: int, reason: str) -> None:
+        self.bad[reason.partition(" (")[0]] += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(f"line {document.line:,}: {document.reason}")
+            self.examples.append(f"line {line:,}: {reason}")
 
     def listed(self) -> str:
         """Return the bad documents as lines: how many of each kind, and the examples."""
@@ -95,14 +78,13 @@ def tokenize(
 ) -> Counts:
     """Write the dataset `prefix` (.bin and .idx) from all documents of `reader`.
 
-    The files are those of Megatron-LM's tools/preprocess_data.py with `--append-eod`, byte for byte.
+    The files are those of Megatron-LM's tools/preprocess_data.py with `--append-eod`, byte for byte. `progress` is
+    called after each block.
 
     Args:
         threads: threads that decode and encode, besides the calling one.
-        append_eod: end each document that has tokens with the tokenizer's end-of-document token.
         max_bad_share: the share of bad documents that may be left out; 1 lets all pass, and the missing rest of a
             truncated file.
-        progress: called after each block.
 
     Raises:
         BenchError: too many bad documents, or a truncated file; nothing was written.
@@ -120,13 +102,12 @@ def tokenize(
                 counts.documents, counts.tokens = writer.documents, writer.tokens
                 counts.text_bytes += encoded.text_bytes
                 for document in encoded.bad:
-                    counts.add_bad(document)
-                if counts.bad_documents > _HOPELESS:
+                    counts.add_bad(document.line, document.reason)
+                if counts.bad.total() > _HOPELESS:
                     _refuse_bad(reader, counts, max_bad_share)
                 progress(counts)
         except CutShort as cut:
-            counts.add_bad(BadDocument(cut.line, cut.reason))
-            counts.truncated = True
+            counts.add_bad(cut.line, cut.reason)
             if max_bad_share < 1:
                 raise BenchError(
                     f"{reader.path} {cut}.\nDownload or copy it again (max_bad_share=1 uses what there is of it)"
@@ -142,11 +123,7 @@ def tokenize(
 def _encoded_blocks(
     reader: Reader, encoder: Encoder, pool: ThreadPoolExecutor, threads: int, append_eod: bool, dtype: str
 ) -> Iterator[_Encoded]:
-    """Give the encoded blocks in order, while the threads encode the next ones.
-
-    Raises:
-        CutShort: after the last whole document of a truncated or damaged file.
-    """
+    """Give the encoded blocks in order, while the threads encode the next ones."""
     pending: deque[Future[_Encoded]] = deque()
     lines = 0
     cut: CutShort | None = None
@@ -167,7 +144,6 @@ def _encoded_blocks(
 
 
 def _encode(block: Block, text_key: str, encoder: Encoder, lines_before: int, append_eod: bool, dtype: str) -> _Encoded:
-    """Return a block's documents as the dataset stores them."""
     import numpy as np
 
     texts, bad = block.texts(text_key)
@@ -187,9 +163,11 @@ def _encode(block: Block, text_key: str, encoder: Encoder, lines_before: int, ap
 
 
 def _refuse_bad(reader: Reader, counts: Counts, max_bad_share: float) -> None:
-    if counts.bad_share() > max_bad_share:
+    bad = counts.bad.total()
+    documents = counts.documents + bad
+    if bad > max_bad_share * documents:
         raise BenchError(
-            f"{reader.path}: {counts.bad_documents:,} of {counts.documents + counts.bad_documents:,} documents cannot "
+            f"{reader.path}: {bad:,} of {documents:,} documents cannot "
             f"be used, more than max_bad_share={max_bad_share:g} allows; nothing was written.{counts.listed()}\n"
             "Repair or replace the file, name the key that holds the text (text_key=...), or raise max_bad_share."
         )

@@ -146,26 +146,32 @@ def test_a_file_damaged_on_its_way_from_the_hub(server: FileServer, tmp_path: Pa
     assert run(url, tmp_path / "file", server) == SHA256
 
 
-@pytest.mark.parametrize(
-    ("status", "words"), [(401, "access refused (401)"), (404, "does not exist (404)"), (418, "418")]
-)
-def test_refusals_of_any_server(server: FileServer, tmp_path: Path, status: int, words: str) -> None:
+@pytest.mark.parametrize("status", [401, 404, 418])
+def test_refusals_of_any_server(server: FileServer, tmp_path: Path, status: int) -> None:
     server.put("/a", DATA)
     server.script("/a", Twist(method="HEAD", status=status), Twist(status=status))
     url = server.url("/a").replace("//", "//user:passw0rd@") + "?signature=s3cret"
     with pytest.raises(BenchError) as caught:
         fetch.fetch(url, tmp_path / "file")
-    assert words in str(caught.value) and "passw0rd" not in str(caught.value) and "s3cret" not in str(caught.value)
+    assert str(caught.value) == f"{server.url('/a')} cannot be downloaded: The requested URL returned error: {status}"
 
 
 @pytest.mark.parametrize(
     ("address", "environment", "words"),
     [
-        (f"datasets/{REPO}/resolve/main/{NAME}", {}, "access refused (401); HF_TOKEN is not set.\n  1. access: log in"),
-        (f"datasets/{REPO}/resolve/main/{NAME}", {"HF_TOKEN": UNGRANTED_TOKEN}, "access refused (403) to this token"),
-        (f"datasets/{REPO}/resolve/main/none", {"HF_TOKEN": GOOD_TOKEN}, "none does not exist in org/pile (404)"),
-        (f"datasets/{REPO}/resolve/v9/{NAME}", {"HF_TOKEN": GOOD_TOKEN}, "has no revision v9"),
-        (f"org/none/resolve/main/{NAME}", {"HF_TOKEN": GOOD_TOKEN}, "shows no model org/none to the account"),
+        (f"datasets/{REPO}/resolve/main/{NAME}", {}, "(401), and HF_TOKEN is not set.\n  1. access: log in"),
+        (
+            f"datasets/{REPO}/resolve/main/{NAME}",
+            {"HF_TOKEN": UNGRANTED_TOKEN},
+            "access refused or no such repository (403), with this token",
+        ),
+        (f"datasets/{REPO}/resolve/main/none", {"HF_TOKEN": GOOD_TOKEN}, "org/pile has no none in revision main"),
+        (f"datasets/{REPO}/resolve/v9/{NAME}", {"HF_TOKEN": GOOD_TOKEN}, "in revision v9"),
+        (
+            f"org/none/resolve/main/{NAME}",
+            {"HF_TOKEN": GOOD_TOKEN},
+            "org/none: access refused or no such repository (404)",
+        ),
         (f"datasets/{REPO}/resolve/main/{NAME}", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
     ],
 )

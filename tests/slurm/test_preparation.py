@@ -71,7 +71,7 @@ def test_only_what_failed_is_submitted_again(scripts: Scripts, slurm: SlurmClust
     server.script("/train/01.jsonl.zst", Twist(status=404))
     done = scripts.run("prepare_data.py", *SUBMIT, url(server))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "01.jsonl.zst does not exist (404" in done.stderr and "1 of 2 failed, 1 are done and stay" in done.stderr
+    assert "01.jsonl.zst cannot be downloaded" in done.stderr and "1 of 2 failed, 1 are done and stay" in done.stderr
     assert slurm.wait_for_end(job_ids(done.stdout)[1]) == "FAILED"
     assert [path.name for path in datasets(scripts)] == ["my-llama_00_text_document.idx"]
     again = scripts.run("prepare_data.py", *SUBMIT, url(server))
