@@ -263,11 +263,18 @@ def test_every_number_of_the_configuration_has_a_range(value: float) -> None:
     assert {problem.key for problem in number_problems(cfg)} == outside
 
 
-def test_all_problems_are_named_at_once() -> None:
-    keys = {problem.key for problem in broken("scale=64gpu gpu=a100 precision=fp8 model.num_layers=81 data.split=x")}
-    assert keys == {"precision", "model.num_layers", "data.split"}
-    keys = {problem.key for problem in broken("trainer.max_steps=0 data.kind=x model.optim.exp_avg_dtype=fp8")}
-    assert {"trainer.max_steps", "data.kind", "model.optim.exp_avg_dtype"} <= keys
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (
+            "scale=64gpu gpu=a100 precision=fp8 model.num_layers=81 data.split=x",
+            "precision model.num_layers data.split",
+        ),
+        ("trainer.max_steps=0 data.kind=x model.optim.lr=-1", "trainer.max_steps data.kind model.optim.lr"),
+    ],
+)
+def test_all_problems_are_named_at_once(overrides: str, keys: str) -> None:
+    assert {problem.key for problem in broken(overrides)} >= set(keys.split())
 
 
 def test_the_message_counts_and_shows_each_problem_as_it_is_typed() -> None:
@@ -281,7 +288,6 @@ def test_the_message_counts_and_shows_each_problem_as_it_is_typed() -> None:
 
 
 def test_nearest_values_really_work() -> None:
-    """What a message proposes passes the very rule that refused."""
     (problem,) = broken("scale=64gpu model.num_layers=81")
     for layers in problem.fix.removeprefix("nearest that work: ").split(", "):
         assert broken(f"scale=64gpu model.num_layers={layers}") == []
@@ -290,13 +296,19 @@ def test_nearest_values_really_work() -> None:
 # --- what a machine lacks ---
 
 
+def rules_of(problems: list[Problem], key: str, *, missing: bool = False) -> list[str]:
+    """The rules of a key that are broken; none of them is, or all are, about what this machine lacks."""
+    named = [problem for problem in problems if problem.key == key]
+    assert all(problem.missing is missing for problem in named)
+    return [problem.rule for problem in named]
+
+
 def test_missing_gpus_files_and_checkpoints_are_seen_on_this_machine(tmp_path: Path) -> None:
     cfg = composed(f"model=8b scale=8gpu trainer.devices=4096 stage_path={tmp_path} checkpoint.resume_from={tmp_path}")
-    missing = {problem.key: problem for problem in machine_problems(cfg)}
+    missing = {problem.key: problem.rule for problem in machine_problems(cfg) if problem.missing}
     assert set(missing) == {"trainer.devices", "data.paths", "data.tokenizer", "checkpoint.resume_from"}
-    assert all(problem.missing for problem in missing.values())
-    assert "my-llama_01_text_document" in missing["data.paths"].rule
-    assert "no finished checkpoint" in missing["checkpoint.resume_from"].rule
+    assert "my-llama_01_text_document" in missing["data.paths"]
+    assert "no finished checkpoint" in missing["checkpoint.resume_from"]
 
 
 def test_a_job_needs_its_image_and_a_stage_folder_that_can_be_written(tmp_path: Path) -> None:
@@ -308,35 +320,32 @@ def test_a_job_needs_its_image_and_a_stage_folder_that_can_be_written(tmp_path: 
 
 def test_a_points_problems_are_those_of_the_place_where_it_runs(tmp_path: Path) -> None:
     on_slurm = problems(composed(f"scale=64gpu data=mock stage_path={tmp_path} model.num_layers=81"))
-    assert [(problem.key, problem.missing) for problem in on_slurm] == [
-        ("model.num_layers", False),
-        ("cluster.container.image", True),
-    ]
+    assert [problem.key for problem in on_slurm] == ["model.num_layers", "cluster.container.image"]
     here = problems(composed(f"scale=8gpu model=8b trainer.devices=4096 cluster=local data=mock stage_path={tmp_path}"))
-    assert ("trainer.devices", True) in [(problem.key, problem.missing) for problem in here]
+    assert rules_of(here, "trainer.devices", missing=True)
     assert problems(composed("")) == []
 
 
 @pytest.mark.parametrize(
     ("overrides", "refused"),
     [
-        ("gpu=h200 scale=1gpu model=8b model.context_parallel_size=1", True),  # about 156 GiB
-        ("gpu=h200 scale=1gpu model=8b model.context_parallel_size=1 gpu.memory_gib=150", False),  # within the error
-        ("gpu=h200 scale=1gpu model=8b model.context_parallel_size=1 check_memory=false", False),
-        ("gpu=h200 scale=1gpu model=8b model.context_parallel_size=1 gpu.memory_gib=null", False),
-        ("gpu=h200 scale=2gpu model=8b model.context_parallel_size=1", False),
-        ("scale=64gpu", False),
+        ("scale=1gpu", True),  # about 156 GiB
+        ("scale=1gpu gpu.memory_gib=150", False),  # within the error
+        ("scale=1gpu check_memory=false", False),
+        ("scale=1gpu gpu.memory_gib=null", False),
+        ("scale=2gpu", False),
     ],
 )
 def test_a_point_must_fit_into_its_gpu(overrides: str, refused: bool, tmp_path: Path) -> None:
-    wrong = [problem for problem in problems(composed(f"{overrides} stage_path={tmp_path}")) if not problem.missing]
+    point = f"gpu=h200 model=8b model.context_parallel_size=1 stage_path={tmp_path} {overrides}"
+    wrong = [problem for problem in problems(composed(point)) if not problem.missing]
     assert [problem.key for problem in wrong] == ["gpu.memory_gib"] * refused
     if refused:
         assert "needs about 156 GiB" in wrong[0].rule
         assert "trainer.devices=2" in wrong[0].fix and "check_memory=false" in wrong[0].fix
 
 
-def write_dataset(prefix: Path, documents: int, *, vocab_size: int, token: int = 3) -> None:
+def write_dataset(prefix: Path, documents: int, *, vocab_size: int = 128256, token: int = 3) -> None:
     with IndexedDatasetWriter(prefix, vocab_size=vocab_size) as writer:
         writer.extend(np.full(documents * 9, token, writer.dtype), np.full(documents, 9, np.int32))
 
@@ -355,60 +364,53 @@ def write_dataset(prefix: Path, documents: int, *, vocab_size: int, token: int =
     ],
 )
 def test_every_part_of_a_split_needs_a_document(tmp_path: Path, documents: int, overrides: str, part: str) -> None:
-    write_dataset(tmp_path / "many", 1000, vocab_size=128256)
-    write_dataset(tmp_path / "few", documents, vocab_size=128256)
+    write_dataset(tmp_path / "many", 1000)
+    write_dataset(tmp_path / "few", documents)
     cfg = composed(f"scale=64gpu data.paths=[{tmp_path}/many,{tmp_path}/few] data.weights=[] {overrides}")
-    refused = [problem.rule for problem in stage_problems(cfg) if problem.key == "data.split"]
-    assert bool(refused) is bool(part)
-    assert not part or (f"gives {part} none of the {documents} documents of {tmp_path}/few" in refused[0])
+    rules = rules_of(stage_problems(cfg), "data.split")
+    assert bool(rules) is bool(part)
+    assert not part or f"gives {part} none of the {documents} documents of {tmp_path}/few" in rules[0]
 
 
 @pytest.mark.parametrize(
-    ("dataset_vocabulary", "token", "overrides", "rule"),
+    ("dataset_vocabulary", "token", "vocab_size", "rule"),
     [
-        (128256, 128255, "", ""),
-        (128256, 128255, "model.vocab_size=128255", "holds token id 128,255"),
-        (1000, 999, "", "ids of 16 bits"),
-        (1000, 999, "model.vocab_size=1000", ""),
-        (128256, 999, "model.vocab_size=1000", ""),  # 32 bits for a small vocabulary
+        (128256, 128255, 128256, ""),
+        (128256, 128255, 128255, "holds token id 128,255"),
+        (1000, 999, 128256, "ids of 16 bits"),
+        (1000, 999, 1000, ""),
+        (128256, 999, 1000, ""),  # 32 bits for a small vocabulary
     ],
 )
 def test_a_dataset_of_another_tokenizer_is_refused(
-    tmp_path: Path, dataset_vocabulary: int, token: int, overrides: str, rule: str
+    tmp_path: Path, dataset_vocabulary: int, token: int, vocab_size: int, rule: str
 ) -> None:
     write_dataset(tmp_path / "data", 100, vocab_size=dataset_vocabulary, token=token)
-    cfg = composed(f"scale=64gpu data.paths=[{tmp_path}/data] data.weights=[] {overrides}")
-    refused = [problem for problem in stage_problems(cfg) if problem.key == "data.paths"]
-    assert [problem.missing for problem in refused] == ([False] if rule else [])
-    assert not rule or rule in refused[0].rule
+    cfg = composed(f"scale=64gpu data.paths=[{tmp_path}/data] data.weights=[] model.vocab_size={vocab_size}")
+    rules = rules_of(stage_problems(cfg), "data.paths")
+    assert len(rules) == bool(rule) and rule in "".join(rules)
 
 
 def test_a_datasets_description_names_its_tokenizer(tmp_path: Path, small_tokenizer: Path) -> None:
     make_dataset(tmp_path / "data", small_tokenizer)
-    point = f"scale=64gpu data.paths=[{tmp_path}/data] data.weights=[] data.split='9,1,0' model.vocab_size=1000"
-    keys = {problem.key for problem in stage_problems(composed(f"{point} data.tokenizer={small_tokenizer}"))}
-    assert "data.paths" not in keys
     (tmp_path / "tokenizer.json").write_text("{}")
-    (other,) = [
-        problem
-        for problem in stage_problems(composed(f"{point} data.tokenizer={tmp_path}"))
-        if problem.key == "data.paths"
-    ]
-    assert "made with another tokenizer" in other.rule
-    (small,) = [
-        problem
-        for problem in stage_problems(composed(f"{point} data.tokenizer={small_tokenizer} model.vocab_size=900"))
-        if problem.key == "data.paths"
-    ]
-    assert "vocabulary of 1,000, and the model has 900" in small.rule
+    for tokenizer, vocab_size, rule in (
+        (small_tokenizer, 1000, ""),
+        (tmp_path, 1000, "made with another tokenizer"),
+        (small_tokenizer, 900, "vocabulary of 1,000, and the model has 900"),
+    ):
+        point = f"scale=64gpu data.paths=[{tmp_path}/data] data.weights=[] data.split='9,1,0'"
+        cfg = composed(f"{point} data.tokenizer={tokenizer} model.vocab_size={vocab_size}")
+        rules = rules_of(stage_problems(cfg), "data.paths")
+        assert len(rules) == bool(rule) and rule in "".join(rules)
 
 
 def test_nsys_must_be_where_the_ranks_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = composed("scale=8gpu cluster=local profile=nsys data=mock")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "no `nsys` on PATH" in {problem.key: problem.rule for problem in machine_problems(cfg)}["profile"]
+    assert "no `nsys` on PATH" in rules_of(machine_problems(cfg), "profile", missing=True)[0]
     (tmp_path / "nsys").touch(mode=0o755)
-    assert "profile" not in {problem.key for problem in machine_problems(cfg)}
+    assert rules_of(machine_problems(cfg), "profile") == []
 
 
 def test_a_continued_run_must_have_steps_left_and_come_to_the_profile(tmp_path: Path) -> None:

@@ -47,13 +47,10 @@ def test_parameters_of_the_published_models(architecture: Architecture, publishe
 
 
 @pytest.mark.parametrize(
-    ("stages", "virtual_stages", "micro_batches", "share"),
-    [
-        (1, 1, 4, 0),
-        (4, 1, 8, 3 / 11),  # Narayanan et al. 2021: (p - 1) / m of the work, so 3/8 of it, or 3/11 of the step
-        (4, 5, 64, 0.6 / 64.6),  # interleaved v times: a v-th of that
-    ],
+    ("stages", "virtual", "micro_batches", "share"),
+    # Narayanan et al. 2021: (p - 1) / m of the work, so 3/8 of it, or 3/11 of the step; interleaved v times: a v-th
+    [(1, 1, 4, 0), (4, 1, 8, 3 / 11), (4, 5, 64, 0.6 / 64.6)],
 )
-def test_the_pipeline_bubble(stages: int, virtual_stages: int, micro_batches: int, share: float) -> None:
-    bubble = flops.pipeline_bubble(pipeline_stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
+def test_the_pipeline_bubble(stages: int, virtual: int, micro_batches: int, share: float) -> None:
+    bubble = flops.pipeline_bubble(pipeline_stages=stages, virtual_stages=virtual, micro_batches=micro_batches)
     assert bubble == pytest.approx(share)

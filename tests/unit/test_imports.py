@@ -25,22 +25,14 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def imports(path: Path) -> set[str]:
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        rooms |= {name.split(".")[1] for name in names if name.startswith("nemo_bench.")}
-    return rooms
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [f"{n.module}.{alias.name}" for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names]
+    return {name.split(".")[1] for name in names if name.startswith("nemo_bench.")}
 
 
 def test_imports_run_downwards() -> None:
-    arrows = {
-        (path.relative_to(PROJECT / "nemo_bench").parts[0].removesuffix(".py"), room)
-        for path in (PROJECT / "nemo_bench").rglob("*.py")
-        for room in imports(path)
-    }
-    upwards = {(a, b) for a, b in arrows if a != b and a != "__init__" and FLOOR_OF[a] <= FLOOR_OF[b]}
-    assert upwards == set()
+    package = PROJECT / "nemo_bench"
+    files = [(path, path.relative_to(package).parts[0].removesuffix(".py")) for path in package.rglob("*.py")]
+    arrows = {(room, other) for path, room in files for other in imports(path)}
+    assert {(a, b) for a, b in arrows if a not in (b, "__init__") and FLOOR_OF[a] <= FLOOR_OF[b]} == set()

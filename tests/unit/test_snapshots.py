@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,14 +17,12 @@ from benchmarks.fork_server import ForkServer
 
 PROJECT = Path(__file__).resolve().parents[2]
 SNAPSHOTS = PROJECT / "tests" / "golden" / "snapshots"
-SCALES = ("64gpu", "128gpu", "256gpu", "512gpu", "1024gpu", "2048gpu")
+SCALES = "scale=64gpu,128gpu,256gpu,512gpu,1024gpu,2048gpu"
 SLURM = ("hydra/launcher=submitit_slurm", "cluster=slurm")
 
 DRY_RUNS = {
-    **{
-        f"70b_{precision}": ("-m", f"precision={precision}", f"scale={','.join(SCALES)}")
-        for precision in ("bf16", "fp8")
-    },
+    "70b_bf16": ("-m", "precision=bf16", SCALES),
+    "70b_fp8": ("-m", "precision=fp8", SCALES),
     "70b_slurm": ("precision=fp8", "scale=128gpu", *SLURM),
     "70b_24_09": ("precision=bf16", "scale=64gpu", "entrypoint=nemo_24_09", *SLURM),
     "405b": ("-m", "model=405b", "scale=576gpu", "precision=bf16,fp8"),
@@ -57,19 +54,12 @@ ERRORS: dict[str, tuple[str, ...]] = {
 
 def run(scripts: ForkServer, tmp_path: Path, *command: str) -> str:
     """The command's exit status and output, with this machine's names taken out."""
-    script = command[0] if command and command[0].endswith(".py") else "train.py"
-    arguments = command[1:] if command and command[0] == script else command
+    script, *arguments = command if "".join(command[:1]).endswith(".py") else ("train.py", *command)
     hidden = ("SLURM_", "SBATCH_", "HYDRA_", "NEMO_BENCH_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    bare = tmp_path / "bin"  # without a scheduler, whatever this machine has
-    bare.mkdir(exist_ok=True)
-    if not (bare / "git").exists():
-        (bare / "git").symlink_to(shutil.which("git") or "git")
-    done = scripts.run(
-        [sys.executable, str(PROJECT / script), *arguments],
-        cwd=tmp_path,
-        env={**environment, "STAGE_PATH": str(tmp_path / "stage"), "PATH": str(bare), "COLUMNS": "200"},
-    )
+    environment |= {"STAGE_PATH": str(tmp_path / "stage"), "COLUMNS": "200"}
+    environment["PATH"] = str(tmp_path / "nowhere")  # without a scheduler, whatever this machine has
+    done = scripts.run([sys.executable, str(PROJECT / script), *arguments], cwd=tmp_path, env=environment)
     text = f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
     for path, name in ((sys.executable, "<python>"), (tmp_path, "<tmp>"), (PROJECT, "<project>")):
         text = text.replace(str(path), name)
@@ -90,16 +80,13 @@ def test_a_dry_run_prints_what_it_did(name: str, scripts: ForkServer, tmp_path: 
 
 
 def test_messages_say_what_they_said(scripts: ForkServer, tmp_path: Path) -> None:
-    held(
-        "errors.txt",
-        "\n".join(f"# {name}: {' '.join(words)}\n{run(scripts, tmp_path, *words)}" for name, words in ERRORS.items()),
-    )
+    texts = [f"# {name}: {' '.join(words)}\n{run(scripts, tmp_path, *words)}" for name, words in ERRORS.items()]
+    held("errors.txt", "\n".join(texts))
 
 
 def test_the_report_of_the_corpus_is_what_it_was(scripts: ForkServer, tmp_path: Path) -> None:
-    run(
-        scripts, tmp_path, "report.py", f"runs=[{PROJECT}/tests/runs,{PROJECT}/tests/logs]", f"output={tmp_path}/report"
-    )
+    runs = f"runs=[{PROJECT}/tests/runs,{PROJECT}/tests/logs]"
+    run(scripts, tmp_path, "report.py", runs, f"output={tmp_path}/report")
     text = (tmp_path / "report" / "results.json").read_text().replace(str(PROJECT), "<project>")
     report = json.loads(re.sub(r'"generated_at": "[^"]*"', '"generated_at": ""', text))
     held("results.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
