@@ -38,13 +38,9 @@ def temporary_path(path: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a new file that replaces `path` in one step when the block ends.
+    """Open a new file, "w" (UTF-8) or "wb", that replaces `path` in one step when the block ends.
 
     A reader, or a kill at any moment, sees the old file or the whole new one. A block that raises leaves the old one.
-
-    Args:
-        path: the file to replace; its folder must exist.
-        mode: "w" (UTF-8) or "wb".
     """
     temporary = temporary_path(path)
     try:
@@ -53,9 +49,8 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -103,39 +98,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             os.replace(path, folder / "old")
         os.replace(new, path)
-        fsync_folder(path.parent)
+        fsync(path.parent)
 
 
 def fsync_tree(path: Path) -> None:
     """Make a file, or a folder and all in it, durable, so that a rename never shows a name without its contents."""
     for entry in (path, *path.rglob("*")):
-        if entry.is_dir():
-            fsync_folder(entry)
-        else:
-            with open(entry, "rb") as file:
-                os.fsync(file.fileno())
+        fsync(entry)
 
 
-@contextmanager
-def explained_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
-    """Turn a full disk, a read-only folder or a file in its place into one message with the folder and the remedy.
-
-    Raises:
-        BenchError: in place of that OSError; other errors pass.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BenchError(f"No space left in {folder}: {remedy}") from None
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise BenchError(f"Cannot write in {folder} ({error.strerror}): {remedy}") from None
-        raise
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, where the file system can (some have no fsync on a folder)."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable, where the file system can (some cannot for folders)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -146,34 +120,36 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, what: str, report: Callable[[str], None] | None) -> Iterator[int]:
-    """Holds the lock file `path`, waiting for it with a line to `report`, or not at all without `report`.
+def explained_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn the OSError of a full disk, a read-only folder or a file in its place into a BenchError with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BenchError(f"No space left in {folder}: {remedy}") from None
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise BenchError(f"Cannot write in {folder} ({error.strerror}): {remedy}") from None
+        raise
 
-    Gives its descriptor. The kernel frees it when this process has ended, and all that inherited the descriptor. The
-    file stays: were it removed, a process waiting on the old file and one that makes a new file would both hold "the"
-    lock.
+
+@contextmanager
+def locked(path: Path, what: str, report: Callable[[str], None]) -> Iterator[int]:
+    """Hold the lock file `path` and give its descriptor; waiting for another holder is a line to `report`.
+
+    The kernel frees the lock when this process has ended, and all that inherited the descriptor. The file stays: were
+    it removed, a process that waits for the old file and one that makes a new file would both hold "the" lock.
 
     Args:
-        path: in the folder where the files are made; its folder must exist.
         what: what its holder does, in the third person: "makes the dataset".
-
-    Raises:
-        BlockingIOError: it is held, and `report` is None.
-        BenchError: the file system has no locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if report is None:
-                    raise
-                report(f"Waiting for another process that {what} (`fuser -v {path}` names it).")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"Waiting for another process that {what} (`fuser -v {path}` names it).")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
             raise BenchError(
                 f"The file system of {path.parent} does not support file locks ({error.strerror}): choose "
                 "a folder on another one, or mount it with locks (Lustre: -o flock)."

@@ -30,7 +30,7 @@ from nemo_bench.data.indexed_dataset import bin_path, idx_path, inspect
 from nemo_bench.data.manifest import FORMAT, FORMAT_VERSION, damage, manifest_path, read_manifest
 from nemo_bench.data.tokenize import MAX_THREADS, Counts, tokenize, usable_cores
 from nemo_bench.errors import BenchError
-from nemo_bench.files import atomic_file, explained_disk_errors, fsync_folder, locked, sha256_of, write_json
+from nemo_bench.files import atomic_file, explained_disk_errors, fsync, locked, sha256_of, write_json
 
 RECORD, LOG = "shard.json", "log.out"
 _SAVE_EVERY_S = 0.5
@@ -314,7 +314,7 @@ def _move_into_place(building: Path, prefix: Path, manifest: dict[str, Any]) -> 
     write_json(manifest_path(prefix), manifest)
     os.replace(bin_path(building), bin_path(prefix))
     os.replace(idx_path(building), idx_path(prefix))
-    fsync_folder(prefix.parent)
+    fsync(prefix.parent)
 
 
 def main(folder: Path) -> int:

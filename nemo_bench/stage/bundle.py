@@ -11,14 +11,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from backports.zstd import tarfile
 
-from nemo_bench.data.manifest import verify
+from nemo_bench.data.manifest import datasets_in, verify
 from nemo_bench.errors import BenchError
-from nemo_bench.files import explained_disk_errors, fsync_tree, hidden_folder, locked, size_text
+from nemo_bench.files import explained_disk_errors, fsync, hidden_folder, locked, size_text
 from nemo_bench.record.folder import timestamp
 from nemo_bench.stage.config import PartName
 from nemo_bench.stage.stage import (
@@ -49,13 +49,12 @@ def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
     """
     if not bundle.name.endswith((".tar", ".tar.zst")):
         raise BenchError(f"bundle={bundle} must end in .tar, or .tar.zst (compressed)")
-    if os.path.lexists(bundle):
+    if bundle.exists():
         raise BenchError(f"{bundle} exists: remove it, or give the bundle another name")
     for part in parts:
-        state = stage.state(part.place, part.settings, contents=True)
-        if state.name != "ok":
+        if problem := stage.state(part.place, part.settings, contents=True).problem:
             raise BenchError(
-                f"{part.name.value}: {stage.folder / part.place} {state.detail}; nothing was packed. "
+                f"{part.name.value}: {stage.folder / part.place} {problem}; nothing was packed. "
                 "`python setup_stage.py check` names the command that repairs it"
             )
     recorded = stage.entries()
@@ -69,7 +68,7 @@ def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
             packing = bundle.with_name(f".{bundle.name}.packing")
             try:
                 _write(stage, entries, packing, "w:zst" if bundle.suffix == ".zst" else "w")
-                fsync_tree(packing)
+                fsync(packing)
                 os.replace(packing, bundle)
             finally:
                 packing.unlink(missing_ok=True)
@@ -78,9 +77,8 @@ def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
 
 def _datasets(stage: Stage) -> dict[str, Entry]:
     """Verify the datasets of the stage folder and return an entry for each of their files."""
-    files = [path for path in (stage.folder / _DATASETS).glob("[!.]*") if path.suffix in (".bin", ".idx")]
     entries = {}
-    for prefix in sorted({file.with_suffix("") for file in files}):
+    for prefix in datasets_in(stage.folder / _DATASETS):
         verify(prefix)
         for suffix in _SUFFIXES:
             if (path := Path(f"{prefix}{suffix}")).exists():
@@ -138,15 +136,15 @@ def _is_lacking(stage: Stage, place: str, entry: Entry) -> bool:
     """Return whether `place` has to be installed; raise BenchError if something else lies there."""
     if entry.part == DATASET:  # not recorded: prepare_data.py may make it anew
         changed, absent = differences(stage.folder, entry.files, contents=True)
-        lacking, detail = bool(absent), "differs from the bundle's" if changed else None
+        lacking, in_the_way = bool(absent), "differs from the bundle's" if changed else ""
     else:
         state = stage.state(place, contents=False)
-        differs = state.name == "ok" and stage.entries()[place].files != entry.files
-        lacking = state.name == "missing" or (differs and entry.part == PartName.code.value)
-        detail = state.detail if state.blocked else "differs from the bundle's" if differs and not lacking else None
-    if detail is not None:
+        differs = not state.problem and stage.entries()[place].files != entry.files
+        lacking = bool(state.problem) or (differs and entry.part == PartName.code.value)
+        in_the_way = state.problem if state.blocked else "differs from the bundle's" if differs and not lacking else ""
+    if in_the_way:
         raise BenchError(
-            f"{stage.folder / place} {detail}; nothing was installed. Move it away, or install into another stage "
+            f"{stage.folder / place} {in_the_way}; nothing was installed. Move it away, or install into another stage "
             "folder (stage_path=...)"
         )
     return lacking
@@ -174,9 +172,10 @@ def _read_entries(bundle: Path, tar: tarfile.TarFile) -> dict[str, Entry]:
             raise ValueError(f"its first member is not {NAME}")
         entries = read_manifest(file.read())
         for place, entry in entries.items():
-            outside = place.startswith((".", "/")) or place == NAME
             for name in (place, *entry.files):
-                if outside or {"..", ""} & set(name.split("/")) or not f"{name}/".startswith(f"{place}/"):
+                path = PurePosixPath(name)
+                outside = not place or place.startswith((".", "/", NAME)) or ".." in path.parts
+                if outside or not path.is_relative_to(place):
                     raise ValueError(f"{name!r} is not a path of a stage folder")
         return entries
     except ValueError as error:

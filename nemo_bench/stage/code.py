@@ -23,7 +23,6 @@ def code_part() -> Part:
     return Part(
         name=PartName.code,
         place="nemo_bench",
-        place_key="stage_path",
         settings={"project": _fingerprint()},
         plan=f"copy {PROJECT}, and download the packages it needs (pip wheel)",
         make=_make,

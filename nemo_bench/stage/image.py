@@ -18,7 +18,7 @@ from nemo_bench.stage.config import PartName, StageConfig
 from nemo_bench.stage.stage import Part, place_inside, print_line, require_space
 
 # The superblock of squashfs 4.0: magic, major version, bytes used.
-_SUPERBLOCK = struct.Struct("<4s24xH10xQ48x")
+_SUPERBLOCK = struct.Struct("<4s24xH10xQ")
 # enroot removes its temporary folders when it is terminated.
 _GRACE_S = 10.0
 
@@ -29,7 +29,6 @@ def image_part(cfg: StageConfig, stage_folder: Path) -> Part:
     return Part(
         name=PartName.image,
         place=place,
-        place_key="entrypoint.image",
         settings={"entrypoint.container": cfg.entrypoint.container},
         plan=f"{shlex.join(_command(cfg, stage_folder / place))}\n  about {size_text(_size_bytes(cfg))} (image_gib)",
         make=partial(_import, cfg),
@@ -110,16 +109,13 @@ def _run(command: list[str], lock: int) -> int:
 
 def _failure(reference: str, status: int) -> str:
     """Return what may have gone wrong; enroot's own lines are on the terminal."""
-    config = os.environ.get("ENROOT_CONFIG_PATH")
-    if config is None:
-        config = f"{os.environ.get('XDG_CONFIG_HOME') or Path.home() / '.config'}/enroot"
     registry = enroot_uri(reference).partition("://")[2].rpartition("#")[0].rpartition("@")[2] or "registry-1.docker.io"
     login = "<user> password <password>"
     if registry == "nvcr.io":
         login = "$oauthtoken password <key from https://org.ngc.nvidia.com/setup/api-keys>"
     return (
         f"enroot could not import {reference} (exit status {status}); its own messages are above\n"
-        f"  access refused (401, 403): {config}/.credentials must hold the line\n"
+        "  access refused (401, 403): ~/.config/enroot/.credentials (or $ENROOT_CONFIG_PATH/.credentials) must hold\n"
         f"    machine {registry} login {login}\n"
         "  no space left: enroot keeps layers in ENROOT_CACHE_PATH (~/.cache/enroot) and unpacks them in "
         "ENROOT_TEMP_PATH (/tmp)"
@@ -129,11 +125,8 @@ def _failure(reference: str, status: int) -> str:
 def _check_squashfs(path: Path) -> None:
     with open(path, "rb") as file:
         head = file.read(_SUPERBLOCK.size)
-    size_bytes = path.stat().st_size
     if len(head) < _SUPERBLOCK.size or not head.startswith(b"hsqs"):
-        raise BenchError(f"enroot's image is not a squash file ({size_bytes:,} bytes, beginning with {head[:4]!r})")
-    _, version, used_bytes = _SUPERBLOCK.unpack(head)
-    if version != 4:
-        raise BenchError(f"enroot's image is a squash file of version {version}; version 4 is needed")
+        raise BenchError(f"enroot's image is not a squash file: it begins with {head[:4]!r}")
+    size_bytes, (_, _, used_bytes) = path.stat().st_size, _SUPERBLOCK.unpack(head)
     if size_bytes < used_bytes:  # files are padded: more is fine
         raise BenchError(f"enroot's image is truncated: {size_bytes:,} of {used_bytes:,} bytes")

@@ -19,7 +19,7 @@ from typing import Any
 from nemo_bench.errors import BenchError
 from nemo_bench.files import (
     explained_disk_errors,
-    fsync_folder,
+    fsync,
     fsync_tree,
     hidden_folder,
     hidden_path,
@@ -36,7 +36,6 @@ FORMAT, VERSION = "nemo-bench stage", 2
 REMEDY = "free some space, or choose another stage folder (STAGE_PATH, or stage_path=...), and run this again"
 DATASET = "dataset"  # in bundles: prepare_data.py describes a dataset in a file next to it
 print_line = partial(print, flush=True)  # at once, also into a file
-_LARGE_BYTES = 10**9  # takes a few seconds to read
 
 
 @dataclass(frozen=True)
@@ -49,20 +48,13 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Entry:
-    """One recorded file or folder.
+    """One recorded file or folder."""
 
-    Attributes:
-        part: the name of the part, or DATASET.
-        settings: the settings that decide its contents, by key of the configuration.
-        version: what it is, for people.
-        files: by path relative to the stage folder.
-    """
-
-    part: str
+    part: str  # the name of the part, or DATASET
     made_at: str
-    settings: dict[str, Any]
-    version: str
-    files: dict[str, FileRecord]
+    settings: dict[str, Any]  # those that decide its contents, by key of the configuration
+    version: str  # what it is, for people
+    files: dict[str, FileRecord]  # by path relative to the stage folder
 
     @property
     def size_bytes(self) -> int:
@@ -73,29 +65,22 @@ class Entry:
 class Part:
     """A part as the configuration asks for it.
 
-    Attributes:
-        place: its path relative to the stage folder.
-        place_key: the key of the configuration that chooses the place.
-        settings: the settings that decide its contents, by key of the configuration.
-        plan: what `make` does, for launch=dry.
-        make: makes and verifies the part at a path that does not exist yet, and returns its version, for people. It
-            also gets the lock's descriptor: a child process that inherits it keeps the lock if this process dies.
+    `make` makes and verifies it at a path that does not exist yet, and returns its version, for people. It also gets
+    the lock's descriptor: a child process that inherits it keeps the lock if this process dies.
     """
 
     name: PartName
-    place: str
-    place_key: str
-    settings: dict[str, Any]
-    plan: str
+    place: str  # relative to the stage folder
+    settings: dict[str, Any]  # those that decide its contents, by key of the configuration
+    plan: str  # what `make` does, for launch=dry
     make: Callable[[Path, int], str]
 
 
 @dataclass(frozen=True)
 class State:
-    """How a part stands: ok, missing or wrong. `blocked`: it is not all ours, so that it is not replaced."""
+    """What is wrong with a part ("": nothing), and whether it is not all ours, so that it is not replaced."""
 
-    name: str
-    detail: str = ""
+    problem: str = ""
     blocked: bool = False
 
 
@@ -141,20 +126,18 @@ class Stage:
         """
         path, entry = self.folder / place, self.entries().get(place)
         if not os.path.lexists(path):
-            return State("missing", "does not exist")
+            return State("does not exist")
         if entry is None:
-            return State("wrong", "was not made by setup_stage.py", blocked=True)
+            return State("was not made by setup_stage.py", blocked=True)
         changed, absent = differences(self.folder, entry.files, contents=contents)
         if changed:
-            return State("wrong", f"has changed since it was recorded: {_names(changed)}", blocked=True)
-        unknown = sorted(set(files_of(path, place)) - set(entry.files))
+            return State(f"has changed since it was recorded: {_names(changed)}", blocked=True)
+        unknown = not files_of(path, place).keys() <= entry.files.keys()
         for key, value in (settings or {}).items():
             if entry.settings.get(key) != value:
                 replaced = entry.part == PartName.code.value and not unknown
-                return State("wrong", f"was made with {key}={entry.settings.get(key)}, not {value}", not replaced)
-        if absent:
-            return State("missing", f"lacks {_names(absent)}", blocked=bool(unknown))
-        return State("ok")
+                return State(f"was made with {key}={entry.settings.get(key)}, not {value}", blocked=not replaced)
+        return State(f"lacks {_names(absent)}", blocked=unknown) if absent else State()
 
     def put(self, new: Path, place: str, entry: Entry) -> None:
         """Record the file or folder `new`, which lies in a hidden folder, and move it to `place`."""
@@ -166,7 +149,7 @@ class Stage:
             self.record(place, entry)
         destination.parent.mkdir(parents=True, exist_ok=True)
         os.replace(new, destination)
-        fsync_folder(destination.parent)
+        fsync(destination.parent)
 
 
 def fill(stage: Stage, part: Part) -> None:
@@ -191,16 +174,15 @@ def fill(stage: Stage, part: Part) -> None:
 
 
 def _complete(stage: Stage, part: Part) -> bool:
-    """Return whether the part is as the configuration asks for; raise BenchError if something else is in its place."""
     state, destination = stage.state(part.place, part.settings, contents=False), stage.folder / part.place
     if state.blocked:
         raise BenchError(
-            f"{destination} {state.detail}\nIt is left alone: move it away, or choose another place "
-            f"({part.place_key}=...), and run this again"
+            f"{destination} {state.problem}\nIt is left alone: move it away, or choose another stage folder "
+            "(stage_path=...), and run this again"
         )
-    if state.name == "ok":
+    if not state.problem:
         print_line(f"{part.name.value}: complete ({destination})")
-    return state.name == "ok"
+    return not state.problem
 
 
 # --- stage.json ---------------------------------------------------------------------------------------------
@@ -245,7 +227,7 @@ def files_of(path: Path, place: str) -> dict[str, Path]:
 
 def describe(path: Path, place: str) -> dict[str, FileRecord]:
     """Return size and SHA-256 of the files of `path` by their names as parts of `place`."""
-    return {name: FileRecord(file.stat().st_size, _sha256(file)) for name, file in files_of(path, place).items()}
+    return {name: FileRecord(file.stat().st_size, sha256_of(file)) for name, file in files_of(path, place).items()}
 
 
 def differences(folder: Path, files: dict[str, FileRecord], *, contents: bool) -> tuple[list[str], list[str]]:
@@ -255,16 +237,9 @@ def differences(folder: Path, files: dict[str, FileRecord], *, contents: bool) -
         path = folder / name
         if not path.exists():
             absent.append(name)
-        elif path.stat().st_size != recorded.size_bytes or (contents and _sha256(path) != recorded.sha256):
+        elif path.stat().st_size != recorded.size_bytes or (contents and sha256_of(path) != recorded.sha256):
             changed.append(name)
     return changed, absent
-
-
-def _sha256(path: Path) -> str:
-    size_bytes = path.stat().st_size
-    if size_bytes > _LARGE_BYTES:
-        print_line(f"reading {path.name} for its checksum ({size_text(size_bytes)})")
-    return sha256_of(path)
 
 
 def _names(names: list[str]) -> str:
@@ -283,12 +258,8 @@ def require_space(folder: Path, size_bytes: int, what: str) -> None:
 
 
 def place_inside(stage_folder: Path, value: str, key: str) -> str:
-    """Return the path `value` relative to the stage folder.
-
-    Raises:
-        BenchError: it lies elsewhere.
-    """
+    """Return the path `value` relative to the stage folder; raise BenchError if it lies elsewhere."""
     relative = os.path.relpath(stage_folder / value, stage_folder)
-    if relative.split(os.sep)[0] in (os.curdir, os.pardir):
+    if relative.startswith("."):
         raise BenchError(f"{key}={value} must lie inside the stage folder, {stage_folder}")
     return relative

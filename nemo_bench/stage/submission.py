@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.stage import REMEDY
 
 LOGS = "results.stage_setup"
-# These concern the submission alone: in the job, what Slurm sets is not read as the user's settings.
-_SUBMISSION_KEYS = ("cluster", "launch")
+# These concern the submission alone, or are given as this process sees them.
+_DROPPED = ("cluster", "launch", "stage_path")
 
 
 def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
@@ -31,22 +30,23 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
         RunFailed: a job failed.
     """
     configs = [typed_as(StageConfig, point.config) for point in points]
-    dry = any(cfg.launch is Launch.dry for cfg in configs)
     for cfg in configs:
         jobs.require_slurm(cfg.cluster)
+    dry = any(cfg.launch is Launch.dry for cfg in configs)
     if not dry:
         jobs.require_sbatch()
     submitted: list[Job] = []
     for cfg, point in zip(configs, points):
+        name = f"nemo-bench-setup-stage-{cfg.action.value}"
         folder = Path(cfg.stage_path) / LOGS / dated_name()
-        script = slurm.command_script(cfg.cluster, _name(cfg), _command(cfg, point.overrides), folder)
+        script = slurm.command_script(cfg.cluster, name, _command(cfg, point.overrides), folder)
         if dry:
             jobs.show(script)
             continue
         with explained_disk_errors(Path(cfg.stage_path), REMEDY):
             folder.mkdir(parents=True)
             submitted.append(jobs.submit(script, folder))
-        print(f"job {submitted[-1].job_id}: {_name(cfg)}, log {submitted[-1].log}", flush=True)
+        print(f"job {submitted[-1].job_id}: {name}, log {submitted[-1].log}", flush=True)
     if dry:
         print("launch=dry: nothing was submitted.")
     elif wait:
@@ -56,21 +56,7 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
 
 
 def _command(cfg: StageConfig, overrides: list[str]) -> list[str]:
-    """Return the command with absolute paths: the job may have another environment and working folder."""
-    by_key = {override.lstrip("+").partition("=")[0]: override for override in overrides}
-    paths = {"stage_path": cfg.stage_path, "bundle": cfg.bundle}
-    if "tokenizer.folder" in by_key:
-        paths["tokenizer.folder"] = cfg.tokenizer.folder
-    if os.sep in cfg.enroot:
-        paths["enroot"] = cfg.enroot
-    pinned = {key: f"{key}={quoted_path(Path(path).absolute())}" for key, path in paths.items() if path is not None}
-    kept = [
-        override
-        for key, override in by_key.items()
-        if key.partition(".")[0] not in _SUBMISSION_KEYS and key not in pinned
-    ]
-    return [sys.executable, "-u", str(PROJECT / "setup_stage.py"), "cluster=local", *kept, *pinned.values()]
-
-
-def _name(cfg: StageConfig) -> str:
-    return f"nemo-bench-setup-stage-{cfg.action.value}"
+    """Return the command. Slurm runs it in our working folder, where relative paths mean the same."""
+    kept = [text for text in overrides if text.lstrip("+").partition("=")[0].partition(".")[0] not in _DROPPED]
+    script = str(PROJECT / "setup_stage.py")
+    return [sys.executable, "-u", script, "cluster=local", *kept, f"stage_path={quoted_path(cfg.stage_path)}"]

@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nemo_bench.errors import BenchError
+from nemo_bench.files import write_json, write_text
 from nemo_bench.stage.config import PartName, StageConfig, TokenizerConfig, TokenizerSource
 from nemo_bench.stage.stage import Part, place_inside, print_line
 
 
 def tokenizer_part(cfg: StageConfig, stage_folder: Path) -> Part:
-    """Return the part `<tokenizer.folder>`.
-
-    Raises:
-        BenchError: a setting is missing.
-    """
+    """Return the part `<tokenizer.folder>`; raise BenchError if a setting is missing."""
     tokenizer = cfg.tokenizer
     local = tokenizer.source is TokenizerSource.local
     for name in ("vocab_size", "corpus_bytes") if local else ("repo", "files"):
         if not getattr(tokenizer, name):
             raise BenchError(f"tokenizer.source={tokenizer.source.value} needs tokenizer.{name}")
-    keys = ("vocab_size", "corpus_bytes") if local else ("repo", "revision")
     place = place_inside(stage_folder, tokenizer.folder, "tokenizer.folder")
-    if local:
-        plan = f"train a tokenizer of {tokenizer.vocab_size:,} tokens into {stage_folder / place}"
-    else:
+    plan = f"train a tokenizer of {tokenizer.vocab_size} tokens into {stage_folder / place}"
+    if not local:
         files = ", ".join(tokenizer.files)
         plan = f"download {tokenizer.repo} ({tokenizer.revision}: {files}) into {stage_folder / place}, about 9 MB"
+    keys = ("vocab_size", "corpus_bytes") if local else ("repo", "revision")
+    settings = {f"tokenizer.{key}": getattr(tokenizer, key) for key in keys}
     return Part(
         name=PartName.tokenizer,
         place=place,
-        place_key="tokenizer.folder",
-        settings={
-            "tokenizer.source": tokenizer.source.value,
-            **{f"tokenizer.{key}": getattr(tokenizer, key) for key in keys},
-        },
+        settings={"tokenizer.source": tokenizer.source.value, **settings},
         plan=plan,
         make=partial(_make, tokenizer),
     )
@@ -50,29 +40,22 @@ def _make(cfg: TokenizerConfig, folder: Path, _lock: int) -> str:
     folder.mkdir()
     if cfg.source is TokenizerSource.local:
         _train(folder, cfg)
-        tokens = verify(folder, (), None)  # a small corpus gives fewer tokens than asked for
+        tokens = verify(folder, None)  # a small corpus gives fewer tokens than asked for
         return f"trained here, {tokens:,} tokens"
     commit = _download(folder, cfg)
-    return f"{cfg.repo} {commit}, {verify(folder, cfg.files, cfg.vocab_size):,} tokens"
+    return f"{cfg.repo} {commit}, {verify(folder, cfg.vocab_size):,} tokens"
 
 
-def verify(folder: Path, names: Iterable[str], vocab_size: int | None) -> int:
-    """Check that `folder` holds these files and a usable tokenizer, and return its number of tokens.
+def verify(folder: Path, vocab_size: int | None) -> int:
+    """Return the number of tokens of the tokenizer in `folder`.
 
     Raises:
-        BenchError: a file is missing or damaged, or the tokenizer does not have `vocab_size` tokens.
+        BenchError: it cannot be used, or does not have `vocab_size` tokens.
     """
     from tokenizers import Tokenizer
 
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise BenchError(f"the tokenizer lacks {', '.join(missing)}")
-    for path in sorted(folder.glob("*.json")):
-        try:
-            json.loads(path.read_bytes())
-        except ValueError as error:
-            raise BenchError(f"{path.name} of the tokenizer is damaged: {error}") from None
     try:
-        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises no narrower one
         raise BenchError(f"the `tokenizers` library cannot use tokenizer.json: {error}") from None
     size = int(tokenizer.get_vocab_size(with_added_tokens=True))
@@ -95,15 +78,10 @@ def _train(folder: Path, cfg: TokenizerConfig) -> None:
         "bos_token_id": trained.token_to_id(tokenizer.BOS_TOKEN),
         "eos_token_id": trained.token_to_id(tokenizer.EOS_TOKEN),
     }
-    files = tokenizer.render(trained)
-    files["config.json"] = _json({**ids, "model_type": "llama", "vocab_size": trained.get_vocab_size()})
-    files["generation_config.json"] = _json(ids)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def _json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+    for name, text in tokenizer.render(trained).items():
+        write_text(folder / name, text)
+    write_json(folder / "config.json", {**ids, "model_type": "llama", "vocab_size": trained.get_vocab_size()})
+    write_json(folder / "generation_config.json", ids)
 
 
 def _download(folder: Path, cfg: TokenizerConfig) -> str:

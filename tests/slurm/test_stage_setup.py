@@ -57,7 +57,7 @@ def test_a_job_fills_the_folder_and_is_followed_by_its_id(scripts: Scripts, enro
     assert f"slurm-{job_id}.out" in out and "image: made" in out
     (call,) = (enroot.parent / "calls").read_text().splitlines()
     assert call.startswith(f"{job_id} import --output ") and call.endswith("docker://nvcr.io#nvidia/nemo:25.11")
-    checked = scripts.run("setup_stage.py", "check", "parts=[image,tokenizer]")
+    checked = scripts.run("setup_stage.py", "check", "parts=[image,tokenizer]", "tokenizer=local")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     again = scripts.jobs("resubmit", job_id, code=2)
     assert "the same command again" in again and f"enroot={enroot}" in again

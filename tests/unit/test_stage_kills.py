@@ -64,20 +64,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @dataclass
 class Task:
-    """What is killed.
+    """What is killed."""
 
-    Attributes:
-        folder: what it changes; removed, and prepared again, before each attempt.
-        run: does it.
-        places: what must be whole or absent after a kill.
-        fewest: changes on disk that it makes at least.
-    """
-
-    folder: Path
+    folder: Path  # what it changes; removed, and prepared again, before each attempt
     prepare: Callable[[], object]
     run: Callable[[], object]
-    places: tuple[str, ...]
-    fewest: int
+    places: tuple[str, ...]  # what must be whole or absent after a kill
+    fewest: int  # changes on disk that it makes at least
 
 
 @pytest.fixture
@@ -114,40 +107,46 @@ def task(request: pytest.FixtureRequest, cfg: StageConfig, tmp_path: Path, small
     def older_code() -> None:
         (project / "train.py").write_text("# older\n")
         stage.folder.mkdir()
-        fill(stage, code.code_part())
+        fill_code()
         (project / "train.py").write_text("# newer\n")
+
+    def fill_image() -> None:
+        fill(stage, image_part(cfg, stage.folder))
+
+    def fill_code() -> None:
+        fill(stage, code.code_part())
+
+    def everything() -> None:
+        if not packed.exists():
+            make_dataset(stage.folder / DATASET, small_tokenizer)
+            fill_image()
+            fill_code()
 
     def pack() -> None:
         if not packed.exists():
             bundle.pack(stage, [image_part(cfg, stage.folder), code.code_part()], packed)
 
-    def everything() -> None:
-        if not packed.exists():
-            make_dataset(stage.folder / DATASET, small_tokenizer)
-            fill(stage, image_part(cfg, stage.folder))
-            fill(stage, code.code_part())
-
     def everything_packed() -> None:
         everything()
         pack()
 
+    def nothing() -> None:
+        pass
+
+    def fill_tokenizer() -> None:
+        fill(stage, tokenizer_part(cfg, stage.folder))
+
+    def install() -> None:
+        bundle.install(other, packed, dry=False)
+
+    dataset = tuple(f"{DATASET}{suffix}" for suffix in (".json", ".bin", ".idx"))
     return {
-        "image": Task(
-            stage.folder, lambda: None, lambda: fill(stage, image_part(cfg, stage.folder)), ("nemo.sqsh",), 5
-        ),
-        "tokenizer": Task(
-            stage.folder, lambda: None, lambda: fill(stage, tokenizer_part(cfg, stage.folder)), ("llama",), 10
-        ),
-        "code": Task(stage.folder, lambda: None, lambda: fill(stage, code.code_part()), ("nemo_bench",), 10),
-        "newer code": Task(stage.folder, older_code, lambda: fill(stage, code.code_part()), ("nemo_bench",), 10),
+        "image": Task(stage.folder, nothing, fill_image, ("nemo.sqsh",), 5),
+        "tokenizer": Task(stage.folder, nothing, fill_tokenizer, ("llama",), 10),
+        "code": Task(stage.folder, nothing, fill_code, ("nemo_bench",), 10),
+        "newer code": Task(stage.folder, older_code, fill_code, ("nemo_bench",), 10),
         "pack": Task(packed.parent, everything, pack, ("stage.tar.zst",), 3),
-        "install": Task(
-            other.folder,
-            everything_packed,
-            lambda: bundle.install(other, packed, dry=False),
-            ("nemo.sqsh", "nemo_bench", f"{DATASET}.json", f"{DATASET}.bin", f"{DATASET}.idx"),
-            20,
-        ),
+        "install": Task(other.folder, everything_packed, install, ("nemo.sqsh", "nemo_bench", *dataset), 20),
     }[request.param]
 
 
@@ -174,5 +173,5 @@ def test_killed_at_every_change(task: Task) -> None:
         assert hidden(task.folder) == [], at
         if (task.folder / NAME).exists():
             stage = Stage(task.folder)
-            assert {stage.state(place, contents=True).name for place in stage.entries()} == {"ok"}
+            assert {stage.state(place, contents=True).problem for place in stage.entries()} == {""}
     assert at > task.fewest

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from nemo_bench.config import EntrypointConfig
-from nemo_bench.data import tokenizer as local_tokenizer
 from nemo_bench.errors import BenchError
 from nemo_bench.stage import code
 from nemo_bench.stage.config import StageConfig
@@ -81,9 +80,8 @@ def hidden(stage: Stage) -> list[Path]:
         ('printf hsqsHALF > "$3"; kill -9 $$', "exit status -9"),
         ("exit 0", "left no file"),
         ("printf '<html>' > \"$3\"", "not a squash file"),
-        ('head -c 50 "$(dirname "$0")/prepared.sqsh" > "$3"', "not a squash file"),
         ('head -c 110 "$(dirname "$0")/prepared.sqsh" > "$3"', "truncated: 110 of 118 bytes"),
-        ("exit 1", r"\.credentials must hold[^\0]*nvcr\.io login \$oauthtoken"),
+        ("exit 1", r"\.credentials\) must hold[^\0]*nvcr\.io login \$oauthtoken"),
     ],
 )
 def test_a_failed_import_leaves_nothing(
@@ -152,22 +150,11 @@ def test_code_follows_the_project(tmp_path: Path, stage: Stage, monkeypatch: pyt
     assert (copy / "conf" / "users.yaml").exists() and (copy / "train.py").read_text() == "# one\n"
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("config.json", None, r"lacks config\.json"),
-        ("config.json", b'{"vocab_size": 2', r"config\.json of the tokenizer is damaged"),
-        ("tokenizer.json", b'{"model": {"type": "unknown"}}', "the `tokenizers` library cannot use"),
-    ],
-)
-def test_a_tokenizer_folder_is_verified(tmp_path: Path, file: str, content: bytes | None, message: str) -> None:
-    trained = local_tokenizer.train(["def answer():\n    return 42\n"] * 9, vocab_size=270)
-    files = {"config.json": '{"vocab_size": 270}\n', **local_tokenizer.render(trained)}
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert verify(tmp_path, files, None) == verify(tmp_path, files, 270) == 270
-    with pytest.raises(BenchError, match=r"270 tokens, and tokenizer\.vocab_size=128256"):
-        verify(tmp_path, files, 128256)
-    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_bytes(content)
-    with pytest.raises(BenchError, match=message):
-        verify(tmp_path, files, 270)
+def test_a_tokenizer_is_verified(small_tokenizer: Path, tmp_path: Path) -> None:
+    size = verify(small_tokenizer, None)
+    assert verify(small_tokenizer, size) == size
+    with pytest.raises(BenchError, match=r"1,000 tokens, and tokenizer\.vocab_size=128256"):
+        verify(small_tokenizer, 128256)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "unknown"}}')
+    with pytest.raises(BenchError, match="the `tokenizers` library cannot use"):
+        verify(tmp_path, None)
