@@ -74,27 +74,23 @@ def step_times(run: Run) -> Figure:
     return _figure("Step time", traces, {"title": {"text": "step"}}, y, showlegend=True)
 
 
-def all_step_times(runs: Iterable[Run]) -> Figure | None:
-    """Return the step times of several runs, on a logarithmic axis; None if no step is known."""
-    y = {"title": {"text": "s"}, "type": "log"}
-    return _all_runs("Step time, of all steps", ((run, run.steps.time_s) for run in runs), y)
-
-
-def all_losses(runs: Iterable[Run]) -> Figure | None:
-    """Return the losses of several runs; None if none is known."""
-    return _all_runs("Loss, as logged", ((run, run.steps.loss) for run in runs), {})
-
-
-def _all_runs(title: str, columns: Iterable[tuple[Run, Sequence[float | None]]], y: Figure) -> Figure | None:
-    traces: list[Figure] = []
-    for run, values in columns:
-        points = [(step, value) for step, value in zip(run.steps.step, values) if value is not None]
-        if points:
-            repeat, colour = divmod(len(traces), len(COLOURS))
-            line = {"color": COLOURS[colour], "dash": _DASHES[repeat % len(_DASHES)], "width": 1.8}
-            traces.append(_trace(run.name, *thinned(points), "lines", line=line))
-    height = 320 + 9 * len(traces)
-    return _figure(title, traces, {"title": {"text": "step"}}, y, height=height, showlegend=True) if traces else None
+def series(runs: Sequence[Run]) -> list[Figure]:
+    """Return the step times of several runs, on a logarithmic axis, and their losses; without a figure of nothing."""
+    drawn = []
+    seconds: Figure = {"title": {"text": "s"}, "type": "log"}
+    for title, column, y in (("Step time, of all steps", "time_s", seconds), ("Loss, as logged", "loss", {})):
+        traces: list[Figure] = []
+        for run in runs:
+            values = zip(run.steps.step, getattr(run.steps, column))
+            if points := [(step, value) for step, value in values if value is not None]:
+                repeat, colour = divmod(len(traces), len(COLOURS))
+                line = {"color": COLOURS[colour], "dash": _DASHES[repeat % len(_DASHES)], "width": 1.8}
+                traces.append(_trace(run.name, *thinned(points), "lines", line=line))
+        if traces:
+            height = 320 + 9 * len(traces)
+            x = {"title": {"text": "step"}}
+            drawn.append(_figure(title, traces, x, y, height=height, showlegend=True))
+    return drawn
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

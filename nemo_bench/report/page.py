@@ -68,7 +68,6 @@ def render(report: Report) -> str:
         title = "Runs of the baseline"
         sections.append(_section("baseline-runs", title, report.baseline_runs, report.baseline_points))
     differences, shared = _records(report.runs)
-    drawn = [part["run"] for part in sections[0]["parts"][:DRAWN_RUNS]]
     return environment.get_template("report.html.j2").render(
         report=report,
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
@@ -83,7 +82,7 @@ def render(report: Report) -> str:
         ratios=figures.ratios(report.comparisons, report.assumptions.tolerance),
         comparison=tables.comparison_table(report.comparisons),
         changes=tables.changes_table(report.comparisons),
-        series=[*filter(None, (figures.all_step_times(drawn), figures.all_losses(drawn)))],
+        series=figures.series([part["run"] for part in sections[0]["parts"][:DRAWN_RUNS]]),
         run_sections=sections,
         differences=differences,
         shared=shared,

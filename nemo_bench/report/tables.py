@@ -155,9 +155,6 @@ def changes_table(comparisons: Sequence[Comparison]) -> Table:
     return make_table("What changed since the baseline", rows)
 
 
-# --- Markdown -----------------------------------------------------------------------------------------------
-
-
 def markdown(report: Report) -> str:
     """Return the report for a wiki or an issue."""
     lines = ["# Benchmark report", "", f"{report.generated_at}, {report.generator}. Overall: **{report.verdict}**.", ""]
@@ -188,8 +185,6 @@ def _markdown_table(table: Table) -> list[str]:
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").replace("*", "\\*")
 
-
-# --- CSV ----------------------------------------------------------------------------------------------------
 
 _IDENTITY = (
     *("path", "state", "final", "why_not_final", "model", "precision", "gpus", "nodes", "gpu", "version", "software"),

@@ -19,20 +19,10 @@ from rich.text import Text
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.record import folder as record
-from nemo_bench.report import model
+from nemo_bench.report import model, tables
 from nemo_bench.report.model import Report, Run
 from nemo_bench.report.numbers import LAST_LOSSES, counted, tokens_text, unit_name
-from nemo_bench.report.tables import (
-    Table,
-    changes_table,
-    comparison_table,
-    integer,
-    loss_text,
-    percent,
-    points_table,
-    runs_table,
-    significant,
-)
+from nemo_bench.report.tables import integer, percent, significant
 
 # More rows than this are for the files, not for a terminal.
 SHOWN_RUNS = 30
@@ -47,15 +37,8 @@ _PHASES = {
     "checkpoint": "writing a checkpoint",
     "done": "finishing",
 }
-_STYLES = {
-    model.PASS: "green",
-    model.FAIL: "bold red",
-    model.INVALID: "bold red",
-    model.INCOMPLETE: "red",
-    model.FASTER: "cyan",
-    model.NOT_COMPARABLE: "yellow",
-    model.UNDECIDED: "yellow",
-}
+_STYLES = dict.fromkeys((model.FAIL, model.INVALID, model.INCOMPLETE), "bold red")
+_STYLES |= {model.PASS: "green", model.FASTER: "cyan", model.NOT_COMPARABLE: "yellow", model.UNDECIDED: "yellow"}
 
 
 def make_console() -> Console:
@@ -115,9 +98,6 @@ class Follower:
             self.console.print(text, highlight=False)
 
 
-# --- one run ------------------------------------------------------------------------------------------------
-
-
 def print_summary(console: Console, run: Run) -> None:
     """Print a run's numbers, each with what it assumes, and where the evidence is."""
     what = ", ".join(filter(None, (run.model, run.precision, run.gpu)))
@@ -141,8 +121,8 @@ def summary_rows(run: Run) -> list[tuple[str, str, str]]:
 
 def _result_rows(run: Run) -> Iterator[tuple[str, str, str]]:
     unit, t, n = unit_name(run), run.times, run.numbers
-    if loss_text(run):
-        yield "loss", loss_text(run), f"first step, mean of the last {LAST_LOSSES}"
+    if losses := tables.loss_text(run):
+        yield "loss", losses, f"first step, mean of the last {LAST_LOSSES}"
     if t:
         yield f"step time{'' if run.final else ' so far'} (s)", significant(t.mean_s), f"mean of {counted(t)}"
         yield "  median (s)", significant(t.median_s), f"5% to 95%: {significant(t.p5_s)} to {significant(t.p95_s)}"
@@ -189,16 +169,13 @@ def _device_rows(run: Run) -> Iterator[tuple[str, str, str]]:
         yield f"  {reason.replace('_', ' ')}", f"{max(shares):.0%}", where
 
 
-# --- reports ------------------------------------------------------------------------------------------------
-
-
 def print_report(console: Console, report: Report) -> None:
     """Print points with their verdicts, the comparison with the baseline, runs and warnings."""
     if report.points:
-        print_table(console, points_table(report))
+        print_table(console, tables.points_table(report))
     if report.comparisons:
-        print_table(console, comparison_table(report.comparisons))
-        changes = changes_table(report.comparisons)
+        print_table(console, tables.comparison_table(report.comparisons))
+        changes = tables.changes_table(report.comparisons)
         for key, before, now, *_ in changes.rows[:SHOWN_CHANGES]:
             _print_line(console, key, f"{before} -> {now}")
         if len(changes.rows) > SHOWN_CHANGES:
@@ -208,12 +185,12 @@ def print_report(console: Console, report: Report) -> None:
         for text in report.runs[0].warnings:
             _print_line(console, "warning", text, "yellow")
     elif len(report.runs) <= SHOWN_RUNS:
-        print_table(console, runs_table(report.runs))
+        print_table(console, tables.runs_table(report.runs))
     for text in report.warnings:
         _print_line(console, "warning", text, "yellow")
 
 
-def print_table(console: Console, table: Table) -> None:
+def print_table(console: Console, table: tables.Table) -> None:
     """Print as many of the first columns as fit, then the notes; a long name may wrap between its words."""
     wide, total = console.options.update(max_width=100_000), len(table.columns)
     for columns, name_width in [(total, 1000), *((count, NAME_WIDTH) for count in range(total, 0, -1))]:

@@ -201,15 +201,6 @@ def test_steps_left_out_are_marked_with_their_reason(report: Report) -> None:
     assert set(symbols) == {"left out: warm-up", "left out: validation"} and len({*symbols.values()}) == 2
 
 
-def test_published_curves_are_dashed_in_the_colour_of_the_measured(report: Report) -> None:
-    curves = sorted((c for c in report.scaling if c.model == "70b"), key=lambda curve: curve.published)
-    lines = {(c.precision, c.published): trace for c, trace in zip(curves, figures.scaling(curves)[0]["data"])}
-    for precision in ("bf16", "fp8"):
-        measured, published = lines[precision, False], lines[precision, True]
-        assert measured["line"]["color"] == published["line"]["color"]
-        assert (measured["line"]["dash"], published["line"]["dash"]) == ("solid", "dash")
-
-
 def test_an_empty_report_is_a_page(report: Report) -> None:
     empty: dict[str, Any] = dict.fromkeys(
         ("runs", "points", "scaling", "references", "comparisons", "baseline_runs", "baseline_points", "inputs"), ()
