@@ -15,51 +15,60 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("list", help="all submitted runs: state, step reached, step time (the default)")
     commands.add_parser("follow", help="the active ones, until they end").add_argument("job", nargs="*")
-    commands.add_parser("log", help="why a job failed, and the end of its logs").add_argument("job")
+    commands.add_parser("log", help="why a job failed, and the end of its logs").add_argument("job", nargs=1)
     commands.add_parser("cancel", help="these jobs").add_argument("job", nargs="+")
-    commands.add_parser(
-        "resubmit", help="these jobs, or all failed ones, with the configuration they had"
-    ).add_argument("job", nargs="*")
+    resubmit_help = "these jobs, or all failed ones, with the configuration they had"
+    commands.add_parser("resubmit", help=resubmit_help).add_argument("job", nargs="*")
     arguments = parser.parse_args()
-    run(arguments)
+    ids = getattr(arguments, "job", [])
+    run(arguments.command, arguments.stage.absolute(), ids)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    from nemo_bench.cluster import jobs, slurm
+def run(command: str, stage: Path, ids: list[str]) -> None:
+    from nemo_bench.cluster import jobs
     from nemo_bench.launch.diagnosis import failure_text
-    from nemo_bench.launch.submission import resubmit
     from nemo_bench.report.terminal import make_console
 
-    stage = Path(arguments.stage).absolute()
     if not stage.is_dir() and (stage.exists() or str(stage) != default_stage_path()):
         raise BenchError(f"{stage} is not a folder: --stage (or STAGE_PATH) must name a stage folder")
     console, submitted = make_console(), jobs.submitted(stage)
-    ids = [arguments.job] if arguments.command == "log" else getattr(arguments, "job", [])
     chosen = [jobs.find(submitted, job_id, stage) for job_id in ids]
-    if arguments.command == "log":
+    if command == "log":
         (job,) = chosen
         try:
             failure = failure_text(job.folder) if job.is_run and (job.failed or job.lost) else ""
         except (OSError, ValueError) as error:  # a full disk may have cut the record off
             failure = f"unreadable record: {error}"
         print("\n\n".join(filter(None, [failure, job.log_text()])))
-    elif arguments.command == "cancel":
+    elif command == "cancel":
         cancelled = jobs.cancel(chosen)
         print(f"cancelled: {' '.join(cancelled) or 'none: they had ended'}")
-    elif arguments.command == "follow":
+    elif command == "follow":
         jobs.follow(console, chosen or [job for job in submitted if job.active])
-    elif arguments.command == "resubmit":
+    elif not submitted:
+        print(f"no job was submitted from {stage}")
+    elif command == "resubmit":
+        resubmit(stage, ids)
+    else:
+        console.print(jobs.table(submitted))
+
+
+def resubmit(stage: Path, ids: list[str]) -> None:
+    """Submit these jobs again, or all that failed; of two such commands at once the second finds nothing to do."""
+    from nemo_bench.cluster import jobs, slurm
+    from nemo_bench.files import locked
+    from nemo_bench.launch import submission
+
+    with locked(stage / ".resubmit.lock", "resubmits jobs", print):
+        submitted = jobs.submitted(stage)
         # What was cancelled was meant to end.
         failed = [job for job in submitted if job.is_run and job.state in slurm.FAILURES]
-        again = chosen or [job for job in failed if "resubmitted_as" not in job.content]
+        chosen = [jobs.find(submitted, job_id, stage) for job_id in ids] if ids else failed
+        again = [job for job in chosen if "resubmitted_as" not in job.content]
         for job in again:
-            print(f"job {resubmit(job).job_id}: {job.folder.name} again")
-        if not again:
-            print("no job has failed that was not submitted again")
-    elif submitted:
-        console.print(jobs.table(submitted))
-    else:
-        print(f"no job was submitted from {stage}")
+            print(f"job {submission.resubmit(job).job_id}: {job.folder.name} again")
+    if not again:
+        print("no job to resubmit: none has failed that was not submitted again")
 
 
 if __name__ == "__main__":

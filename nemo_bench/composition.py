@@ -42,6 +42,11 @@ def default_stage_path() -> str:
     return absolute(os.environ.get("STAGE_PATH") or "outputs")
 
 
+def first_set(*variables: str) -> str | None:
+    """Return the value of the first of these environment variables that is set and not empty."""
+    return next(filter(None, map(os.environ.get, variables)), None)
+
+
 @functools.cache
 def temporary_folder() -> str:
     """Return a folder that is removed when this process ends, for what Hydra's sweeper writes about a sweep."""
@@ -54,7 +59,7 @@ def temporary_folder() -> str:
     return folder
 
 
-for resolver in (weak_scaling_batch, default_stage_path, temporary_folder):
+for resolver in (weak_scaling_batch, default_stage_path, first_set, temporary_folder):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import calendar
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,9 @@ from submitit.slurm.slurm import SlurmJob
 from nemo_bench.cluster import slurm
 from nemo_bench.record import folder as record
 
-NO_ID = "?"
 # Slurm may know a job's end before a shared file system shows what the job left.
 SETTLE_S = 10.0
 LOG_LINES = 40
-TAIL_BYTES = 65536
 # The clocks of the submitting machine and of the controller may differ.
 CLOCKS_S = 300
 # A progress bar's count of finished steps, in logs of programs that write no record of ours.
@@ -27,7 +25,7 @@ _STEP = re.compile(r"(\d+)/(?:\d+|\?) \[.*?train_step_timing in s[=:] ?([\d.]+)"
 
 
 class Job(SlurmJob[None]):
-    """One submitted job as it stood at the last `refresh`.
+    """One submitted job as it stood when `done()` was last called.
 
     submitit's own gives the registration with Slurm's books, `cancel()` and `wait()`. Its executor stops short of what
     is needed here: it runs sbatch without a time limit and in our own environment, cannot tell a refusal from no
@@ -36,40 +34,25 @@ class Job(SlurmJob[None]):
     """
 
     watcher = slurm.Books()
+    state = slurm.UNKNOWN  # Slurm's word
 
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
         self.folder, self.content = folder, content
         self.name = str(content.get("name") or folder.name)
+        self.what = str(content.get("point") or self.name)
+        self.is_run = "point" in content
         self.exit_code: int | None = None  # of the batch script, once it has ended
         self.steps = 0
         self.step_time_s: float | None = None  # of the last step
-        self.current_state = slurm.UNKNOWN
-        self.ended_at: float | None = None  # when its end was first seen
-        super().__init__(folder, str(content.get("id") or NO_ID))
+        self._ended_at: float | None = None  # when its end was first seen
+        super().__init__(folder, str(content.get("id") or "?"))
+        self.log = folder / f"slurm-{self.job_id}.out"
 
     def _register_in_watcher(self) -> None:
-        self.registered = self.job_id != NO_ID and self.content.get("cluster") in (None, slurm.cluster_name())
+        self.registered = bool(self.content.get("id")) and self.content.get("cluster") in (None, slurm.cluster_name())
         if self.registered:
             self.watcher.names.add(self.name)
             super()._register_in_watcher()
-
-    @property
-    def what(self) -> str:
-        """The point, or the command's name."""
-        return str(self.content.get("point") or self.name)
-
-    @property
-    def is_run(self) -> bool:
-        return "point" in self.content
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f"slurm-{self.job_id}.out"
-
-    @property
-    def state(self) -> str:
-        """Slurm's word."""
-        return self.current_state
 
     @property
     def active(self) -> bool:
@@ -94,28 +77,23 @@ class Job(SlurmJob[None]):
         return self.lost or (self.ended and self.exit_code is not None)
 
     def done(self, force_check: bool = False) -> bool:
-        """Return whether it is over; submitit's own looks for a pickled result."""
-        refresh([self])
+        """Ask Slurm, if the last time is long enough ago, read what the job has left, and return whether it is over."""
+        self.watcher.refresh(soon=self.active and self.exit_code is not None)
+        if self.ended and self.exit_code is not None:
+            return True
+        self.exit_code = self._recorded_exit()
+        self.state = self._slurm_state() or self._left_state()
+        if self.is_run:
+            self.steps, self.step_time_s = self._last_step()
+        if self.ended and self.exit_code is None:
+            self._ended_at = self._ended_at or time.monotonic()
+            # A job that was cancelled or ran out of time leaves no exit status.
+            if self.state not in ("COMPLETED", "FAILED") or time.monotonic() - self._ended_at > SETTLE_S:
+                self.exit_code = int(self.failed)
         return self.over
 
-    def refresh(self) -> None:
-        """Read what Slurm said last, and what the job has left in its folder."""
-        if self.ended and self.exit_code is not None:
-            return
-        self.exit_code = self._recorded_exit()
-        self.current_state = self._slurm_state() or self._left_state() or slurm.UNKNOWN
-        if self.is_run:
-            self.steps, self.step_time_s = _last_step(self.folder)
-        if self.ended and self.exit_code is None:
-            self.ended_at = self.ended_at or time.monotonic()
-            # A job that was cancelled or ran out of time leaves no exit status.
-            if self.state not in ("COMPLETED", "FAILED") or time.monotonic() - self.ended_at > SETTLE_S:
-                self.exit_code = int(self.failed)
-
     def _slurm_state(self) -> str | None:
-        if not self.registered:
-            return None
-        info = self.watcher.get_info(self.job_id, mode="cache")
+        info = self.watcher.get_info(self.job_id, mode="cache") if self.registered else {}
         if not info or not self._is_ours(info):
             return None
         state = info["State"].split()[0]  # "CANCELLED by 0" is CANCELLED
@@ -124,14 +102,14 @@ class Job(SlurmJob[None]):
 
     def _is_ours(self, info: Mapping[str, str]) -> bool:
         """Return whether Slurm speaks of this job: ids start over when a controller is installed anew."""
-        if info.get("JobName", self.name) != self.name:
+        if info.get("JobName") != self.name:
             return False
         try:
-            later_s = time.mktime(time.strptime(info["Submit"], "%Y-%m-%dT%H:%M:%S")) - calendar.timegm(
-                time.strptime(self.content["submitted_at"], "%Y-%m-%dT%H:%M:%SZ")
-            )
+            slurm_time = datetime.fromisoformat(info["Submit"]).astimezone()
+            our_time = datetime.fromisoformat(self.content["submitted_at"].replace("Z", "+00:00"))
         except (KeyError, ValueError):
             return True
+        later_s = (slurm_time - our_time).total_seconds()
         # By Slurm's account a requeued job was submitted when it was requeued.
         return later_s > -CLOCKS_S and (later_s < CLOCKS_S or self.content.get("requeue", True))
 
@@ -142,18 +120,26 @@ class Job(SlurmJob[None]):
         except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off by a full disk
             return None
 
-    def _left_state(self) -> str | None:
+    def _left_state(self) -> str:
         if self.exit_code is not None:
             return "COMPLETED" if self.exit_code == 0 else "FAILED"
-        try:
-            ending = "\n".join(record.tail(self.log, LOG_LINES))
-        except OSError:
-            return None
+        ending = "\n".join(_tail(self.log, LOG_LINES))
         words = re.findall(rf"\*\*\* JOB {self.job_id} .*CANCELLED AT \S+(.*?) \*\*\*", ending)
         if not words:
-            return None
+            return slurm.UNKNOWN
         reasons = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}
         return next((state for reason, state in reasons.items() if reason in words[-1]), "CANCELLED")
+
+    def _last_step(self) -> tuple[int, float | None]:
+        """Return the number of finished steps, and the time of the last one."""
+        for line in reversed(_tail(self.folder / record.STEPS, 2)):
+            try:
+                row = json.loads(line)
+                return int(row["step"]) + 1, float(row["train_step_timing_s"])
+            except (ValueError, KeyError, TypeError):  # cut off
+                continue
+        shown = _STEP.findall("\n".join(_tail(record.RunFolder(self.folder).log(0), 1000)))
+        return (int(shown[-1][0]), float(shown[-1][1])) if shown else (0, None)
 
     def reason(self) -> str | None:
         """Return why it failed, in a line, where that is recorded."""
@@ -171,8 +157,8 @@ class Job(SlurmJob[None]):
         logs = [self.log]
         if self.is_run:
             run = record.RunFolder(self.folder)
-            logs += [run.log(int(error["rank"])) for error in run.rank_errors()[:1]] or [run.log(0)]
-        texts = [f"==> {log} <==\n" + "\n".join(record.tail(log, LOG_LINES)) for log in logs if log.exists()]
+            logs.append(run.log(next((int(error["rank"]) for error in run.rank_errors()), 0)))
+        texts = ["\n".join([f"==> {log} <==", *_tail(log, LOG_LINES)]) for log in logs if log.exists()]
         if not texts:
             texts = [f"{self.log} does not exist: the job is {self.state}"]
             if self.state == "FAILED":
@@ -180,29 +166,9 @@ class Job(SlurmJob[None]):
         return "\n\n".join(texts)
 
 
-def _last_step(run_dir: Path) -> tuple[int, float | None]:
-    """Return the number of finished steps, and the time of the last one."""
-    for line in reversed(_tail(run_dir / record.STEPS).splitlines()):
-        try:
-            row = json.loads(line)
-            return int(row["step"]) + 1, float(row["train_step_timing_s"])
-        except (ValueError, KeyError, TypeError):  # cut off at either end
-            continue
-    shown = _STEP.findall(_tail(record.RunFolder(run_dir).log(0)))
-    return (int(shown[-1][0]), float(shown[-1][1])) if shown else (0, None)
-
-
-def _tail(path: Path) -> str:
+def _tail(path: Path, lines: int) -> list[str]:
+    """Return the last lines of a file; none where it does not exist."""
     try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
-            return file.read().decode("utf-8", errors="replace")
+        return record.tail(path, lines)
     except OSError:
-        return ""
-
-
-def refresh(jobs: Sequence[Job]) -> None:
-    """Ask Slurm again, if the last time is long enough ago, and read again how these jobs stand."""
-    Job.watcher.refresh(soon=any(job.active and job.exit_code is not None for job in jobs))
-    for job in jobs:
-        job.refresh()
+        return []

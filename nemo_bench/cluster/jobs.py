@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_bench.cluster import slurm
-from nemo_bench.cluster.job import Job, refresh
+from nemo_bench.cluster.job import Job
 from nemo_bench.config import ClusterConfig
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import write_json
@@ -65,51 +65,57 @@ def submit(script: str, folder: Path, **details: Any) -> Job:
     `job.json` is there before the job is, without an id: whatever happens then, the job is looked for by its script.
 
     Args:
-        script: its batch script.
-        folder: the job's folder.
         details: what `job.json` is to hold besides; `point` makes it a run.
 
     Raises:
         slurm.Refused: the scheduler does not take it; no `job.json` is left.
         BenchError: the job may have been submitted; the message says how to get hold of it.
     """
+    name = slurm.job_name(script)
     content = {
         "id": None,
         "cluster": slurm.cluster_name(),
-        "name": slurm.job_name(script),
+        "name": name,
         "submitted_at": record.timestamp(),
         "command": shlex.join(["python", *sys.argv]),
         **details,
     }
     write_json(folder / record.JOB, content)
     try:
-        content["id"] = slurm.submit(script, folder)
+        content["id"] = job_id = slurm.submit(script, folder, name)
     except slurm.Refused:
         (folder / record.JOB).unlink()
         raise
     try:
         write_json(folder / record.JOB, content)
     except OSError as error:
-        job_id = content["id"]
         raise BenchError(f"job {job_id} was submitted, then: {error}\n`scancel {job_id}` takes it back") from None
     job = Job(folder, content)
-    job.current_state = "PENDING"
+    job.state = "PENDING"
     return job
 
 
 def submitted(stage: Path) -> list[Job]:
     """Return all jobs that were submitted from this stage folder, the oldest first, as they stand now."""
     folders = [path.parent for pattern in FOLDERS for path in stage.glob(f"{pattern}/{record.JOB}")]
-    contents = sorted(((_content(folder), folder) for folder in folders), key=lambda job: _age(job[0]))
+    contents = sorted(((folder, _content(folder)) for folder in folders), key=_age)
     # Of several jobs of one id Slurm knows the last: ids start over when a controller is installed anew.
-    newest = {(content.get("cluster"), content.get("id")): folder for content, folder in contents}
+    newest = {(content.get("cluster"), content.get("id")): folder for folder, content in contents}
     jobs = []
-    for content, folder in contents:
-        if content.get("id") and newest[content.get("cluster"), content["id"]] != folder:
-            content = {**content, "cluster": f"{content.get('cluster')} before its ids started over"}
+    for folder, content in contents:
+        cluster = content.get("cluster")
+        if content.get("id") and newest[cluster, content["id"]] != folder:
+            content["cluster"] = f"{cluster} before its ids started over"
         jobs.append(Job(folder, content))
-    refresh(jobs)
+    for job in jobs:
+        job.done()
     return jobs
+
+
+def _age(job: tuple[Path, dict[str, Any]]) -> tuple[str, int, str]:
+    _, content = job
+    job_id = str(content.get("id"))
+    return str(content.get("submitted_at", "")), len(job_id), job_id
 
 
 def _content(folder: Path) -> dict[str, Any]:
@@ -127,11 +133,6 @@ def _content(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _age(content: Mapping[str, Any]) -> tuple[str, int]:
-    job_id = str(content.get("id"))
-    return str(content.get("submitted_at", "")), int(job_id) if job_id.isdigit() else 0
-
-
 def find(jobs: Sequence[Job], job_id: str, stage: Path) -> Job:
     """Return the job of that id among those of a stage folder.
 
@@ -141,11 +142,9 @@ def find(jobs: Sequence[Job], job_id: str, stage: Path) -> Job:
     for job in reversed(jobs):
         if job.job_id == job_id:
             return job
-    known = ", ".join(job.job_id for job in jobs[-SHOWN_IDS:]) or "none"
-    if len(jobs) > SHOWN_IDS:
-        known = f"..., {known}"
+    last = ", ".join(job.job_id for job in jobs[-SHOWN_IDS:]) or "none"
     raise BenchError(
-        f"no job {job_id} was submitted from {stage}; known: {known}\n"
+        f"no job {job_id} was submitted from {stage}; the last ones: {last}\n"
         "--stage (or STAGE_PATH) names another stage folder"
     )
 
@@ -166,25 +165,26 @@ def cancel(jobs: Iterable[Job]) -> list[str]:
 
 
 def table(jobs: Iterable[Job]) -> Table:
-    """Return the listing. Cells are plain text: an error may hold square brackets, rich's own markup."""
+    """Return the listing."""
     listing = Table()
-    for name in ("job", "state", "point or command", "step", "step time (s)", "ETA", "folder"):
-        right = name in ("step", "step time (s)", "ETA")
-        listing.add_column(name, justify="right" if right else "left", overflow="fold")
+    for name in ("job", "state", "point or command"):
+        listing.add_column(name, overflow="fold")
+    for name in ("step", "step time (s)", "ETA"):
+        listing.add_column(name, justify="right")
+    listing.add_column("folder", overflow="fold")
     for job in jobs:
         max_steps = int(job.content.get("max_steps", 0))
         left_s = int((max_steps - job.steps) * (job.step_time_s or 0))
-        reason = job.reason()
         cells = (
             job.job_id,
-            job.state + (f": {reason}" if reason else ""),
+            ": ".join(filter(None, [job.state, job.reason()])),
             job.what,
             f"{job.steps}/{max_steps}" if job.is_run else "",
             f"{job.step_time_s:.4g}" if job.step_time_s is not None else "",
             f"{left_s // 60}:{left_s % 60:02d}" if job.active and job.step_time_s else "",
             str(job.folder),
         )
-        listing.add_row(*(Text(cell) for cell in cells))
+        listing.add_row(*map(Text, cells))  # plain: an error may hold square brackets, rich's own markup
     return listing
 
 
@@ -195,12 +195,10 @@ def wait(jobs: Sequence[Job], tick: Callable[[], None]) -> None:
         RunFailed: the watching was interrupted.
     """
     try:
-        while True:
-            refresh(jobs)
+        while not all([job.done() for job in jobs]):
             tick()
-            if all(job.over for job in jobs):
-                return
             time.sleep(TICK_S)
+        tick()
     except KeyboardInterrupt:
         ids = " ".join(job.job_id for job in jobs if not job.over)
         raise RunFailed(f"stopped watching; the jobs go on ({ids}): python jobs.py follow shows them", 130) from None
@@ -228,10 +226,10 @@ def follow(console: Console, jobs: Sequence[Job]) -> None:
             print_summary(console, load_run(job.folder))
     failed = [job for job in jobs if job.state != "COMPLETED"]
     if failed:
-        lines = [f"  job {job.job_id} ({job.what}): {job.state}: {job.reason() or 'see its log'}" for job in failed]
-        head = f"{len(failed)} of {len(jobs)} jobs did not complete:"
-        exit_code = 1 if failed[0].is_run else failed[0].exit_code or 1
-        raise RunFailed("\n".join([head, *lines, "python jobs.py log JOB shows more"]), exit_code)
+        lines = [f"{len(failed)} of {len(jobs)} jobs did not complete:"]
+        lines += [f"  job {job.job_id} ({job.what}): {job.state}: {job.reason() or 'see its log'}" for job in failed]
+        lines += ["python jobs.py log JOB shows more"]
+        raise RunFailed("\n".join(lines), 1 if failed[0].is_run else failed[0].exit_code or 1)
     print(f"all {len(jobs)} jobs completed")
 
 

@@ -16,19 +16,17 @@ VARIABLE = "NEMO_BENCH_LIFELINE_FD"
 
 
 def watch(when_gone: Callable[[], object]) -> None:
-    """Watch the pipe in a thread, which calls `when_gone` and ends the process group once the launcher is gone.
-
-    Does nothing where no launching process gave a pipe.
-    """
+    """Where the launcher gave a pipe, watch it in a thread that calls `when_gone` and ends this process group."""
     fd = os.environ.pop(VARIABLE, None)
-    if fd is not None:
-        threading.Thread(target=_end_with_launcher, args=(int(fd), when_gone), daemon=True).start()
+    if fd is None:
+        return
 
+    def end_with_launcher() -> None:
+        os.read(int(fd), 1)
+        try:
+            when_gone()
+        finally:
+            # Each leads a process group of its own: a rank's data loaders go with it.
+            os.killpg(os.getpgrp(), signal.SIGKILL)
 
-def _end_with_launcher(fd: int, when_gone: Callable[[], object]) -> None:
-    os.read(fd, 1)
-    try:
-        when_gone()
-    finally:
-        # Each leads a process group of its own: a rank's data loaders go with it.
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+    threading.Thread(target=end_with_launcher, daemon=True).start()

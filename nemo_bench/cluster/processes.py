@@ -1,8 +1,8 @@
 """Run the ranks of a run as processes of this machine.
 
 Not torchrun: it imports torch in the launching process, leaves its ranks behind when it is killed, and says which rank
-failed in its own words only. This is a loop over `subprocess.Popen`: all ranks end when one fails, on Ctrl-C, and
-when this process is killed (lifeline.py).
+failed in its own words only. Here all ranks end when one fails, on Ctrl-C, and when this process is killed
+(lifeline.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,9 @@ class Terminated(BaseException):
 
 @dataclass
 class ProcessGroup:
-    """Running ranks; `processes[i]` is local rank i."""
+    """Running ranks; `processes[i]` is rank i."""
 
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    lifeline_fd: int = -1
 
     def poll(self) -> Outcome | None:
         """Return how the group ended; None while ranks run and none has failed."""
@@ -72,10 +71,8 @@ class ProcessGroup:
 
     def _signal(self, signum: int) -> None:
         for process in self.processes:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signum)
-            except ProcessLookupError:
-                continue
 
 
 @contextmanager
@@ -89,28 +86,34 @@ def started(
     """Start `ranks` ranks of `run_dir`, and end them all when the block is left, however it is left.
 
     Args:
-        command: what each rank runs.
-        environment: the whole environment of the ranks; each one's place among them is added.
+        environment: the whole environment of the ranks; each one's place among them is added, as torchrun sets it.
         popen: starts a rank; benchmarks/fork_server.py forks it instead.
     """
     read_fd, write_fd = os.pipe()  # not inherited unless passed on: the writing end stays with this process
-    group = ProcessGroup(lifeline_fd=write_fd)
-    port = free_port()
+    group = ProcessGroup()
+    common = {
+        **environment,
+        lifeline.VARIABLE: str(read_fd),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     try:
         for rank in range(ranks):
             with open(RunFolder(run_dir).log(rank), "wb") as log:
-                group.processes.append(
-                    popen(
-                        command,
-                        env={**environment, **rank_variables(rank, ranks, port), lifeline.VARIABLE: str(read_fd)},
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        pass_fds=[read_fd],
-                        # A group of its own: Ctrl-C reaches this process alone, which then ends the ranks in order.
-                        start_new_session=True,
-                    )
+                process = popen(
+                    command,
+                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[read_fd],
+                    # A group of its own: Ctrl-C reaches this process alone, which then ends the ranks in order.
+                    start_new_session=True,
                 )
+            group.processes.append(process)
         os.close(read_fd)
         yield group
     finally:
@@ -120,12 +123,11 @@ def started(
 
 def wait(group: ProcessGroup, tick: Callable[[], None]) -> Outcome:
     """Wait for the ranks, calling `tick` ten times a second."""
-    while True:
-        outcome = group.poll()
+    while (outcome := group.poll()) is None:
         tick()
-        if outcome is not None:
-            return outcome
         time.sleep(0.1)
+    tick()
+    return outcome
 
 
 @contextmanager
@@ -141,19 +143,6 @@ def termination_raises() -> Iterator[None]:
     finally:
         for signum, previous in before.items():
             signal.signal(signum, previous)
-
-
-def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """Return the variables that tell a rank its place, as torchrun sets them."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
 
 
 def free_port() -> int:

@@ -29,7 +29,7 @@ FAILURES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEA
 UNKNOWN = "UNKNOWN"  # Slurm did not answer, or has forgotten it: neither active nor failed
 SCRIPT = "job.sbatch"
 TIMEOUT_S = 30  # of sbatch, squeue, sacct and scontrol
-ASK_EVERY_S = 15
+ASK_EVERY_S = 10
 ASK_SOON_S = 5  # about a job whose batch script has ended
 # sbatch's words for a controller that may have taken the job all the same.
 _NO_ANSWER = re.compile(
@@ -41,10 +41,10 @@ class Refused(BenchError):
     """The scheduler refused a job, in its own words."""
 
 
-def sbatch_options(
+def sbatch_lines(
     c: ClusterConfig, *, name: str, nodes: int, ntasks_per_node: int, folder: Path, requeue: bool, signal: str | None
-) -> dict[str, Any]:
-    """Return sbatch's long options and their values (True: no value), in a fixed order."""
+) -> list[str]:
+    """Return the `#SBATCH` lines of a job whose log goes to `folder`."""
     options: dict[str, Any] = {
         "job-name": name,
         "account": c.account,
@@ -59,7 +59,7 @@ def sbatch_options(
         "cpus-per-task": c.cpus_per_task,
         "gpus-per-node": c.requested_gpus_per_node if c.gres is None else None,
         "gres": c.gres,
-        "exclusive": c.exclusive or None,
+        "exclusive": c.exclusive,
         "mem": c.mem,
         "time": c.time,
         "dependency": c.dependency,
@@ -67,35 +67,28 @@ def sbatch_options(
         "output": f"{literal(folder)}/slurm-%j.out",
         "open-mode": "append",
         "signal": signal,
-        "requeue": requeue or None,
-        "no-requeue": not requeue or None,
+        "requeue": requeue,
+        "no-requeue": not requeue,
         **{option.replace("_", "-"): value for option, value in c.additional_parameters.items()},
     }
-    return {option: value for option, value in options.items() if value is not None and value is not False}
-
-
-def sbatch_lines(options: dict[str, Any]) -> list[str]:
-    """Return the `#SBATCH` lines of these options."""
     return [
-        f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
-        for name, value in options.items()
+        f"#SBATCH --{option}" if value is True else f"#SBATCH --{option}={shlex.quote(str(value))}"
+        for option, value in options.items()
+        if value is not None and value is not False
     ]
 
 
 def command_script(cluster: ClusterConfig, name: str, command: list[str], folder: Path) -> str:
-    """Return the batch script of one command on one node, with this interpreter's environment and all the node's cores.
+    """Return the batch script of one command on one node, with this interpreter and all the node's cores.
 
-    Its exit status goes to `folder`/exit.json. The command must be one that can be killed and run again: the job is
-    requeued when it is preempted or its node fails.
+    The command must bear being killed and run again: the job is requeued when it is preempted or its node fails.
     """
-    # No srun: a step of one task would be bound to one core.
-    options = sbatch_options(cluster, name=name, nodes=1, ntasks_per_node=1, folder=folder, requeue=True, signal=None)
     # What this interpreter needs besides: a project unpacked from a bundle has its packages on the path.
     inherited = cluster.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
     exports = {**cluster.env, "PYTHONPATH": python_path(inherited), "PYTHONUNBUFFERED": "1"}
     lines = [
         "#!/bin/bash",
-        *sbatch_lines(options),
+        *sbatch_lines(cluster, name=name, nodes=1, ntasks_per_node=1, folder=folder, requeue=True, signal=None),
         "",
         f"FOLDER={shlex.quote(str(folder))}",
         record_id("FOLDER"),
@@ -103,6 +96,7 @@ def command_script(cluster: ClusterConfig, name: str, command: list[str], folder
         *(f"export {variable}={shlex.quote(value)}" for variable, value in exports.items()),
         *cluster.setup,
         "",
+        # No srun: a step of one task would be bound to one core.
         shlex.join(command),
         "status=$?",
         *record_status("FOLDER"),
@@ -138,16 +132,14 @@ def record_status(folder_variable: str) -> list[str]:
 def environment() -> dict[str, str]:
     """Return the environment of Slurm's commands, and so of the jobs.
 
-    It lacks the variables of a job that this process itself runs in, which sbatch would put before the script's own
-    options (conf/cluster/slurm.yaml has read what it needs of them), and without HYDRA_FULL_ERROR, which cli.py sets
-    for this process alone. SLURM_CONF says which cluster is meant.
+    sbatch would put the variables of a job that this process runs in before the script's own options, and cli.py sets
+    HYDRA_FULL_ERROR for this process alone. SLURM_CONF says which cluster is meant.
     """
     hidden = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "HYDRA_")
     return {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(hidden)}
 
 
 def have_sbatch() -> bool:
-    """Return whether this machine can submit."""
     return shutil.which("sbatch") is not None
 
 
@@ -166,8 +158,8 @@ def test_only(script: str) -> tuple[bool, str]:
     return done.returncode == 0, f"{'REFUSED' if done.returncode else 'accepted'}: {words}"
 
 
-def submit(script: str, folder: Path) -> str:
-    """Submit a batch script, which is kept in `folder`, and return the job's id.
+def submit(script: str, folder: Path, name: str) -> str:
+    """Submit the batch script of job `name`, which is kept in `folder`, and return the job's id.
 
     Raises:
         Refused: the scheduler does not take the job.
@@ -175,7 +167,6 @@ def submit(script: str, folder: Path) -> str:
     """
     path = folder / SCRIPT
     write_text(path, script)
-    name = job_name(script)
     try:
         done = _run(["sbatch", "--parsable", str(path)])
         words = _scheduler_words(done.stderr)
@@ -219,25 +210,23 @@ def cluster_name() -> str | None:
 
 
 class Books(SlurmInfoWatcher):
-    """What Slurm knows of all jobs that were registered, asked for at once and not more often than needed.
+    """What Slurm knows of all registered jobs, asked for at once.
 
     submitit's own asks sacct alone, and waits for it for ever. squeue knows more of the last minutes, and is there
     where the cluster keeps no accounts.
     """
 
     def __init__(self) -> None:
-        super().__init__(delay_s=ASK_EVERY_S)
+        super().__init__()
         self.names: set[str] = set()
         self.answered = False  # whether a job that is in neither list is unknown to Slurm
 
     def refresh(self, *, soon: bool) -> None:
         """Ask again, if the last time is long enough ago."""
-        if soon and time.time() - self._last_status_check > ASK_SOON_S:
+        if time.time() - self._last_status_check > (ASK_SOON_S if soon else ASK_EVERY_S):
             self.update()
-        self.update_if_long_enough("standard")
 
     def update(self) -> None:
-        """Ask again."""
         self._last_status_check = time.time()
         if not self._registered:
             return

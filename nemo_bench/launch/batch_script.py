@@ -10,7 +10,6 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from nemo_bench.cluster import slurm
 from nemo_bench.config import TrainConfig
@@ -26,11 +25,11 @@ def job_name(cfg: TrainConfig) -> str:
     return f"nemo-bench-{cfg.model.name}-{cfg.precision.name}-{cfg.world_size}gpu"
 
 
-def sbatch_options(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
-    """Return sbatch's long options and their values (True: no value) for this point, in a fixed order."""
+def sbatch_lines(cfg: TrainConfig, run_dir: Path) -> list[str]:
+    """Return the `#SBATCH` lines of this point."""
     # Without checkpoints a requeued run would only start over.
     checkpoints = cfg.checkpoint.every_n_steps is not None
-    return slurm.sbatch_options(
+    return slurm.sbatch_lines(
         cfg.cluster,
         name=job_name(cfg),
         nodes=cfg.trainer.num_nodes,
@@ -96,7 +95,7 @@ def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
     environment.filters["quoted"] = shlex.quote
     return environment.from_string(TEMPLATE.read_text()).render(
-        sbatch_lines="\n".join(slurm.sbatch_lines(sbatch_options(cfg, run_dir))),
+        sbatch_lines="\n".join(sbatch_lines(cfg, run_dir)),
         run_dir=str(run_dir),
         record_id=slurm.record_id("RUN"),
         requeue=REQUEUE,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import jobs, slurm
-from nemo_bench.cluster.job import Job, refresh
+from nemo_bench.cluster.job import Job
 from nemo_bench.config import ComposedPoint, Launch, TrainConfig, load, typed
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, Problem, RunFailed
@@ -46,7 +46,8 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     jobs.require_sbatch()
     submitted = _submit_all(points, [prepare_data(cfg) for cfg in configs])
     console = make_console()
-    refresh(submitted)
+    for job in submitted:
+        job.done()
     console.print(jobs.table(submitted))
     if wait:
         jobs.follow(console, submitted)

@@ -370,7 +370,7 @@ class SlurmCluster:
         return [
             pid
             for pid in processes()
-            if _link(Path(f"/proc/{pid}/ns/pid")) == self._namespace and (not name or _name(pid) == name)
+            if _link(Path(f"/proc/{pid}/ns/pid")) == self._namespace and (not name or process_name(pid) == name)
         ]
 
     def logs(self) -> str:
@@ -392,7 +392,7 @@ def _link(path: Path) -> str:
         return ""
 
 
-def _name(pid: int) -> str:
+def process_name(pid: int) -> str:
     """What a process is called (Debian's programs have other names than their links), or an empty string."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,24 +32,27 @@ def require_slurm(*, accounting: bool = False) -> None:
         pytest.skip(reason)
 
 
+@contextmanager
+def started(folder: Path, *, live_nodes: int, total_nodes: int, accounting: bool = False) -> Iterator[SlurmCluster]:
+    require_slurm(accounting=accounting)
+    with SlurmCluster(folder, live_nodes=live_nodes, total_nodes=total_nodes, accounting=accounting) as cluster:
+        yield cluster
+    assert not processes_of(folder)
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     """One cluster for all tests: 18 live nodes of 256, each of 8 GPUs by its own account. It has no sacct."""
-    require_slurm()
-    folder = tmp_path_factory.mktemp("slurm")
-    with SlurmCluster(folder, live_nodes=18, total_nodes=256) as cluster:
+    with started(tmp_path_factory.mktemp("slurm"), live_nodes=18, total_nodes=256) as cluster:
         yield cluster
-    assert not processes_of(folder)
 
 
 @pytest.fixture(scope="session")
 def slurm_with_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """A cluster with slurmdbd and its database behind it, started for the tests that need sacct or accounts."""
-    require_slurm(accounting=True)
+    """A cluster with slurmdbd and its database behind it, for what needs sacct or accounts."""
     folder = tmp_path_factory.mktemp("slurm-accounting")
-    with SlurmCluster(folder, live_nodes=2, total_nodes=2, accounting=True) as cluster:
+    with started(folder, live_nodes=2, total_nodes=2, accounting=True) as cluster:
         yield cluster
-    assert not processes_of(folder)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -81,6 +86,19 @@ class Scripts:
             env={"STAGE_PATH": str(self.stage), **environment},
         )
 
+    def start(self, script: str, *args: str) -> subprocess.Popen[str]:
+        """Start a script, to be watched, interrupted or joined; it prints all to one pipe."""
+        return subprocess.Popen(
+            [sys.executable, "-u", str(PROJECT / script), *args],
+            cwd=self.stage,
+            env={**self.slurm.environment, "STAGE_PATH": str(self.stage)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
     def submit(self, *overrides: str, code: int = 0, **environment: str) -> str:
         done = self.run("train.py", *SUBMIT, *overrides, **environment)
         assert done.returncode == code, done.stdout + done.stderr
@@ -95,8 +113,7 @@ class Scripts:
     def submitted(self) -> list[dict[str, Any]]:
         """`jobs.json` of the last submission."""
         latest = max(self.stage.glob("submissions/*/jobs.json"), key=lambda path: path.stat().st_mtime_ns)
-        rows = json.loads(latest.read_text())
-        assert isinstance(rows, list)
+        rows: list[dict[str, Any]] = json.loads(latest.read_text())
         return rows
 
     def last(self) -> tuple[str, Path]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from nemo_bench.data.indexed_dataset import inspect
 
 from ..httpserver import FileServer, Twist
 from .cluster import SlurmCluster, wait_for
-from .conftest import PROJECT, SHARED, Scripts
+from .conftest import SHARED, Scripts
 
 SUBMIT = ("hydra/launcher=submitit_slurm", *SHARED)
 
@@ -108,20 +106,13 @@ def test_without_waiting_and_cancelled(scripts: Scripts, slurm: SlurmCluster, se
 def test_a_job_that_never_wrote_its_end(scripts: Scripts, slurm: SlurmCluster, server: FileServer) -> None:
     """Cancelled while the command watches: Slurm's word counts."""
     server.script("/train/00.jsonl.zst", Twist(stall_after=1000))
-    watching = subprocess.Popen(
-        [sys.executable, "-u", str(PROJECT / "prepare_data.py"), *SUBMIT, url(server), "shards=[0]"],
-        cwd=scripts.stage,
-        env={**slurm.environment, "STAGE_PATH": str(scripts.stage)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    watching = scripts.start("prepare_data.py", *SUBMIT, url(server), "shards=[0]")
     assert watching.stdout is not None
     (job_id,) = job_ids(watching.stdout.readline())
     slurm.wait_for_state(job_id, "RUNNING")
     slurm.run("scancel", job_id)
-    out, err = watching.communicate(timeout=90)
-    assert watching.returncode == 1 and "1 of 1 failed" in err, out + err
+    out, _ = watching.communicate(timeout=90)
+    assert watching.returncode == 1 and "1 of 1 failed" in out
 
 
 def test_dry_asks_the_scheduler(scripts: Scripts, server: FileServer) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ..squashfs import squashfs
 from .cluster import SlurmCluster
-from .conftest import CLOSED, PROJECT, SHARED, Scripts
+from .conftest import CLOSED, SHARED, Scripts
 
 SUBMIT = ("hydra/launcher=submitit_slurm", *SHARED)
 ENROOT = """#!/bin/sh
@@ -43,17 +41,10 @@ def test_a_job_fills_the_folder_and_is_followed_by_its_id(scripts: Scripts, enro
     parts = ("parts=[image,tokenizer]", "tokenizer=local", f"enroot={enroot}", "image_gib=0.001")
     done = scripts.run("setup_stage.py", *SUBMIT, *parts, **secret)
     job_id = done.stdout.split()[1].rstrip(":")
-    watching = subprocess.Popen(
-        [sys.executable, "-u", str(PROJECT / "jobs.py"), "follow", job_id],
-        cwd=scripts.stage,
-        env={**scripts.slurm.environment, "STAGE_PATH": str(scripts.stage)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    watching = scripts.start("jobs.py", "follow", job_id)
     (enroot.parent / "go").touch()
-    out, err = watching.communicate(timeout=90)
-    assert watching.returncode == 0, out + err
+    out, _ = watching.communicate(timeout=90)
+    assert watching.returncode == 0, out
     assert f"slurm-{job_id}.out" in out and "image: made" in out
     (call,) = (enroot.parent / "calls").read_text().splitlines()
     assert call.startswith(f"{job_id} import --output ") and call.endswith("docker://nvcr.io#nvidia/nemo:25.11")
@@ -75,17 +66,10 @@ def test_a_job_that_fails_says_why(scripts: Scripts) -> None:
 
 def test_cancelled_before_it_began(scripts: Scripts, slurm: SlurmCluster) -> None:
     """There is no log to show; the command that waits reports the job's state."""
-    watching = subprocess.Popen(
-        [sys.executable, "-u", str(PROJECT / "setup_stage.py"), *SUBMIT, *CLOSED, "hydra.launcher.wait=true"],
-        cwd=scripts.stage,
-        env={**slurm.environment, "STAGE_PATH": str(scripts.stage)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    watching = scripts.start("setup_stage.py", *SUBMIT, *CLOSED, "hydra.launcher.wait=true")
     assert watching.stdout is not None
     job_id = watching.stdout.readline().split()[1].rstrip(":")
     slurm.run("scancel", job_id)
-    _, err = watching.communicate(timeout=90)
-    assert watching.returncode == 1 and "Traceback" not in err
-    assert f"job {job_id} (nemo-bench-setup-stage-fill): CANCELLED" in err
+    out, _ = watching.communicate(timeout=90)
+    assert watching.returncode == 1 and "Traceback" not in out
+    assert f"job {job_id} (nemo-bench-setup-stage-fill): CANCELLED" in out

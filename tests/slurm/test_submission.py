@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,14 +13,13 @@ import pytest
 
 from nemo_bench.record import folder as record
 
-from ..integration.conftest import SMALL
-from .cluster import SlurmCluster, wait_for
-from .conftest import CLOSED, SHARED, SUBMIT, Scripts
-
-PROJECT = Path(__file__).resolve().parents[2]
-
+from ..integration.conftest import SMALL, processes_of
+from ..nsys import calls, install
+from .cluster import SlurmCluster, process_name, wait_for
+from .conftest import CLOSED, PROJECT, SHARED, SUBMIT, Scripts
 
 TABLE = ("precision=bf16,fp8", "scale=64gpu,128gpu,256gpu,512gpu,1024gpu,2048gpu", "data=mock")
+ONE_GPU = ("model=8b", "scale=1gpu", "model.context_parallel_size=1", "data=mock", "check_memory=false", *SHARED)
 
 
 def test_the_whole_table_each_point_with_its_own_nodes(scripts: Scripts, slurm: SlurmCluster) -> None:
@@ -42,30 +39,19 @@ def test_the_whole_table_each_point_with_its_own_nodes(scripts: Scripts, slurm: 
     assert scripts.jobs().count("CANCELLED") == 12
 
 
-def test_2048_gpus_are_accepted_and_257_nodes_refused_in_the_schedulers_words(scripts: Scripts) -> None:
-    shown = scripts.submit("scale=2048gpu", "data=mock", "launch=dry", *CLOSED)
-    assert "sbatch --test-only: accepted" in shown or "partition is down" in shown.lower()
-    too_many = ("model=8b", "scale=2048gpu", "trainer.num_nodes=257", "data=mock", *CLOSED)
-    assert "Slurm refused nemo-bench-8b-bf16-2056gpu: " in (refused := scripts.submit(*too_many, code=2))
-    assert "node" in refused.lower()
-    assert scripts.jobs().startswith("no job was submitted")
-
-
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("cluster.partition=nosuch",), "invalid partition specified: nosuch"),
-        (("cluster.time=400-00:00:00",), "time limit"),
-        (("cluster.gpus_per_node=9",), "Requested node configuration is not available"),
-        (("+cluster.additional_parameters.nosuch=1",), "unrecognized option '--nosuch=1'"),
+        ("model=8b scale=2048gpu trainer.num_nodes=257", "Requested node configuration is not available"),
+        ("scale=64gpu cluster.partition=nosuch", "invalid partition specified: nosuch"),
+        ("scale=64gpu cluster.time=400-00:00:00", "time limit"),
+        ("scale=64gpu +cluster.additional_parameters.nosuch=1", "unrecognized option '--nosuch=1'"),
     ],
 )
-def test_what_the_scheduler_refuses_is_said_in_its_words(
-    scripts: Scripts, overrides: tuple[str, ...], words: str
-) -> None:
+def test_what_the_scheduler_refuses_is_said_in_its_words(scripts: Scripts, overrides: str, words: str) -> None:
     for launch in ("launch=run", "launch=dry"):
-        said = scripts.submit("scale=64gpu", "data=mock", *CLOSED, *overrides, launch, code=2)
-        assert words.lower() in said.lower()
+        assert words.lower() in scripts.submit("data=mock", *CLOSED, *overrides.split(), launch, code=2).lower()
+    assert scripts.jobs().startswith("no job was submitted")
 
 
 def test_no_point_is_submitted_when_one_is_wrong(scripts: Scripts, slurm: SlurmCluster) -> None:
@@ -76,37 +62,20 @@ def test_no_point_is_submitted_when_one_is_wrong(scripts: Scripts, slurm: SlurmC
     assert list(scripts.stage.iterdir()) == []
 
 
-def test_missing_image_dataset_and_tokenizer_are_known_beforehand(scripts: Scripts) -> None:
-    done = scripts.run("train.py", "scale=64gpu", "hydra/launcher=submitit_slurm")
-    assert done.returncode == 2
-    for missing in ("nvidia+nemo+25.11.sqsh", "my-llama_00_text_document", "tokenizer.json"):
-        assert missing in done.stderr
-
-
-def test_without_sbatch_the_message_says_where_to_go(scripts: Scripts) -> None:
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / "train.py"), *SUBMIT, "scale=64gpu", "data=mock"],
-        cwd=scripts.stage,
-        env={**scripts.slurm.environment, "STAGE_PATH": str(scripts.stage), "PATH": "/usr/nowhere"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2 and "login node" in done.stderr
-
-
 def test_a_resubmitted_job_has_the_configuration_it_had(scripts: Scripts, slurm: SlurmCluster) -> None:
     scripts.submit("scale=64gpu", "data=mock", "model.optim.lr=1.5e-4", *CLOSED)
     job_id, run_dir = scripts.last()
     assert "cancel it first" in scripts.jobs("resubmit", job_id, code=2)
     scripts.jobs("cancel", job_id)
-    assert scripts.jobs("resubmit").startswith("no job has failed")  # a cancelled one was meant to end
-    again = scripts.jobs("resubmit", job_id).split()[1].rstrip(":")
-    assert again != job_id
+    assert scripts.jobs("resubmit").startswith("no job to resubmit")  # a cancelled one was meant to end
+    # Of two commands at once, one submits it.
+    both = [scripts.start("jobs.py", "resubmit", job_id) for _ in range(2)]
+    shown = "".join(process.communicate(timeout=60)[0] for process in both)
+    ((again, name),) = re.findall(r"^job (\d+): (\S+) again$", shown, re.MULTILINE)
+    assert again != job_id and name == run_dir.name and "no job to resubmit" in shown
     assert slurm.job_record(again)["NumNodes"].startswith("8")
     (new,) = {path.parent for path in scripts.stage.glob("results/**/run.json")} - {run_dir}
     assert (new / "config.yaml").read_text() == (run_dir / "config.yaml").read_text()
-    assert "no job 99999 was submitted" in scripts.jobs("log", "99999", code=2)
     scripts.jobs("cancel", again)
 
 
@@ -150,39 +119,32 @@ def test_a_killed_rank_fails_the_job_at_once(scripts: Scripts, slurm: SlurmClust
 
 
 def _ranks(run_dir: Path) -> list[int]:
-    """This machine's processes that run a rank of that folder."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"nemo_bench.training.rank" in words and str(run_dir).encode() in words and b"srun" not in words[0]:
-                found.append(int(entry.name))
-    return sorted(found)
+    return [pid for pid in processes_of(run_dir) if process_name(pid) != "srun"]
 
 
-def test_an_error_in_a_rank_is_named_with_rank_and_host(scripts: Scripts, slurm: SlurmCluster) -> None:
-    # A GPU that the nodes do not have: Lightning says so on every rank.
-    scripts.submit("scale=local", *SHARED, *SMALL, "data=mock", "gpu=h100", "precision=bf16")
+def test_an_error_in_a_rank_is_named_and_the_chosen_rank_runs_under_nsys(
+    scripts: Scripts, slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    install(tmp_path / "bin")
+    # A GPU that the nodes do not have, since a CPU is not profiled by nsys: Lightning says so on every rank.
+    gpu = ("gpu=h100", "precision=bf16", "data=mock", "trainer.num_nodes=2")
+    setup = f"cluster.setup=['export PATH={tmp_path}/bin:$PATH']"
+    scripts.submit("scale=local", *SHARED, *SMALL, *gpu, "profile=nsys", "profile.ranks=[1]", setup)
     job_id, run_dir = scripts.last()
     assert slurm.wait_for_end(job_id, 120) == "FAILED"
-    shown = scripts.jobs("log", job_id)
-    assert "rank 0 on n1: " in shown and "rank0.out" in shown
-    assert "n1" in (record.RunFolder(run_dir).status().reason or "")
+    assert re.search(r"rank [01] on n\d+: ", scripts.jobs("log", job_id))
+    assert re.search(r"rank [01] on n\d+: ", record.RunFolder(run_dir).status().reason or "")
+    ((_, arguments),) = calls(tmp_path / "bin").items()
+    assert f"--output={run_dir}/profile/rank1" in arguments
+    assert arguments[-4:] == ["-u", "-m", "nemo_bench.training.rank", str(run_dir)]
+    assert (run_dir / "rank1.out").stat().st_size > 0
+    assert {path.name for path in (run_dir / record.PROFILE).iterdir()} <= {"rank1.nsys-rep"}
 
 
 def test_a_preempted_job_is_requeued_resumes_and_finishes(scripts: Scripts, slurm: SlurmCluster) -> None:
-    scripts.submit(
-        "scale=local",
-        *SHARED,
-        *SMALL,
-        "trainer.max_steps=30",
-        "checkpoint.every_n_steps=5",
-        "cluster.partition=low",
-        f"+cluster.additional_parameters.nodelist=n{slurm.live_nodes}",
-    )
+    steps = ("trainer.max_steps=30", "checkpoint.every_n_steps=5")
+    node = f"cluster.nodelist=n{slurm.live_nodes}"
+    scripts.submit("scale=local", *SHARED, *SMALL, *steps, "cluster.partition=low", node)
     job_id, run_dir = scripts.last()
     wait_for(lambda: record.RunFolder(run_dir).last_checkpoint(), "a checkpoint", 120)
     taker = slurm.submit("-p", "high", "-w", f"n{slurm.live_nodes}", "--exclusive", script="sleep 1")
@@ -191,9 +153,9 @@ def test_a_preempted_job_is_requeued_resumes_and_finishes(scripts: Scripts, slur
     assert slurm.wait_for_end(job_id, 180) == "COMPLETED"
     assert slurm.job_record(job_id)["Restarts"] == "1"
     # It went on from its last checkpoint, not from the beginning.
-    steps = [row["step"] for row in record.read_lines(run_dir / record.STEPS)[0]]
-    assert (steps[0], steps[-1]) == (0, 29)
-    assert min([after for before, after in pairwise(steps) if after <= before], default=5) >= 5
+    done = [row["step"] for row in record.read_lines(run_dir / record.STEPS)[0]]
+    assert (done[0], done[-1]) == (0, 29)
+    assert min([after for before, after in pairwise(done) if after <= before], default=5) >= 5
     assert record.RunFolder(run_dir).status().finished
 
 
@@ -221,20 +183,10 @@ def test_a_cancelled_job_stays_cancelled(scripts: Scripts, slurm: SlurmCluster) 
 
 def test_ctrl_c_while_waiting_leaves_the_jobs(scripts: Scripts, slurm: SlurmCluster) -> None:
     wait = "hydra.launcher.wait=true"
-    process = subprocess.Popen(
-        [sys.executable, str(PROJECT / "train.py"), *SUBMIT, "scale=64gpu", "data=mock", *CLOSED, wait],
-        cwd=scripts.stage,
-        env={**slurm.environment, "STAGE_PATH": str(scripts.stage)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = scripts.start("train.py", *SUBMIT, "scale=64gpu", "data=mock", *CLOSED, wait)
     assert process.stdout is not None
-    for line in process.stdout:
-        if "PENDING, step 0/50" in line:
-            break
+    while "PENDING, step 0/50" not in process.stdout.readline():
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 130 and "the jobs go on" in rest
@@ -245,10 +197,9 @@ def test_ctrl_c_while_waiting_leaves_the_jobs(scripts: Scripts, slurm: SlurmClus
 
 def test_accounts_are_checked_and_sacct_is_asked(slurm_with_accounting: SlurmCluster, tmp_path: Path) -> None:
     scripts = Scripts(slurm_with_accounting, tmp_path)
-    point = ("model=8b", "scale=1gpu", "model.context_parallel_size=1", "data=mock", "check_memory=false", *SHARED)
-    assert "Invalid account" in scripts.submit(*point, code=2, SLURM_ACCOUNT="nosuch")
+    assert "Invalid account" in scripts.submit(*ONE_GPU, code=2, SLURM_ACCOUNT="nosuch")
     # A batch script that ends before srun leaves no exit.json: Slurm's own books say how.
-    scripts.submit(*point, "cluster.setup=['exit 3']", SLURM_ACCOUNT="nemo")
+    scripts.submit(*ONE_GPU, "cluster.setup=['exit 3']", SLURM_ACCOUNT="nemo")
     job_id, run_dir = scripts.last()
     assert slurm_with_accounting.wait_for_end(job_id) == "FAILED"
     wait_for(lambda: "FAILED" in slurm_with_accounting.run("sacct", "-X", "-n", "-o", "State").stdout, "sacct", 20)
@@ -256,44 +207,23 @@ def test_accounts_are_checked_and_sacct_is_asked(slurm_with_accounting: SlurmClu
     assert "FAILED" in scripts.jobs()
 
 
-@pytest.fixture
-def recording_srun(tmp_path: Path) -> Callable[[], list[str]]:
-    """An srun that writes down its arguments in place of PyXis's plugin, which real srun here does not have."""
-    folder = tmp_path / "recorder"
-    folder.mkdir()
-    seen = folder / "arguments"
-    program = folder / "srun"
-    program.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "{seen}"\n')
-    program.chmod(0o755)
-
-    def arguments() -> list[str]:
-        return seen.read_text().splitlines()
-
-    return arguments
-
-
-def test_the_container_boundary(
-    scripts: Scripts, slurm: SlurmCluster, recording_srun: Callable[[], list[str]], tmp_path: Path
-) -> None:
+def test_the_container_boundary(scripts: Scripts, slurm: SlurmCluster, tmp_path: Path) -> None:
+    """An srun that writes down its arguments stands in for PyXis's plugin, which real srun here does not have."""
+    srun = tmp_path / "recorder" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "{srun}.arguments"\n')
+    srun.chmod(0o755)
     image = scripts.stage / "nvidia+nemo+25.11.sqsh"
     image.write_bytes(b"hsqs")
-    done = scripts.run(
-        "train.py",
-        "hydra/launcher=submitit_slurm",
-        "model=8b",
-        "scale=1gpu",
-        "model.context_parallel_size=1",
-        "check_memory=false",
-        "data=mock",
-        *SHARED,
-        "cluster.container.mounts=['/data:/data:ro']",
-        f"cluster.setup=['export PATH={tmp_path}/recorder:$PATH']",
+    scripts.submit(
+        *ONE_GPU,
+        f"cluster.container={{image: '{image}', mounts: ['/data:/data:ro']}}",
+        f"cluster.setup=['export PATH={srun.parent}:$PATH']",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     job_id, run_dir = scripts.last()
     assert slurm.wait_for_end(job_id) == "COMPLETED"
-    said = recording_srun()
-    assert f"--container-image={image}" in said
-    assert f"--container-mounts={scripts.stage}:{scripts.stage},{PROJECT}:{PROJECT},/data:/data:ro" in said
-    assert {"--container-writable", "--no-container-mount-home", "--kill-on-bad-exit=1"} <= set(said)
-    assert said[-5:] == ["python3", "-u", "-m", "nemo_bench.training.rank", str(run_dir)]
+    arguments = Path(f"{srun}.arguments").read_text().splitlines()
+    assert f"--container-image={image}" in arguments
+    assert f"--container-mounts={scripts.stage}:{scripts.stage},{PROJECT}:{PROJECT},/data:/data:ro" in arguments
+    assert {"--container-writable", "--no-container-mount-home", "--kill-on-bad-exit=1"} <= set(arguments)
+    assert arguments[-5:] == ["python3", "-u", "-m", "nemo_bench.training.rank", str(run_dir)]

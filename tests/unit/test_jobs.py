@@ -142,7 +142,7 @@ def test_square_brackets_in_an_error_are_printed(cluster: Cluster) -> None:
 def test_a_job_that_nobody_knows(cluster: Cluster) -> None:
     for number in range(20):
         cluster.job(str(number))
-    with pytest.raises(BenchError, match=r"no job 99 was submitted from .*; known: ..., 8, .*, 19\n"):
+    with pytest.raises(BenchError, match=r"no job 99 was submitted from .*; the last ones: 8, .*, 19\n"):
         jobs.find(jobs.submitted(cluster.stage), "99", cluster.stage)
 
 

@@ -100,6 +100,13 @@ def test_gpus_per_node_may_be_null_as_in_the_recipe(monkeypatch: pytest.MonkeyPa
     assert options(script())["gpus-per-node"] == "h100:8"
 
 
+def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PARTITION", "")
+    assert "partition" not in options(script())
+    monkeypatch.setenv("SBATCH_PARTITION", "batch")
+    assert options(script())["partition"] == "batch"
+
+
 def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_PARTITION", "batch")
     assert options(script("cluster.partition=debug"))["partition"] == "debug"
