@@ -1,10 +1,9 @@
 """A real Slurm on loopback for tests: its own daemons, on ports of their own, in a folder of its own.
 
 All of it lives in a PID namespace whose first process is a shell that runs what this class writes to it and ends when
-its standard input does. So whatever happens to the tests, SIGKILL included, the kernel then kills every daemon, job
-step and rank, however they were started. A mount namespace holds the cluster's /etc/hosts, in which the node names
-resolve, and each node has a host name of its own; the machine's own files stay as they are. Ports are shared with the
-machine, so that commands outside the namespaces reach the cluster, too.
+its standard input does: whatever happens to the tests, SIGKILL included, the kernel kills every daemon, step and rank.
+A mount namespace holds the cluster's /etc/hosts, in which the node names resolve, and each node has a host name of its
+own. Ports are shared with the machine, so that commands outside the namespaces reach the cluster, too.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,25 +60,13 @@ def why_not(*, accounting: bool = False) -> str | None:
     return None
 
 
-def processes() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-
-
 def processes_of(folder: Path) -> list[int]:
-    """Live processes that name this cluster's folder in their arguments or environment: daemons, steps and ranks.
+    """Live processes that name this cluster's folder in their environment: daemons, steps and ranks.
 
     Knows nothing of namespaces, so that it can tell whether they kept their promise.
     """
-    found = []
-    for pid in processes():
-        try:
-            words = b"\0".join((Path(f"/proc/{pid}") / name).read_bytes() for name in ("cmdline", "environ"))
-        except OSError:
-            continue
-        # A zombie has neither. The process that asks names the folder in no argument and in no variable of its own.
-        if os.fsencode(folder) in words and pid != os.getpid():
-            found.append(pid)
-    return sorted(found)
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if os.fsencode(folder) in _read(pid, "environ")]
 
 
 def free_ports(count: int) -> int:
@@ -115,14 +102,8 @@ class SlurmCluster:
     - `high`: the live nodes; a job here takes the nodes of jobs in `low`, which are requeued after a grace time of 3 s.
     - `closed`: all nodes, and down. Takes every job that would fit the cluster, as pending, and refuses others.
 
-    What Slurm 22.05 was seen to do here:
-
-    - Time limits are whole minutes, looked at every 30 s: a job ends, and is warned, up to 30 s late. Only
-      `scontrol update EndTime=now+5seconds` sets seconds.
-    - `--signal=USR1@...` goes to the ranks and never to the batch script. On preemption it comes in the place of the
-      first SIGTERM, whatever its time (preempt_send_user_signal).
-    - In its grace time a preempted job stays RUNNING. If it ends by itself it is not requeued.
-    - A requeued job waits 10 s, the lifetime of Slurm's credentials. sacct knows of a job some seconds late.
+    Slurm 22.05 looks at time limits every 30 s. A requeued job waits 10 s, the lifetime of Slurm's credentials. sacct
+    knows of a job some seconds late.
     """
 
     def __init__(self, folder: Path, *, live_nodes: int, total_nodes: int, accounting: bool = False) -> None:
@@ -131,7 +112,6 @@ class SlurmCluster:
         self.total_nodes = total_nodes
         self.accounting = accounting
         self._init: subprocess.Popen[str] | None = None
-        self._namespace = ""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -167,16 +147,12 @@ class SlurmCluster:
                 text=True,
                 start_new_session=True,  # Ctrl-C is for the tests, which then stop the cluster in order
             )
-        namespace = Path(f"/proc/{self._init.pid}/ns/pid_for_children")
-        wait_for(lambda: _link(namespace) not in ("", _link(Path("/proc/self/ns/pid"))), "the namespaces", 10)
-        self._namespace = _link(namespace)
-
         self._tell("mount --bind hosts /etc/hosts")
         self._tell("echo controller > /proc/sys/kernel/hostname")
-        # --force: a test's folder is closed to other users, which munged takes for a mistake
         munge = {"key-file": "munge.key", "socket": "run/munge.sock", "pid-file": "run/munged.pid"}
         munge |= {"log-file": "log/munged.log", "seed-file": "state/munge.seed"}
         options = [f"--{name}={folder / path}" for name, path in munge.items()]
+        # --force: a test's folder is closed to other users, which munged takes for a mistake
         self._daemon("munged", "munged", "--foreground", "--force", *options)
         if self.accounting:
             self._start_accounting()
@@ -188,23 +164,23 @@ class SlurmCluster:
             name = f"n{node}"
             rename = f"echo {name} > /proc/sys/kernel/hostname; exec slurmd -D -N {name}"
             self._daemon(f"slurmd-{name}", "unshare", "--uts", "--", "bash", "-c", rename)
-        self._wait(lambda: self.idle_nodes() == self.live_nodes, f"{self.live_nodes} idle nodes")
+        sinfo = ("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%T")
+        self._wait(lambda: self.run(*sinfo).stdout.split() == ["idle"] * self.live_nodes, "idle nodes")
 
     def stop(self) -> None:
         """Cancels all jobs, gives their processes some seconds to go in order, then ends everything."""
         if self._init is None:
             return
-        init = self._init
+        init, pipe = self._init, self._init.stdin
         try:
-            if self.pids("slurmctld"):
-                self.run("scancel", "--user=root", timeout=10)
-                wait_for(lambda: not self.pids("slurmstepd"), "the end of all job steps", 4)
-        except (AssertionError, subprocess.SubprocessError):
+            self.run("scancel", "--user=root", timeout=10)
+            wait_for(lambda: not self.run("squeue", "-h", timeout=10).stdout, "the end of all jobs", 4)
+        except (AssertionError, subprocess.TimeoutExpired):
             pass  # the namespace's end is theirs, too
         finally:
             self._init = None
-            assert init.stdin is not None
-            init.stdin.close()
+            assert pipe is not None
+            pipe.close()
             try:
                 init.wait(timeout=20)  # returns when the last process of the namespace is gone
             except subprocess.TimeoutExpired:
@@ -256,10 +232,7 @@ class SlurmCluster:
             if self._init is None or self._init.poll() is not None:
                 raise AssertionError(f"the cluster ended during the wait for {what}")
             if (ended := self.folder / "log" / "ended").exists():
-                # When one of many slurmd's ends, only its own output says why.
-                names = ended.read_text().split()
-                said = "\n".join((self.folder / "log" / f"{name}.out").read_text()[-2000:] for name in names)
-                raise AssertionError(f"{', '.join(names)} ended during the wait for {what}:\n{said}")
+                raise AssertionError(f"{ended.read_text()} ended during the wait for {what}")
             return condition()
 
         wait_for(or_dead, what, timeout)
@@ -336,10 +309,6 @@ class SlurmCluster:
         text = f"#!/usr/bin/env bash\n{script}\n"
         return self.run("sbatch", "--parsable", *options, check=True, stdin=text).stdout.strip()
 
-    def idle_nodes(self) -> int:
-        """How many nodes could run a job now."""
-        return self.run("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%T").stdout.split().count("idle")
-
     def job_record(self, job_id: str) -> dict[str, str]:
         """What `scontrol show job` knows of a job."""
         line = self.run("scontrol", "show", "job", "-o", job_id, check=True).stdout.strip()
@@ -349,52 +318,35 @@ class SlurmCluster:
     def job_state(self, job_id: str) -> str:
         return self.job_record(job_id)["JobState"]
 
-    def wait_for_state(self, job_id: str, states: str | Collection[str], timeout: float = 60) -> str:
-        """The first of these states that is seen; AssertionError after `timeout`, or when none can come any more."""
-        wanted = {states} if isinstance(states, str) else set(states)
+    def wait_for_state(self, job_id: str, state: str, timeout: float = 60) -> None:
+        def reached() -> bool:
+            now = self.job_state(job_id)
+            assert now == state or now not in FINAL_STATES, f"to be {state}: {self.job_record(job_id)}"
+            return now == state
 
-        def seen() -> str:
-            state = self.job_state(job_id)
-            if state in FINAL_STATES - wanted:
-                raise AssertionError(f"job {job_id} is {state}, and was to be {wanted}: {self.job_record(job_id)}")
-            return state if state in wanted else ""
-
-        return wait_for(seen, f"job {job_id} to be {wanted}", timeout)
+        wait_for(reached, f"job {job_id} to be {state}", timeout)
 
     def wait_for_end(self, job_id: str, timeout: float = 60) -> str:
         """The state in which the job ended."""
-        return self.wait_for_state(job_id, FINAL_STATES, timeout)
-
-    def pids(self, name: str = "") -> list[int]:
-        """The cluster's processes as this machine numbers them: daemons, steps and ranks; by name, or all."""
-        return [
-            pid
-            for pid in processes()
-            if _link(Path(f"/proc/{pid}/ns/pid")) == self._namespace and (not name or process_name(pid) == name)
-        ]
+        ended = wait_for(lambda: {self.job_state(job_id)} & FINAL_STATES, f"the end of job {job_id}", timeout)
+        return ended.pop()
 
     def logs(self) -> str:
-        """The end of every daemon's log, for failures, without what they say of the same at every start."""
-        parts = []
+        """The end of every daemon's log, for failures."""
+        lines: list[str] = []
         for path in sorted((self.folder / "log").glob("*")):
-            if path.suffix == ".out" and path.with_suffix(".log").exists():
-                continue  # the same again, without the time
-            text = path.read_text(errors="replace").splitlines()
-            if tail := [line for line in text if not re.search("pmix|MPI: Cannot create|_state file", line)][-20:]:
-                parts.append("\n".join([f"==> {path.name}", *tail]))
-        return "\n".join(parts)
+            lines += [f"==> {path.name}", *path.read_text(errors="replace").splitlines()[-20:]]
+        return "\n".join(lines)
 
 
-def _link(path: Path) -> str:
+def _read(pid: int, file: str) -> bytes:
+    """A file of a process; of one that is gone, nothing."""
     try:
-        return os.readlink(path)
+        return Path(f"/proc/{pid}/{file}").read_bytes()
     except OSError:
-        return ""
+        return b""
 
 
 def process_name(pid: int) -> str:
-    """What a process is called (Debian's programs have other names than their links), or an empty string."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
+    """What a process is called: Debian's programs have other names than their links."""
+    return _read(pid, "comm").decode().strip()

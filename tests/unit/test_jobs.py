@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,20 @@ from nemo_bench.record.folder import RunFolder, timestamp
 
 
 class Cluster:
-    """Slurm's commands as scripts that print what is in a file of their name, and a stage folder."""
+    """Slurm's commands as shell scripts, and a stage folder."""
 
     def __init__(self, folder: Path) -> None:
         self.bin, self.stage = folder / "bin", folder / "stage"
         self.bin.mkdir()
+        self.says("squeue", "")
 
-    def says(self, command: str, text: str, code: int = 0) -> None:
-        (self.bin / f"{command}.text").write_text(text)
-        script = f'#!/bin/sh\necho "$@" >> {self.bin}/{command}.calls\n'
-        script += f'while read -r line; do echo "$line"; done < {self.bin}/{command}.text\nexit {code}\n'
-        (self.bin / command).write_text(script)
-        (self.bin / command).chmod(0o755)
+    def has(self, command: str, body: str) -> None:
+        path = self.bin / command
+        path.write_text(f'#!/bin/sh\necho "$@" >> {path}.calls\n{body}\n')
+        path.chmod(0o755)
 
-    def calls(self, command: str) -> int:
-        path = self.bin / f"{command}.calls"
-        return len(path.read_text().splitlines()) if path.exists() else 0
+    def says(self, command: str, text: str) -> None:
+        self.has(command, f"echo {shlex.quote(text)}")
 
     def job(self, job_id: str | None, *, run: bool = False, **details: Any) -> Path:
         parent = "results/24.09/fp8/70b/128" if run else "results.stage_setup"
@@ -41,11 +40,16 @@ class Cluster:
         content = {"id": job_id, "name": "fill", "submitted_at": timestamp(), **details}
         if run:
             content |= {"point": "70b fp8 128gpu", "max_steps": 50, "requeue": False}
-        (folder / "job.json").write_text(json.dumps({**content, **details}))
+        (folder / "job.json").write_text(json.dumps(content))
         return folder
 
-    def states(self) -> dict[str, str]:
-        return {job.job_id: job.state for job in jobs.submitted(self.stage)}
+    def jobs(self) -> list[Job]:
+        return jobs.submitted(self.stage)
+
+    def listing(self) -> str:
+        console = Console(width=300, record=True)
+        console.print(jobs.table(self.jobs()))
+        return console.export_text()
 
 
 @pytest.fixture
@@ -56,14 +60,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(jobs, "TICK_S", 0.01)
     monkeypatch.setattr(Job, "watcher", slurm.Books())
     slurm.cluster_name.cache_clear()
-    cluster.says("squeue", "")
     return cluster
-
-
-def listing(cluster: Cluster) -> str:
-    console = Console(width=300, record=True)
-    console.print(jobs.table(jobs.submitted(cluster.stage)))
-    return console.export_text()
 
 
 def left(folder: Path, job_id: str, *, exit_code: int | None = None, log: str | None = None) -> None:
@@ -97,11 +94,12 @@ TIME_LIMIT = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-24T10:00:0
 def test_a_jobs_state(
     cluster: Cluster, squeue: str, sacct: str | None, exit_code: int | None, log: str | None, state: str
 ) -> None:
-    cluster.says("squeue", squeue + "\n")
+    cluster.says("squeue", squeue)
     if sacct is not None:
-        cluster.says("sacct", sacct + "\n")
+        cluster.says("sacct", sacct)
     left(cluster.job("7"), "7", exit_code=exit_code, log=log)
-    assert cluster.states() == {"7": state}
+    (job,) = cluster.jobs()
+    assert job.state == state
 
 
 def test_of_two_jobs_of_one_id_slurm_means_the_last(cluster: Cluster) -> None:
@@ -109,16 +107,16 @@ def test_of_two_jobs_of_one_id_slurm_means_the_last(cluster: Cluster) -> None:
     old.rename(old.with_name("old"))
     cluster.job("7")
     cluster.says("squeue", "7|RUNNING||fill\n")
-    assert [job.state for job in jobs.submitted(cluster.stage)] == ["UNKNOWN", "RUNNING"]
-    assert jobs.find(jobs.submitted(cluster.stage), "7", cluster.stage).active
+    assert [job.state for job in cluster.jobs()] == ["UNKNOWN", "RUNNING"]
+    assert jobs.find(cluster.jobs(), "7", cluster.stage).active
 
 
 def test_a_job_of_another_cluster_is_not_asked_for(cluster: Cluster) -> None:
     cluster.says("scontrol", "ClusterName             = here\n")
-    cluster.says("squeue", "7|RUNNING||fill\n8|RUNNING||fill\n")
+    cluster.says("squeue", "7|RUNNING||fill\n8|RUNNING||fill")
     cluster.job("7", cluster="there")
     cluster.job("8", cluster="here")
-    assert cluster.states() == {"7": "UNKNOWN", "8": "RUNNING"}
+    assert {job.job_id: job.state for job in cluster.jobs()} == {"7": "UNKNOWN", "8": "RUNNING"}
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null"])
@@ -127,7 +125,7 @@ def test_a_damaged_file_does_not_end_the_listing(cluster: Cluster, name: str, da
     damaged = cluster.job("7", run=True)
     (damaged / name).write_text(damage)
     left(cluster.job("8"), "8", exit_code=0)
-    shown = listing(cluster)
+    shown = cluster.listing()
     assert "COMPLETED" in shown and "UNKNOWN" in shown
 
 
@@ -136,22 +134,21 @@ def test_square_brackets_in_an_error_are_printed(cluster: Cluster) -> None:
     (folder / "run.json").write_text(json.dumps({"status": {"state": "submitted"}}))
     RunFolder(folder).write_rank_error(3, RuntimeError("[/pytorch/gloo.cc:81] [bold]timed out[/]"))
     left(folder, "7", exit_code=1)
-    assert "RuntimeError: [/pytorch/gloo.cc:81] [bold]timed out[/]" in listing(cluster)
+    assert "RuntimeError: [/pytorch/gloo.cc:81] [bold]timed out[/]" in cluster.listing()
 
 
 def test_a_job_that_nobody_knows(cluster: Cluster) -> None:
     for number in range(20):
         cluster.job(str(number))
     with pytest.raises(BenchError, match=r"no job 99 was submitted from .*; the last ones: 8, .*, 19\n"):
-        jobs.find(jobs.submitted(cluster.stage), "99", cluster.stage)
+        jobs.find(cluster.jobs(), "99", cluster.stage)
 
 
 def test_an_interrupted_submission_is_found_by_its_script(cluster: Cluster) -> None:
     folder = cluster.job(None)
-    assert cluster.states() == {"?": "UNKNOWN"}
-    assert "its submission was interrupted" in (jobs.submitted(cluster.stage)[0].reason() or "")
+    assert "UNKNOWN: its submission was interrupted" in cluster.listing()
     cluster.says("squeue", f"9|{folder}/job.sbatch\n")
-    (job,) = jobs.submitted(cluster.stage)
+    (job,) = cluster.jobs()
     assert job.job_id == "9" and json.loads((folder / "job.json").read_text())["id"] == "9"
 
 
@@ -160,15 +157,13 @@ SCRIPT = "#!/bin/bash\n#SBATCH --job-name=fill\n"
 
 @pytest.mark.parametrize("answer", ["12", "12;lab", "Welcome 99\n12", "Submitted batch job 12"])
 def test_the_id_is_the_last_word_that_sbatch_prints(cluster: Cluster, tmp_path: Path, answer: str) -> None:
-    cluster.says("sbatch", answer + "\n")
+    cluster.says("sbatch", answer)
     assert jobs.submit(SCRIPT, tmp_path).job_id == "12"
     assert json.loads((tmp_path / "job.json").read_text())["id"] == "12"
 
 
 def test_what_slurm_refuses_leaves_no_job(cluster: Cluster, tmp_path: Path) -> None:
-    words = "sbatch: error: Batch job submission failed: Invalid account"
-    (cluster.bin / "sbatch").write_text(f"#!/bin/sh\necho '{words}' >&2\nexit 1\n")
-    (cluster.bin / "sbatch").chmod(0o755)
+    cluster.has("sbatch", "echo 'sbatch: error: Batch job submission failed: Invalid account' >&2; exit 1")
     with pytest.raises(slurm.Refused, match="Slurm refused fill: Batch job submission failed: Invalid account"):
         jobs.submit(SCRIPT, tmp_path)
     assert not (tmp_path / "job.json").exists()
@@ -186,8 +181,7 @@ def test_without_a_clear_answer_the_job_is_looked_for(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str, words: str
 ) -> None:
     monkeypatch.setattr(slurm, "TIMEOUT_S", 0.5)
-    (cluster.bin / "sbatch").write_text(f"#!/bin/sh\n{sbatch}\n")
-    (cluster.bin / "sbatch").chmod(0o755)
+    cluster.has("sbatch", sbatch)
     with pytest.raises(BenchError, match=words):
         jobs.submit(SCRIPT, tmp_path)
     assert json.loads((tmp_path / "job.json").read_text())["id"] is None
@@ -195,16 +189,12 @@ def test_without_a_clear_answer_the_job_is_looked_for(
     assert jobs.submit(SCRIPT, tmp_path).job_id == "13"
 
 
-def follow(cluster: Cluster) -> None:
-    jobs.follow(Console(width=200), jobs.submitted(cluster.stage))
-
-
 def test_commands_are_followed_to_the_ends_of_their_logs(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = cluster.job("7"), cluster.job("8")
     left(good, "7", exit_code=0, log="image: made\n")
     left(bad, "8", exit_code=2, log="no enroot\n")
     with pytest.raises(RunFailed, match=r"1 of 2 jobs did not complete:\n  job 8 \(fill\): FAILED") as failure:
-        follow(cluster)
+        jobs.follow(Console(width=200), cluster.jobs())
     assert failure.value.exit_code == 2
     shown = capsys.readouterr().out
     assert f"==> {good}/slurm-7.out <==\nimage: made\n" in shown and "no enroot" in shown
@@ -215,7 +205,7 @@ def test_a_job_that_left_nothing_is_not_waited_for(cluster: Cluster, squeue: str
     cluster.job("7")
     cluster.says("squeue", squeue)
     with pytest.raises(RunFailed, match=rf"job 7 \(fill\): {state}") as failure:
-        follow(cluster)
+        jobs.follow(Console(width=200), cluster.jobs())
     assert failure.value.exit_code == 1
 
 
@@ -226,6 +216,6 @@ def test_a_thousand_runs_are_listed_with_one_question_to_slurm(cluster: Cluster)
         (folder / "steps.jsonl").write_text(step * 50)
         left(folder, str(number), exit_code=0)
     begin = time.process_time()
-    shown = jobs.table(jobs.submitted(cluster.stage))
+    shown = jobs.table(cluster.jobs())
     assert time.process_time() - begin < 1.5
-    assert shown.row_count == 1000 and cluster.calls("squeue") == 1
+    assert shown.row_count == 1000 and len((cluster.bin / "squeue.calls").read_text().splitlines()) == 1
