@@ -181,11 +181,7 @@ class SlurmCluster:
             self._init = None
             assert pipe is not None
             pipe.close()
-            try:
-                init.wait(timeout=20)  # returns when the last process of the namespace is gone
-            except subprocess.TimeoutExpired:
-                init.kill()
-                init.wait()
+            init.wait(timeout=20)  # returns when the last process of the namespace is gone
 
     def _start_accounting(self) -> None:
         folder = self.folder
@@ -241,19 +237,17 @@ class SlurmCluster:
         folder = self.folder
         spools = [f"spool/n{node}" for node in range(1, self.live_nodes + 1)]
         for name in ("dev", "log", "mysql", "run", "state", *spools):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name).mkdir(parents=True)
         self._port = free_ports(2 + self.live_nodes)
         key = folder / "munge.key"
-        key.unlink(missing_ok=True)
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
         names = ["controller", *(f"n{node}" for node in range(1, self.total_nodes + 1))]
         hosts = Path("/etc/hosts").read_text() + "\n".join(["", *(f"127.0.0.1 {name}" for name in names), ""])
         (folder / "hosts").write_text(hosts)
         for gpu in range(8):
-            device = folder / "dev" / f"nvidia{gpu}"
-            if not device.exists():
-                os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # of the kind of /dev/null
+            # of the kind of /dev/null
+            os.mknod(folder / "dev" / f"nvidia{gpu}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/dev/nvidia[0-7]\n")
         files = ["slurm.conf"]
         files += ["cloud.conf"] if self.total_nodes > self.live_nodes else []
@@ -282,7 +276,8 @@ class SlurmCluster:
     ) -> subprocess.CompletedProcess[str]:
         """A command on the cluster's login node, `env` on top of its environment; with `check`, it must succeed."""
         done = subprocess.run(
-            self.inside(*args, cwd=cwd),
+            [*BOUND_TO_US, *args],
+            cwd=cwd or self.folder,
             env={**self.environment, **(env or {})},
             input=stdin,
             capture_output=True,
@@ -291,18 +286,6 @@ class SlurmCluster:
         )
         assert not check or done.returncode == 0, f"{shlex.join(args)}: {done.stdout}{done.stderr}"
         return done
-
-    def inside(self, *args: str, cwd: Path | None = None) -> list[str]:
-        """The command line by which a command runs in the namespaces, and ends with them or with whoever started it.
-
-        sbatch and squeue do well with the `environment` alone. srun does not: where it is killed, a helper that it has
-        forked looks for the cluster for a long time.
-        """
-        assert self._init is not None, "the cluster has not been started"
-        ours = f"/proc/{self._init.pid}/ns"
-        enter = ["nsenter", f"--mount={ours}/mnt", f"--uts={ours}/uts", f"--pid={ours}/pid_for_children", "--"]
-        # The one before nsenter is for it, the other for its child; a mount namespace forgets the working directory.
-        return [*BOUND_TO_US, *enter, *BOUND_TO_US, "env", f"--chdir={cwd or self.folder}", *args]
 
     def submit(self, *options: str, script: str) -> str:
         """The id of a new batch job that runs this bash script."""
