@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from ..integration.conftest import SMALL
 from .cluster import SlurmCluster, sbin_path, wait_for
 from .conftest import CLOSED, SHARED, SUBMIT, Scripts
@@ -42,16 +40,6 @@ def test_a_submitter_that_is_killed_leaves_no_orphan(scripts: Scripts, slurm: Sl
 
 def _contents(stage: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(stage.glob("results/*/*/*/*/*/job.json"))]
-
-
-@pytest.mark.parametrize(
-    "lost", ['real "$@" > /dev/null', "real \"$@\" > /dev/null; echo 'Socket timed out' >&2; exit 1"]
-)
-def test_a_job_that_sbatch_says_nothing_of_is_adopted(scripts: Scripts, lost: str) -> None:
-    path = wrapped_sbatch(scripts.stage / "bin", lost)
-    assert "1 of 1 jobs submitted" in scripts.submit(*QUICK, *CLOSED, PATH=path)
-    (job,) = _contents(scripts.stage)
-    assert scripts.jobs("cancel", job["id"]) == f"cancelled: {job['id']}\n"
 
 
 def test_ctrl_c_between_submissions_names_what_was_submitted(scripts: Scripts) -> None:

@@ -162,13 +162,6 @@ def test_the_id_is_the_last_word_that_sbatch_prints(cluster: Cluster, tmp_path: 
     assert json.loads((tmp_path / "job.json").read_text())["id"] == "12"
 
 
-def test_what_slurm_refuses_leaves_no_job(cluster: Cluster, tmp_path: Path) -> None:
-    cluster.has("sbatch", "echo 'sbatch: error: Batch job submission failed: Invalid account' >&2; exit 1")
-    with pytest.raises(slurm.Refused, match="Slurm refused fill: Batch job submission failed: Invalid account"):
-        jobs.submit(SCRIPT, tmp_path)
-    assert not (tmp_path / "job.json").exists()
-
-
 @pytest.mark.parametrize(
     ("sbatch", "words"),
     [
