@@ -11,7 +11,7 @@ from nemo_bench import flops
 from nemo_bench.errors import BenchError
 from nemo_bench.record.redaction import redact
 from nemo_bench.report import ranks
-from nemo_bench.report.logs import Log, Series, read_log
+from nemo_bench.report.logs import Log, read_log
 from nemo_bench.report.model import Run
 from nemo_bench.report.runs import architecture_of, choice, log_warnings, measured, options, peak
 
@@ -92,9 +92,7 @@ def load_log(path: Path, given: Given, total_tokens: float) -> Run:
         ranks=ranks.of_log(log),
         warnings=tuple(warnings),
     )
-    series = Series()
-    series.steps, series.restarts = log.steps, log.restarts
-    return measured(run, series, peak_tflops, peak_source, total_tokens, log.rates)
+    return measured(run, peak_tflops, peak_source, total_tokens, log.rates)
 
 
 def _identified(path: Path, given: Given, log: Log) -> Run:

@@ -34,6 +34,7 @@ class Format:
     start: re.Pattern[str]  # where a step begins in a line, with its progress (done, total) as far as printed there
     names: dict[str, str]  # the log's name of a field -> ours
     counts_done: bool  # its progress counts finished steps, and so does its step number
+    times_in_a_second: int  # unit of its step times: 1000 for milliseconds
 
     @cached_property
     def field(self) -> re.Pattern[str]:
@@ -45,7 +46,7 @@ NEMO = Format(
     mark=b"train_step_timing in s",
     start=re.compile(r"Training epoch \d+, iteration (\d{1,12})/(\d{1,12})|Epoch \d+: *:?"),
     names={
-        "train_step_timing in s": "time_s",
+        "train_step_timing in s": "time",
         "global_step": "step",
         "reduced_train_loss": "loss",
         "grad_norm": "grad_norm",
@@ -57,12 +58,13 @@ NEMO = Format(
         "TFLOPS_per_GPU": "tflops_per_gpu",
     },
     counts_done=False,
+    times_in_a_second=1,
 )
 MEGATRON = Format(
     mark=b"elapsed time per iteration (ms)",
     start=re.compile(r"iteration +(\d{1,12})/ *(\d{1,12}) *\|"),
     names={
-        "elapsed time per iteration (ms)": "time_ms",
+        "elapsed time per iteration (ms)": "time",
         "lm loss": "loss",
         "grad norm": "grad_norm",
         "global batch size": "batch",
@@ -71,6 +73,7 @@ MEGATRON = Format(
         "number of skipped iterations": "skipped",
     },
     counts_done=True,
+    times_in_a_second=1000,
 )
 FORMATS = (NEMO, MEGATRON)
 # Megatron-Bridge's other line of a step, on rank 0

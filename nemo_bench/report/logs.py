@@ -9,11 +9,9 @@ import gzip
 import math
 import re
 import statistics
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, cast
 
 from nemo_bench.report import log_formats as formats
 from nemo_bench.report.log_formats import MEGATRON, NEMO, Format
@@ -31,7 +29,6 @@ class Log:
     """What a log says of a run."""
 
     steps: Steps = field(default_factory=Steps)
-    restarts: list[int] = field(default_factory=list)  # step numbers with which a restarted process began
     repeated: int = 0  # steps that were done again after a restart; the later ones count
     several: int = 0  # values of a step beside another, in a log of several ranks without labels; the largest counts
     unreadable: int = 0  # lines of steps that were cut off, garbled, or name no step
@@ -57,81 +54,66 @@ def read_log(path: Path) -> Log:
     Raises:
         OSError: the file cannot be read.
     """
-    reader = _Reader()
+    reader, rest, tail = _Reader(), b"", b""
     with open(path, "rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path, "rb") if compressed else open(path, "rb", buffering=0) as file:
+    with gzip.open(path, "rb") if compressed else open(path, "rb") as file:
         try:
-            tail = reader.read(cast("IO[bytes]", file))
+            while block := file.read(BLOCK_BYTES):
+                tail = (tail + block)[-_TAIL_BYTES:]
+                block = (rest + block).replace(b"\r", b"\n")
+                end = block.rfind(b"\n") + 1
+                for line in _marked(block[:end], reader.marks):
+                    reader.line(line)
+                rest = block[end:][-_MAX_LINE_BYTES:]
         except EOFError as error:
             raise OSError(0, f"its compressed data ends early: {error}") from None
-    return reader.finish(tail)
+    # A number at the very end may lack its last digits.
+    reader.line(rest, cut_off=True)
+    return reader.finish(tail.decode("utf-8", errors="replace"))
 
 
-class Series:
-    """The steps of one rank, from lines in the order they were written.
-
-    A restarted process does some steps again, a progress bar draws a step twice, and several ranks may share a log.
-    What is kept is each step once, with what disturbed it.
-    """
+class _Rank:
+    """The steps of one rank, each once: a restart does some again, a bar draws some twice, ranks may share a log."""
 
     def __init__(self) -> None:
         self.steps = Steps()
-        self.restarts: list[int] = []
         self.repeated = self.several = 0
-        self.pending: str | None = None  # happened since the last step
+        self.disturbance: str | None = None  # since the last step
         self.profiling = False
         self.samples: tuple[int, int] | None = None  # the last step, and the samples consumed with it
         self.batches: dict[int, int] = {}  # step -> its global batch size
         self.rates: dict[str, list[float]] = {}
 
-    @property
-    def last(self) -> int:
-        return self.steps.step[-1] if self.steps.step else -1
-
-    def add(
-        self, step: int, time_s: float, loss: float | None, grad_norm: float | None, *, redrawn: bool = False
-    ) -> None:
+    def add(self, step: int, time_s: float, fields: dict[str, str], *, redrawn: bool = False) -> None:
         """Take in one step; `redrawn` by a bar, which may have shown the values of the step before."""
-        if redrawn and step == self.last:
-            why = self.steps.excluded[-1]
-            self.steps.cut_from(step)
-            self.steps.append(step, time_s, loss, grad_norm, why)
+        self._note(step, fields)
+        steps = self.steps
+        loss, norm = (float(fields[name]) if name in fields else None for name in ("loss", "grad_norm"))
+        if redrawn and step == steps.last:
+            steps.time_s[-1], steps.loss[-1], steps.grad_norm[-1] = time_s, loss, norm
             return
-        if (step == self.last or (self.several and step == self.last - 1)) and self._is_another_rank(step, time_s):
+        index = len(steps) - 1 - (steps.last - step)
+        if (step == steps.last or (self.several and step == steps.last - 1)) and steps.step[index] == step:
+            # Another rank's: the slowest rank ends the step.
+            self.several += steps.time_s[index] != time_s
+            steps.time_s[index] = max(steps.time_s[index], time_s)
             return
-        if step <= self.last:
-            self.restart(step)
-        why = PROFILE if self.profiling else self.pending if self.steps.step else None
-        self.pending = None
-        self.steps.append(step, time_s, loss, grad_norm, why)
+        if step <= steps.last:
+            self.repeated += steps.restart(step)
+            self.disturbance, self.profiling = None, False
+        why = PROFILE if self.profiling else self.disturbance if steps.step else None
+        self.disturbance = None
+        steps.append(step, time_s, loss, norm, why)
 
-    def _is_another_rank(self, step: int, time_s: float) -> bool:
-        """Return whether this step is there already; the slowest rank ends it."""
-        index = len(self.steps) - 1 - (self.last - step)
-        if index < 0 or self.steps.step[index] != step:
-            return False
-        if self.steps.time_s[index] != time_s:
-            self.several += 1
-            self.steps.time_s[index] = max(self.steps.time_s[index], time_s)
-        return True
-
-    def restart(self, step: int) -> None:
-        """Forget this step and later ones: a process begins with it again."""
-        self.repeated += self.steps.cut_from(step)
-        self.restarts = [*(start for start in self.restarts if start < step), step]
-        self.pending, self.profiling = None, False
-
-    def note(self, step: int, fields: dict[str, str]) -> None:
-        """Keep the batch size and the rates that the log prints with a step."""
+    def _note(self, step: int, fields: dict[str, str]) -> None:
         batch, samples = _whole(fields.get("batch")), _whole(fields.get("samples"))
         if samples is not None:
-            if batch is None:
-                before, consumed = self.samples or (-1, 0)
-                # Of a log that begins later, or counts from 1, the first step does not tell.
-                if before < step and (self.samples or not step):
-                    size, rest = divmod(samples - consumed, step - before)
-                    batch = size if size > 0 and not rest else None
+            before, consumed = self.samples or (-1, 0)
+            # Of a log that begins later, or counts from 1, the first step does not tell.
+            if batch is None and before < step and (self.samples or not step):
+                size, rest = divmod(samples - consumed, step - before)
+                batch = size if size > 0 and not rest else None
             self.samples = step, samples
         if batch:
             self.batches[step] = batch
@@ -151,10 +133,13 @@ class Series:
                 self.steps.excluded[i] = OTHER_BATCH
         return usual
 
+    def median_s(self) -> float:
+        return statistics.median([time for time in self.steps.time_s if is_time(time)] or [math.nan])
+
 
 class _Reader:
     def __init__(self) -> None:
-        self.series: dict[tuple[int, int] | None, Series] = {}  # by (node, rank); None: lines without a label
+        self.ranks: dict[tuple[int, int] | None, _Rank] = {}  # by (node, rank); None: lines without a label
         self.log = Log()
         self.listed: list[float] = []  # as NeMo 1 lists them at the end
         self.bridge: list[tuple[float, float]] = []  # step time, TFLOP/s: Bridge's second line of a step
@@ -162,26 +147,8 @@ class _Reader:
         self.counts_done = False  # the progress counts finished steps; NeMo 2 counts from 0, to one less
         self.bar_offset: int | None = None  # 1: a bar counts finished steps, and shows step 99 at 100/100
         self.memory_bytes = 0
+        self.kind: Format | None = None  # a log is of one program
         self.marks = [*(kind.mark for kind in formats.FORMATS), formats.BRIDGE, *formats.SIGNS]
-
-    def read(self, file: IO[bytes]) -> str:
-        """Take in all lines; return the end of the text."""
-        rest, tail, size = b"", deque[bytes](), 0
-        while block := file.read(BLOCK_BYTES):
-            tail.append(block)
-            size += len(block)
-            while size - len(tail[0]) > _TAIL_BYTES:
-                size -= len(tail.popleft())
-            block = rest + block
-            if b"\r" in block:
-                block = block.replace(b"\r", b"\n")
-            end = block.rfind(b"\n") + 1
-            for line in _marked(block[:end], self.marks):
-                self.line(line)
-            rest = block[end:][-_MAX_LINE_BYTES:]
-        # A number at the very end may lack its last digits.
-        self.line(rest, cut_off=True)
-        return b"".join(tail).decode("utf-8", errors="replace")
 
     def line(self, data: bytes, *, cut_off: bool = False) -> None:
         """Take in a line that has a mark."""
@@ -196,18 +163,16 @@ class _Reader:
             self.bridge.append((float(match[1]), float(match[2])))
         elif "STRAGGLER DETECTION" in line:
             self.log.stragglers += [int(rank) for rank in formats.STRAGGLER.findall(line)]
-        elif "nsys profiling" in line:
-            for series in self.series.values():
-                series.profiling = "Start" in line
-                series.pending = PROFILE if "End" in line else series.pending
-        elif "Validation" in line or "validation loss at" in line:
-            self._pause(VALIDATION)
-        elif "heckpoint" in line:
-            self._pause(CHECKPOINT)
-
-    def _pause(self, reason: str) -> None:
-        for series in self.series.values():
-            series.pending = reason
+        else:
+            profile = "nsys profiling" in line
+            validation = "Validation" in line or "validation loss at" in line
+            reason = VALIDATION if validation else CHECKPOINT if "heckpoint" in line else None
+            for rank in self.ranks.values():
+                if profile:
+                    rank.profiling = "Start" in line
+                    rank.disturbance = PROFILE if "End" in line else rank.disturbance
+                elif reason:
+                    rank.disturbance = reason
 
     def _steps(self, kind: Format, line: str, cut_off: bool) -> None:
         """Read a line with at least one step; ranks that share a file may put several into it."""
@@ -217,14 +182,15 @@ class _Reader:
             return
         starts = list(kind.start.finditer(line))
         edges = [start.start() for start in starts] or [0]
+        match = formats.LABEL.match(line[: edges[0]]) if edges[0] else None
+        label = (int(match["node"] or 0), int(match[2] or match[3] or match[4])) if match else None
         mark = kind.mark.decode()
         for i, (begin, end) in enumerate(zip(edges, [*edges[1:], len(line)])):
             part = line[begin:end]
             marks = part.count(mark)
             if marks:
-                label = _label(line[:begin]) if begin and not i else None
                 last = cut_off and i == len(edges) - 1
-                read = self._step(kind, part, starts[i] if starts else None, label, last)
+                read = self._step(kind, part, starts[i] if starts else None, None if i else label, last)
                 self.log.unreadable += marks - read
                 if read or starts:  # else it is a word about step times, such as a summary's
                     self.log.unreadable_end = not read
@@ -238,22 +204,16 @@ class _Reader:
             del matches[-1]
         # What follows the first value of a name may be another line's rest.
         fields = {kind.names[name]: value for name, value in reversed(matches)}
-        if "time_s" not in fields and "time_ms" not in fields:
-            return False
-        time_s = float(fields["time_s"]) if kind is NEMO else float(fields["time_ms"]) / 1000
         bar = formats.BAR.search(part) if kind is NEMO and not (start and start[1]) else None
-        step = self._number(kind, start, bar, fields.get("step"))
+        step = self._number(kind, start, bar, fields.get("step")) if "time" in fields else None
         if step is None:
             return False
-        series = self.series.get(label) or self.series.setdefault(label, Series())
-        loss, norm = (float(fields[name]) if name in fields else None for name in ("loss", "grad_norm"))
-        series.add(step, time_s, loss, norm, redrawn=bar is not None)
-        series.note(step, fields)
-        if "memory_bytes" in fields:
-            self.memory_bytes = max(self.memory_bytes, _whole(fields["memory_bytes"]) or 0)
-        if "skipped" in fields:
-            self.log.skipped += _whole(fields["skipped"]) or 0
-        if len(self.marks) > 2 + len(formats.SIGNS):  # a log is of one program
+        rank = self.ranks.setdefault(label, _Rank())
+        rank.add(step, float(fields["time"]) / kind.times_in_a_second, fields, redrawn=bar is not None)
+        self.memory_bytes = max(self.memory_bytes, _whole(fields.get("memory_bytes")) or 0)
+        self.log.skipped += _whole(fields.get("skipped")) or 0
+        if self.kind is None:
+            self.kind = kind
             self.marks = [kind.mark, *formats.SIGNS, *([formats.BRIDGE] if kind is MEGATRON else [])]
         return True
 
@@ -266,7 +226,7 @@ class _Reader:
             progress = int(bar[1] or bar[3]), int(bar[2]) if bar[2] and bar[2] != "?" else None
         elif start is not None and start[1]:
             progress = int(start[1]), int(start[2])
-        if logged is not None and not _rounded(logged):
+        if logged is not None and "e" not in logged.lower():
             number = float(logged)
         elif progress is not None:
             # A bar prints large numbers with three digits (2e+3), and its own count in full.
@@ -286,50 +246,56 @@ class _Reader:
     def finish(self, tail: str) -> Log:
         """Return what was read, with what the end of the log says."""
         log = self.log
-        labels = sorted(label for label in self.series if label is not None)
+        labels = sorted(label for label in self.ranks if label is not None)
         # The lowest rank's, or those without a label; not the odd line that lost its label.
-        order = [None, *labels] if None in self.series else labels
-        series = max((self.series[label] for label in order), key=lambda series: len(series.steps), default=Series())
-        if not series.steps:
+        order = [None, *labels] if None in self.ranks else labels
+        rank = max((self.ranks[label] for label in order), key=lambda rank: len(rank.steps), default=_Rank())
+        if not rank.steps:
             for i, time_s in enumerate(self.listed or [time for time, _ in self.bridge]):
-                series.add(i, time_s, None, None)
+                rank.add(i, time_s, {})
             log.reached = bool(self.listed)
         elif len(labels) > 1:
-            ranks_a_node = 1 + max(rank for _, rank in labels)
+            ranks_a_node = 1 + max(number for _, number in labels)
             log.rank_times_s = {
-                node * ranks_a_node + rank: _median(self.series[node, rank].steps.time_s) for node, rank in labels
+                node * ranks_a_node + number: self.ranks[node, number].median_s() for node, number in labels
             }
-        log.steps, log.restarts = series.steps, series.restarts
-        log.repeated, log.several = series.repeated, series.several
+        log.steps, log.repeated, log.several = rank.steps, rank.repeated, rank.several
         log.steps.time_s = _finer(log.steps.time_s, self.listed)
-        log.global_batch_size = series.mark_other_batches()
-        log.rates = {name: statistics.median(values) for name, values in series.rates.items()}
+        log.global_batch_size = rank.mark_other_batches()
+        log.rates = {name: statistics.median(values) for name, values in rank.rates.items()}
         if self.bridge and any(tflops for _, tflops in self.bridge):
             log.rates.setdefault("tflops_per_gpu", statistics.median(tflops for _, tflops in self.bridge))
         log.peak_memory_gib = self.memory_bytes / 2**30 if self.memory_bytes else None
         log.stragglers = sorted({*log.stragglers})
-        self._end(series, tail)
+        self._read_progress(rank)
+        self._read_end(tail)
         return log
 
-    def _end(self, series: Series, tail: str) -> None:
-        """Note how far the run came, and how the log ends."""
+    def _read_progress(self, rank: _Rank) -> None:
+        """Note how far the run came."""
         log = self.log
-        if self.progress and series.steps:
-            from_zero = _from_zero(series, log.global_batch_size)
-            log.done, log.total = self.progress
-            if not self.counts_done:
-                log.done, log.total = series.last + from_zero, (log.total or 0) + from_zero
-            if log.total is not None and series.last > log.total:  # a second epoch, which counts from 0 again
-                log.done, log.total = series.last + 1, None
+        if not self.progress or not rank.steps:
+            return
+        log.done, log.total = self.progress
+        if not self.counts_done:
+            samples, batch = rank.samples, log.global_batch_size
+            from_zero = samples is None or not batch or samples[1] != samples[0] * batch
+            log.done, log.total = rank.steps.last + from_zero, (log.total or 0) + from_zero
+        if log.total is not None and rank.steps.last > log.total:  # a second epoch, which counts from 0 again
+            log.done, log.total = rank.steps.last + 1, None
+
+    def _read_end(self, tail: str) -> None:
+        """Note how the log ends."""
+        log = self.log
         for kind, number in formats.REACHED.findall(tail):
             log.reached = True
             log.max_steps = int(number) if kind == "steps" else log.max_steps
-        last_step = max(tail.rfind(mark.decode()) for mark in (NEMO.mark, MEGATRON.mark, formats.BRIDGE))
         errors = list(formats.ERROR.finditer(tail))
         if errors:
+            last_step = max(tail.rfind(mark.decode()) for mark in (NEMO.mark, MEGATRON.mark, formats.BRIDGE))
             log.last_error = formats.ESCAPE.sub("", errors[-1][0]).strip()[:300]
             log.ends_in_error = errors[-1].start() > last_step
-        if not series.steps:
+        if not log.steps:
             log.framework = next((name for name, form in formats.OTHER_FRAMEWORKS.items() if form.search(tail)), None)
 
 
@@ -346,40 +312,16 @@ def _marked(block: bytes, marks: Sequence[bytes]) -> Iterator[bytes]:
         yield block[block.rfind(b"\n", 0, end) + 1 : end][-_MAX_LINE_BYTES:]
 
 
-def _label(text: str) -> tuple[int, int] | None:
-    """Return the node and the rank that a line's first characters name ("3: ", "[rank3]: ")."""
-    match = formats.LABEL.match(text)
-    return (int(match["node"] or 0), int(match[2] or match[3] or match[4])) if match else None
-
-
-def _from_zero(series: Series, batch: int | None) -> bool:
-    """Return whether the steps count from 0, as far as the samples consumed tell."""
-    return series.samples is None or not batch or series.samples[1] != series.samples[0] * batch
-
-
 def _finer(shown: list[float], listed: list[float]) -> list[float]:
-    """Return a bar's times, three digits each, with the two decimals of NeMo 1's list where those say more.
-
-    The list must be of the same steps: as many, and equal as far as the bar shows them.
-    """
+    """Return a bar's times, three digits each, with the two decimals of NeMo 1's list of the same steps, if any."""
     if len(listed) != len(shown) or any(abs(a - b) > 0.006 + 0.006 * b for a, b in zip(listed, shown)):
         return shown
     return [fine if coarse >= 10 else coarse for coarse, fine in zip(shown, listed)]
 
 
-def _rounded(text: str) -> bool:
-    """Return whether a number was printed with the digits that count only: 2e+3."""
-    return "e" in text.lower()
-
-
 def _whole(text: str | None) -> int | None:
     """Return a whole number that was printed in full; None for another, or a rounded one (1.28e+6)."""
-    if text is None or _rounded(text) or len(text) > 18:
+    if text is None or "e" in text.lower() or len(text) > 18:
         return None
     value = float(text)
     return int(value) if math.isfinite(value) and value >= 0 and value == int(value) else None
-
-
-def _median(times: list[float]) -> float:
-    usable = [time for time in times if is_time(time)]
-    return statistics.median(usable) if usable else math.nan

@@ -1,17 +1,26 @@
-"""What the records of a point's runs show that may explain its verdict."""
+"""What makes a run's numbers impossible, what in them is only worth a word, and what may explain a point's verdict."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from nemo_bench.report.model import Run
+from nemo_bench.report.model import Numbers, Run
 from nemo_bench.report.numbers import unit_name
+from nemo_bench.report.statistics import Steps
 
+# A loss that has grown so much is no training any more.
+_DIVERGED = 10
+_HUGE_LOSS = 1e30
+_SAME_LOSS = 0.01
+# Printed rates are rounded, and printed a step; ours is a mean.
+_SAME_RATE = 0.02
 # Beyond these, a run's steps are worth a word.
-DRIFT = 0.02
-SPREAD = 0.05
-SHOWN_FAULTS = 5
+_DRIFT = 0.02
+_SPREAD = 0.05
+_SHOWN_FAULTS = 5
 
 _PERCENT = re.compile(r"\d+(?:\.\d+)?%")
 
@@ -48,16 +57,16 @@ def _of_run(run: Run) -> Iterator[str]:
             yield f"disturbed steps, left out: {', '.join(pauses)}"
         if times.excluded.get("restart"):
             yield "the run was restarted"
-        if abs(times.drift) > DRIFT:
+        if abs(times.drift) > _DRIFT:
             yield f"steps became {abs(times.drift):.1%} {'slower' if times.drift > 0 else 'faster'} during the run"
-        if times.spread > SPREAD:
+        if times.spread > _SPREAD:
             yield f"steps spread by {times.spread:.0%} of their median (5% to 95% quantile)"
     slow = [rank for rank in run.ranks if rank.straggler]
-    for rank in slow[:SHOWN_FAULTS]:
+    for rank in slow[:_SHOWN_FAULTS]:
         by = "" if rank.slower is None else f", {rank.slower:.0%} slower than the others"
         yield f"straggling {unit_name(run)}: rank {rank.rank} ({rank.measure}{by})"
-    if len(slow) > SHOWN_FAULTS:
-        yield f"and {len(slow) - SHOWN_FAULTS} more stragglers"
+    if len(slow) > _SHOWN_FAULTS:
+        yield f"and {len(slow) - _SHOWN_FAULTS} more stragglers"
     yield from throttling(run)
 
 
@@ -72,9 +81,82 @@ def throttling(run: Run) -> Iterator[str]:
         if (shares := {reason: share for reason, share in device.throttled.items() if reason != "sw_power_cap"})
     ]
     faults.sort(key=lambda fault: (-fault[0], fault[1].rank))
-    for _, device, shares in faults[:SHOWN_FAULTS]:
+    for _, device, shares in faults[:_SHOWN_FAULTS]:
         texts = [f"{reason.replace('_', ' ')} in {share:.0%} of its steps" for reason, share in shares.items()]
         host = f" on {device.host}" if device.host else ""
         yield f"clocks of rank {device.rank}'s GPU{host} held back: {', '.join(texts)}"
-    if len(faults) > SHOWN_FAULTS:
-        yield f"and of {len(faults) - SHOWN_FAULTS} more ranks' GPUs"
+    if len(faults) > _SHOWN_FAULTS:
+        yield f"and of {len(faults) - _SHOWN_FAULTS} more ranks' GPUs"
+
+
+def invalid(run: Run, numbers: Numbers | None) -> str | None:
+    """Return why the run's numbers cannot be right; None where nothing speaks against them."""
+    return _bad_steps(run.steps) or _bad_formats(run.record.config or {}) or _beyond_physics(run, numbers)
+
+
+def _bad_steps(steps: Steps) -> str | None:
+    losses = [(step, loss) for step, loss in zip(steps.step, steps.loss) if loss is not None]
+    bad = [(step, loss) for step, loss in losses if not abs(loss) < _HUGE_LOSS]
+    if bad:
+        return f"the loss is {bad[0][1]} at step {bad[0][0]}" + (f" and {len(bad) - 1} others" if len(bad) > 1 else "")
+    norms = skipped_steps(steps)
+    if len(norms) > 1 or (norms and norms[0] == steps.step[-1]):
+        first = dict(zip(steps.step, steps.grad_norm))[norms[0]]
+        return f"the gradient norm is {first} at step {norms[0]}" + (
+            f" and {len(norms) - 1} others" if norms[1:] else ""
+        )
+    values = [loss for _, loss in losses]
+    if len(values) > 1 and not any(values):
+        return f"the loss is 0 at step {losses[0][0]} and all others"
+    if values and values[-1] > _DIVERGED * max(values[0], 1):
+        step = next(step for step, loss in losses if loss > _DIVERGED * max(values[0], 1))
+        return f"the loss grows from {values[0]:.4g} to {values[-1]:.4g}, tenfold at step {step}"
+    return None
+
+
+def skipped_steps(steps: Steps) -> list[int]:
+    """Return the steps whose gradient norm is no number: a single one was skipped, as under loss scaling."""
+    return [step for step, norm in zip(steps.step, steps.grad_norm) if norm is not None and not math.isfinite(norm)]
+
+
+def _bad_formats(config: dict[str, Any]) -> str | None:
+    """Return how the precision's name, a free label, contradicts its number formats."""
+    precision = config.get("precision") or {}
+    formats = "fp8" if precision.get("fp8") else {"32": "fp32"}.get(str(precision.get("trainer_precision")), "bf16")
+    if not precision or formats in str(precision["name"]):  # also fp8_cs, mxfp8
+        return None
+    return f"precision.name is {precision['name']}, and its number formats are {formats}'s"
+
+
+def _beyond_physics(run: Run, numbers: Numbers | None) -> str | None:
+    if numbers is None or numbers.mfu_causal is None or numbers.mfu_causal < 1 or run.gpu == "cpu":
+        return None
+    keys = ("global_batch_size", "seq_length", "gpus", "model", "precision", "gpu")
+    values = ", ".join(f"{key}={getattr(run, key)}" for key in keys)
+    return f"{numbers.mfu_causal:.0%} of the GPUs' peak is impossible: one of these is wrong: {values}"
+
+
+def warnings(run: Run, numbers: Numbers | None, rates: dict[str, float]) -> list[str]:
+    """Return what is worth a word: a skipped step, a loss that does not fall, rates that the log counts otherwise."""
+    texts = []
+    skipped = skipped_steps(run.steps)
+    if skipped:
+        texts.append(f"step {skipped[0]} has no finite gradient norm: it was skipped")
+    first, last = run.first_loss, run.last_loss
+    # Of random tokens there is nothing to learn.
+    if run.data != "mock" and first is not None and last is not None and last > first * (1 + _SAME_LOSS):
+        texts.append(f"the loss does not fall: {first:.4g} to {last:.4g}")
+    times = run.times
+    if numbers is None or times is None:
+        return texts
+    usual = numbers.at(times.median_s)
+    ours = {
+        "tokens_per_s_per_gpu": (usual.tokens_per_s_per_gpu,),
+        "tflops_per_gpu": (usual.tflops_per_gpu, usual.tflops_per_gpu_causal),
+    }
+    for name, printed in rates.items():
+        known = [value for value in ours[name] if value is not None]
+        if known and printed > 0 and all(abs(value / printed - 1) > _SAME_RATE for value in known):
+            unit = "tokens/s a GPU" if name.startswith("tokens") else "TFLOP/s a GPU"
+            texts.append(f"the log prints {printed:,.4g} {unit}, and this report finds {known[0]:,.4g}")
+    return texts

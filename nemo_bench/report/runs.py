@@ -18,11 +18,11 @@ from nemo_bench.record.folder import CONFIG, EVENTS, PROFILE, STEPS, RunFolder, 
 from nemo_bench.record.node import NODE, kept_environment
 from nemo_bench.record.redaction import redact, redact_values
 from nemo_bench.report import profile as step_profile
-from nemo_bench.report import ranks, validity
-from nemo_bench.report.logs import Log, Series, read_log
+from nemo_bench.report import ranks, remarks
+from nemo_bench.report.logs import Log, read_log
 from nemo_bench.report.model import Record, Run
 from nemo_bench.report.numbers import LAST_LOSSES, numbers_at, too_few
-from nemo_bench.report.statistics import CHECKPOINT, VALIDATION, exclude, step_times
+from nemo_bench.report.statistics import CHECKPOINT, VALIDATION, Steps, step_times
 from nemo_bench.report.statistics import PROFILE as PROFILED
 
 DEFAULT_TOTAL_TOKENS = 1e12
@@ -60,11 +60,7 @@ def choice(group: str, name: str) -> dict[str, Any]:
 
 
 def load_run(run_dir: Path, total_tokens: float | None = None) -> Run:
-    """Return the run that `run_dir` records.
-
-    Args:
-        run_dir: the run folder.
-        total_tokens: budget behind the days to train; None: what the run's configuration names.
+    """Return the run that `run_dir` records; days to train are of `total_tokens`, or of what its configuration names.
 
     Raises:
         BenchError: config.yaml or run.json is missing or damaged.
@@ -84,26 +80,23 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     lines = read_lines(run_dir / STEPS)[0]
     rows = [line for line in lines if isinstance(line, dict)]
     events = [event for event in read_lines(run_dir / EVENTS)[0] if isinstance(event, dict)]
-    log = _rank0_log(folder)
-    series, steps_peak_gib = _recorded_steps(rows, events, len(lines) - len(rows), warnings)
-    if not series.steps and log is not None and log.steps:
+    log = read_log(folder.log(0)) if folder.log(0).is_file() else Log()
+    steps, steps_peak_gib = _recorded_steps(rows, events, len(lines) - len(rows), warnings)
+    if not steps and log.steps:
         # Other entrypoints write no steps.jsonl; what they print is in the rank's log.
-        series.steps, series.restarts = log.steps, log.restarts
-        if run.entrypoint == "nemo_24_09":
-            warnings.append("each step time is the mean of that step and the four before it: the recipe's setting")
-        else:
-            warnings.append("the steps are read from the log: four digits each")
-        warnings += log_warnings(log)
+        steps = log.steps
+        averaged = "each step time is the mean of that step and the four before it: the recipe's setting"
+        printed = "the steps are read from the log: four digits each"
+        warnings += [averaged if run.entrypoint == "nemo_24_09" else printed, *log_warnings(log)]
     devices = ranks.read_devices(run_dir, rows, warnings)
     peaks = ranks.measured_peaks(folder)
     node = ranks.read_json(run_dir / NODE)
-    state, why = _state(status, events, series, run.max_steps or 0, warnings)
+    state, why = _state(status, events, steps, run.max_steps or 0, warnings)
     memory = max((device.peak_memory_gib or 0 for device in devices), default=0) or steps_peak_gib
     starts = [event for event in events if event.get("event") == "training"]
     if len(starts) > 1:
         warnings.append(f"started {len(starts)} times: see the events")
-    gaps = sum(b - a - 1 for a, b in zip(series.steps.step, series.steps.step[1:]))
-    if gaps:
+    if gaps := sum(b - a - 1 for a, b in zip(steps.step, steps.step[1:])):
         warnings.append(f"{gaps} steps are missing between others")
     run = replace(
         run,
@@ -111,18 +104,20 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
         why_not_final=why,
         gpu_reported=((node.get("gpus") or [{}])[0]).get("name"),
         software=_software(run, node),
-        steps=series.steps,
-        peak_memory_gib=memory or (log.peak_memory_gib if log else None),
-        ranks=ranks.matrix_rates({rank: float(peak["tflops"]) for rank, peak in peaks.items()})
-        + ranks.of_devices(devices)
-        + (ranks.of_log(log) if log else ()),
+        steps=steps,
+        peak_memory_gib=memory or log.peak_memory_gib,
+        ranks=(
+            *ranks.matrix_rates({rank: float(peak["tflops"]) for rank, peak in peaks.items()}),
+            *ranks.of_devices(devices),
+            *ranks.of_log(log),
+        ),
         devices=devices,
         profiles=_profiles(folder, warnings),
         record=_record(about, status, config, node, events),
         warnings=tuple(warnings),
     )
     tokens = float(config.get("total_tokens", DEFAULT_TOTAL_TOKENS)) if total_tokens is None else total_tokens
-    return measured(run, series, *peak(config["gpu"], str(run.precision), peaks), tokens)
+    return measured(run, *peak(config["gpu"], str(run.precision), peaks), tokens)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -136,7 +131,6 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
-    """Return what the configuration says of the run."""
     model, trainer = config["model"], config["trainer"]
     nodes = int(trainer["num_nodes"])
     gpus, batch = nodes * int(trainer["devices"]), int(model["global_batch_size"])
@@ -166,7 +160,6 @@ def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
 def _record(
     about: dict[str, Any], status: Status, config: dict[str, Any], node: dict[str, Any], events: list[dict[str, Any]]
 ) -> Record:
-    """Return what else the folder says, without secrets."""
     return Record(
         started_at=about.get("created_at"),
         ended_at=status.ended_at,
@@ -200,18 +193,11 @@ def _profiles(folder: RunFolder, warnings: list[str]) -> tuple[step_profile.Step
     return tuple(profiles)
 
 
-def _rank0_log(folder: RunFolder) -> Log | None:
-    try:
-        return read_log(folder.log(0))
-    except OSError:
-        return None
-
-
 def _recorded_steps(
     rows: list[dict[str, Any]], events: list[dict[str, Any]], damaged: int, warnings: list[str]
-) -> tuple[Series, float | None]:
+) -> tuple[Steps, float | None]:
     """Return the steps of steps.jsonl with what events.jsonl says went on between them, and the peak memory in GiB."""
-    series, peak_gib = Series(), 0.0
+    steps, repeated, peak_gib = Steps(), 0, 0.0
     for row in rows:
         try:
             loss, norm = (None if row.get(key) is None else float(row[key]) for key in ("loss", "grad_norm"))
@@ -220,13 +206,13 @@ def _recorded_steps(
         except (KeyError, TypeError, ValueError):
             damaged += 1
             continue
-        if step <= series.last:
-            series.restart(step)  # after a requeue: the later one counts
-        series.add(step, time_s, loss, norm)
+        if step <= steps.last:  # after a requeue: the later one counts
+            repeated += steps.restart(step)
+        steps.append(step, time_s, loss, norm)
     if damaged:
         warnings.append(f"{damaged} lines of {STEPS} are damaged and left out")
-    if series.repeated:
-        warnings.append(f"{series.repeated} steps were done again after a restart; the later ones count")
+    if repeated:
+        warnings.append(f"{repeated} steps were done again after a restart; the later ones count")
     starts: list[int] = []
     paused: dict[int, str] = {}
     for event in events:
@@ -236,12 +222,10 @@ def _recorded_steps(
             paused = {after: reason for after, reason in paused.items() if after < first}
         elif event.get("event") in (VALIDATION, CHECKPOINT, PROFILED) and event.get("after_step") is not None:
             paused[int(event["after_step"])] = str(event["event"])
-    series.restarts = sorted({*series.restarts, *starts[1:]})
+    steps.restarts = sorted({*steps.restarts, *starts[1:]})
     # NeMo's timer stops before callbacks save and Lightning validates: the step that feels it is the next one.
-    before = [-1, *series.steps.step]
-    for i in range(len(series.steps)):
-        series.steps.excluded[i] = paused.get(before[i])
-    return series, peak_gib or None
+    steps.excluded = [paused.get(before) for before in [-1, *steps.step][: len(steps)]]
+    return steps, peak_gib or None
 
 
 def _layout(model: dict[str, Any], gpus: int, batch: int) -> dict[str, int]:
@@ -267,16 +251,16 @@ def peak(gpu: dict[str, Any], precision: str, measured: dict[int, dict[str, Any]
 
 
 def _state(
-    status: Status, events: list[dict[str, Any]], series: Series, max_steps: int, warnings: list[str]
+    status: Status, events: list[dict[str, Any]], steps: Steps, max_steps: int, warnings: list[str]
 ) -> tuple[str, str | None]:
     """Return the run's state, and why its steps are not all there; an end after the last step is only worth a word."""
     state = status.state
     if state in ("submitted", "running") and events and events[-1].get("event") == "done":
         state = "completed"  # rank 0 saw the end of training; who started it has not written so, or cannot
-    done = series.last + 1
+    done = steps.last + 1
     because = f": {redact(' '.join(status.reason.split()))}" if status.reason else ""
     if state == "completed":
-        if not series.steps:
+        if not steps:
             return state, "no training step was recorded"
         return state, f"the record ends at step {done} of {max_steps}" if done < max_steps else None
     if done < max_steps or state == "running":
@@ -288,14 +272,13 @@ def _state(
 
 def measured(
     run: Run,
-    series: Series,
     peak_tflops: float | None,
     peak_source: str | None,
     total_tokens: float,
     rates: dict[str, float] | None = None,
 ) -> Run:
     """Return the run with its numbers: which steps count, their statistics, and whether it is final."""
-    times = step_times(run.steps, exclude(run.steps, series.restarts))
+    times = step_times(run.steps)
     losses = [loss for loss in run.steps.loss if loss is not None]
     numbers = None
     if times is not None and run.global_batch_size and run.seq_length and run.gpus:
@@ -316,7 +299,7 @@ def measured(
         first_loss=losses[0] if losses else None,
         last_loss=sum(last) / len(last) if last else None,
     )
-    invalid = run.invalid or validity.invalid(run, numbers)
+    invalid = run.invalid or remarks.invalid(run, numbers)
     few = ("no step time was recorded" if times is None else too_few(times)) if run.steps else None
     why = "; ".join(text for text in (run.why_not_final, invalid, few) if text) or None
     return replace(
@@ -324,7 +307,7 @@ def measured(
         invalid=invalid,
         why_not_final=why,
         numbers=numbers if why is None else None,
-        warnings=(*run.warnings, *validity.remarks(run, numbers, rates or {})),
+        warnings=(*run.warnings, *remarks.warnings(run, numbers, rates or {})),
     )
 
 

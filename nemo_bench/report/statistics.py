@@ -1,11 +1,9 @@
 """The steps of a run, which of them count, and statistics of their times that say how sure they are.
 
-Step times of one run are not independent of each other: garbage collection, clocks and neighbours on the network last
-for more than a step. An interval that treated them as independent would be too narrow. So the interval of one run's
-mean comes from *batches*: its steps are cut into about sqrt(n) consecutive batches of about sqrt(n) steps, the mean of
-each is one observation, and Student's t with one degree of freedom less than there are batches gives the interval.
-What is correlated over a few steps then falls within a batch. What changes from run to run (other nodes, other days)
-is in no single run: only repeats show it, and where there are repeats, the interval is over their means.
+Step times of one run depend on each other (garbage collection, clocks, neighbours on the network), so an interval that
+took them as independent would be too narrow. The interval of one run's mean comes from *batches*: about sqrt(n)
+consecutive batches of about sqrt(n) steps, whose means are the observations of Student's t. What changes from run to
+run (other nodes, other days) only repeats show: where there are some, the interval is over their means.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import bisect
 import itertools
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # Fewer steps than this after the warm-up give no number that could be defended.
@@ -48,6 +46,12 @@ class Steps:
     grad_norm: list[float | None] = field(default_factory=list)  # global, before clipping
     # Why a step is left out of the statistics: None (it counts), or one of the words above.
     excluded: list[str | None] = field(default_factory=list)
+    restarts: list[int] = field(default_factory=list)  # step numbers with which a restarted process began
+
+    @property
+    def last(self) -> int:
+        """The number of the last step; -1 without one."""
+        return self.step[-1] if self.step else -1
 
     def __len__(self) -> int:
         return len(self.step)
@@ -55,24 +59,20 @@ class Steps:
     def append(
         self, step: int, time_s: float, loss: float | None, grad_norm: float | None, excluded: str | None = None
     ) -> None:
-        """Add a step."""
         self.step.append(step)
         self.time_s.append(time_s)
         self.loss.append(loss)
         self.grad_norm.append(grad_norm)
         self.excluded.append(excluded)
 
-    def cut_from(self, step: int) -> int:
+    def restart(self, step: int) -> int:
         """Forget this step and all later ones, which a restarted process does again; return how many there were."""
         length = bisect.bisect_left(self.step, step)
         removed = len(self.step) - length
         for column in (self.step, self.time_s, self.loss, self.grad_norm, self.excluded):
             del column[length:]  # type: ignore[attr-defined]  # each is a list
+        self.restarts = [*(start for start in self.restarts if start < step), step]
         return removed
-
-    def counted_s(self) -> list[float]:
-        """Return the step times that count."""
-        return [time for time, why in zip(self.time_s, self.excluded) if why is None]
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,6 @@ def is_time(time_s: float | None) -> bool:
     return time_s is not None and 0 < time_s < _LONGEST_S
 
 
-def _leading(times: Sequence[float], limit: float) -> int:
-    """Return how many leading times are over the limit, at most half of them."""
-    return next((i for i, time in enumerate(times[: len(times) // 2]) if time <= limit), len(times) // 2)
-
-
 def _limit(times: Sequence[float]) -> float:
     """Return the longest time that is no warm-up: the second half's median, and three spreads (at least 2%) more."""
     half = times[len(times) // 2 :]
@@ -150,15 +145,10 @@ def _limit(times: Sequence[float]) -> float:
     return usual + max(3 * spread, 0.02 * usual)
 
 
-def exclude(steps: Steps, restarts: Collection[int] = ()) -> int:
+def _mark(steps: Steps) -> int:
     """Mark the steps without a time, the warm-up, and the first steps after each restart; return `unsteady_steps`.
 
-    The second half of the run shows what is usual. The warm-up are the leading steps before the first that is within
-    three spreads (and never less than 2%) of its median, at most a fifth of all; after each restart the same is done.
-
-    Args:
-        steps: their `excluded` says already what disturbed them (a validation, a checkpoint, a profile).
-        restarts: numbers of the steps that a restarted process began with.
+    The warm-up are the leading steps before the first within `_limit`, at most a fifth of all; so too after a restart.
     """
     for i, time in enumerate(steps.time_s):
         if not is_time(time):
@@ -168,11 +158,12 @@ def exclude(steps: Steps, restarts: Collection[int] = ()) -> int:
         return 0
     limit = _limit([steps.time_s[i] for i in order])
     numbers = [steps.step[i] for i in order]
-    begins = sorted({0, *(bisect.bisect_left(numbers, step) for step in restarts)})
+    begins = sorted({0, *(bisect.bisect_left(numbers, step) for step in steps.restarts)})
     unsteady = 0
     for begin, end in itertools.pairwise([*begins, len(order)]):
         session = order[begin:end]
-        slow = _leading([steps.time_s[i] for i in session], limit)
+        half = len(session) // 2
+        slow = next((n for n, i in enumerate(session[:half]) if steps.time_s[i] <= limit), half)
         if not begin:
             unsteady = slow
         for i in session[: min(slow, max(1, int(len(session) * LONGEST_WARM_UP)))]:
@@ -180,20 +171,22 @@ def exclude(steps: Steps, restarts: Collection[int] = ()) -> int:
     return unsteady
 
 
-def step_times(steps: Steps, unsteady_steps: int = 0) -> StepTimes | None:
-    """Return the statistics of a run's step times, with what `exclude` marked; None where no step counts."""
+def step_times(steps: Steps) -> StepTimes | None:
+    """Mark in `excluded` which steps do not count, beside those marked; return statistics of the others, if any."""
+    unsteady_steps = _mark(steps)
     timed = [time for time, why in zip(steps.time_s, steps.excluded) if why != NO_TIME]
-    counted = steps.counted_s()
+    counted = [time for time, why in zip(steps.time_s, steps.excluded) if why is None]
     if not counted:
         return None
+    twentieths = statistics.quantiles(counted, n=20, method="inclusive") if len(counted) > 1 else counted
     reasons = [why for why in steps.excluded if why not in (None, NO_TIME)]
     half = len(counted) // 2
     return StepTimes(
         last_s=timed[-1],
         median_s=statistics.median(counted),
         mean_s=statistics.fmean(counted),
-        p5_s=quantile(counted, 0.05),
-        p95_s=quantile(counted, 0.95),
+        p5_s=twentieths[0],
+        p95_s=twentieths[-1],
         min_s=min(counted),
         max_s=max(counted),
         steps=len(timed),
@@ -203,15 +196,6 @@ def step_times(steps: Steps, unsteady_steps: int = 0) -> StepTimes | None:
         drift=statistics.median(counted[half:]) / statistics.median(counted[:half]) - 1 if half else 0.0,
         mean=mean_of_steps(counted),
     )
-
-
-def quantile(values: Sequence[float], fraction: float) -> float:
-    """Return the value below which this fraction lies, interpolated between neighbours."""
-    ordered = sorted(values)
-    position = fraction * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 def mean_of_steps(counted: Sequence[float]) -> Mean | None:

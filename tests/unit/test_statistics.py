@@ -14,7 +14,6 @@ from nemo_bench.report.statistics import (
     Mean,
     Steps,
     StepTimes,
-    exclude,
     mean_of_repeats,
     mean_of_steps,
     ratio_of,
@@ -25,16 +24,15 @@ from nemo_bench.report.statistics import (
 TIMES = st.lists(st.floats(min_value=1e-3, max_value=1e3), min_size=1, max_size=200)
 
 
-def steps_of(times: list[float], paused: dict[int, str] | None = None) -> Steps:
-    steps = Steps()
+def steps_of(times: list[float], paused: dict[int, str] | None = None, restarts: list[int] | None = None) -> Steps:
+    steps = Steps(restarts=restarts or [])
     for i, time_s in enumerate(times):
         steps.append(i, time_s, None, None, (paused or {}).get(i))
     return steps
 
 
-def measured(times: list[float], paused: dict[int, str] | None = None, restarts: tuple[int, ...] = ()) -> StepTimes:
-    steps = steps_of(times, paused)
-    result = step_times(steps, exclude(steps, restarts))
+def measured(times: list[float]) -> StepTimes:
+    result = step_times(steps_of(times))
     assert result is not None
     return result
 
@@ -59,12 +57,12 @@ def test_the_warm_up_is_a_slow_start_of_at_most_a_fifth(times: list[float], warm
 def test_without_steps_there_is_nothing() -> None:
     assert step_times(Steps()) is None
     steps = steps_of([math.nan, -1.0, 1e10])
-    assert step_times(steps, exclude(steps)) is None and steps.excluded == ["no time"] * 3
+    assert step_times(steps) is None and steps.excluded == ["no time"] * 3
 
 
 def test_each_step_left_out_says_why() -> None:
     steps = steps_of([9.0, 1.0, 1.0, 1.0, 0.0, 1.0, 7.0, 1.0, math.nan, 1.0, -1.0, 1.0], {6: "checkpoint"})
-    result = step_times(steps, exclude(steps))
+    result = step_times(steps)
     assert steps.excluded[0] == "warm-up" and steps.excluded[6] == "checkpoint"
     assert [i for i, why in enumerate(steps.excluded) if why == "no time"] == [4, 8, 10]
     assert result is not None
@@ -73,8 +71,8 @@ def test_each_step_left_out_says_why() -> None:
 
 
 def test_a_restart_warms_up_again() -> None:
-    steps = steps_of([9.0, *[1.0] * 9, 8.0, 2.0, *[1.0] * 8])
-    exclude(steps, {10})
+    steps = steps_of([9.0, *[1.0] * 9, 8.0, 2.0, *[1.0] * 8], restarts=[10])
+    step_times(steps)
     assert [i for i, why in enumerate(steps.excluded) if why == "restart"] == [10, 11]
 
 
@@ -92,9 +90,9 @@ def test_mean_median_and_quantiles_tell_what_the_median_alone_hides() -> None:
     st.dictionaries(st.integers(0, 60), st.just("validation")),
 )
 def test_any_times_are_sorted_out(times: list[float], restarts: set[int], paused: dict[int, str]) -> None:
-    steps = steps_of(times, paused)
-    result = step_times(steps, exclude(steps, restarts))
-    counted = steps.counted_s()
+    steps = steps_of(times, paused, [*restarts])
+    result = step_times(steps)
+    counted = [time for time, why in zip(times, steps.excluded) if why is None]
     assert all(0 < time < 1e9 for time in counted)
     usable = [time for i, time in enumerate(times) if i not in paused and 0 < time < 1e9]
     # Of each session, one step or a fifth is called warm-up.

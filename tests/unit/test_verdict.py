@@ -282,7 +282,8 @@ def test_training_that_broke_is_invalid(tmp_path: Path, fields: dict[str, Any], 
             {"grad_norm": lambda step: "inf" if step == 7 else "1.0"},
             "step 7 has no finite gradient norm",
         ),
-        ({"reduced_train_loss": "8.0"}, "the loss does not fall: 8 to 8"),
+        ({"reduced_train_loss": lambda step: f"{8 + step / 100:.2f}"}, "the loss does not fall: 8 to 8.47"),
+        ({"reduced_train_loss": lambda step: f"{8 + step / 1000:.3f}"}, None),  # within a percent
         ({"tokens_per_sec_per_gpu": "188"}, "the log prints 188 tokens/s a GPU, and this report finds 1,489"),
         ({"TFLOPS_per_GPU": "90"}, "the log prints 90 TFLOP/s a GPU"),
         ({"TFLOPS_per_GPU": "668"}, None),  # within 2% of the causal convention's
