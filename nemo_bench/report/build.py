@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
-from nemo_bench.report import comparison, inputs, model, points, references, runs
+from nemo_bench.report import comparison, model, points, references, runs
 from nemo_bench.report.bare_logs import Given, check, load_log
 from nemo_bench.report.model import Assumptions, Report, Run
 from nemo_bench.report.statistics import CONFIDENCE
@@ -18,6 +20,8 @@ from nemo_bench.report.statistics import CONFIDENCE
 DEFAULT_REFERENCE = "nvidia-24.09"
 DEFAULT_TOLERANCE = 0.05
 
+_LOG_SUFFIXES = (".out", ".log", ".txt", ".err", ".out.gz", ".log.gz", ".txt.gz")
+_DATASET_SUFFIX = "-description.txt"  # Megatron's description of a dataset that it cached
 # The gravest first.
 _GRAVITY = (model.FAIL, model.INVALID, model.UNDECIDED, model.INCOMPLETE, model.NOT_COMPARABLE)
 
@@ -53,20 +57,11 @@ def build_report(
     tables = [references.load(name) for name in ([reference] if isinstance(reference, str) else reference or ())]
     all_runs, warnings = _load(paths, "runs", given, total_tokens)
     old_runs, old_warnings = _load(baseline, "baseline", given, total_tokens) if baseline else ([], [])
-    groups, old_groups = points.gather(all_runs), points.gather(old_runs)
-    all_points, old_points = (
-        [points.make_point(group, tables, tolerance) for group in side] for side in (groups, old_groups)
-    )
-    comparisons: list[model.Comparison] = []
-    if baseline:
-        comparisons, unmatched = comparison.compare(groups, all_points, old_groups, old_points, tolerance)
-        warnings += old_warnings + unmatched + _shared(all_runs, old_runs)
-    known = {name for point in all_points for name in point.runs}
-    unknown = [run.name for run in all_runs if run.name not in known]
-    if unknown:
-        warnings.append(f"not known what was run, so in no point: {', '.join(unknown)} (see their warnings)")
+    groups, old_groups = ([*points.gather(side, tables, tolerance)] for side in (all_runs, old_runs))
+    comparisons, unmatched = comparison.compare(groups, old_groups, tolerance) if baseline else ([], [])
+    all_points = tuple(group.point for group in groups)
     values = {point.verdict.value for point in all_points}
-    good = bool(values) and values <= {*model.SUCCESSES} and not any(each.regression for each in comparisons)
+    good = bool(values) and values <= {*model.SUCCESSES} and not any(item.regression for item in comparisons)
     return Report(
         generated_at=record.timestamp(),
         generator=_generator(),
@@ -74,21 +69,25 @@ def build_report(
         verdict=_overall(values),
         exit_code=0 if good else 1,
         runs=tuple(all_runs),
-        points=tuple(all_points),
+        points=all_points,
         references=tuple(tables),
-        scaling=tuple(points.scaling(groups, all_points, tables)),
+        scaling=tuple(points.scaling(groups, tables)),
         assumptions=Assumptions(tolerance, total_tokens, CONFIDENCE, tuple(table.name for table in tables)),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *old_warnings, *unmatched, *_remarks(all_runs, old_runs)),
         baseline_inputs=tuple(map(str, baseline)),
         baseline_runs=tuple(old_runs),
-        baseline_points=tuple(old_points),
+        baseline_points=tuple(group.point for group in old_groups),
         comparisons=tuple(comparisons),
     )
 
 
-def _shared(all_runs: Sequence[Run], old_runs: Sequence[Run]) -> list[str]:
+def _remarks(all_runs: Sequence[Run], old_runs: Sequence[Run]) -> Iterator[str]:
     both = {run.path for run in all_runs} & {run.path for run in old_runs}
-    return [f"runs= and baseline= share {len(both)} of {len(old_runs)} runs: compared with themselves"] if both else []
+    if both:
+        yield f"runs= and baseline= share {len(both)} of {len(old_runs)} runs: compared with themselves"
+    unknown = [run.name for run in all_runs if not run.identity_known]
+    if unknown:
+        yield f"not known what was run, so in no point: {', '.join(unknown)} (see their warnings)"
 
 
 def _overall(values: set[str]) -> str:
@@ -108,7 +107,7 @@ def _generator() -> str:
 
 def _load(paths: Sequence[Path], key: str, given: Given, total_tokens: float) -> tuple[list[Run], list[str]]:
     """Return the runs of all inputs with unique names, and a word on what could not be read: it hides no other."""
-    candidates, warnings = inputs.find(paths, key)
+    candidates, warnings = _find(paths, key)
     named = {path.resolve() for path in paths}
     loaded: list[tuple[Path, Run]] = []
     stepless: list[str] = []
@@ -136,5 +135,48 @@ def _load(paths: Sequence[Path], key: str, given: Given, total_tokens: float) ->
             f"{key}={','.join(map(str, paths))}: no run folder and no log with training steps there{details}"
         )
     loaded.sort(key=lambda pair: (pair[1].model or "", pair[1].precision or "", pair[1].gpus or 0, pair[0]))
-    names = inputs.unique_names([path for path, _ in loaded])
+    names = _unique_names([path for path, _ in loaded])
     return [replace(run, name=name) for name, (_, run) in zip(names, loaded)], warnings
+
+
+def _find(paths: Sequence[Path], key: str) -> tuple[list[Path], list[str]]:
+    """Return the run folders, and the logs in none of them, that `paths` name or hold; and what cannot be opened."""
+    inputs: dict[Path, None] = {}
+    closed: list[str] = []
+    seen: set[Path] = set()
+    for path in paths:
+        if not path.is_file() and not path.is_dir():
+            what = "neither a file nor a folder" if path.exists() else "there is no such file or folder"
+            raise BenchError(f"{key}={path}: {what}\n  name run folders, folders that hold some, or log files")
+        for run in [path] if path.is_file() else _below(path, seen, closed):
+            inputs[run.resolve()] = None
+    return list(inputs), closed
+
+
+def _below(folder: Path, seen: set[Path], closed: list[str]) -> Iterator[Path]:
+    real = folder.resolve()
+    if real in seen:  # by a link, perhaps to a folder above
+        return
+    seen.add(real)
+    try:
+        if (folder / record.RUN).is_file():
+            yield folder
+            return
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        closed.append(f"{folder}: cannot be looked into ({error.strerror})")
+        return
+    for path in entries:
+        if path.is_dir() and not path.name.startswith("."):
+            yield from _below(path, seen, closed)
+        elif path.name.endswith(_LOG_SUFFIXES) and not path.name.endswith(_DATASET_SUFFIX) and path.is_file():
+            yield path
+
+
+def _unique_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each path: its last part, with as many parts before it as it takes to tell all apart."""
+    names = [path.name for path in paths]
+    for depth in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        counts = Counter(names)
+        names = ["/".join(path.parts[-depth:]) if counts[name] > 1 else name for name, path in zip(names, paths)]
+    return [re.sub(r"^/+", "/", name) for name in names]

@@ -19,28 +19,23 @@ _VOLATILE = re.compile(
 )
 
 
-def compare(
-    groups: Sequence[Group],
-    points: Sequence[Point],
-    baseline_groups: Sequence[Group],
-    baseline_points: Sequence[Point],
-    tolerance: float,
-) -> tuple[list[Comparison], list[str]]:
+def compare(groups: Sequence[Group], baseline: Sequence[Group], tolerance: float) -> tuple[list[Comparison], list[str]]:
     """Return each point with the baseline's of the same model, precision and number of GPUs; and what has none."""
     comparisons, unmatched = [], []
-    everything = [*groups, *baseline_groups]
-    for group, point in zip(groups, points):
-        candidates = [
-            (old_group, old)
-            for old_group, old in zip(baseline_groups, baseline_points)
-            if (old.model, old.precision, old.gpus) == (point.model, point.precision, point.gpus)
-        ]
+    for group in groups:
+        point = group.point
+        size = (point.model, point.precision, point.gpus)
+        candidates = [old for old in baseline if (old.point.model, old.point.precision, old.point.gpus) == size]
         if not candidates:
             unmatched.append(f"{point.name}: the baseline has no such point")
             continue
-        old_group, old = max(candidates, key=lambda pair: _likeness(point, pair[1]))
-        noise = _noise([other for other in everything if other.kind == group.kind])
-        comparisons.append(_compare(group, point, old_group, old, noise, tolerance))
+        old = max(candidates, key=lambda candidate: _likeness(point, candidate.point))
+        alike = [
+            other
+            for other in (*groups, *baseline)
+            if (other.point.model, other.representative.gpu) == (point.model, group.representative.gpu)
+        ]
+        comparisons.append(_compare(group, old, _noise(alike), tolerance))
     return comparisons, unmatched
 
 
@@ -50,30 +45,29 @@ def _likeness(point: Point, other: Point) -> int:
     return len(same) + (other.numbers is not None)
 
 
-def _compare(
-    group: Group, point: Point, old_group: Group, old: Point, noise: Mean | None, tolerance: float
-) -> Comparison:
+def _compare(group: Group, old: Group, noise: Mean | None, tolerance: float) -> Comparison:
     ratio, interval = None, None
     verdict, why = model.UNDECIDED, "one of the two has no finished run"
-    if point.numbers is not None and old.numbers is not None:
-        ratio, why = point.numbers.tokens_per_s / old.numbers.tokens_per_s, "too few steps to know the noise"
-        new_time, old_time = _step_time(group, noise), _step_time(old_group, noise)
+    if group.point.numbers is not None and old.point.numbers is not None:
+        ratio = group.point.numbers.tokens_per_s / old.point.numbers.tokens_per_s
+        why = "too few steps to know the noise"
+        new_time, old_time = _step_time(group, noise), _step_time(old, noise)
         if new_time is not None and old_time is not None:
             # Of step times; throughput is its inverse, at each point's own batch.
             low_s, high_s = ratio_of(new_time, old_time).interval
             work = ratio * new_time.value / old_time.value
             low, high = interval = work / high_s, work / low_s if low_s > 0 else float("inf")
             verdict = model.SLOWER if high < 1 else model.QUICKER if low > 1 else model.NO_DIFFERENCE
-            if noise is None:
-                source = "noise from the steps of one run each: repeat the runs to know how runs differ"
-            else:
-                repeats = "repeats" if len(group.final) > 1 or len(old_group.final) > 1 else "repeats of other points"
-                source = f"noise from {repeats} ({_runs(len(group.final))}, baseline {len(old_group.final)})"
+            source = "noise from the steps of one run each: repeat the runs to know how runs differ"
+            if noise is not None:
+                runs, old_runs = len(group.point.final_runs), len(old.point.final_runs)
+                repeats = "repeats" if max(runs, old_runs) > 1 else "repeats of other points"
+                source = f"noise from {repeats} ({runs} run{'s'[: runs > 1]}, baseline {old_runs})"
             why = f"throughput {ratio - 1:+.1%}, 95% interval {low - 1:+.1%} to {high - 1:+.1%}; {source}"
-    before, after = recorded(old_group.representative), recorded(group.representative)
+    before, after = recorded(old.representative), recorded(group.representative)
     return Comparison(
-        point=point.name,
-        baseline=old.name,
+        point=group.point.name,
+        baseline=old.point.name,
         ratio=ratio,
         interval=interval,
         verdict=verdict,
@@ -81,10 +75,6 @@ def _compare(
         why=why,
         **{kind: _changes(before[kind], after[kind]) for kind in KINDS},
     )
-
-
-def _runs(number: int) -> str:
-    return "1 run" if number == 1 else f"{number} runs"
 
 
 def recorded(run: Run) -> dict[str, dict[str, str]]:
@@ -113,10 +103,10 @@ def _noise(groups: Sequence[Group]) -> Mean | None:
 def _step_time(group: Group, noise: Mean | None) -> Mean | None:
     """Return the point's step time, with the error that `noise` gives it; a single run's own steps know less."""
     if noise is None:
-        return group.step_time()
-    mean = statistics.fmean(group.means_s())
-    error = mean * noise.standard_error / len(group.final) ** 0.5
-    return Mean(mean, error, noise.degrees_of_freedom)
+        return group.point.step_time
+    means = group.means_s()
+    mean = statistics.fmean(means)
+    return Mean(mean, mean * noise.standard_error / len(means) ** 0.5, noise.degrees_of_freedom)
 
 
 def _changes(before: dict[str, str], after: dict[str, str]) -> tuple[Change, ...]:
@@ -125,20 +115,15 @@ def _changes(before: dict[str, str], after: dict[str, str]) -> tuple[Change, ...
 
 
 def _software(run: Run) -> dict[str, str]:
-    packages = dict(run.record.packages)
-    for key, value in (("version", run.version), ("entrypoint", run.entrypoint), ("container", run.container)):
-        if value is not None:
-            packages[key] = value
+    names = {"version": run.version, "entrypoint": run.entrypoint, "container": run.container}
     if git := run.record.git:
-        modified = ", modified" if git.get("modified") else ""
-        packages["nemo_bench (git)"] = f"{git.get('revision')}{modified}"
-    return packages
+        names["nemo_bench (git)"] = f"{git.get('revision')}{', modified' if git.get('modified') else ''}"
+    return run.record.packages | {key: value for key, value in names.items() if value is not None}
 
 
 def _hardware(run: Run) -> dict[str, str]:
     hardware = flatten({key: value for key, value in run.record.hardware.items() if key != "gpus"})
-    gpus = run.record.hardware.get("gpus") or []
-    if gpus:
+    if gpus := run.record.hardware.get("gpus"):
         hardware["gpus"] = f"{len(gpus)} x {gpus[0].get('name')}"
         hardware |= {f"gpu.{key}": str(value) for key, value in gpus[0].items() if key != "name"}
     return hardware

@@ -9,6 +9,7 @@ import gzip
 import math
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,7 @@ class _Rank:
 
 class _Reader:
     def __init__(self) -> None:
-        self.ranks: dict[tuple[int, int] | None, _Rank] = {}  # by (node, rank); None: lines without a label
+        self.ranks = defaultdict[tuple[int, int] | None, _Rank](_Rank)  # by (node, rank); None: lines without a label
         self.log = Log()
         self.listed: list[float] = []  # as NeMo 1 lists them at the end
         self.bridge: list[tuple[float, float]] = []  # step time, TFLOP/s: Bridge's second line of a step
@@ -208,7 +209,7 @@ class _Reader:
         step = self._number(kind, start, bar, fields.get("step")) if "time" in fields else None
         if step is None:
             return False
-        rank = self.ranks.setdefault(label, _Rank())
+        rank = self.ranks[label]
         rank.add(step, float(fields["time"]) / kind.times_in_a_second, fields, redrawn=bar is not None)
         self.memory_bytes = max(self.memory_bytes, _whole(fields.get("memory_bytes")) or 0)
         self.log.skipped += _whole(fields.get("skipped")) or 0

@@ -1,9 +1,9 @@
 """What a report is made of, and `results.json`: the same objects, field by field, as JSON.
 
-Times are in seconds and end in `_s`, fractions are 0 to 1 (an MFU of 0.54 is 54%), moments are ISO 8601 in UTC, memory
-is in GiB (2^30 bytes), peaks and rates of one GPU in TFLOP/s (10^12 a second). None (JSON null) means "not known" or
-"does not apply". A number that is not finite, such as a loss, is the string "nan", "inf" or "-inf" in JSON.
-`Report.schema_version` rises when a field changes its meaning or goes away.
+Times are in seconds and end in `_s`, fractions are 0 to 1, moments are ISO 8601 in UTC, memory is in GiB (2^30 bytes),
+rates of one GPU in TFLOP/s (10^12 a second). None (JSON null) means "not known" or "does not apply"; a number that is
+not finite, such as a loss, is the string "nan", "inf" or "-inf" in JSON. `Report.schema_version` rises when a field
+changes its meaning or goes away.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from nemo_bench.flops import Architecture, days_to_train, pipeline_bubble
+from nemo_bench.flops import Architecture, pipeline_bubble
 from nemo_bench.report.profile import StepProfile
 from nemo_bench.report.statistics import Mean, Steps, StepTimes
 
@@ -60,11 +60,9 @@ class Numbers:
     def at(self, step_time_s: float) -> Numbers:
         """Return the same at another step time."""
         names = ("tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "tflops_per_gpu_causal", "mfu", "mfu_causal")
-        values: dict[str, Any] = {name: getattr(self, name) for name in names}
         scale = self.step_time_s / step_time_s
-        scaled: dict[str, Any] = {name: None if value is None else value * scale for name, value in values.items()}
-        days = days_to_train(tokens=self.total_tokens, tokens_per_s=self.tokens_per_s * scale)
-        return replace(self, step_time_s=step_time_s, days_to_train=days, **scaled)
+        scaled: dict[str, Any] = {name: (getattr(self, name) or 0) * scale or None for name in names}
+        return replace(self, step_time_s=step_time_s, days_to_train=self.days_to_train / scale, **scaled)
 
 
 @dataclass(frozen=True)
@@ -160,6 +158,11 @@ class Run:
     def final(self) -> bool:
         """Whether its numbers may be shown as results."""
         return self.why_not_final is None
+
+    @property
+    def identity_known(self) -> bool:
+        """Whether the run belongs to a point."""
+        return None not in (self.model, self.precision, self.gpus)
 
     @property
     def point(self) -> str:
@@ -271,14 +274,9 @@ class Point:
     reference: ReferencePoint | None = None  # the published number
     verdict: Verdict = field(default_factory=Verdict)
 
-    @property
-    def pipeline_bubble(self) -> float | None:
-        """The share of a step that the pipeline's bubble takes by the layout alone; None without a pipeline."""
-        return bubble_of(self.layout)
-
 
 def bubble_of(layout: dict[str, int]) -> float | None:
-    """Return `Point.pipeline_bubble` of a layout by its short names."""
+    """Return the share of a step that the pipeline's bubble takes by the layout alone; None without a pipeline."""
     if layout.get("PP", 1) == 1 or not layout.get("GA"):
         return None
     return pipeline_bubble(pipeline_stages=layout["PP"], virtual_stages=layout["VP"], micro_batches=layout["GA"])

@@ -8,42 +8,39 @@ from collections.abc import Sequence
 from nemo_bench import flops
 from nemo_bench.config import TrainConfig
 from nemo_bench.report.model import Numbers, Run
-from nemo_bench.report.statistics import MIN_STEADY_STEPS, StepTimes
+from nemo_bench.report.statistics import StepTimes
 
 # Steps whose mean is called the last loss: a single step's is noisy.
 LAST_LOSSES = 5
 
 
 def numbers_at(
-    step_time_s: float,
-    *,
-    seq_length: int,
-    global_batch_size: int,
-    gpus: int,
-    sizes: flops.Architecture | None,
-    peak_tflops: float | None,
-    peak_source: str | None,
-    total_tokens: float,
-) -> Numbers:
-    """Return all that follows from a step time; no FLOPs without the model's `sizes`, no MFU without a peak."""
+    step_time_s: float, run: Run, peak_tflops: float | None, peak_source: str | None, total_tokens: float
+) -> Numbers | None:
+    """Return all that follows from a step time: no FLOPs without the model's sizes, no MFU without a peak.
+
+    None where the run's GPUs, batch or sequence are not known.
+    """
+    if not (run.seq_length and run.global_batch_size and run.gpus):
+        return None
     tokens_per_s = flops.tokens_per_second(
-        seq_length=seq_length, global_batch_size=global_batch_size, step_time_s=step_time_s
+        seq_length=run.seq_length, global_batch_size=run.global_batch_size, step_time_s=step_time_s
     )
     recipe, causal = None, None
-    if sizes is not None:
+    if run.architecture is not None:
         recipe, causal = (
             flops.tflops_per_gpu(
-                global_batch_size=global_batch_size,
-                flops_per_sequence=sizes.flops_per_sequence(seq_length, convention),
+                global_batch_size=run.global_batch_size,
+                flops_per_sequence=run.architecture.flops_per_sequence(run.seq_length, convention),
                 step_time_s=step_time_s,
-                num_gpus=gpus,
+                num_gpus=run.gpus,
             )
             for convention in (flops.FlopsConvention.RECIPE, flops.FlopsConvention.CAUSAL)
         )
     return Numbers(
         step_time_s=step_time_s,
         tokens_per_s=tokens_per_s,
-        tokens_per_s_per_gpu=tokens_per_s / gpus,
+        tokens_per_s_per_gpu=tokens_per_s / run.gpus,
         tflops_per_gpu=recipe,
         tflops_per_gpu_causal=causal,
         peak_tflops=peak_tflops,
@@ -55,31 +52,26 @@ def numbers_at(
     )
 
 
-def rates(cfg: TrainConfig, measured_peaks: Sequence[float]) -> Numbers:
-    """Return a configuration's numbers at a step time of a second.
+def rates_of_step(cfg: TrainConfig, measured_peaks: Sequence[float], step_time_s: float) -> dict[str, float]:
+    """Return a step's rates by the names of steps.jsonl; none of a step without a time, no MFU without a peak.
 
     `measured_peaks` (TFLOP/s of each rank) count where no peak is published.
     """
     peak = cfg.gpu.peak_tflops.get(cfg.precision.name)
     if peak is None and measured_peaks:
         peak = statistics.fmean(measured_peaks)
-    return numbers_at(
-        1.0,
-        seq_length=cfg.model.seq_length,
-        global_batch_size=cfg.model.global_batch_size,
+    run = Run(
+        name="",
+        path="",
+        source="run folder",
         gpus=cfg.world_size,
-        sizes=cfg.architecture,
-        peak_tflops=peak,
-        peak_source=None,
-        total_tokens=cfg.total_tokens,
+        global_batch_size=cfg.model.global_batch_size,
+        seq_length=cfg.model.seq_length,
+        architecture=cfg.architecture,
     )
-
-
-def rates_of_step(rates: Numbers, step_time_s: float) -> dict[str, float]:
-    """Return a step's rates by the names of steps.jsonl; none of a step without a time, no MFU without a peak."""
-    numbers = vars(rates.at(step_time_s)) if step_time_s > 0 else {}
+    numbers = numbers_at(step_time_s, run, peak, None, cfg.total_tokens) if step_time_s > 0 else None
     names = ("tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")
-    return {name: numbers[name] for name in names if numbers.get(name) is not None}
+    return {name: value for name in names if (value := getattr(numbers, name, None)) is not None}
 
 
 def counted(times: StepTimes) -> str:
@@ -88,13 +80,6 @@ def counted(times: StepTimes) -> str:
     if times.excluded:
         text += ", without " + " and ".join(f"{number} ({reason})" for reason, number in times.excluded.items())
     return text
-
-
-def too_few(times: StepTimes) -> str | None:
-    """Return why so few steps are no measurement; None where there are enough."""
-    if times.counted >= MIN_STEADY_STEPS:
-        return None
-    return f"only {counted(times)}: not a measurement (it takes {MIN_STEADY_STEPS})"
 
 
 def unit_name(run: Run) -> str:

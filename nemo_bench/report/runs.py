@@ -21,8 +21,8 @@ from nemo_bench.report import profile as step_profile
 from nemo_bench.report import ranks, remarks
 from nemo_bench.report.logs import Log, read_log
 from nemo_bench.report.model import Record, Run
-from nemo_bench.report.numbers import LAST_LOSSES, numbers_at, too_few
-from nemo_bench.report.statistics import CHECKPOINT, VALIDATION, Steps, step_times
+from nemo_bench.report.numbers import LAST_LOSSES, counted, numbers_at
+from nemo_bench.report.statistics import CHECKPOINT, MIN_STEADY_STEPS, VALIDATION, Steps, step_times
 from nemo_bench.report.statistics import PROFILE as PROFILED
 
 DEFAULT_TOTAL_TOKENS = 1e12
@@ -278,29 +278,17 @@ def measured(
     rates: dict[str, float] | None = None,
 ) -> Run:
     """Return the run with its numbers: which steps count, their statistics, and whether it is final."""
-    times = step_times(run.steps)
-    losses = [loss for loss in run.steps.loss if loss is not None]
-    numbers = None
-    if times is not None and run.global_batch_size and run.seq_length and run.gpus:
-        numbers = numbers_at(
-            times.mean_s,
-            seq_length=run.seq_length,
-            global_batch_size=run.global_batch_size,
-            gpus=run.gpus,
-            sizes=run.architecture,
-            peak_tflops=peak_tflops,
-            peak_source=peak_source,
-            total_tokens=total_tokens,
-        )
-    last = losses[-LAST_LOSSES:]
-    run = replace(
-        run,
-        times=times,
-        first_loss=losses[0] if losses else None,
-        last_loss=sum(last) / len(last) if last else None,
-    )
+    times, few = step_times(run.steps), None
+    numbers = numbers_at(times.mean_s, run, peak_tflops, peak_source, total_tokens) if times else None
+    if losses := [loss for loss in run.steps.loss if loss is not None]:
+        last = losses[-LAST_LOSSES:]
+        run = replace(run, first_loss=losses[0], last_loss=sum(last) / len(last))
+    run = replace(run, times=times)
+    if run.steps and times is None:
+        few = "no step time was recorded"
+    elif times and times.counted < MIN_STEADY_STEPS:
+        few = f"only {counted(times)}: not a measurement (it takes {MIN_STEADY_STEPS})"
     invalid = run.invalid or remarks.invalid(run, numbers)
-    few = ("no step time was recorded" if times is None else too_few(times)) if run.steps else None
     why = "; ".join(text for text in (run.why_not_final, invalid, few) if text) or None
     return replace(
         run,

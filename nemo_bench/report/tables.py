@@ -84,7 +84,7 @@ def points_table(report: Report) -> Table:
                 "tokens/s a GPU": integer(n.tokens_per_s_per_gpu) if n else "",
                 "TFLOP/s a GPU": significant(n.tflops_per_gpu) if n else "",
                 "causal": percent(n.mfu_causal) if n else "",
-                "bubble": percent(point.pipeline_bubble, 1),
+                "bubble": percent(bubble_of(point.layout), 1),
                 "GPU": point.gpu or "",
                 "TP/PP/VP/CP/DP": sizes if layout else "",
                 "MBS/GBS": f"{layout.get('MBS', NONE)}/{point.global_batch_size or NONE}",

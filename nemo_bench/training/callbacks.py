@@ -14,7 +14,7 @@ import torch
 from nemo_bench.config import TrainConfig
 from nemo_bench.record.folder import EventLog, RunFolder
 from nemo_bench.record.ranks import gathered, write_ranks
-from nemo_bench.report.numbers import rates, rates_of_step
+from nemo_bench.report.numbers import rates_of_step
 from nemo_bench.training.gpu import GpuSampler, open_sampler
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class StepRecorder(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.events.write("training", first_step=trainer.global_step)
         # By now every rank has measured its peak, where it is not a published one.
-        self.rates = rates(self.cfg, [float(peak["tflops"]) for peak in self.run.peaks()])
+        self.peaks = [float(peak["tflops"]) for peak in self.run.peaks()]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -65,7 +65,7 @@ class StepRecorder(pl.Callback):
         }
         if "grad_norm" in metrics:
             row["grad_norm"] = float(metrics["grad_norm"])
-        self.run.write_step({**row, **rates_of_step(self.rates, seconds), **self.telemetry.step})
+        self.run.write_step({**row, **rates_of_step(self.cfg, self.peaks, seconds), **self.telemetry.step})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.events.write("validation", after_step=trainer.global_step - 1)

@@ -18,7 +18,7 @@ from nemo_bench.record.ranks import RANKS, gathered, write_ranks
 from nemo_bench.report import page
 from nemo_bench.report.build import build_report
 from nemo_bench.report.model import DeviceUse
-from nemo_bench.report.numbers import rates, rates_of_step
+from nemo_bench.report.numbers import rates_of_step
 from nemo_bench.report.remarks import throttling
 from nemo_bench.report.runs import load_run
 from nemo_bench.report.terminal import summary_rows
@@ -229,8 +229,7 @@ def test_the_page_lists_the_gpus_that_were_held_back_first(run_dir: Path) -> Non
 def test_a_steps_rates_are_those_of_the_report() -> None:
     run, cfg = load_run(H200), load(H200 / record.CONFIG)
     assert run.numbers is not None
-    found = rates_of_step(rates(cfg, []), run.numbers.step_time_s)
-    assert found == {
+    assert rates_of_step(cfg, [], run.numbers.step_time_s) == {
         "tokens_per_s_per_gpu": pytest.approx(run.numbers.tokens_per_s_per_gpu),
         "tflops_per_gpu": pytest.approx(run.numbers.tflops_per_gpu),
         "mfu": pytest.approx(run.numbers.mfu),
@@ -240,7 +239,6 @@ def test_a_steps_rates_are_those_of_the_report() -> None:
 def test_without_a_peak_there_is_no_mfu_and_without_a_time_no_rate() -> None:
     cfg = load(H200 / record.CONFIG)
     cfg.gpu.peak_tflops = {"bf16": None}
-    assert "mfu" not in rates_of_step(rates(cfg, []), 1.0)
-    tflops = rates(cfg, []).tflops_per_gpu
-    assert tflops is not None and rates(cfg, [500.0, 600.0]).mfu == pytest.approx(tflops / 550)
-    assert rates_of_step(rates(cfg, []), 0.0) == {} == rates_of_step(rates(cfg, []), float("nan"))
+    unknown, measured = rates_of_step(cfg, [], 1.0), rates_of_step(cfg, [500.0, 600.0], 1.0)
+    assert "mfu" not in unknown and measured["mfu"] == pytest.approx(unknown["tflops_per_gpu"] / 550)
+    assert rates_of_step(cfg, [], 0.0) == {} == rates_of_step(cfg, [], float("nan"))

@@ -18,7 +18,7 @@ from nemo_bench.record.node import NODE
 from nemo_bench.report import model, tables
 from nemo_bench.report.bare_logs import Given
 from nemo_bench.report.build import build_report
-from nemo_bench.report.model import Point, Report, flatten, point_name, to_json
+from nemo_bench.report.model import Point, Report, bubble_of, flatten, point_name, to_json
 
 LOGS = Path(__file__).parents[1] / "logs"
 RUNS = Path(__file__).parents[1] / "runs/nemo-2.7.3"
@@ -141,7 +141,7 @@ def test_the_table_of_the_gpus_page_is_that_of_the_records() -> None:
 
 def test_the_pipeline_bubble_of_a_layout() -> None:
     report = build_report([GPU_SPEED])
-    bubbles = {point.name: point.pipeline_bubble for point in report.points if point.gpus == 2}
+    bubbles = {point.name: bubble_of(point.layout) for point in report.points if point.gpus == 2}
     assert bubbles.pop(next(name for name in bubbles if "PP2 VP2" in name)) == pytest.approx(0.5 / 8.5)
     assert set(bubbles.values()) == {None}
     table = tables.points_table(report)

@@ -13,8 +13,8 @@ import pytest
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
 from nemo_bench.record.node import NODE
-from nemo_bench.report import inputs
 from nemo_bench.report.bare_logs import Given, check, load_log
+from nemo_bench.report.build import build_report
 from nemo_bench.report.runs import load_run
 from nemo_bench.report.terminal import summary_rows
 
@@ -319,18 +319,15 @@ def test_a_tree_gives_its_run_folders_and_the_logs_beside_them(tmp_path: Path) -
     shutil.copy(LOGS / "nemo2.out", tmp_path / "tree/other.log")
     (tmp_path / "tree/notes.md").write_text("train_step_timing")
     (tmp_path / "tree/loop").symlink_to(tmp_path / "tree")
-    paths, closed = inputs.find([tmp_path / "tree"])
-    found = [path.name for path in paths]
-    assert closed == []
-    assert sorted(found) == sorted(
-        [FAILED.name, CHECKPOINTS.name, PLAIN.name, "20261122-165301-2f07", TWO.name, "other.log"]
-    )
-    twice, _ = inputs.find([tmp_path / "tree", tmp_path / "tree/tiny/1", tmp_path / "tree/other.log"])
-    assert len(twice) == 6
-    with pytest.raises(BenchError, match="there is no such file or folder"):
-        inputs.find([tmp_path / "nowhere"])
+    report = build_report([tmp_path / "tree"])
+    names = [FAILED.name, CHECKPOINTS.name, PLAIN.name, "20261122-165301-2f07", TWO.name, "other.log"]
+    assert sorted(run.name for run in report.runs) == sorted(names)
+    twice = build_report([tmp_path / "tree", tmp_path / "tree/tiny/1", tmp_path / "tree/other.log"])
+    assert len(twice.runs) == 6
 
 
-def test_names_are_as_short_as_they_can_be() -> None:
-    paths = [Path("/a/b/x.out"), Path("/a/c/x.out"), Path("/a/c/y.out")]
-    assert inputs.unique_names(paths) == ["b/x.out", "c/x.out", "y.out"]
+def test_names_are_as_short_as_they_can_be(tmp_path: Path) -> None:
+    for name in ("b/x.out", "c/x.out", "c/y.out"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(LOGS / "nemo2.out", tmp_path / name)
+    assert [run.name for run in build_report([tmp_path]).runs] == ["b/x.out", "c/x.out", "y.out"]
