@@ -17,13 +17,11 @@ UNSTEADY_STEPS = 3
 
 _NUMBERS = (
     ("step_time_median_s", "train_step_timing_s", statistics.median),
-    ("step_time_max_s", "train_step_timing_s", max),
     ("power_w", "power_w", statistics.fmean),
     ("sm_clock_mhz", "sm_clock_mhz", statistics.fmean),
     ("sm_clock_min_mhz", "sm_clock_min_mhz", min),
     ("temperature_max_c", "temperature_max_c", max),
     ("peak_memory_gib", "peak_memory_gib", max),
-    ("reserved_memory_gib", "reserved_memory_gib", max),
 )
 
 
