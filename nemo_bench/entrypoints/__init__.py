@@ -53,11 +53,7 @@ class Entrypoint:
 
 
 def entrypoint_of(cfg: TrainConfig) -> Entrypoint:
-    """Return the program that `cfg` chose.
-
-    Raises:
-        ConfigurationRefused: there is no such program.
-    """
+    """Return the program that `cfg` chose; raise ConfigurationRefused if there is none of that name."""
     name = cfg.entrypoint.name
     if name not in NAMES:
         raise ConfigurationRefused([Problem("entrypoint.name", name, "unknown program", f"valid: {', '.join(NAMES)}")])

@@ -78,34 +78,30 @@ class Nemo2409(Entrypoint):
     memory_is_estimated = False
 
     def problems(self, cfg: TrainConfig) -> list[Problem]:
-        need, here, m = Need(cfg), f"(entrypoint={NAME})", cfg.model
+        need, here, m, defaults = Need(cfg), f"(entrypoint={NAME})", cfg.model, TrainConfig()
         for key in _NEMO2_ONLY:
-            default = value_of(TrainConfig(), key)
+            default = value_of(defaults, key)
             rule = f"has no effect with entrypoint={NAME}; entrypoint=nemo2 has it"
             need(value_of(cfg, key) == default, key, rule, f"leave it out ({text_of(default)})")
         for name, value in vars(cfg.checkpoint).items():
             rule = f"entrypoint={NAME} writes and reads no checkpoints"
             need(value is None, f"checkpoint.{name}", rule, "use null, or entrypoint=nemo2")
-        rule = f"is newer than Transformer Engine in nemo:24.09 {here}"
         delayed = cfg.precision.fp8 is None or cfg.precision.fp8_recipe == "delayed"
+        rule = f"is newer than Transformer Engine in nemo:24.09 {here}"
         need(delayed, "precision.fp8_recipe", rule, "use delayed")
         backends = (*_ATTENTION, "auto")
-        need(
-            m.attention_backend in backends or cfg.gpu.device != "cuda",
-            "model.attention_backend",
-            f"unknown attention backend {here}",
-            f"valid: {', '.join(backends)}",
-        )
+        known = m.attention_backend in backends or cfg.gpu.device != "cuda"
+        need(known, "model.attention_backend", f"unknown attention backend {here}", f"valid: {', '.join(backends)}")
+        holds_tokens = m.vocab_size >= MOCK_TOKEN_IDS or cfg.data.kind != "mock"
         rule = f"is smaller than the token ids in NeMo's mock data {here}"
-        fix = f"nearest that works: {MOCK_TOKEN_IDS}"
-        need(m.vocab_size >= MOCK_TOKEN_IDS or cfg.data.kind != "mock", "model.vocab_size", rule, fix)
+        need(holds_tokens, "model.vocab_size", rule, f"nearest that works: {MOCK_TOKEN_IDS}")
         rule = f"this program can only be profiled by nsys {here}"
         need(cfg.profile.kind != "torch", "profile", rule, "use profile=nsys", value="torch")
-        rule = f"this program recomputes the attention's core and nothing else {here}"
         core_only = m.recompute_granularity != "selective" or list(m.recompute_modules) == ["core_attn"]
+        rule = f"this program recomputes the attention's core and nothing else {here}"
         need(core_only, "model.recompute_modules", rule, "use [core_attn]")
-        rule = f"a program is needed {here}"
-        need(cfg.entrypoint.program, "entrypoint.program", rule, "give the path of megatron_gpt_pretraining.py")
+        fix = "give the path of megatron_gpt_pretraining.py"
+        need(cfg.entrypoint.program, "entrypoint.program", f"a program is needed {here}", fix)
         return need.problems
 
     def machine_problems(self, cfg: TrainConfig) -> list[Problem]:
@@ -147,9 +143,8 @@ ENTRYPOINT = Nemo2409()
 def configuration(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     """Return NeMo 1's whole configuration as plain values, paths as they are."""
     values = _escaped({"cfg": asdict(cfg), "derived": _derived(cfg, run_dir), "run_dir": str(run_dir)})
-    names = list(values)
     content: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(TEMPLATE), values), resolve=True)
-    for name in names:
+    for name in values:
         del content[name]
     if cfg.data.kind != "mock":
         del content["model"]["override_vocab_size"]
@@ -164,8 +159,7 @@ def _derived(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     interleaved = (m.virtual_pipeline_model_parallel_size or 1) > 1
     # The matrix product itself sums up the weight gradients: Apex's kernel, and master weights (O2).
     accumulation_fusion = cuda and bf16 and m.gradient_accumulation_fusion
-    # Megatron's sample order: where the recipe keeps it, or, of a dataset that may be built anew at its path, with the
-    # run.
+    # Megatron's sample order: where the recipe keeps it; with the run, where the dataset may be built anew at its path.
     index_mapping = {"megatron": Path(cfg.stage_path) / "index_mapping", "local": run_dir / "index_mapping"}
     weights = data.weights or [1 / len(data.paths) for _ in data.paths]
     return {
@@ -183,7 +177,7 @@ def _derived(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
         "interleaved": interleaved,
         "not_interleaved": not interleaved,
         "tp_comm_overlap": _tp_comm_overlap(cfg),
-        "user_buffers": _user_buffers(cfg) if _tp_comm_overlap(cfg) else None,
+        "user_buffers": _user_buffers(cfg),
         # While its pipeline drains, the last stage catches up on the embedding's weight gradients.
         "defer_embedding_wgrad_compute": m.defer_embedding_wgrad_compute is not False
         and m.pipeline_model_parallel_size > 1
@@ -202,13 +196,13 @@ def _tp_comm_overlap(cfg: TrainConfig) -> bool:
     return cfg.gpu.device == "cuda" and cfg.model.tp_comm_overlap and cfg.model.tensor_model_parallel_size > 1
 
 
-def _user_buffers(cfg: TrainConfig) -> dict[str, Any] | None:
+def _user_buffers(cfg: TrainConfig) -> Any:
     """Return NVIDIA's table for these sizes; None if there is none, and Transformer Engine's defaults serve."""
-    tables = yaml.safe_load(USER_BUFFERS.read_text())
-    number_format = "fp8" if cfg.precision.fp8 is not None else "bf16"
+    if not _tp_comm_overlap(cfg):
+        return None
+    number_format = "bf16" if cfg.precision.fp8 is None else "fp8"
     sizes = f"h{cfg.model.hidden_size}_tp{cfg.model.tensor_model_parallel_size}_{number_format}"
-    table: dict[str, Any] | None = tables.get(sizes)
-    return table
+    return yaml.safe_load(USER_BUFFERS.read_text()).get(sizes)
 
 
 def _tokenizer(cfg: TrainConfig) -> dict[str, Any]:
@@ -243,9 +237,9 @@ def _optim(cfg: TrainConfig) -> dict[str, Any]:
 
 def yaml_text(cfg: TrainConfig, run_dir: Path) -> str:
     """Return the text of `nemo_24_09.yaml`, which Hydra reads back as `configuration`."""
-    head = f"# Written by NeMo Bench for {cfg.entrypoint.program}; OmegaConf's grammar.\n"
     content = _escaped(configuration(cfg, run_dir))
-    return head + str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000))
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000)
+    return f"# Written by NeMo Bench for {cfg.entrypoint.program}; OmegaConf's grammar.\n{text}"
 
 
 def _escaped(value: Any) -> Any:
@@ -269,10 +263,8 @@ def _in_grammar(value: Any) -> str:
 
     if isinstance(value, list):
         return f"[{','.join(map(_in_grammar, value))}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
     # Double quotes: the shell's are single.
-    return str(QuotedString(value, Quote.double).with_quotes() if isinstance(value, str) else value)
+    return str(QuotedString(value, Quote.double).with_quotes()) if isinstance(value, str) else text_of(value)
 
 
 def program_command(cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:

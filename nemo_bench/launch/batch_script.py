@@ -20,29 +20,9 @@ from nemo_bench.record.folder import EXIT, REQUEUE
 TEMPLATE = Path(__file__).with_name("point.sbatch.j2")
 
 
-def job_name(cfg: TrainConfig) -> str:
-    """Return the job's name: never `bash` or `interactive`, which Lightning takes for a shell."""
-    return f"nemo-bench-{cfg.model.name}-{cfg.precision.name}-{cfg.world_size}gpu"
-
-
-def sbatch_lines(cfg: TrainConfig, run_dir: Path) -> list[str]:
-    """Return the `#SBATCH` lines of this point."""
-    # Without checkpoints a requeued run would only start over.
-    checkpoints = cfg.checkpoint.every_n_steps is not None
-    return slurm.sbatch_lines(
-        cfg.cluster,
-        name=job_name(cfg),
-        nodes=cfg.trainer.num_nodes,
-        ntasks_per_node=cfg.trainer.devices,
-        folder=run_dir,
-        requeue=checkpoints,
-        signal=f"USR1@{cfg.cluster.signal_s}" if checkpoints else None,
-    )
-
-
-def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
+def _srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
     """Return the srun line: one task a rank, all ended when one fails."""
-    c = cfg.cluster
+    c, entrypoint = cfg.cluster, entrypoint_of(cfg)
     command = [
         "srun",
         "--kill-on-bad-exit=1",
@@ -53,7 +33,7 @@ def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
         f"--output={slurm.literal(run_dir)}/rank%t.out",
         "--open-mode=append",
         "--unbuffered",
-        *entrypoint_of(cfg).srun_options(cfg),
+        *entrypoint.srun_options(cfg),
     ]
     if c.cpus_per_task is not None:
         command.append(f"--cpus-per-task={c.cpus_per_task}")  # srun does not inherit it
@@ -68,7 +48,7 @@ def srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
             command.append("--no-container-mount-home")
         # By default the image's own values win over those of the job.
         command.append(f"--container-env={','.join(rank_environment(cfg))}")
-    return [*command, *c.srun_args, *entrypoint_of(cfg).rank_command(cfg, run_dir, python)]
+    return [*command, *c.srun_args, *entrypoint.rank_command(cfg, run_dir, python)]
 
 
 def _mounted_paths(cfg: TrainConfig) -> list[str]:
@@ -84,24 +64,37 @@ def _mounted_paths(cfg: TrainConfig) -> list[str]:
 
 def rank_environment(cfg: TrainConfig) -> dict[str, str]:
     """Return the environment of every rank, without what Slurm sets."""
-    path = {} if entrypoint_of(cfg).keeps_image_pythonpath(cfg) else {"PYTHONPATH": str(PROJECT)}
-    return {**entrypoint_of(cfg).environment(cfg), **cfg.cluster.env, **path, "PYTHONUNBUFFERED": "1"}
+    entrypoint = entrypoint_of(cfg)
+    path = {} if entrypoint.keeps_image_pythonpath(cfg) else {"PYTHONPATH": str(PROJECT)}
+    return {**entrypoint.environment(cfg), **cfg.cluster.env, **path, "PYTHONUNBUFFERED": "1"}
 
 
 def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
     """Return the whole sbatch script of one point, from `point.sbatch.j2`."""
     from jinja2 import Environment, StrictUndefined
 
+    # Without checkpoints a requeued run would only start over.
+    checkpoints = cfg.checkpoint.every_n_steps is not None
+    sbatch_lines = slurm.sbatch_lines(
+        cfg.cluster,
+        # Never `bash` or `interactive`, which Lightning takes for a shell.
+        name=f"nemo-bench-{cfg.model.name}-{cfg.precision.name}-{cfg.world_size}gpu",
+        nodes=cfg.trainer.num_nodes,
+        ntasks_per_node=cfg.trainer.devices,
+        folder=run_dir,
+        requeue=checkpoints,
+        signal=f"USR1@{cfg.cluster.signal_s}" if checkpoints else None,
+    )
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
     environment.filters["quoted"] = shlex.quote
     return environment.from_string(TEMPLATE.read_text()).render(
-        sbatch_lines="\n".join(sbatch_lines(cfg, run_dir)),
+        sbatch_lines="\n".join(sbatch_lines),
         run_dir=str(run_dir),
         record_id=slurm.record_id("RUN"),
         requeue=REQUEUE,
         exit=EXIT,
         environment=rank_environment(cfg),
         setup=cfg.cluster.setup,
-        srun=shlex.join(srun_command(cfg, run_dir)),
+        srun=shlex.join(_srun_command(cfg, run_dir)),
         record_status="\n".join(slurm.record_status("RUN")).rstrip(),
     )

@@ -10,17 +10,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
+
+import yaml
 
 from nemo_bench.checks.smaller import smaller_configurations
 from nemo_bench.config import TrainConfig, load
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError
-from nemo_bench.launch.causes import known_cause
 from nemo_bench.memory import GIB, estimate_memory
 from nemo_bench.record.first_error import first_error
 from nemo_bench.record.folder import CONFIG, RunFolder, tail
 
+CAUSES = Path(__file__).with_name("causes.yaml")
 # The end of a log: it holds a C++ stack trace of each process group after the lines of interest.
 LOG_LINES = 600
 SHOWN_RANKS = 8
@@ -189,3 +192,47 @@ def _ranks(ranks: list[int]) -> str:
 def _last_line(log: str) -> str:
     lines = [line for line in log.splitlines() if not _ABORT.search(line)]
     return lines[-1][:160] if lines else "(nothing)"
+
+
+# --- other known causes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cause:
+    """An entry of `causes.yaml`, whose head describes the fields."""
+
+    pattern: str
+    meaning: str
+    remedy: str = ""
+    source: str = ""
+
+
+def read_causes(path: Path) -> list[Cause]:
+    """Return the entries of a table of causes; raise BenchError if it is not one."""
+    try:
+        causes = [Cause(**entry) for entry in yaml.safe_load(path.read_text()) or []]
+        for cause in causes:
+            re.compile(cause.pattern)
+    except (yaml.YAMLError, TypeError, re.error) as error:
+        raise BenchError(f"{path} is not a table of causes: {error}\n{CAUSES} describes its form") from None
+    return causes
+
+
+def known_cause(text: str, stage: Path, values: Mapping[str, object]) -> list[str] | None:
+    """Return the meaning and the remedy of the first entry that matches `text`; None if there is none.
+
+    The entries of the stage folder's own `causes.yaml` come first. In an entry, `$name` is one of `values` or a named
+    group of its pattern.
+    """
+    causes, problem = read_causes(CAUSES), []
+    if (own := stage / CAUSES.name).exists():
+        try:
+            causes = read_causes(own) + causes
+        except BenchError as error:  # must not hide why the run failed
+            problem = str(error).splitlines()
+    for cause in causes:
+        if match := re.search(cause.pattern, text, re.MULTILINE):
+            values = {**values, **{name: group or "" for name, group in match.groupdict().items()}}
+            lines = [Template(line).safe_substitute(values) for line in (cause.meaning, cause.remedy) if line]
+            return [*(line.strip().removesuffix(":") for line in lines), *problem]
+    return None

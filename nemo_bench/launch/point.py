@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_bench.checks.datasets import dataset_rules
 from nemo_bench.checks.problems import problems
+from nemo_bench.cluster import processes
 from nemo_bench.config import Launch, TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, Need, RunFailed
@@ -22,9 +23,6 @@ from nemo_bench.launch.diagnosis import Diagnosis, diagnose
 from nemo_bench.launch.plan import plan, rank_plan, results_dir
 from nemo_bench.project import python_path
 from nemo_bench.record.folder import PROFILE, RunFolder, Status, tail
-
-if TYPE_CHECKING:
-    from nemo_bench.cluster.processes import Outcome
 
 LOG_TAIL_LINES = 15
 # With less than this free, a run ended for want of disk space.
@@ -39,18 +37,15 @@ def run_point(raw: DictConfig) -> None:
         RunFailed: the run was started and did not complete.
     """
     cfg = typed(raw)
-    dry = cfg.launch is Launch.dry
-    runs_here = not dry and cfg.cluster.scheduler == "none"
+    dry, here = cfg.launch is Launch.dry, cfg.cluster.scheduler == "none"
     broken = problems(cfg)
-    if refused := [problem for problem in broken if runs_here or not problem.missing]:
+    if refused := [problem for problem in broken if not problem.missing or (here and not dry)]:
         raise ConfigurationRefused(refused)
     if dry:
         print(plan(cfg, missing=broken))
-        if cfg.cluster.scheduler == "none":
-            print(f"{rank_plan(cfg)}\nlaunch=dry: nothing was started.")
-        else:
-            print("hydra/launcher=submitit_slurm prints the batch script. launch=dry: nothing was started.")
-    elif cfg.cluster.scheduler != "none":
+        print(f"{rank_plan(cfg)}\n" if here else "hydra/launcher=submitit_slurm prints the batch script. ", end="")
+        print("launch=dry: nothing was started.")
+    elif not here:
         raise BenchError(
             f"cluster={cfg.cluster.name}: add hydra/launcher=submitit_slurm to submit this point.\n"
             "launch=dry checks it and prints it; scale=local runs here; cluster=local uses this machine's GPUs"
@@ -60,12 +55,12 @@ def run_point(raw: DictConfig) -> None:
 
 
 def _run_here(cfg: TrainConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
     from nemo_bench.report.runs import load_run
     from nemo_bench.report.terminal import Follower, make_console, print_summary
 
     console = make_console()
-    from hydra.core.hydra_config import HydraConfig
-
     cfg = prepare_data(cfg)
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     run = new_run(cfg, ["python", *sys.argv], overrides)
@@ -117,8 +112,6 @@ def execute(cfg: TrainConfig, run: RunFolder, tick: Callable[[], None]) -> None:
     Raises:
         RunFailed: it did not complete; all ranks are gone.
     """
-    from nemo_bench.cluster import processes
-
     entrypoint = entrypoint_of(cfg)
     entrypoint.write_files(cfg, run.path)
     try:
@@ -152,7 +145,7 @@ def rank_environment(cfg: TrainConfig) -> dict[str, str]:
     return environment
 
 
-def record_failure(cfg: TrainConfig, run: RunFolder, outcome: Outcome) -> str:
+def record_failure(cfg: TrainConfig, run: RunFolder, outcome: processes.Outcome) -> str:
     """Record the failed state and return the message: which rank, why, what to do, and its last lines."""
     errors = [error for error in run.rank_errors() if error["time"] <= outcome.seen_at]
     error = errors[0] if errors and outcome.exit_code > 0 else None  # no exception causes a signal

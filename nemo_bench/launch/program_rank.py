@@ -58,8 +58,8 @@ def main(run: RunFolder, command: list[str]) -> int:
         os.kill(os.getpid(), -status)
     if status:
         error_in_log = error_in(run.log(rank))
-        lines = error_in_log.text.splitlines()[:ERROR_LINES] if error_in_log else [f"exit status {status}"]
-        run.write_rank_error(rank, ProgramError("\n".join(lines)))
+        text = error_in_log.text if error_in_log else f"exit status {status}"
+        run.write_rank_error(rank, ProgramError("\n".join(text.splitlines()[:ERROR_LINES])))
     else:
         events.write("done")
     return status

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.launch.causes import CAUSES, read_causes
-from nemo_bench.launch.diagnosis import Diagnosis, diagnose, explain
+from nemo_bench.launch.diagnosis import CAUSES, Diagnosis, diagnose, explain, read_causes
 from nemo_bench.record.first_error import first_error
 from nemo_bench.record.folder import EXIT, RunFolder
 

@@ -100,6 +100,15 @@ def unknown(content: dict[str, Any]) -> list[str]:
     return [key for key, _ in leaves(content) if key not in known]
 
 
+def srun_line(script: str) -> str:
+    (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    return line
+
+
+def words_of(script: str) -> list[str]:
+    return shlex.split(srun_line(script))
+
+
 CONFIGURATIONS = [
     *([f"experiment={name}"] for name in POINTS),
     ["scale=local"],
@@ -169,7 +178,7 @@ def test_the_8b_has_no_tensor_parallel_overlap() -> None:
     assert not model["overlap_p2p_comm"] and model["context_parallel_size"] == 2
 
 
-AWKWARD = [
+AWKWARD = (
     "a b",
     "a=b,c",
     "it's",
@@ -182,7 +191,7 @@ AWKWARD = [
     "a\\",
     "x: y # z",
     "~!@%&*()",
-]
+)
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -198,13 +207,11 @@ def test_any_path_survives_yaml_shell_and_hydras_grammar(name: str, tmp_path: Pa
     # The file alone, and the command line as a shell takes it apart and NeMo's Hydra reads it.
     loaded = OmegaConf.load(folder / nemo_24_09.CONFIG_FILE)
     assert OmegaConf.to_container(loaded, resolve=True) == expected
-    script = batch_script(cfg, folder)
-    (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    line = srun_line(batch_script(cfg, folder))
     shown = subprocess.run(["bash", "-c", f"set -- {line}\nprintf '%s\\0' \"$@\""], capture_output=True, check=True)
     words = shown.stdout.decode().split("\0")[:-1]
-    assert cfg.entrypoint.program is not None
-    at = words.index(cfg.entrypoint.program)
-    assert words[at + 1] == f"--config-path={folder}" and words[at + 2] == "--config-name=nemo_24_09.yaml"
+    at = words.index(str(cfg.entrypoint.program))
+    assert words[at + 1 : at + 3] == [f"--config-path={folder}", "--config-name=nemo_24_09.yaml"]
     with initialize_config_dir(str(folder), version_base=None):
         again = compose("nemo_24_09", words[at + 3 :])
     assert OmegaConf.to_container(again, resolve=True) == expected
@@ -228,24 +235,12 @@ def test_the_programs_own_command_line_reads_it_back(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "read.yaml").read_text()) == nemo_24_09.configuration(cfg, folder)
 
 
-def test_the_command_line_changes_what_the_file_says(tmp_path: Path) -> None:
-    cfg = composed("scale=64gpu")
-    entrypoint_of(cfg).write_files(cfg, tmp_path)
-    larger = composed("scale=128gpu", "precision=fp8", "trainer.max_steps=20")
-    with initialize_config_dir(str(tmp_path), version_base=None):
-        content = compose("nemo_24_09", nemo_24_09.overrides(larger, tmp_path))
-    assert (content.trainer.num_nodes, content.trainer.max_steps, content.trainer.val_check_interval) == (16, 20, 20)
-    assert (content.model.global_batch_size, content.model.fp8, content.model.fp8_params) == (256, True, True)
-
-
-@pytest.mark.parametrize("gpus", [64, 2048])
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize(("precision", "gpus"), [("bf16", 64), ("fp8", 2048)])
 def test_script_and_configuration_are_the_golden_ones(
-    gpus: int, precision: str, monkeypatch: pytest.MonkeyPatch
+    precision: str, gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLURM_ACCOUNT", "account_name")
-    monkeypatch.setenv("SLURM_PARTITION", "batch")
-    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
+    for name, value in {"ACCOUNT": "account_name", "PARTITION": "batch", "GPUS_PER_NODE": "8"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
     cfg = composed(f"scale={gpus}gpu", f"precision={precision}")
     texts = {"sbatch": batch_script(cfg, run_dir(cfg)), "yaml": nemo_24_09.yaml_text(cfg, run_dir(cfg))}
     for suffix, text in texts.items():
@@ -254,11 +249,6 @@ def test_script_and_configuration_are_the_golden_ones(
         if os.environ.get("NEMO_BENCH_WRITE_GOLDEN"):
             golden.write_text(text)
         assert text == golden.read_text()
-
-
-def words_of(script: str) -> list[str]:
-    (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
-    return shlex.split(line)
 
 
 def test_the_container_is_the_entrypoints_and_keeps_its_own_import_path() -> None:
@@ -272,15 +262,20 @@ def test_the_container_is_the_entrypoints_and_keeps_its_own_import_path() -> Non
     assert words[words.index("-u") - 1] == "python3"
 
 
-def test_attention_is_chosen_by_the_environment() -> None:
-    def chosen(*overrides: str) -> tuple[str | None, ...]:
-        environment = rank_environment(composed("scale=64gpu", *overrides))
-        return tuple(environment.get(f"NVTE_{name}_ATTN") for name in ("FLASH", "FUSED"))
-
-    assert chosen() == ("0", "1")  # the recipe's
-    assert chosen("model.attention_backend=flash") == ("1", "0")
-    assert chosen("model.attention_backend=unfused") == ("0", "0")
-    assert chosen("model.attention_backend=auto") == (None, None)
+@pytest.mark.parametrize(
+    ("overrides", "flash_fused"),
+    [
+        ((), ("0", "1")),  # the recipe's
+        (("model.attention_backend=flash",), ("1", "0")),
+        (("model.attention_backend=unfused",), ("0", "0")),
+        (("model.attention_backend=auto",), (None, None)),
+    ],
+)
+def test_attention_is_chosen_by_the_environment(
+    overrides: tuple[str, ...], flash_fused: tuple[str | None, ...]
+) -> None:
+    environment = rank_environment(composed("scale=64gpu", *overrides))
+    assert (environment.get("NVTE_FLASH_ATTN"), environment.get("NVTE_FUSED_ATTN")) == flash_fused
 
 
 def test_user_buffers_meet_through_mpi() -> None:

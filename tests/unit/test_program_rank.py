@@ -37,21 +37,19 @@ def test_another_rank_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_exit_status_and_the_first_error_of_the_log_are_kept(tmp_path: Path) -> None:
-    record.RunFolder(tmp_path).log(2).write_text("starting\nValueError: bad table\nRuntimeError: closed\n")
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("starting\nValueError: bad table\nRuntimeError: closed\n", "ValueError: bad table\nRuntimeError: closed"),
+        ("", "exit status 7"),
+    ],
+)
+def test_the_exit_status_and_the_first_error_of_the_log_are_kept(log: str, message: str, tmp_path: Path) -> None:
+    run = record.RunFolder(tmp_path)
+    run.log(2).write_text(log)
     assert wrapped(tmp_path, "exit 7", rank="2").wait(60) == 7
-    (error,) = record.RunFolder(tmp_path).rank_errors()
-    assert (error["rank"], error["type"], error["message"]) == (
-        2,
-        "ProgramError",
-        "ValueError: bad table\nRuntimeError: closed",
-    )
-
-
-def test_without_a_log_the_status_is_named(tmp_path: Path) -> None:
-    assert wrapped(tmp_path, "exit 7", rank="1").wait(60) == 7
-    (error,) = record.RunFolder(tmp_path).rank_errors()
-    assert error["message"] == "exit status 7"
+    (error,) = run.rank_errors()
+    assert (error["rank"], error["type"], error["message"]) == (2, "ProgramError", message)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

@@ -40,9 +40,8 @@ def script(*overrides: str) -> str:
 @pytest.mark.parametrize("gpus", [64, 2048])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_the_script_is_the_golden_one(gpus: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_ACCOUNT", "account_name")
-    monkeypatch.setenv("SLURM_PARTITION", "batch")
-    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
+    for name, value in {"ACCOUNT": "account_name", "PARTITION": "batch", "GPUS_PER_NODE": "8"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
     cfg = composed(f"scale={gpus}gpu", f"precision={precision}")
     text = batch_script(cfg, run_dir(cfg)).replace(str(PROJECT), "/home/user/nemo-bench")
     golden = GOLDEN / f"70b_{precision}_{gpus}gpu.sbatch"
@@ -63,10 +62,7 @@ def srun_line(text: str) -> list[str]:
 
 def test_the_recipes_request() -> None:
     asked = options(script())
-    assert asked["nodes"] == "8"
-    assert asked["ntasks-per-node"] == "8"
-    assert asked["mem"] == "0"
-    assert "exclusive" in asked
+    assert (asked["nodes"], asked["ntasks-per-node"], asked["mem"], asked["exclusive"]) == ("8", "8", "0", "")
     assert asked["job-name"] == "nemo-bench-70b-bf16-64gpu"
     # Not by default: the account's own; GPUs, which some clusters refuse; singleton, which would serialise a sweep.
     assert not {"account", "partition", "gpus-per-node", "gres", "dependency", "qos"} & set(asked)
@@ -74,57 +70,55 @@ def test_the_recipes_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "option"),
+    ("name", "value", "option", "asked"),
     [
-        ("SLURM_ACCOUNT", "acc", "account"),
-        ("SBATCH_ACCOUNT", "acc", "account"),
-        ("SLURM_PARTITION", "batch", "partition"),
-        ("SBATCH_PARTITION", "batch", "partition"),
-        ("SLURM_GPUS_PER_NODE", "8", "gpus-per-node"),
-        ("SBATCH_QOS", "high", "qos"),
-        ("SBATCH_RESERVATION", "tonight", "reservation"),
-        ("SBATCH_CONSTRAINT", "h100", "constraint"),
-        ("SBATCH_TIMELIMIT", "00:20:00", "time"),
+        ("SLURM_ACCOUNT", "acc", "account", "acc"),
+        ("SBATCH_ACCOUNT", "acc", "account", "acc"),
+        ("SLURM_PARTITION", "batch", "partition", "batch"),
+        ("SBATCH_PARTITION", "batch", "partition", "batch"),
+        ("SLURM_GPUS_PER_NODE", "8", "gpus-per-node", "8"),
+        ("SLURM_GPUS_PER_NODE", "h100:8", "gpus-per-node", "h100:8"),
+        ("SLURM_GPUS_PER_NODE", "null", "gpus-per-node", None),  # as in the recipe
+        ("SLURM_GPUS_PER_NODE", "", "gpus-per-node", None),
+        ("SLURM_PARTITION", "", "partition", None),
+        ("SBATCH_QOS", "high", "qos", "high"),
+        ("SBATCH_RESERVATION", "tonight", "reservation", "tonight"),
+        ("SBATCH_CONSTRAINT", "h100", "constraint", "h100"),
+        ("SBATCH_TIMELIMIT", "00:20:00", "time", "00:20:00"),
     ],
 )
-def test_what_the_environment_names(name: str, value: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_environment_names(
+    name: str, value: str, option: str, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, value)
-    assert options(script())[option] == value
-
-
-def test_gpus_per_node_may_be_null_as_in_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value in ("null", ""):
-        monkeypatch.setenv("SLURM_GPUS_PER_NODE", value)
-        assert "gpus-per-node" not in options(script())
-    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "h100:8")
-    assert options(script())["gpus-per-node"] == "h100:8"
+    assert options(script()).get(option) == asked
 
 
 def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_PARTITION", "")
-    assert "partition" not in options(script())
     monkeypatch.setenv("SBATCH_PARTITION", "batch")
     assert options(script())["partition"] == "batch"
 
 
-def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "asked"),
+    [
+        (["cluster.partition=debug"], {"partition": "debug"}),  # wins over the environment
+        (["cluster.gpus_per_node=8", "cluster.gres='gpu:8'"], {"gres": "gpu:8", "gpus-per-node": None}),
+        (["+cluster.additional_parameters={mail-type: END, switches: 2}"], {"mail-type": "END", "switches": "2"}),
+        (["+cluster.additional_parameters={exclusive: false}"], {"exclusive": None}),
+        (["cluster.comment='a b'"], {"comment": "a b"}),
+        # Checkpoints bring a warning and a requeue.
+        ([], {"no-requeue": "", "requeue": None, "signal": None}),
+        (["checkpoint.every_n_steps=10", "cluster.signal_s=60"], {"requeue": "", "signal": "USR1@60"}),
+    ],
+)
+def test_what_the_command_line_asks_for(
+    overrides: list[str], asked: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_PARTITION", "batch")
-    assert options(script("cluster.partition=debug"))["partition"] == "debug"
-
-
-def test_gres_stands_in_for_gpus_per_node() -> None:
-    asked = options(script("cluster.gpus_per_node=8", "cluster.gres='gpu:8'"))
-    assert asked["gres"] == "gpu:8" and "gpus-per-node" not in asked
-
-
-def test_any_other_option_can_be_added_or_taken_out() -> None:
-    asked = options(
-        script(
-            "+cluster.additional_parameters={mail-type: END, switches: 2, exclusive: false}", "cluster.comment='a b'"
-        )
-    )
-    assert (asked["mail-type"], asked["switches"], asked["comment"]) == ("END", "2", "a b")
-    assert "exclusive" not in asked
+    requested = options(script(*overrides))
+    assert {option: requested.get(option) for option in asked} == asked
 
 
 def test_the_container_is_named_on_srun_not_on_sbatch() -> None:
@@ -142,24 +136,12 @@ def test_without_a_container_the_nodes_run_this_interpreter() -> None:
     assert sys.executable in line and not any("container" in word for word in line)
 
 
-def test_checkpoints_bring_a_warning_and_a_requeue() -> None:
-    assert "no-requeue" in options(script()) and "signal" not in options(script())
-    asked = options(script("checkpoint.every_n_steps=10", "cluster.signal_s=60"))
-    assert asked["signal"] == "USR1@60" and "requeue" in asked
-
-
 def test_awkward_paths_and_values_reach_the_shell_unharmed(tmp_path: Path) -> None:
     stage = tmp_path / 'it\'s a $HOME, "quoted"'
     cfg = composed("scale=64gpu", "cluster.container=null", "+cluster.env={ODD: 'a b$c'}")
     cfg.stage_path = str(stage)
     text = batch_script(cfg, stage / "run")
     assert srun_line(text)[-1] == str(stage / "run")
-    # The shell reads it without an error, and hands the values on whole.
-    head, _, _ = text.partition("# The ranks meet")
-    shown = subprocess.run(
-        ["bash", "-c", head.replace("rm -f", ": rm") + 'printf "%s" "$RUN"'], capture_output=True, text=True, check=True
-    )
-    assert shown.stdout == str(stage / "run")
-    exports = "\n".join(line for line in text.splitlines() if line.startswith("export ODD"))
-    shown = subprocess.run(["bash", "-c", exports + '\nprintf "%s" "$ODD"'], capture_output=True, text=True, check=True)
-    assert shown.stdout == "a b$c"
+    assignments = "\n".join(line for line in text.splitlines() if line.startswith(("RUN=", "export ODD")))
+    command = ["bash", "-c", f'{assignments}\nprintf "%s\\n%s" "$RUN" "$ODD"']
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{stage}/run\na b$c"
