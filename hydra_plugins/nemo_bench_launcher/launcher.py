@@ -28,8 +28,7 @@ class SlurmLauncher(Launcher):
         self.wait = wait
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        self.loader = hydra_context.config_loader
-        self.config = config
+        self.loader, self.config = hydra_context.config_loader, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from importlib import import_module
@@ -46,11 +45,4 @@ class SlurmLauncher(Launcher):
             points.append(ComposedPoint(config, task_overrides))
         module, submit = SUBMITTERS[self.config.hydra.job.name]
         getattr(import_module(module), submit)(points, wait=self.wait)
-        return [_done(point.overrides) for point in points]
-
-
-def _done(overrides: Sequence[str]) -> JobReturn:
-    """Return what Hydra's sweeper expects of a job: ours are submitted, or have raised an error already."""
-    result = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
-    result.return_value = None
-    return result
+        return [JobReturn(overrides=point.overrides, status=JobStatus.COMPLETED) for point in points]

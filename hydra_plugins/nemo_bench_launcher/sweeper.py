@@ -1,7 +1,4 @@
-"""Hydra's own sweeper, faster.
-
-Hydra composes every point twice, to check it and to run it, and reads all files anew each time.
-"""
+"""Hydra's own sweeper composes every point twice, to check it and to run it, and reads all files anew each time."""
 
 from __future__ import annotations
 

@@ -35,13 +35,11 @@ SHOWN_IDS = 12
 
 
 def require_slurm(cluster: ClusterConfig) -> None:
-    """Raise BenchError if these jobs cannot be submitted as configured."""
     if cluster.scheduler != "slurm":
         raise BenchError(f"cluster={cluster.name}: hydra/launcher=submitit_slurm needs cluster=slurm")
 
 
 def require_sbatch() -> None:
-    """Raise BenchError if this machine has no Slurm."""
     if not slurm.have_sbatch():
         raise BenchError(
             "sbatch is not on this machine: submit from a login node of the cluster.\n"
