@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -28,12 +29,8 @@ class Application:
         self.shows_traceback = os.environ.get(FULL_ERROR) == "1"
 
     def run(self, main: Callable[[], object]) -> NoReturn:
-        """Run a script's main function and exit: 0 done, 1 a run failed, 2 the user can fix it, 130 interrupted.
-
-        Hydra prints errors itself, with a part of the traceback, and ends with 1. With HYDRA_FULL_ERROR=1 it raises
-        them; this asks for that, and a user's own HYDRA_FULL_ERROR=1 still shows the traceback.
-        """
-        os.environ[FULL_ERROR] = "1"
+        """Run a script's main function and exit: 0 done, 1 a run failed, 2 the user can fix it, 130 interrupted."""
+        os.environ[FULL_ERROR] = "1"  # else Hydra prints errors itself, with a part of the traceback, and ends with 1
         interrupt.raises()
         try:
             if self.schema is not None:
@@ -87,11 +84,8 @@ class Application:
 
 def _hydras_value_error(error: Exception) -> str | None:
     """Return a message for a ValueError that Hydra itself raised about its arguments."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    raised_in = traceback.tb_frame.f_globals["__name__"] if traceback is not None else ""
-    if not isinstance(error, ValueError) or not raised_in.startswith("hydra."):
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if not isinstance(error, ValueError) or not frame.f_globals["__name__"].startswith("hydra."):
         return None
     if "Config group override must be a string" in str(error):
         groups = [argument for argument in sys.argv[1:] if re.fullmatch(r"[\w/]*=(\d+|null|true|false)", argument)]
@@ -116,12 +110,13 @@ def verbs(*names: str) -> None:
 
     Another word is refused here: Hydra's message would be about its grammar.
     """
-    arguments = sys.argv[1:]
-    for position, argument in enumerate(arguments):
-        follows_option = position > 0 and arguments[position - 1].startswith("-") and "=" not in arguments[position - 1]
-        if argument in names and not follows_option:
-            sys.argv[position + 1] = f"action={argument}"
-        elif re.fullmatch(r"\w+", argument) and not follows_option:
+    for position, argument in enumerate(sys.argv[1:], start=1):
+        before = sys.argv[position - 1]
+        if not re.fullmatch(r"\w+", argument) or (before.startswith("-") and "=" not in before):
+            continue  # an override, or the value of an option
+        if argument in names:
+            sys.argv[position] = f"action={argument}"
+        else:
             _fail(f"{argument}: not a verb of this command; its verbs: {', '.join(names)}; settings are key=value", 2)
 
 

@@ -18,15 +18,8 @@ from nemo_bench.fields import absolute, settings
 GROUPS_ONLY = ("scale", "experiment")
 # Lines of Hydra's and OmegaConf's messages about their own objects, or that propose `+key=value`: the schema is closed,
 # so that would only move the error.
-_NOISE = (
-    "To append to your config",
-    "reference_type=",
-    "object_type=",
-    "full_key:",
-    "Config search path",
-    "provider=",
-    "See https://hydra.cc",
-)
+_NOISE = ("To append to your config", "Config search path", "See https://hydra.cc")
+_NOISE += ("reference_type=", "object_type=", "full_key:", "provider=")
 
 
 def weak_scaling_batch(sequences: int, per_gpus: int, num_nodes: int, devices: int) -> int:
@@ -120,16 +113,16 @@ def _unknown_key(key: str, schema: type) -> str:
         if fields.get(dictionary, "").startswith("dict"):
             return f"unknown key: {key}\n  {dictionary} takes any key: add one with +{dictionary}.<key>=<value>"
     valid = [*fields, *(GROUPS_ONLY if "trainer" in fields else ())]
-    name = key.rpartition(".")[2]
+    parent, _, name = key.rpartition(".")
+    last_word = {other: other.rpartition(".")[2] for other in valid}
     # A long path in common says little about the last word, which is the one that was mistyped.
     close = [
-        candidate
-        for candidate in difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
-        if difflib.SequenceMatcher(None, name, candidate.rpartition(".")[2]).ratio() >= 0.6
+        other
+        for other in difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
+        if difflib.SequenceMatcher(None, name, last_word[other]).ratio() >= 0.6
     ]
-    close += [other for other in valid if name in other.rpartition(".")[2] and other not in close][:3]
+    close += [other for other in valid if name in last_word[other] and other not in close][:3]
     if close:
         return f"unknown key: {key}\n  did you mean: {', '.join(close)}"
-    parent = key.rpartition(".")[0]
     siblings = [other for other in valid if other.rpartition(".")[0] == parent]
     return f"unknown key: {key}\n  valid here: {', '.join(siblings or [other for other in valid if '.' not in other])}"

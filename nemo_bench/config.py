@@ -373,7 +373,6 @@ def typed_as(schema: type[T], cfg: DictConfig) -> T:
 
 
 def _object(schema: type[T], cfg: DictConfig) -> T:
-    """Return the configuration as an object of its schema: interpolations resolved, paths absolute."""
     result = OmegaConf.to_object(cfg)
     if not isinstance(result, schema) or has_unknown_keys(result):
         # A file, or a key that `+key=value` forced in: slower, and refuses such a key.
@@ -394,6 +393,4 @@ def typed(cfg: DictConfig) -> TrainConfig:
 
 def load(path: Any) -> TrainConfig:
     """Return the configuration in a run folder (`config.yaml`)."""
-    loaded = OmegaConf.load(path)
-    assert isinstance(loaded, DictConfig)
-    return typed(loaded)
+    return typed(DictConfig(OmegaConf.load(path)))

@@ -75,10 +75,9 @@ def number_problems(config: Any) -> list[Problem]:
 
 
 def _working_number(value: float, limits: dict[str, float], setting: Field[Any]) -> str:
-    if value < limits.get("least", -math.inf):
-        return f"nearest that works: {limits['least']}"
-    if limits.get("most", math.inf) < value < math.inf:
-        return f"nearest that works: {limits['most']}"
+    for name in ("least", "most"):
+        if name in limits and math.isfinite(value) and not _LIMITS[name][0](value, limits[name]):
+            return f"nearest that works: {limits[name]}"
     no_default = setting.default in (NO_DEFAULT, MISSING, None)
     return "leave it out for the default" if no_default else f"the default: {setting.default}"
 

@@ -1,12 +1,4 @@
-"""Model FLOPs, tokens/s and time to train: pure arithmetic, each formula with its source.
-
-Two conventions are in use for the same model, and a number without its convention means little:
-
-* `RECIPE`: NVIDIA's Llama 3.1 70B 24.09 performance recipe counts the attention scores in full, as if every token
-  saw every other. All of the recipe's published MFU figures use it.
-* `CAUSAL`: Megatron-LM's `num_floating_point_operations` halves the attention core, since a causal mask leaves half
-  of it undone. `RECIPE` is 7.2% more for the 70B at a sequence length of 8192.
-"""
+"""Model FLOPs, tokens/s and time to train: pure arithmetic, each formula with its source."""
 
 from __future__ import annotations
 
@@ -17,9 +9,12 @@ SECONDS_PER_DAY = 86400
 
 
 class FlopsConvention(Enum):
-    """How the attention core (QK^T and AV) is counted."""
+    """How the attention core (QK^T and AV) is counted: the same model has two numbers, 7.2% apart for the 70B."""
 
+    # NVIDIA's Llama 3.1 70B 24.09 performance recipe, and all of its MFU figures: in full, as if every token saw every
+    # other.
     RECIPE = "recipe"
+    # Megatron-LM's `num_floating_point_operations`: half, since a causal mask leaves half of it undone.
     CAUSAL = "causal"
 
 

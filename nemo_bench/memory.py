@@ -25,24 +25,15 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one GPU of pipeline stage `stage` (from 0), the one that needs most.
+    """Bytes on one GPU of the pipeline stage that needs most."""
 
-    Attributes:
-        parameters_bytes: weights as the matrix products read them, with what fp8 keeps in addition.
-        gradients_bytes: Megatron's gradient buffer.
-        optimizer_bytes: main weights and Adam's two moments, this GPU's share.
-        activations_bytes: what the backward pass still needs, at its largest.
-        logits_bytes: the output layer's, of one micro-batch and of those whose weight gradients are deferred.
-        optimizer_step_bytes: copies that only the optimizer's step holds.
-    """
-
-    stage: int
-    parameters_bytes: float
-    gradients_bytes: float
-    optimizer_bytes: float
-    activations_bytes: float
-    logits_bytes: float
-    optimizer_step_bytes: float
+    stage: int  # from 0
+    parameters_bytes: float  # weights as the matrix products read them, with what fp8 keeps in addition
+    gradients_bytes: float  # Megatron's gradient buffer
+    optimizer_bytes: float  # main weights and Adam's two moments, this GPU's share
+    activations_bytes: float  # what the backward pass still needs, at its largest
+    logits_bytes: float  # the output layer's, of one micro-batch and of those whose weight gradients are deferred
+    optimizer_step_bytes: float  # copies that only the optimizer's step holds
 
     @property
     def total_bytes(self) -> float:
@@ -66,19 +57,13 @@ def _stage(cfg: TrainConfig, stage: int) -> MemoryEstimate:
     matrices = layers * (h * h * (2 + 2 * key_values) + 3 * h * m.ffn_hidden_size) / tp
     embedding = cfg.padded_vocab_size * h / tp
     others = layers * 2 * h + (embedding if stage == 0 else 0) + (embedding + h if last else 0)
-    weights = [_weight_bytes(cfg, matrix=True), _weight_bytes(cfg, matrix=False)]
-    parameters, gradients, optimizer, in_step = (
-        matrices * of_matrix + others * of_other for of_matrix, of_other in zip(*weights)
+    of_matrix, of_other = _weight_bytes(cfg, matrix=True), _weight_bytes(cfg, matrix=False)
+    parameters, gradients, optimizer, optimizer_step = (
+        matrices * bytes_of_matrix + others * bytes_of_other
+        for bytes_of_matrix, bytes_of_other in zip(of_matrix, of_other)
     )
-    return MemoryEstimate(
-        stage=stage,
-        parameters_bytes=parameters,
-        gradients_bytes=gradients,
-        optimizer_bytes=optimizer,
-        activations_bytes=_activations(cfg, stage, layers),
-        logits_bytes=_logits(cfg) if last else 0.0,
-        optimizer_step_bytes=in_step,
-    )
+    activations, logits = _activations(cfg, stage, layers), _logits(cfg) if last else 0.0
+    return MemoryEstimate(stage, parameters, gradients, optimizer, activations, logits, optimizer_step)
 
 
 def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, float, float]:
@@ -124,29 +109,17 @@ def _activations(cfg: TrainConfig, stage: int, layers: int) -> float:
     in_flight = (pp - stage - 1) * 2 + (vp - 1) * pp + 1 if vp > 1 else pp - stage
     kept = min(in_flight, cfg.num_micro_batches * vp) * layers / vp
     working = tokens * 3 * f * size / tp  # gradients of the MLP's inner activations, of the layer at work
-    return _recomputed(cfg, kept, layers / vp, layer, tokens / tp) + working
-
-
-def _recomputed(cfg: TrainConfig, kept: float, chunk: float, layer: float, tokens: float) -> float:
-    """Return the bytes of `kept` layers of `layer` bytes each, less what is computed again.
-
-    `chunk` are the layers of one virtual stage, `tokens` those of a micro-batch that one tensor rank holds.
-    """
-    m = cfg.model
-    granularity = m.recompute_granularity
-    size = 2 if cfg.precision.trainer_precision == "bf16-mixed" else 4
-    if granularity == "full":
-        entry = tokens * m.hidden_size * size * (1 if m.sequence_parallel else m.tensor_model_parallel_size)
+    if m.recompute_granularity == "full":
+        entry = tokens * h * size / (tp if m.sequence_parallel else 1)
         number = m.recompute_num_layers or 1
         if m.recompute_method == "block":
-            share = min(number / chunk, 1)
-            return kept * (share * entry + (1 - share) * layer) + layer
-        return kept / number * entry + number * layer
-    if granularity == "selective" and "mlp" in m.recompute_modules:
-        product = 1 if cfg.precision.fp8 else size
-        without = layer - tokens * m.ffn_hidden_size * (2 * size + product)
-        return kept * without + layer - without
-    return kept * layer
+            share = min(number / (layers / vp), 1)
+            return kept * (share * entry + (1 - share) * layer) + layer + working
+        return kept / number * entry + number * layer + working
+    if m.recompute_granularity == "selective" and "mlp" in m.recompute_modules:
+        mlp = tokens * f * (2 * size + product) / tp
+        return kept * (layer - mlp) + mlp + working
+    return kept * layer + working
 
 
 def _logits(cfg: TrainConfig) -> float:
@@ -156,11 +129,10 @@ def _logits(cfg: TrainConfig) -> float:
     logit = (2 if in_place else 6) if cfg.precision.trainer_precision == "bf16-mixed" else (4 if in_place else 8)
     tokens = m.seq_length / m.context_parallel_size * m.micro_batch_size
     split = m.tensor_model_parallel_size
-    deferred = 0.0
-    if cfg.defers_embedding_wgrad:
-        # Until the weight gradients are computed, the logits' gradients and the output layer's inputs stay.
-        micro_batches = cfg.num_micro_batches
-        inputs = m.hidden_size / (split if m.sequence_parallel else 1)
-        kept = min(m.wgrad_deferral_limit or micro_batches, micro_batches)
-        deferred = kept * tokens * 2 * (cfg.padded_vocab_size / split + inputs)
-    return tokens * cfg.padded_vocab_size / split * logit + deferred
+    vocabulary = cfg.padded_vocab_size / split
+    if not cfg.defers_embedding_wgrad:
+        return tokens * vocabulary * logit
+    # Until the weight gradients are computed, the logits' gradients and the output layer's inputs stay.
+    inputs = m.hidden_size / (split if m.sequence_parallel else 1)
+    kept = min(m.wgrad_deferral_limit or cfg.num_micro_batches, cfg.num_micro_batches)
+    return tokens * (vocabulary * logit + kept * 2 * (vocabulary + inputs))
