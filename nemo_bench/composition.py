@@ -18,7 +18,7 @@ from nemo_bench.fields import absolute, settings
 GROUPS_ONLY = ("scale", "experiment")
 # Lines of Hydra's and OmegaConf's messages about their own objects, or that propose `+key=value`: the schema is closed,
 # so that would only move the error.
-_NOISE = ("To append to your config", "Config search path", "See https://hydra.cc")
+_NOISE: tuple[str, ...] = ("To append to your config", "Config search path", "See https://hydra.cc")
 _NOISE += ("reference_type=", "object_type=", "full_key:", "provider=")
 
 
