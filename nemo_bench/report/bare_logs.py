@@ -33,11 +33,7 @@ class Given:
 
 
 def check(given: Given) -> None:
-    """Refuse names that no configuration group has.
-
-    Raises:
-        BenchError: with the valid ones.
-    """
+    """Refuse names that no configuration group has, and sizes below 1."""
     for group in ("model", "precision", "gpu"):
         name = getattr(given, group)
         if name is not None and name not in options(group):
@@ -49,11 +45,7 @@ def check(given: Given) -> None:
 
 
 def load_log(path: Path, given: Given, total_tokens: float) -> Run:
-    """Return the run that a log file tells of, as far as it, its path and `given` go.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the run that a log file tells of, as far as it, its path and `given` go; OSError if it cannot be read."""
     log = read_log(path)
     run, warnings = _identified(path, given, log), log_warnings(log)
     sizes = given.architecture

@@ -22,12 +22,7 @@ _GROUPS = ("model", "precision", "gpu")
 
 
 def run_report(raw: DictConfig) -> None:
-    """Make the report, print it, and write its files.
-
-    Raises:
-        BenchError: input that cannot be used; nothing was written.
-        RunFailed: a point fails, is incomplete, or regressed; everything was printed and written.
-    """
+    """Make the report, print it, and write its files; RunFailed, then, where a point has no success or regressed."""
     from nemo_bench.report.terminal import make_console, print_report
 
     cfg = _typed(raw)
@@ -53,7 +48,8 @@ def run_report(raw: DictConfig) -> None:
     console = make_console()
     print_report(console, report)
     if cfg.output is not None:
-        folder = _output(cfg.output, inputs)
+        beside = inputs[0] if inputs[0].is_dir() else inputs[0].absolute().parent
+        folder = beside / "report" if cfg.output == "auto" else Path(cfg.output)
         _write(folder, files)
         console.print(f"written: {folder}/ ({', '.join(files)})", soft_wrap=True, highlight=False)
     if cfg.archive is not None:
@@ -95,13 +91,6 @@ def _paths(key: str, value: Any) -> list[Path]:
         matches = sorted(glob.glob(text)) if glob.has_magic(text) and not Path(text).exists() else []
         paths += [Path(match) for match in matches or [text]]
     return paths
-
-
-def _output(output: str, inputs: list[Path]) -> Path:
-    if output != "auto":
-        return Path(output)
-    first = inputs[0]
-    return (first if first.is_dir() else first.absolute().parent) / "report"
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:

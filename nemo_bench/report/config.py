@@ -38,16 +38,8 @@ ConfigStore.instance().store(name="report_schema", node=ReportConfig)
 
 # Hydra's options that a word follows
 _TAKES_A_VALUE = (
-    "-c",
-    "--cfg",
-    "-p",
-    "--package",
-    "-cp",
-    "--config-path",
-    "-cn",
-    "--config-name",
-    "-cd",
-    "--config-dir",
+    *("-c", "-p", "-cp", "-cn", "-cd"),
+    *("--cfg", "--package", "--config-path", "--config-name", "--config-dir"),
 )
 _PATHS = ("runs", "baseline", "output", "archive", "reference")
 

@@ -156,17 +156,14 @@ class Run:
 
     @property
     def final(self) -> bool:
-        """Whether its numbers may be shown as results."""
         return self.why_not_final is None
 
     @property
     def identity_known(self) -> bool:
-        """Whether the run belongs to a point."""
         return None not in (self.model, self.precision, self.gpus)
 
     @property
     def point(self) -> str:
-        """The name of its point."""
         return point_name(self.model, self.precision, self.gpus, self.record.overrides)
 
 
@@ -348,7 +345,6 @@ class Report:
 
 
 def to_json(report: Report) -> str:
-    """Return the report as the text of `results.json`."""
     return json.dumps(_plain(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

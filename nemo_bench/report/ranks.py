@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import fields
@@ -38,13 +39,9 @@ def _device(rank: dict[str, Any]) -> DeviceUse:
 
 def measured_peaks(folder: RunFolder) -> dict[int, dict[str, Any]]:
     """Return the matrix rate that each rank measured; those that are damaged are left out."""
-    peaks = {}
-    for path in folder.path.glob("peak_rank*.json"):
-        number = path.stem.removeprefix("peak_rank")
-        content = read_json(path)
-        if number.isdigit() and isinstance(content.get("tflops"), (int, float)):
-            peaks[int(number)] = content
-    return dict(sorted(peaks.items()))
+    files = {path.stem.removeprefix("peak_rank"): read_json(path) for path in folder.path.glob("peak_rank*.json")}
+    known = {int(number): peak for number, peak in files.items() if isinstance(peak.get("tflops"), (int, float))}
+    return dict(sorted(known.items()))
 
 
 def matrix_rates(rates: dict[int, float]) -> tuple[RankTimes, ...]:
@@ -89,8 +86,6 @@ def _compared(measure: str, values: dict[int, float], slower: Callable[[float, f
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; empty where there is none: a run that ended early lacks some files."""
-    import json
-
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -73,11 +73,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Reference:
-    """Return the published table called `name`, or that of a file of the same form.
-
-    Raises:
-        BenchError: there is no such table, or the file is not of that form.
-    """
+    """Return the published table called `name`, or that of a file of the same form."""
     path = _FOLDER / f"{name}.yaml"
     if name not in names():
         path = Path(name)
@@ -101,7 +97,6 @@ def load(name: str) -> Reference:
 
 
 def _complete(point: ReferencePoint, table: Reference) -> None:
-    """Give a point what its table says for all."""
     point.reference = table.name
     for key in (shared.name for shared in fields(_Shared) if shared.name != "notes"):
         if not getattr(point, key):

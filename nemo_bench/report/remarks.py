@@ -36,17 +36,14 @@ def of_runs(runs: Sequence[Run]) -> list[str]:
 
 def _merged(texts: Sequence[str], runs: int) -> str:
     columns = zip(*(_PERCENT.findall(text) for text in texts))
-    ends = [(min(values, key=_percent), max(values, key=_percent)) for values in columns]
+    ordered = [sorted(values, key=lambda text: float(text.rstrip("%"))) for values in columns]
+    ends = [(values[0], values[-1]) for values in ordered]
     ranges = iter(low if low == high else f"{low} to {high}" for low, high in ends)
     text = _PERCENT.sub(lambda _: next(ranges), texts[0])
     if runs == 1:
         return text
     where = f"all {runs}" if len(texts) == runs else f"{len(texts)} of {runs}"
     return f"{text} (in {where} runs)"
-
-
-def _percent(text: str) -> float:
-    return float(text.rstrip("%"))
 
 
 def _of_run(run: Run) -> Iterator[str]:
@@ -71,10 +68,7 @@ def _of_run(run: Run) -> Iterator[str]:
 
 
 def throttling(run: Run) -> Iterator[str]:
-    """Yield what the driver said during the steps of clocks held back.
-
-    The power cap is no fault: at full load it is what ends the clocks' rise. It is shown elsewhere, not blamed.
-    """
+    """Yield what held clocks back, by the driver; but for the power cap, which ends their rise at full load."""
     faults = [
         (max(shares.values()), device, shares)
         for device in run.devices
@@ -90,7 +84,7 @@ def throttling(run: Run) -> Iterator[str]:
 
 
 def invalid(run: Run, numbers: Numbers | None) -> str | None:
-    """Return why the run's numbers cannot be right; None where nothing speaks against them."""
+    """Return why the run's numbers cannot be right, if they cannot."""
     return _bad_steps(run.steps) or _bad_formats(run.record.config or {}) or _beyond_physics(run, numbers)
 
 
@@ -137,7 +131,6 @@ def _beyond_physics(run: Run, numbers: Numbers | None) -> str | None:
 
 
 def warnings(run: Run, numbers: Numbers | None, rates: dict[str, float]) -> list[str]:
-    """Return what is worth a word: a skipped step, a loss that does not fall, rates that the log counts otherwise."""
     texts = []
     skipped = skipped_steps(run.steps)
     if skipped:

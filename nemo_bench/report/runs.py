@@ -41,7 +41,6 @@ _ANCHOR = re.compile(r"(?:^|[\s\[{,])&\w", re.M)
 
 
 def architecture_of(model: dict[str, Any]) -> flops.Architecture:
-    """Return the sizes in a configuration's `model` section."""
     return flops.Architecture(**{size.name: int(model[size.name]) for size in fields(flops.Architecture)})
 
 

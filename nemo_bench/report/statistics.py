@@ -66,7 +66,7 @@ class Steps:
         self.excluded.append(excluded)
 
     def restart(self, step: int) -> int:
-        """Forget this step and all later ones, which a restarted process does again; return how many there were."""
+        """Forget this step and later ones, which a restarted process does again; return how many there were."""
         length = bisect.bisect_left(self.step, step)
         removed = len(self.step) - length
         for column in (self.step, self.time_s, self.loss, self.grad_norm, self.excluded):
@@ -199,7 +199,7 @@ def step_times(steps: Steps) -> StepTimes | None:
 
 
 def mean_of_steps(counted: Sequence[float]) -> Mean | None:
-    """Return the mean of one run's steps with its error, by batches (see the module); None with too few steps."""
+    """Return the mean of one run's steps with its error, by batches; None with too few steps."""
     if len(counted) < MIN_BATCHED_STEPS:
         return None
     length = math.isqrt(len(counted) - 1) + 1

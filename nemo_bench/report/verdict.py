@@ -101,14 +101,7 @@ def published(run: Run, references: Sequence[Reference]) -> ReferencePoint | Non
 
 
 def judge(point: Point, runs: Sequence[Run], references: Sequence[Reference], tolerance: float) -> Verdict:
-    """Return the verdict of a point.
-
-    Args:
-        point: with its numbers, and its row.
-        runs: all its repeats.
-        references: the tables that were asked.
-        tolerance: PASS lies between 1 - tolerance and 1 + tolerance of the published throughput.
-    """
+    """Return the verdict of a point that has its numbers and its row, of all its repeats."""
     final = [run for run in runs if run.numbers is not None]
     run, row = (final or runs)[0], point.reference
     left_out = dict.fromkeys(f"left out: {run.why_not_final}" for run in runs if final and run.numbers is None)
@@ -134,7 +127,7 @@ def judge(point: Point, runs: Sequence[Run], references: Sequence[Reference], to
 
 
 def _obstacles(must_agree: Sequence[Change]) -> str:
-    """Return what disagrees, or is not known, in what must agree; empty where nothing does."""
+    """Return what disagrees or is not known; empty where all agree."""
     other = [change for change in must_agree if change.before != change.after]
     texts = [f"{change.key}={change.after}, published {change.before}" for change in other if change.after]
     unknown = [change.key for change in other if not change.after]
@@ -146,7 +139,7 @@ def _obstacles(must_agree: Sequence[Change]) -> str:
 def _judged(verdict: Verdict, point: Point, final: Sequence[Run], row: ReferencePoint) -> Verdict:
     statistic, measured_s = _measured(final, row)
     ratio = row.step_time_s / measured_s
-    value = level(ratio, verdict.tolerance)
+    value = _level(ratio, verdict.tolerance)
     way = "faster" if ratio >= 1 else "slower"
     why = (
         f"{abs(ratio - 1):.1%} {way} than published by the {statistic} ({measured_s:.4g} s, published "
@@ -160,8 +153,7 @@ def _judged(verdict: Verdict, point: Point, final: Sequence[Run], row: Reference
     return replace(verdict, value=value, why=why, ratio=ratio, statistic=statistic)
 
 
-def level(ratio: float, tolerance: float) -> str:
-    """Return what a ratio of throughputs says by itself."""
+def _level(ratio: float, tolerance: float) -> str:
     if ratio < 1 - tolerance:
         return model.FAIL
     return model.FASTER if ratio > 1 + tolerance else model.PASS
@@ -172,8 +164,7 @@ def _measured(final: Sequence[Run], row: ReferencePoint) -> tuple[str, float]:
     times = [run.times for run in final if run.times is not None]
     if row.statistic == "last step":
         return row.statistic, statistics.fmean(run_times.last_s for run_times in times)
-    match = _MEAN_OF_STEPS.match(row.statistic)
-    if match:
+    if match := _MEAN_OF_STEPS.match(row.statistic):
         means = [_mean_between(run.steps, int(match[1]), int(match[2])) for run in final]
         if all(means):
             return row.statistic, statistics.fmean(mean for mean in means if mean)
@@ -192,14 +183,14 @@ def _doubts(tolerance: float, point: Point, final: Sequence[Run], row: Reference
     assert point.numbers is not None and point.median_s is not None and point.last_s is not None
     mean_s, doubts = point.numbers.step_time_s, []
     levels = {
-        name: level(row.step_time_s / time_s, tolerance)
+        name: _level(row.step_time_s / time_s, tolerance)
         for name, time_s in (("mean", mean_s), ("median", point.median_s), ("last step", point.last_s))
     }
     if {*levels.values(), value} != {value}:
         doubts.append(", ".join(f"{verdict} by the {name}" for name, verdict in levels.items()))
     if point.step_time is not None and point.step_time.margin > tolerance * mean_s:
         ends = {
-            level(row.step_time_s / end, tolerance) if end > 0 else model.FASTER for end in point.step_time.interval
+            _level(row.step_time_s / end, tolerance) if end > 0 else model.FASTER for end in point.step_time.interval
         }
         if ends != {value}:
             doubts.append(
@@ -209,10 +200,7 @@ def _doubts(tolerance: float, point: Point, final: Sequence[Run], row: Reference
         return doubts
     if mean_s > (1 + tolerance) * point.median_s:
         doubts.append(f"the mean exceeds the median by {mean_s / point.median_s - 1:.0%}")
-    for run in final:
-        if run.times is not None and run.times.unsteady_steps > LONGEST_WARM_UP * run.times.steps:
-            doubts.append(
-                f"the first {run.times.unsteady_steps} of {run.times.steps} steps are slower: no warm-up is so long"
-            )
-            break
+    starts = [(times.unsteady_steps, times.steps) for run in final if (times := run.times)]
+    if slow := [start for start in starts if start[0] > LONGEST_WARM_UP * start[1]]:
+        doubts.append(f"the first {slow[0][0]} of {slow[0][1]} steps are slower: no warm-up is so long")
     return doubts

@@ -58,10 +58,7 @@ def test_losses_of_a_parallel_run_are_the_single_process_ones(
     assert parallel.losses == pytest.approx(single.losses, rel=1e-3)
     ranks = json.loads((parallel.run_dir / "ranks.json").read_text())["ranks"]
     assert [rank["rank"] for rank in ranks] == [*range(4 if FOUR in LAYOUTS[layout] else 2)]
-    assert all(
-        rank["steps"] == STEPS - UNSTEADY_STEPS and 0 < rank["step_time_median_s"] <= rank["step_time_max_s"]
-        for rank in ranks
-    )
+    assert all(rank["steps"] == STEPS - UNSTEADY_STEPS and rank["step_time_median_s"] > 0 for rank in ranks)
 
 
 def test_weights_from_starts_with_the_checkpoints_weights(saved: Run, single: Run) -> None:

@@ -20,10 +20,6 @@ RUNS = Path(__file__).parents[1] / "runs"
 CORPUS = sorted(LOGS.glob("*.out"))
 
 
-def read(name: str) -> Log:
-    return read_log(LOGS / f"{name}.out")
-
-
 def parse(text: str | bytes, folder: Path) -> Log:
     path = folder / "a.out"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -64,30 +60,31 @@ EXPECTED: dict[str, tuple[list[int], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_corpus(name: str) -> None:
     steps, values = EXPECTED[name]
-    log = read(name)
+    log = read_log(LOGS / f"{name}.out")
     assert log.steps.step == steps
     assert {key: getattr(log, key) for key in values} == values
 
 
 def test_the_corpus_has_its_values() -> None:
-    assert (read("recipe_line").steps.time_s, read("recipe_line").steps.loss) == ([11.20], [6.37])
-    nemo_1, nemo_2 = read("nemo1_24_09"), read("nemo2")
-    assert nemo_1.steps.time_s[:3] == [40.10, 13.20, 11.40] and nemo_1.steps.time_s[-1] == 11.20
-    assert paused(nemo_1) == {25: "validation"}
-    assert (nemo_2.steps.time_s[-1], nemo_2.steps.loss[-1]) == (0.3569, 2.63)
+    logs = {path.stem: read_log(path) for path in CORPUS}
+    times = {name: log.steps.time_s for name, log in logs.items()}
+    assert (times["recipe_line"], logs["recipe_line"].steps.loss) == ([11.20], [6.37])
+    assert times["nemo1_24_09"][:3] == [40.10, 13.20, 11.40] and times["nemo1_24_09"][-1] == 11.20
+    assert paused(logs["nemo1_24_09"]) == {25: "validation"}
+    assert (times["nemo2"][-1], logs["nemo2"].steps.loss[-1]) == (0.3569, 2.63)
     # the step after the checkpoint, those profiled, and the one after
-    assert paused(nemo_2) == {20: "checkpoint", **dict.fromkeys(range(30, 35), "profile")}
-    assert read("rounded_steps").steps.time_s[10] == 1.910
-    assert read("every_tenth").peak_memory_gib == pytest.approx((115792977920 - 9) / 2**30)
-    assert read("labelled_ranks").steps.time_s[0] == 0.5  # rank 0's
-    assert read("labelled_ranks").rank_times_s == pytest.approx({0: 0.5055, 1: 0.5056, 2: 0.5057, 3: 0.7058})
-    assert read("unlabelled_ranks").steps.time_s == [pytest.approx(0.6 + 0.001 * i) for i in range(12)]
-    garbled = dict(zip(read("garbled").steps.step, read("garbled").steps.time_s))
+    assert paused(logs["nemo2"]) == {20: "checkpoint", **dict.fromkeys(range(30, 35), "profile")}
+    assert times["rounded_steps"][10] == 1.910
+    assert logs["every_tenth"].peak_memory_gib == pytest.approx((115792977920 - 9) / 2**30)
+    assert times["labelled_ranks"][0] == 0.5  # rank 0's
+    assert logs["labelled_ranks"].rank_times_s == pytest.approx({0: 0.5055, 1: 0.5056, 2: 0.5057, 3: 0.7058})
+    assert times["unlabelled_ranks"] == [pytest.approx(0.6 + 0.001 * i) for i in range(12)]
+    garbled = dict(zip(logs["garbled"].steps.step, times["garbled"]))
     assert (garbled[6], garbled[8]) == (0.51, 0.52)
-    assert (read("restart").steps.restarts, read("restart").steps.time_s[10:12]) == ([10], [8.0, 0.51])
-    losses = read("nan").steps.loss
+    assert (logs["restart"].steps.restarts, times["restart"][10:12]) == ([10], [8.0, 0.51])
+    losses = logs["nan"].steps.loss
     assert losses[6] == 4.4 and all(value is not None and math.isnan(value) for value in losses[7:])
-    assert "DUE TO TIME LIMIT" in (read("cancelled").last_error or "")
+    assert "DUE TO TIME LIMIT" in (logs["cancelled"].last_error or "")
 
 
 def test_a_real_log_agrees_with_the_record_beside_it() -> None:
@@ -115,26 +112,28 @@ MEGATRON = (
 BRIDGE = "Step Time : {s:.2f}s GPU utilization: 712.5MODEL_TFLOP/s/GPU\n"
 
 
-def megatron(*, bridge: bool, iteration: bool = True) -> str:
-    return "".join(
-        (BRIDGE.format(s=(700.5 + n) / 1000) if bridge else "")
-        + (MEGATRON.format(n=n, samples=32 * n, ms=700.5 + n) if iteration else "")
-        for n in range(1, 21)
-    )
-
-
 @pytest.mark.parametrize("bridge", [False, True])
 def test_megatron_lm_and_megatron_bridge(tmp_path: Path, bridge: bool) -> None:
-    log = parse(megatron(bridge=bridge), tmp_path)
+    second = BRIDGE.format(s=0.7) if bridge else ""
+    text = "".join(second + MEGATRON.format(n=n, samples=32 * n, ms=700.5 + n) for n in range(1, 21))
+    log = parse(text, tmp_path)
     assert log.steps.step == [*range(1, 21)] and log.steps.time_s[0] == pytest.approx(0.7015)
     assert (log.steps.loss[0], log.steps.grad_norm[0]) == (6.340332, 3.094)
     assert (log.done, log.total, log.global_batch_size) == (20, 20, 32)
     assert log.rates == ({"tflops_per_gpu": 712.5} if bridge else {})
 
 
-def test_rank_0_of_megatron_bridge_has_times_alone(tmp_path: Path) -> None:
-    log = parse(megatron(bridge=True, iteration=False), tmp_path)
-    assert log.steps.step == [*range(20)] and log.steps.time_s[0] == 0.70
+@pytest.mark.parametrize(
+    ("text", "times", "reached"),
+    [
+        (BRIDGE.format(s=0.70) + BRIDGE.format(s=0.71), [0.70, 0.71], False),  # Bridge's rank 0
+        ("train_step_timing in s: [9.80, 4.10, 3.00, 3.01]\n", [9.80, 4.10, 3.00, 3.01], True),  # NeMo 1's list
+    ],
+)
+def test_logs_of_times_alone(tmp_path: Path, text: str, times: list[float], reached: bool) -> None:
+    log = parse(text, tmp_path)
+    assert log.steps.step == [*range(len(times))] and log.reached == reached
+    assert log.steps.time_s == times
 
 
 def bar_of_unknown_length(step: int, form: str) -> str:
@@ -182,11 +181,6 @@ def test_a_compressed_log(tmp_path: Path) -> None:
         parse(whole[:-20], tmp_path)
 
 
-def test_nemo_1s_list_alone(tmp_path: Path) -> None:
-    log = parse("train_step_timing in s: [9.80, 4.10, 3.00, 3.01]\n", tmp_path)
-    assert (log.steps.time_s, log.reached) == ([9.80, 4.10, 3.00, 3.01], True)
-
-
 def test_a_second_epoch_goes_on_counting(tmp_path: Path) -> None:
     text = "".join(line(i, last=49) for i in range(50))
     text += "".join(line(i, last=49).replace(f"iteration {i}/", f"iteration {i - 50}/") for i in range(50, 70))
@@ -206,11 +200,6 @@ def test_steps_of_another_batch_are_left_out(tmp_path: Path) -> None:
     assert paused(log) == dict.fromkeys(range(8), "other batch size")
 
 
-def test_rates_that_the_log_prints(tmp_path: Path) -> None:
-    text = "".join(line(i).replace(" | train", " | TFLOPS_per_GPU: 712.5 | train") for i in range(10))
-    assert parse(text, tmp_path).rates == {"tflops_per_gpu": 712.5}
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -225,18 +214,18 @@ def test_another_frameworks_log_is_named(tmp_path: Path, name: str, text: str) -
 # --- nothing, and too much ---
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"\r\r\n", b"\x00" * 1000, b"train_step_timing", b"a" * 300_000])
+@pytest.mark.parametrize("content", [b"", b"\r\r\n", b"\x00" * 1000, b"train_step_timing", b"a" * 300_000])
 def test_a_log_without_steps_is_empty(tmp_path: Path, content: bytes) -> None:
-    log = parse(content, tmp_path)
-    assert log.steps.step == []
+    assert parse(content, tmp_path).steps.step == []
 
 
-def test_a_value_at_the_very_end_may_lack_digits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("end", "more", "times"),
+    [("23 |", "", []), (" | consumed", "", []), ("consumed", "", [0.5123]), (" | consumed", "\n", [0.5123])],
+)
+def test_a_value_at_the_very_end_may_lack_digits(tmp_path: Path, end: str, more: str, times: list[float]) -> None:
     whole = line(3, time="0.5123")
-    assert parse(whole[: whole.index("23 |")], tmp_path).steps.step == []  # "... in s: 0.51"
-    assert parse(whole[: whole.index(" | consumed")], tmp_path).steps.step == []
-    assert parse(whole[: whole.index("consumed")], tmp_path).steps.time_s == [0.5123]
-    assert parse(whole[: whole.index(" | consumed")] + "\n", tmp_path).steps.time_s == [0.5123]
+    assert parse(whole[: whole.index(end)] + more, tmp_path).steps.time_s == times
 
 
 @pytest.mark.parametrize(
@@ -255,29 +244,17 @@ def test_absurd_values_beside_a_step_do_no_harm(tmp_path: Path, name: str, value
     assert parse(text, tmp_path).steps.step == [0, 1, 2]
 
 
-def test_a_bar_is_drawn_twice_a_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [range(60), range(995, 1010)])  # from 1000 on, tqdm prints 1e+3
+def test_a_bar_is_drawn_twice_a_step(tmp_path: Path, steps: range) -> None:
     """Lightning draws it with the step's number before it is given the step's values."""
-    log = parse(drawn_twice(range(60)), tmp_path)
-    assert log.steps.step == [*range(60)] and log.steps.time_s == [round(0.5 + step / 1000, 3) for step in range(60)]
-    assert (log.done, log.several, log.repeated, log.unreadable) == (60, 0, 0, 0)
-    # From 1000 on, tqdm prints round numbers with three digits: 1e+3
-    log = parse(drawn_twice(range(995, 1010)), tmp_path)
-    assert log.steps.step == [*range(995, 1010)] and log.steps.time_s == [
-        round(0.5 + step / 1000, 3) for step in range(995, 1010)
-    ]
-    assert (log.several, log.repeated) == (0, 0)
-    # NeMo 2's bar is drawn ahead only, and once more at the end.
+    log = parse(drawn_twice(steps), tmp_path)
+    assert log.steps.step == [*steps] and log.steps.time_s == [round(0.5 + step / 1000, 3) for step in steps]
+    assert (log.done, log.several, log.repeated, log.unreadable) == (steps[-1] + 1, 0, 0, 0)
+
+
+def test_a_bar_of_nemo_2_is_drawn_ahead_only(tmp_path: Path) -> None:
     ahead = "".join(bar(step, shown=step + 2) for step in range(19)) + bar(19)
     assert parse(ahead, tmp_path).steps.step == [*range(20)]
-
-
-def test_one_odd_line_does_not_cost_the_others_their_steps(tmp_path: Path) -> None:
-    lines = [line(i) for i in range(2000)]
-    lines.insert(700, "[NeMo I 2025-01-01 00:00:20 pl:232] Global Checkpoint Save : Rank: 0 : Iteration: 699\n")
-    lines[1500] = lines[1500].replace("train_step_timing in s: 0.5", "train_step_timing in s: 0.5x")
-    log = parse("".join(lines), tmp_path)
-    assert log.steps.step == [i for i in range(2000) if i != 1499]
-    assert paused(log) == {700: "checkpoint"} and log.unreadable == 1
 
 
 # --- properties ---
@@ -380,40 +357,29 @@ def test_the_corpus_reads_the_same_in_small_blocks(
     assert repr(read_log(path)) == repr(whole)
 
 
-NEMO_1_LIST = (
-    "[NeMo I 2024-10-20 10:00:00 perf_metrics:0] train_step_timing in s: [40.12, 13.24, 11.41, 11.18]\n"
-    "[NeMo I 2024-10-20 10:00:00 perf_metrics:0] TFLOPs per sec per GPU=696.12\n"
-)
-
-
 def nemo_1_log(tmp_path: Path, shown: list[str], listed: str) -> Log:
     bars = [
         f"Epoch 0: : {25 * done}%|█| {done}/4 [00:10<00:07, reduced_train_loss=6.000, global_step={done - 1}.000, "
         f"consumed_samples={128 * done}.0, train_step_timing in s={time}]"
         for done, time in enumerate(shown, start=1)
     ]
-    (tmp_path / "job.out").write_text("\r".join(bars) + "`Trainer.fit` stopped: `max_steps=4` reached.\n" + listed)
-    return read_log(tmp_path / "job.out")
+    end = f"[NeMo I 2024-10-20 10:00:00 perf_metrics:0] train_step_timing in s: [{listed}]\n"
+    return parse("\r".join(bars) + "`Trainer.fit` stopped: `max_steps=4` reached.\n" + end, tmp_path)
 
 
-def test_nemo_1_shows_three_digits_and_lists_two_decimals_at_the_end(tmp_path: Path) -> None:
-    log = nemo_1_log(tmp_path, ["40.10", "13.20", "11.40", "11.20"], NEMO_1_LIST)
-    assert log.steps.time_s == [40.12, 13.24, 11.41, 11.18]
-    assert (log.unreadable, log.max_steps, log.steps.step) == (0, 4, [0, 1, 2, 3])
-
-
-def test_times_below_ten_seconds_stay_as_shown(tmp_path: Path) -> None:
-    log = nemo_1_log(
-        tmp_path,
-        ["1.230", "0.774", "0.893", "0.800"],
-        NEMO_1_LIST.replace("40.12, 13.24, 11.41, 11.18", "1.23, 0.77, 0.89, 0.8"),
-    )
-    assert log.steps.time_s == [1.23, 0.774, 0.893, 0.8]
-
-
-@pytest.mark.parametrize("times", ["40.12, 13.24, 11.41", "40.12, 13.24, 11.41, 12.9", "a, b, c, d"])
-def test_a_list_of_other_steps_is_no_help(times: str, tmp_path: Path) -> None:
-    listed = NEMO_1_LIST.replace("40.12, 13.24, 11.41, 11.18", times)
-    log = nemo_1_log(tmp_path, ["40.10", "13.20", "11.40", "11.20"], listed)
-    assert log.steps.time_s == [40.1, 13.2, 11.4, 11.2]
-    assert log.unreadable == 0
+@pytest.mark.parametrize(
+    ("shown", "listed", "times"),
+    [
+        # NeMo 1 shows three digits, and lists two decimals at the end
+        ("40.10 13.20 11.40 11.20", "40.12, 13.24, 11.41, 11.18", [40.12, 13.24, 11.41, 11.18]),
+        ("1.230 0.774 0.893 0.800", "1.23, 0.77, 0.89, 0.8", [1.23, 0.774, 0.893, 0.8]),
+        # a list of other steps
+        ("40.10 13.20 11.40 11.20", "40.12, 13.24, 11.41", [40.1, 13.2, 11.4, 11.2]),
+        ("40.10 13.20 11.40 11.20", "40.12, 13.24, 11.41, 12.9", [40.1, 13.2, 11.4, 11.2]),
+        ("40.10 13.20 11.40 11.20", "a, b, c, d", [40.1, 13.2, 11.4, 11.2]),
+    ],
+)
+def test_the_finer_of_nemo_1s_times_count(tmp_path: Path, shown: str, listed: str, times: list[float]) -> None:
+    log = nemo_1_log(tmp_path, shown.split(), listed)
+    assert (log.steps.time_s, log.steps.step) == (times, [0, 1, 2, 3])
+    assert (log.unreadable, log.max_steps) == (0, 4)

@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ from nemo_bench.report.bare_logs import Given
 from nemo_bench.report.build import build_report
 from nemo_bench.report.model import Point, Report, to_json
 from nemo_bench.report.terminal import print_report
-from nemo_bench.report.verdict import level, must_agree
+from nemo_bench.report.verdict import must_agree
 
 RUNS = Path(__file__).parents[1] / "runs/nemo-2.7.3"
 H200 = RUNS / "bf16/70b/1/20261122-172402-5f1a"
+TABLE = Path(references.__file__).parent / "published/nvidia-24.09.yaml"
 H100 = Given(gpu="h100")
 SIZES = flops.Architecture(80, 8192, 28672, 64, 8, 128256)
 
@@ -67,26 +67,23 @@ STEADY = [30.0, *[11.0, 11.05, 10.95] * 16, 11.0]
 
 
 @pytest.mark.parametrize(
-    ("step_time_s", "verdict", "exit_code"),
-    [(11.01, "PASS", 0), (11.5, "PASS", 0), (11.7, "FAIL", 1), (10.3, "FASTER", 0)],
+    ("step_time_s", "tolerance", "verdict", "exit_code"),
+    [
+        (11.01, 0.05, "PASS", 0),
+        (11.5, 0.05, "PASS", 0),
+        (11.7, 0.05, "FAIL", 1),
+        (11.4, 0.01, "FAIL", 1),
+        (10.3, 0.05, "FASTER", 0),
+    ],
 )
 def test_a_point_is_held_against_the_published_one(
-    tmp_path: Path, step_time_s: float, verdict: str, exit_code: int
+    tmp_path: Path, step_time_s: float, tolerance: float, verdict: str, exit_code: int
 ) -> None:
-    report, point = judged(tmp_path, log_text([step_time_s] * 50))
-    assert (point.verdict.value, report.exit_code, report.verdict) == (
-        verdict,
-        exit_code,
-        "PASS" if verdict == "FASTER" else verdict,
-    )
+    report, point = judged(tmp_path, log_text([step_time_s] * 50), tolerance=tolerance)
+    assert (point.verdict.value, report.exit_code) == (verdict, exit_code)
+    assert report.verdict == ("PASS" if verdict == "FASTER" else verdict)
     assert point.verdict.ratio == pytest.approx(11.01 / step_time_s) and point.verdict.statistic == "last step"
     assert point.verdict.why.endswith("a log does not tell layout, data and environment")
-    assert {change.key for change in point.verdict.must_agree} >= {"gpu", "gpus", "padded vocabulary", "seq_length"}
-
-
-def test_the_tolerance_is_the_users(tmp_path: Path) -> None:
-    assert judged(tmp_path, log_text([11.4] * 50), tolerance=0.05)[1].verdict.value == model.PASS
-    assert judged(tmp_path, log_text([11.4] * 50), tolerance=0.01)[1].verdict.value == model.FAIL
 
 
 def test_other_tables_several_and_none(tmp_path: Path) -> None:
@@ -100,17 +97,23 @@ def test_other_tables_several_and_none(tmp_path: Path) -> None:
     assert (point.verdict.value, report.references, report.exit_code) == (model.NO_REFERENCE, (), 0)
 
 
-def test_the_references_own_statistic_is_judged(tmp_path: Path) -> None:
-    table = (Path(references.__file__).parent / "published/nvidia-24.09.yaml").read_text()
+@pytest.mark.parametrize(
+    ("statistic", "used", "time_s"),
+    [
+        ("mean of steps 35 to 44", "mean of steps 35 to 44", 11.4),
+        ("last step", "last step", 11.2),
+        ("mean", "mean of the steps that count", 11.104),
+        ("mean of steps 45 to 60", "mean of the steps that count", 11.104),  # of a longer run
+    ],
+)
+def test_the_references_own_statistic_is_judged(tmp_path: Path, statistic: str, used: str, time_s: float) -> None:
+    ours = tmp_path / "ours.yaml"
+    ours.write_text(TABLE.read_text().replace("statistic: last step", f"statistic: {statistic}"))
     times = [11.0] * 34 + [11.4] * 10 + [11.2] * 6
-    (tmp_path / "ours.yaml").write_text(table.replace("statistic: last step", "statistic: mean of steps 45 to 60"))
-    verdict = judged(tmp_path, log_text(times), reference=str(tmp_path / "ours.yaml"))[1].verdict
-    assert verdict.statistic == "mean of the steps that count"  # of a shorter run
-    for statistic, time_s in (("mean of steps 35 to 44", 11.4), ("last step", 11.2), ("mean", 11.104)):
-        (tmp_path / "ours.yaml").write_text(table.replace("statistic: last step", f"statistic: {statistic}"))
-        verdict = judged(tmp_path, log_text(times), reference=str(tmp_path / "ours.yaml"))[1].verdict
-        assert verdict.value == model.PASS and verdict.ratio == pytest.approx(11.01 / time_s)
-        assert statistic in str(verdict.statistic) and f"by the {verdict.statistic}" in verdict.why
+    verdict = judged(tmp_path, log_text(times), reference=str(ours))[1].verdict
+    assert (verdict.value, verdict.statistic) == (model.PASS, used)
+    assert verdict.ratio == pytest.approx(11.01 / time_s)
+    assert f"by the {used}" in verdict.why
 
 
 # --- what must agree, and what may differ ---
@@ -128,11 +131,7 @@ def test_the_references_own_statistic_is_judged(tmp_path: Path) -> None:
         (replace(H100, architecture=replace(SIZES, num_layers=4)), 128, "num_layers=4, published 80"),
         (replace(H100, architecture=replace(SIZES, hidden_size=4096)), 128, "hidden_size=4096, published 8192"),
         (replace(H100, architecture=replace(SIZES, num_query_groups=16)), 128, "num_query_groups=16, published 8"),
-        (
-            replace(H100, architecture=replace(SIZES, vocab_size=32000)),
-            128,
-            "padded vocabulary=32256, published",
-        ),
+        (replace(H100, architecture=replace(SIZES, vocab_size=32000)), 128, "padded vocabulary=32256, published"),
     ],
 )
 def test_another_run_than_the_published_is_not_compared(tmp_path: Path, given_: Given, batch: int, why: str) -> None:
@@ -156,7 +155,6 @@ def published_run(folder: Path, **changes: str) -> Path:
         "num_nodes: 1": "num_nodes: 8",
         "devices: 1": "devices: 8",
         "  name: h200": "  name: h100",
-        "bf16: 989": "bf16: 989",
         **changes,
     }.items():
         assert old in config, old
@@ -189,18 +187,13 @@ def test_differences_leave_the_verdict_standing_and_are_named_everywhere(tmp_pat
         assert all(text.replace("*", "") in output.replace("*", "") for text in point.verdict.differences)
 
 
-def test_the_results_folders_name_hides_no_software(tmp_path: Path) -> None:
+def test_settings_and_software_are_differences_whatever_the_folder_is_called(tmp_path: Path) -> None:
     """GSW_VERSION=24.09 names the folder; what trained is another thing."""
     run = published_run(tmp_path / "run", **{"results_version: nemo-2.7.3": "results_version: '24.09'"})
-    (point,) = build_report([run]).points
-    assert any("software: nemo-2.7.3" in text for text in point.verdict.differences)
-
-
-def test_settings_that_a_row_names_are_differences(tmp_path: Path) -> None:
-    table = (Path(references.__file__).parent / "published/nvidia-24.09.yaml").read_text()
     ours = tmp_path / "ours.yaml"
-    ours.write_text(f"{table}settings: {{model.rotary_base: 10000, model.init_method_std: 0.02}}\n")
-    (point,) = build_report([published_run(tmp_path / "run")], reference=str(ours)).points
+    ours.write_text(f"{TABLE.read_text()}settings: {{model.rotary_base: 10000, model.init_method_std: 0.02}}\n")
+    (point,) = build_report([run], reference=str(ours)).points
+    assert any("software: nemo-2.7.3" in text for text in point.verdict.differences)
     assert "settings: model.rotary_base=500000, published with 10000" in point.verdict.differences
 
 
@@ -247,28 +240,21 @@ def test_repeats_that_disagree_are_undecided(tmp_path: Path) -> None:
     assert point.verdict.value == model.UNDECIDED and "exceeds the tolerance" in point.verdict.why
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.floats(0.2, 5), st.floats(0, 0.5))
-def test_a_ratio_alone_says(ratio: float, tolerance: float) -> None:
-    value = level(ratio, tolerance)
-    assert (value == model.FAIL) == (ratio < 1 - tolerance)
-    assert (value == model.FASTER) == (ratio > 1 + tolerance)
-
-
 # --- numbers that cannot be right ---
 
-BAD = [
-    ({"grad_norm": "inf"}, "the gradient norm is inf at step 0 and 49 others"),
-    ({"grad_norm": lambda step: "nan" if step >= 48 else "1.0"}, "the gradient norm is nan at step 48"),
-    ({"grad_norm": lambda step: "nan" if step == 49 else "1.0"}, "the gradient norm is nan at step 49"),
-    ({"reduced_train_loss": "0.0"}, "the loss is 0 at step 0"),
-    ({"reduced_train_loss": lambda step: f"{9 * 1.21**step:.4g}"}, "the loss grows from 9 to"),
-    ({"reduced_train_loss": lambda step: "nan" if step > 20 else "6.0"}, "the loss is nan at step 21"),
-    ({"reduced_train_loss": lambda step: "1e308" if step > 20 else "6.0"}, "the loss is 1e+308 at step 21"),
-]  # type: list[tuple[dict[str, Any], str]]
 
-
-@pytest.mark.parametrize(("fields", "why"), BAD)
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"grad_norm": "inf"}, "the gradient norm is inf at step 0 and 49 others"),
+        ({"grad_norm": lambda step: "nan" if step >= 48 else "1.0"}, "the gradient norm is nan at step 48"),
+        ({"grad_norm": lambda step: "nan" if step == 49 else "1.0"}, "the gradient norm is nan at step 49"),
+        ({"reduced_train_loss": "0.0"}, "the loss is 0 at step 0"),
+        ({"reduced_train_loss": lambda step: f"{9 * 1.21**step:.4g}"}, "the loss grows from 9 to"),
+        ({"reduced_train_loss": lambda step: "nan" if step > 20 else "6.0"}, "the loss is nan at step 21"),
+        ({"reduced_train_loss": lambda step: "1e308" if step > 20 else "6.0"}, "the loss is 1e+308 at step 21"),
+    ],
+)
 def test_training_that_broke_is_invalid(tmp_path: Path, fields: dict[str, Any], why: str) -> None:
     report, point = judged(tmp_path, log_text(STEADY, **fields))
     assert (point.verdict.value, report.exit_code, point.numbers) == (model.INVALID, 1, None)
@@ -278,10 +264,7 @@ def test_training_that_broke_is_invalid(tmp_path: Path, fields: dict[str, Any], 
 @pytest.mark.parametrize(
     ("fields", "remark"),
     [
-        (
-            {"grad_norm": lambda step: "inf" if step == 7 else "1.0"},
-            "step 7 has no finite gradient norm",
-        ),
+        ({"grad_norm": lambda step: "inf" if step == 7 else "1.0"}, "step 7 has no finite gradient norm"),
         ({"reduced_train_loss": lambda step: f"{8 + step / 100:.2f}"}, "the loss does not fall: 8 to 8.47"),
         ({"reduced_train_loss": lambda step: f"{8 + step / 1000:.3f}"}, None),  # within a percent
         ({"tokens_per_sec_per_gpu": "188"}, "the log prints 188 tokens/s a GPU, and this report finds 1,489"),
@@ -297,16 +280,19 @@ def test_what_is_only_worth_a_word(tmp_path: Path, fields: dict[str, Any], remar
     assert (not texts) if remark is None else any(remark in text for text in texts)
 
 
-def test_the_log_and_the_command_line_contradict_each_other(tmp_path: Path) -> None:
-    report, point = judged(tmp_path, log_text(STEADY, batch=64), replace(H100, global_batch_size=640))
-    assert point.verdict.value == model.INVALID and report.exit_code == 1
-    assert "global_batch_size=640 is given, and the log has 64" in point.verdict.why
-
-
-def test_more_than_the_gpu_can_do_is_invalid(tmp_path: Path) -> None:
-    _, point = judged(tmp_path, log_text([2.0] * 50))
-    assert point.verdict.value == model.INVALID
-    assert "of the GPUs' peak is impossible" in point.verdict.why and "gpu=h100" in point.verdict.why
+@pytest.mark.parametrize(
+    ("time_s", "batch", "given_", "why"),
+    [
+        (11.0, 64, replace(H100, global_batch_size=640), "global_batch_size=640 is given, and the log has 64"),
+        (2.0, 128, H100, "of the GPUs' peak is impossible: one of these is wrong: global_batch_size=128"),
+    ],
+)
+def test_contradictions_and_more_than_a_gpu_can_do_are_invalid(
+    tmp_path: Path, time_s: float, batch: int, given_: Given, why: str
+) -> None:
+    report, point = judged(tmp_path, log_text([time_s] * 50, batch=batch), given_)
+    assert (point.verdict.value, report.exit_code) == (model.INVALID, 1)
+    assert why in point.verdict.why
 
 
 def test_steps_of_a_batch_ramp_up_do_not_count(tmp_path: Path) -> None:
@@ -346,30 +332,19 @@ def test_a_point_without_a_finished_run_is_incomplete(tmp_path: Path) -> None:
     assert (point.verdict.value, len(point.runs), len(point.final_runs)) == (model.PASS, 2, 1)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda run: (run / record.STEPS).write_text((run / record.STEPS).read_text()[:3000]),
-        lambda run: (run / record.STEPS).write_text(""),
-    ],
-)
-def test_no_valid_run_is_no_success_where_nothing_is_published_either(
-    tmp_path: Path, damage: Callable[[Path], object]
-) -> None:
-    run = Path(shutil.copytree(H200, tmp_path / "run"))
-    damage(run)
-    for log in run.glob("rank*.out"):
-        log.write_text("")
-    assert build_report([run]).exit_code == 1
+@pytest.mark.parametrize("length", [3000, 0])
+def test_no_valid_run_is_no_success_where_nothing_is_published_either(tmp_path: Path, length: int) -> None:
     assert build_report([H200]).exit_code == 0
+    run = Path(shutil.copytree(H200, tmp_path / "run"))
+    (run / record.STEPS).write_text((run / record.STEPS).read_text()[:length])
+    (run / "rank0.out").write_text("")
+    assert build_report([run]).exit_code == 1
 
 
 def test_remarks_are_said_once_for_all_repeats(tmp_path: Path) -> None:
     for name, drift in (("a", 1.03), ("b", 1.04), ("c", 1.0)):
-        text = log_text([11.0] * 20) + "Saving checkpoint\n"
         lines = log_text([11.0] * 25 + [11.0 * drift] * 25).splitlines(keepends=True)
         write(tmp_path, "".join(lines[:20]) + "Saving checkpoint\n" + "".join(lines[20:]), name=name)
-        assert text
     (point,) = build_report([tmp_path], given=H100).points
     remarks = [text for text in point.verdict.remarks if "runs)" in text]
     assert remarks[0] == "disturbed steps, left out: 1 after a checkpoint (in all 3 runs)"
