@@ -49,14 +49,3 @@ def test_the_failing_rank_is_named_with_its_error(scripts: Scripts, slurm: Slurm
     assert (status.state, status.rank) == ("failed", 2)
     assert status.reason is not None and "ValueError: no user buffers on n" in status.reason
     assert "ValueError: no user buffers" in scripts.jobs("log", job_id)
-
-
-def test_resubmitted_it_has_its_configuration_again(scripts: Scripts, slurm: SlurmCluster) -> None:
-    scripts.submit(*POINT, *SHARED, "cluster.partition=closed")
-    job_id, run_dir = scripts.last()
-    scripts.jobs("cancel", job_id)
-    again = scripts.jobs("resubmit", job_id).split()[1].rstrip(":")
-    (new,) = {path.parent for path in scripts.stage.glob("results/**/run.json")} - {run_dir}
-    old_text = (run_dir / "nemo_24_09.yaml").read_text()
-    assert (new / "nemo_24_09.yaml").read_text() == old_text.replace(run_dir.name, new.name)
-    scripts.jobs("cancel", again)
