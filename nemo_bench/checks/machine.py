@@ -73,25 +73,19 @@ def _checkpoint(cfg: TrainConfig, need: Need, key: str, folder: Path) -> None:
     checkpoint = RunFolder(folder).last_checkpoint()
     fix = "give a run with checkpoint.every_n_steps set"
     need(checkpoint is not None, key, "holds no finished checkpoint", fix)
-    _same_architecture(cfg, need, key, folder)
+    need.missing = False
+    record = next((path for path in (folder / CONFIG, folder.parents[1] / CONFIG) if path.is_file()), None)
+    if record is not None:
+        written = OmegaConf.select(OmegaConf.load(record), "model", default={})
+        sizes = vars(cfg.architecture).items()
+        other = [f"{name}={written[name]}" for name, size in sizes if written.get(name) != size]
+        rule = f"was written by a model of other sizes: {', '.join(other)}"
+        need(not other, key, rule, "give the model the same sizes")
     if checkpoint is None or key != "checkpoint.resume_from":
         return
     done, steps = int(checkpoint.name.partition("=")[2]) + 1, cfg.trainer.max_steps
-    need.missing = False
     rule = f"its last checkpoint is of step {done}, and trainer.max_steps={steps}"
     need(done < steps, key, rule, "use a larger trainer.max_steps, or one of its earlier checkpoints")
     profiled = cfg.profile.kind == "none" or cfg.profile.start_step > done
     rule = f"the run continues at step {done} (checkpoint.resume_from), and a step before warms the profiler up"
     need(profiled, "profile.start_step", rule, f"nearest that works: {done + 1}")
-
-
-def _same_architecture(cfg: TrainConfig, need: Need, key: str, folder: Path) -> None:
-    """Compare the sizes of the model with those of the run that wrote the checkpoint, if its record is there."""
-    records = [path for path in (folder / CONFIG, folder.parents[1] / CONFIG) if path.is_file()]
-    if not records:
-        return
-    need.missing = False
-    written = OmegaConf.select(OmegaConf.load(records[0]), "model", default={})
-    other = [f"{name}={written[name]}" for name, size in vars(cfg.architecture).items() if written.get(name) != size]
-    rule = f"was written by a model of other sizes: {', '.join(other)}"
-    need(not other, key, rule, "give the model the same sizes")
