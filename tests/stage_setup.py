@@ -21,7 +21,6 @@ here=$(dirname "$0")
 if [ "$1" = version ]; then echo 3.5.0; exit 0; fi
 echo "$@" >> "$here/calls"
 case "$FAKE" in
-  unauthorized) echo "[ERROR] URL https://nvcr.io/proxy_auth returned error code: 401 Unauthorized" >&2; exit 1 ;;
   full) head -c 8000000 /dev/zero > "$3" || exit 1 ;;
   slow)
     head -c 100 "$here/prepared.sqsh" > "$3"; echo $$ > "$here/started"

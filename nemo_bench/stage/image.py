@@ -36,14 +36,10 @@ def image_part(cfg: StageConfig, stage_folder: Path) -> Part:
 
 
 def enroot_uri(reference: str) -> str:
-    """Return a registry reference in enroot's spelling: docker://nvcr.io#nvidia/nemo:25.11.
+    """Return a registry reference in enroot's spelling: docker://nvcr.io#nvidia/nemo:25.11, or raise BenchError.
 
     As for docker, the first component is a registry if it has a dot or a port, or is `localhost`, and a digest
-    wins over a tag; enroot 3 takes a digest in the tag's place. A reference with one of enroot's own schemes
-    (docker://, dockerd://, podman://) stays as it is.
-
-    Raises:
-        BenchError: it is not a reference.
+    wins over a tag; enroot 3 takes a digest in the tag's place. One of enroot's own URIs stays as it is.
     """
     if re.fullmatch(r"(docker|dockerd|podman)://\S+", reference):
         return reference

@@ -92,11 +92,7 @@ class Stage:
         self.manifest = folder / NAME
 
     def entries(self) -> dict[str, Entry]:
-        """Return what is recorded, by place.
-
-        Raises:
-            BenchError: stage.json is damaged.
-        """
+        """Return what is recorded, by place; raise BenchError if stage.json is damaged."""
         if not self.manifest.exists():
             return {}
         try:
@@ -119,11 +115,7 @@ class Stage:
         return locked(self.folder / f".stage-{name.value}.lock", f"fills the part {name.value}", print_line)
 
     def state(self, place: str, settings: dict[str, Any] | None = None, *, contents: bool) -> State:
-        """Compare what lies at `place` with its record, and the record with `settings`.
-
-        Args:
-            contents: read every byte; otherwise only sizes are compared.
-        """
+        """Compare what lies at `place` with its record (by size, or all `contents`), and the record with `settings`."""
         path, entry = self.folder / place, self.entries().get(place)
         if not os.path.lexists(path):
             return State("does not exist")
@@ -131,13 +123,13 @@ class Stage:
             return State("was not made by setup_stage.py", blocked=True)
         changed, absent = differences(self.folder, entry.files, contents=contents)
         if changed:
-            return State(f"has changed since it was recorded: {_names(changed)}", blocked=True)
+            return State(f"has changed since it was recorded: {changed[0]}", blocked=True)
         unknown = not files_of(path, place).keys() <= entry.files.keys()
         for key, value in (settings or {}).items():
             if entry.settings.get(key) != value:
                 replaced = entry.part == PartName.code.value and not unknown
                 return State(f"was made with {key}={entry.settings.get(key)}, not {value}", blocked=not replaced)
-        return State(f"lacks {_names(absent)}", blocked=unknown) if absent else State()
+        return State(f"lacks {absent[0]}", blocked=unknown) if absent else State()
 
     def put(self, new: Path, place: str, entry: Entry) -> None:
         """Record the file or folder `new`, which lies in a hidden folder, and move it to `place`."""
@@ -153,11 +145,7 @@ class Stage:
 
 
 def fill(stage: Stage, part: Part) -> None:
-    """Make the part unless it is complete.
-
-    Raises:
-        BenchError: it cannot be made, or something else is in its place.
-    """
+    """Make the part unless it is complete; raise BenchError if that fails, or something else is in its place."""
     destination = stage.folder / part.place
     if _complete(stage, part) and not hidden_path(destination).exists():
         return
@@ -199,11 +187,7 @@ def manifest_json(entries: dict[str, Entry]) -> dict[str, Any]:
 
 
 def read_manifest(text: bytes) -> dict[str, Entry]:
-    """Parse stage.json.
-
-    Raises:
-        ValueError: it is damaged, or of another version.
-    """
+    """Parse stage.json; raise ValueError if it is damaged, or of another version."""
     try:
         content = json.loads(text)
         if (content["format"], content["version"]) != (FORMAT, VERSION):
@@ -240,11 +224,6 @@ def differences(folder: Path, files: dict[str, FileRecord], *, contents: bool) -
         elif path.stat().st_size != recorded.size_bytes or (contents and sha256_of(path) != recorded.sha256):
             changed.append(name)
     return changed, absent
-
-
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def require_space(folder: Path, size_bytes: int, what: str) -> None:

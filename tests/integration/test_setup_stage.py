@@ -29,11 +29,8 @@ TOKENIZER = "llama3.1-dataset/llama"
 LOCAL = ("tokenizer=local", "tokenizer.corpus_bytes=60000", "image_gib=0.001")
 LLAMA_ONLY = ("parts=[tokenizer]", "tokenizer.vocab_size=384")
 FILES = {
-    "config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *("config.json", "generation_config.json", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer_config.json"),
 }
 
 
@@ -84,9 +81,8 @@ def test_fills_everything(filled: Setup) -> None:
     assert filled.leftovers() == []
     entries = Stage(filled.stage).entries()
     assert entries[IMAGE].settings == {"entrypoint.container": "nvcr.io/nvidia/nemo:25.11"}
-    assert entries[IMAGE].version == "nvcr.io/nvidia/nemo:25.11, by enroot 3.5.0" and entries[IMAGE].size_bytes == len(
-        squashfs()
-    )
+    assert entries[IMAGE].version == "nvcr.io/nvidia/nemo:25.11, by enroot 3.5.0"
+    assert entries[IMAGE].size_bytes == len(squashfs())
     assert entries[TOKENIZER].version == "trained here, 384 tokens"
 
 
@@ -144,13 +140,6 @@ def test_pip_without_an_index_is_explained(setup: Setup) -> None:
     assert setup.leftovers() == [] and not (setup.stage / "nemo_bench").exists()
 
 
-def test_an_import_that_the_registry_refuses(setup: Setup) -> None:
-    _, err = setup("parts=[image]", "image_gib=0.001", FAKE="unauthorized", code=2)
-    for text in ("[ERROR] URL https://nvcr.io", "exit status 1", ".config/enroot/.credentials", "login $oauthtoken"):
-        assert text in err
-    assert not (setup.stage / IMAGE).exists() and setup.leftovers() == []
-
-
 @pytest.mark.parametrize(
     ("args", "text"),
     [
@@ -169,18 +158,11 @@ def test_bad_input_gets_one_message(setup: Setup, args: list[str], text: str) ->
     assert not setup.stage.exists()
 
 
-@pytest.mark.parametrize(
-    ("place", "args"),
-    [
-        ("file", []),
-        ("file/stage", ["parts=[image]"]),
-        ("file", ["parts=[image]", "hydra/launcher=submitit_slurm"]),
-    ],
-)
-def test_a_stage_path_that_cannot_be_a_folder(setup: Setup, place: str, args: list[str]) -> None:
+@pytest.mark.parametrize("args", [[], ["parts=[image]", "hydra/launcher=submitit_slurm"]])
+def test_a_stage_path_that_cannot_be_a_folder(setup: Setup, args: list[str]) -> None:
     (setup.tmp_path / "file").write_text("mine")
     setup.put("sbatch", SBATCH)
-    stage = str(setup.tmp_path / place)
+    stage = str(setup.tmp_path / "file")
     out, err = setup(*args, STAGE_PATH=stage, code=2)
     assert err.startswith(f"Cannot write in {stage} (") and "STAGE_PATH" in err
     assert len(err.splitlines()) == 1 and out == ""
