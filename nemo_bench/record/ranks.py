@@ -26,11 +26,7 @@ _NUMBERS = (
 
 
 def gathered(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return one rank's steps in numbers, as far as the rows have what they follow from.
-
-    Args:
-        rows: lines of steps.jsonl in order, or the part of them that a rank other than 0 has.
-    """
+    """Return one rank's steps in numbers; rows are lines of steps.jsonl, or what other ranks have of them."""
     steady = rows[min(UNSTEADY_STEPS, len(rows) - 1) :] if rows else []
     numbers: dict[str, Any] = {"steps": len(steady)}
     for name, source, summary in _NUMBERS:
@@ -53,8 +49,7 @@ def write_ranks(run_dir: Path, ranks: Sequence[dict[str, Any]]) -> None:
 def read_ranks(run_dir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the ranks of `ranks.json`; without one (a run that ended early), rank 0 by its steps.
 
-    Raises:
-        ValueError, KeyError, TypeError: the file is damaged.
+    Raises ValueError, KeyError or TypeError if the file is damaged.
     """
     try:
         ranks: list[dict[str, Any]] = json.loads((run_dir / RANKS).read_text())["ranks"]

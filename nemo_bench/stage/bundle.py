@@ -44,8 +44,7 @@ _SUFFIXES = (".json", ".bin", ".idx")
 def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
     """Pack the parts, and all datasets of the stage folder, into the new file `bundle`.
 
-    Raises:
-        BenchError: a part or dataset is not complete, `bundle` exists, or cannot be written.
+    Raises BenchError if a part or dataset is not complete, or `bundle` exists or cannot be written.
     """
     if not bundle.name.endswith((".tar", ".tar.zst")):
         raise BenchError(f"bundle={bundle} must end in .tar, or .tar.zst (compressed)")
@@ -104,8 +103,7 @@ def _write(stage: Stage, entries: dict[str, Entry], path: Path, mode: Literal["w
 def install(stage: Stage, bundle: Path, *, dry: bool) -> None:
     """Install what the stage folder lacks of the bundle: all of it, or nothing.
 
-    Raises:
-        BenchError: the bundle is damaged, or the folder holds something else in a place of the bundle.
+    Raises BenchError if the bundle is damaged, or the folder holds something else in a place of the bundle.
     """
     with explained_disk_errors(stage.folder, REMEDY), ExitStack() as stack:
         tar = stack.enter_context(_open(bundle))

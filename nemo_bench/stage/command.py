@@ -25,9 +25,7 @@ from nemo_bench.stage.tokenizer import tokenizer_part
 def run_stage(raw: DictConfig) -> None:
     """Fill, check, pack or install the stage folder; with launch=dry, print what would be done.
 
-    Raises:
-        BenchError: something is missing or in the way. What could be done is done.
-        RunFailed: it was ended from outside.
+    Raises BenchError if something is missing or in the way (what could be done is done), RunFailed if it was ended.
     """
     cfg = typed_as(StageConfig, raw)
     try:

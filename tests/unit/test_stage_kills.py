@@ -130,9 +130,6 @@ def task(request: pytest.FixtureRequest, cfg: StageConfig, tmp_path: Path, small
         everything()
         pack()
 
-    def nothing() -> None:
-        pass
-
     def fill_tokenizer() -> None:
         fill(stage, tokenizer_part(cfg, stage.folder))
 
@@ -141,9 +138,9 @@ def task(request: pytest.FixtureRequest, cfg: StageConfig, tmp_path: Path, small
 
     dataset = tuple(f"{DATASET}{suffix}" for suffix in (".json", ".bin", ".idx"))
     return {
-        "image": Task(stage.folder, nothing, fill_image, ("nemo.sqsh",), 5),
-        "tokenizer": Task(stage.folder, nothing, fill_tokenizer, ("llama",), 10),
-        "code": Task(stage.folder, nothing, fill_code, ("nemo_bench",), 10),
+        "image": Task(stage.folder, lambda: None, fill_image, ("nemo.sqsh",), 5),
+        "tokenizer": Task(stage.folder, lambda: None, fill_tokenizer, ("llama",), 10),
+        "code": Task(stage.folder, lambda: None, fill_code, ("nemo_bench",), 10),
         "newer code": Task(stage.folder, older_code, fill_code, ("nemo_bench",), 10),
         "pack": Task(packed.parent, everything, pack, ("stage.tar.zst",), 3),
         "install": Task(other.folder, everything_packed, install, ("nemo.sqsh", "nemo_bench", *dataset), 20),
