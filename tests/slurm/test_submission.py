@@ -215,11 +215,10 @@ def test_the_container_boundary(scripts: Scripts, slurm: SlurmCluster, tmp_path:
     srun.chmod(0o755)
     image = scripts.stage / "nvidia+nemo+25.11.sqsh"
     image.write_bytes(b"hsqs")
-    scripts.submit(
-        *ONE_GPU,
-        f"cluster.container={{image: '{image}', mounts: ['/data:/data:ro']}}",
-        f"cluster.setup=['export PATH={srun.parent}:$PATH']",
-    )
+    mounts = "cluster.container.mounts=['/data:/data:ro']"
+    setup = f"cluster.setup=['export PATH={srun.parent}:$PATH']"
+    done = scripts.run("train.py", "hydra/launcher=submitit_slurm", *ONE_GPU, mounts, setup)
+    assert done.returncode == 0, done.stdout + done.stderr
     job_id, run_dir = scripts.last()
     assert slurm.wait_for_end(job_id) == "COMPLETED"
     arguments = Path(f"{srun}.arguments").read_text().splitlines()
