@@ -1,4 +1,4 @@
-"""What is written down while the model trains: a line a step, and after the last one what every rank's device did."""
+"""What is recorded while the model trains: a line a step, and after the last one what every rank's device did."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ def build_timing(cfg: TrainConfig) -> TimingCallback:
 
 
 class StepRecorder(pl.Callback):
-    """Writes each step's loss, time, rates and device measurements to `steps.jsonl`, on global rank 0.
+    """Write each step's loss, time, rates and device measurements to `steps.jsonl`, on global rank 0.
 
-    Loss and step time are NeMo's own (`reduced_train_loss`, TimingCallback), in full precision; the lines that NeMo
-    prints, with four digits, stay in the rank's log. `step` counts from 0, as NeMo's `global_step` does there.
+    Loss and step time are NeMo's own (`reduced_train_loss`, TimingCallback), in full precision; `step` counts from 0.
     """
 
     def __init__(
@@ -45,14 +44,12 @@ class StepRecorder(pl.Callback):
         self.cfg, self.timing, self.telemetry = cfg, timing, telemetry
         self.run, self.events = RunFolder(run_dir), events
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.events.write("training", first_step=trainer.global_step)
         # By now every rank has measured its peak, where it is not a published one.
         self.peaks = [float(peak["tflops"]) for peak in self.run.peaks()]
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         metrics = trainer.callback_metrics
         step = trainer.global_step - 1  # Lightning has counted this one already
         seconds = float(self.timing.timer[STEP_TIMING])
@@ -67,19 +64,19 @@ class StepRecorder(pl.Callback):
             row["grad_norm"] = float(metrics["grad_norm"])
         self.run.write_step({**row, **rates_of_step(self.cfg, self.peaks, seconds), **self.telemetry.step})
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.events.write("validation", after_step=trainer.global_step - 1)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         loss = trainer.callback_metrics.get("val_loss")
         self.events.write("validated", val_loss=None if loss is None else float(loss))
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
         self.events.write("checkpoint", after_step=trainer.global_step - 1)
 
 
 class RankTelemetry(pl.Callback):
-    """Measures every step on every rank; after the last, rank 0 writes what all of them measured to `ranks.json`.
+    """Measure every step on every rank; after the last, rank 0 writes what all of them measured to `ranks.json`.
 
     Stands behind NeMo's TimingCallback, whose step time it reads, and ahead of StepRecorder, which reads `step`.
     """
@@ -94,27 +91,23 @@ class RankTelemetry(pl.Callback):
         self.rows: deque[dict[str, Any]] = deque(maxlen=MAX_STEPS)
         self.step: dict[str, Any] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.on_gpu:
             self.sampler = open_sampler(torch.cuda.get_device_properties(torch.cuda.current_device()), _log)
         if self.sampler is not None:
             self.sampler.start()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.sampler is not None:
             self.sampler.take()  # between steps: validation, a checkpoint
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.step = gpu_memory() if self.on_gpu else {}
         if self.sampler is not None:
             self.step |= self.sampler.take()
         self.rows.append({"train_step_timing_s": float(self.timing.timer[STEP_TIMING]), **self.step})
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._stop()
         rank: dict[str, Any] = {"rank": self.rank, "host": socket.gethostname()}
         if self.on_gpu:
@@ -131,7 +124,7 @@ class RankTelemetry(pl.Callback):
         except (RuntimeError, OSError) as error:  # the training is done, and its numbers are safe
             _log(f"no ranks.json: {type(error).__name__}: {error}")
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         self._stop()
 
     def _stop(self) -> None:

@@ -56,14 +56,14 @@ def build_resume(cfg: TrainConfig, run_dir: Path) -> nl.AutoResume | None:
 
 
 class _Resume(nl.AutoResume):
-    """AutoResume that needs no checkpoint callback: a resumed run may well write no checkpoints itself."""
+    """Need no checkpoint callback, unlike NeMo's: a resumed run may well write no checkpoints itself."""
 
     def setup(self, trainer: Any, model: Any = None) -> None:
         trainer.ckpt_path = self.get_trainer_ckpt_path(model)
 
 
 class CheckpointOnSignal(pl.Callback):
-    """Saves a checkpoint after the step in which Slurm has warned any rank, asks for a requeue, and stops.
+    """Save a checkpoint after the step in which Slurm has warned any rank, asks for a requeue, and stops.
 
     Not NeMo's PreemptionCallback: it saves only where `save_last` is on, and cannot ask for the requeue.
     """
@@ -71,9 +71,7 @@ class CheckpointOnSignal(pl.Callback):
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         # All ranks must agree on the step: a checkpoint is a collective.
         warned = torch.tensor(int(preemption.received()), device=trainer.strategy.root_device)
         torch.distributed.all_reduce(warned, op=torch.distributed.ReduceOp.MAX)

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class _Stream:
-    """The one stream of a CPU: in order, and idle whenever somebody looks."""
+    """The one stream of a CPU and any event on it: finished whenever somebody looks."""
 
     device = CPU
     cuda_stream = 0
@@ -34,31 +34,18 @@ class _Stream:
 
     def wait_event(self, event: object) -> None: ...
 
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
-
-    def query(self) -> bool:
-        return True
-
-
-class _Event:
-    """An event on that stream: over as soon as it is recorded."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait(self, stream: object = None) -> None: ...
 
     def record(self, stream: object = None) -> None: ...
 
-    def wait(self, stream: object = None) -> None: ...
-
-    def synchronize(self) -> None: ...
+    def record_event(self, event: _Stream | None = None) -> _Stream:
+        return event or self
 
     def query(self) -> bool:
         return True
 
 
 class _Generators:
-    """`torch.cuda.default_generators`: one device, one generator."""
-
     def __getitem__(self, device: object) -> torch.Generator:
         return torch.default_generator
 
@@ -73,7 +60,7 @@ def _is_cuda(device: object) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Reads `cuda` as `cpu` in the arguments of torch functions."""
+    """Read `cuda` as `cpu` in the arguments of torch functions."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -113,7 +100,7 @@ def install() -> None:
         return
     answers: dict[str, Any] = {
         "Stream": _Stream,
-        "Event": _Event,
+        "Event": _Stream,
         "stream": lambda stream: contextlib.nullcontext(stream),
         "current_stream": lambda device=None: _STREAM,
         "default_stream": lambda device=None: _STREAM,
@@ -141,7 +128,7 @@ def install() -> None:
 
 
 def install_for_checkpoints() -> None:
-    """Lets NeMo load a checkpoint on the device that `install` gave; call it once NeMo is imported.
+    """Let NeMo load a checkpoint on the device that `install` gave; call it once NeMo is imported.
 
     NeMo moves what it loaded to `torch.device("cuda", index=torch.cuda.current_device())`, which must be a number. Here
     every tensor is where it belongs.

@@ -13,7 +13,7 @@ from nemo_bench.config import TrainConfig
 
 
 def build_tokenizer(cfg: TrainConfig) -> Any:
-    """NeMo's tokenizer: a Hugging Face folder's, or for random tokens one that only has a size."""
+    """Return NeMo's tokenizer: a Hugging Face folder's, or for random tokens one that only has a size."""
     if cfg.data.kind == "mock":
         from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 
@@ -24,7 +24,7 @@ def build_tokenizer(cfg: TrainConfig) -> Any:
 
 
 class _RandomTokens(llm.MockDataModule):
-    """NeMo's, with an attention mask where one is needed: 2.7.3 passes that wish on in the place of the seed."""
+    """Make an attention mask where one is needed: NeMo 2.7.3 passes that wish on in the place of the seed."""
 
     def __init__(self, *, seed: int, **options: Any) -> None:
         super().__init__(**options)
@@ -47,7 +47,7 @@ class _RandomTokens(llm.MockDataModule):
 
 
 def _content_key(prefixes: list[str]) -> str:
-    """Names the folder of Megatron's sample order after the files it was made for.
+    """Name the folder of Megatron's sample order after the files it was made for.
 
     Megatron finds a saved order by path, seed and length alone: after a dataset was prepared anew at the same path it
     would go on with the old one's.
@@ -58,9 +58,8 @@ def _content_key(prefixes: list[str]) -> str:
 
 
 def build_data(cfg: TrainConfig, tokenizer: Any) -> Any:
-    """`PreTrainingDataModule` on the .bin/.idx pairs of `cfg.data`, or `MockDataModule`."""
+    """Return `PreTrainingDataModule` on the .bin/.idx pairs of `cfg.data`, or `MockDataModule`."""
     m, data = cfg.model, cfg.data
-    # Pinned memory speeds up copies to a GPU.
     shared: dict[str, Any] = {
         "seq_length": m.seq_length,
         "micro_batch_size": m.micro_batch_size,

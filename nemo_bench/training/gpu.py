@@ -1,4 +1,4 @@
-"""A rank's GPU: whether it can compute what is asked for, and its power, clocks, temperature and throttling meanwhile.
+"""A rank's GPU: whether it can compute what is asked for; its power, clocks, temperature and throttling meanwhile.
 
 What NVIDIA's management library (NVML) does not tell is left out, with one line in the rank's log: it fails no run.
 """
@@ -25,8 +25,7 @@ _BLOCKWISE_CUDA = (12, 9)
 
 SAMPLE_INTERVAL_S = 0.1
 STOP_S = 2.0
-# NVML's bits (nvml.h, nvmlClocksEventReasons) that hold clocks back. Not among them: an idle GPU, and clocks that
-# somebody has set.
+# NVML's bits (nvml.h, nvmlClocksEventReasons) that hold clocks back; an idle GPU and clocks that were set do not.
 _THROTTLING = {
     0x04: "sw_power_cap",
     0x08: "hw_slowdown",
@@ -118,8 +117,6 @@ class _Window:
         summary: dict[str, Any] = {}
         if self.energy and (seconds := self.energy[-1][0] - self.energy[0][0]) > 0:
             summary["power_w"] = round((self.energy[-1][1] - self.energy[0][1]) / 1000 / seconds, 1)
-        elif power_mw := self.samples["power"]:
-            summary["power_w"] = round(sum(power_mw) / len(power_mw) / 1000, 1)
         for clock in ("sm_clock", "memory_clock"):
             if mhz := self.samples[clock]:
                 summary[f"{clock}_mhz"] = round(sum(mhz) / len(mhz), 1)
@@ -132,30 +129,22 @@ class _Window:
 
 
 class GpuSampler:
-    """Samples one GPU in a thread from `start` to `stop`.
+    """Sample one GPU in a thread from `start` to `stop`.
 
-    Args:
-        nvml: the `pynvml` module, initialised.
-        handle: of the GPU.
-        log: takes one line for each thing that this GPU or driver does not tell.
-        interval_s: between samples.
+    `nvml` is the `pynvml` module, initialised; `log` takes one line for each thing that this GPU does not tell.
     """
 
     def __init__(
         self, nvml: Any, handle: Any, log: Callable[[str], None], interval_s: float = SAMPLE_INTERVAL_S
     ) -> None:
         self._nvml, self._handle, self._log, self._interval_s = nvml, handle, log, interval_s
-        clock, degrees = nvml.nvmlDeviceGetClockInfo, nvml.nvmlDeviceGetTemperature
-        # The second question of a name is asked where the first is not known or not answered.
-        self._questions: dict[str, list[Callable[[], int]]] = {
-            "energy": [lambda: int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle))],
-            "sm_clock": [lambda: int(clock(handle, nvml.NVML_CLOCK_SM))],
-            "memory_clock": [lambda: int(clock(handle, nvml.NVML_CLOCK_MEM))],
-            "temperature": [lambda: int(degrees(handle, nvml.NVML_TEMPERATURE_GPU))],
-            "reasons": [
-                lambda: int(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)),
-                lambda: int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
-            ],
+        self._questions: dict[str, tuple[Any, ...]] = {
+            "energy": (nvml.nvmlDeviceGetTotalEnergyConsumption,),
+            "sm_clock": (nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+            "memory_clock": (nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
+            "temperature": (nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+            # The name before "event reasons", which every driver knows.
+            "reasons": (nvml.nvmlDeviceGetCurrentClocksThrottleReasons,),
         }
         self._lock = threading.Lock()
         self._window = _Window([])
@@ -187,27 +176,17 @@ class GpuSampler:
 
     def _sample(self) -> dict[str, int]:
         sample: dict[str, int] = {}
-        for name, questions in list(self._questions.items()):
+        for name, (question, *arguments) in list(self._questions.items()):
             try:
-                sample[name] = questions[0]()
-            except (self._nvml.NVMLError, AttributeError) as error:
-                del questions[0]
-                if not questions:
-                    del self._questions[name]
-                    self._log(f"GPU measurements without {name}: {error}")
-                    if name == "energy":
-                        # The counter came with Volta; the power that NVML shows is a mean over up to a second.
-                        self._questions["power"] = [lambda: int(self._nvml.nvmlDeviceGetPowerUsage(self._handle))]
+                sample[name] = int(question(self._handle, *arguments))
+            except self._nvml.NVMLError as error:
+                del self._questions[name]
+                self._log(f"GPU measurements without {name}: {error}")
         return sample
 
 
 def open_sampler(device: Any, log: Callable[[str], None]) -> GpuSampler | None:
-    """Return the sampler of a CUDA device; None, and a line in the log, where NVML cannot be had.
-
-    Args:
-        device: torch's properties of it: NVML counts GPUs in an order of its own, and without CUDA_VISIBLE_DEVICES.
-        log: takes the lines.
-    """
+    """Return the sampler of a CUDA device, by torch's properties of it; None, and a line in the log, without NVML."""
     try:
         import pynvml
 
@@ -219,7 +198,10 @@ def open_sampler(device: Any, log: Callable[[str], None]) -> GpuSampler | None:
 
 
 def _handle(nvml: Any, device: Any) -> Any:
-    """Return NVML's handle of a device; of an instance of a MIG device, its whole GPU's, which has the sensors."""
+    """Return NVML's handle of a device; of an instance of a MIG device, its whole GPU's, which has the sensors.
+
+    Found by UUID: NVML counts GPUs in an order of its own, and without CUDA_VISIBLE_DEVICES.
+    """
     uuid = str(device.uuid).removeprefix("GPU-").removeprefix("MIG-")
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")

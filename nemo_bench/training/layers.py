@@ -24,9 +24,13 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def local_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of one pipeline chunk (`vp_stage` of this rank), norms by `RMSNorm`, for `transformer_layer_spec`."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization=config.normalization)
+    """Return the layers of one pipeline chunk (`vp_stage` of this rank), for `transformer_layer_spec`."""
+    layer = get_gpt_layer_local_spec(normalization=config.normalization)
+    return block_of(layer, get_num_layers_to_build(config, vp_stage=vp_stage))
+
+
+def block_of(layer: ModuleSpec, count: int) -> TransformerBlockSubmodules:
+    """Return a block of `count` such layers with `RMSNorm` for all norms."""
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

@@ -1,46 +1,34 @@
-"""The matrix rate of a device: TFLOP/s of a short, timed matrix product."""
+"""The matrix rate of a device: TFLOP/s of short, timed matrix products."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 
-@dataclass(frozen=True)
-class MatrixRate:
-    """The fastest of several timed products on ONE rank's share of the CPU, and what was timed."""
-
-    tflops: float
-    dtype: str
-    size: int  # of the square matrices
-    repeats: int
-    threads: int
-
-
-def cpu_matrix_rate(precision: str, *, size: int = 1536, seconds: float = 1.0) -> MatrixRate:
-    """Multiply two random square matrices for about `seconds`.
+def cpu_matrix_rate(precision: str, *, size: int = 1536, seconds: float = 1.0) -> dict[str, Any]:
+    """Return the TFLOP/s of the fastest product of two random square matrices on one rank's cores, and what was timed.
 
     All ranks of a run call this at the same time, so that they share the machine as they do when training.
     """
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    best, repeats = float("inf"), 0
+    times_s: list[float] = []
     deadline = time.perf_counter() + seconds
-    while repeats < 3 or time.perf_counter() < deadline:
+    while len(times_s) < 3 or time.perf_counter() < deadline:
         start = time.perf_counter()
         torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-        repeats += 1
-    return MatrixRate(
-        tflops=2 * size**3 / best / 1e12,
-        dtype=str(dtype).removeprefix("torch."),
-        size=size,
-        repeats=repeats,
-        threads=torch.get_num_threads(),
-    )
+        times_s.append(time.perf_counter() - start)
+    return {
+        "tflops": 2 * size**3 / min(times_s) / 1e12,
+        "dtype": str(dtype).removeprefix("torch."),
+        "size": size,
+        "repeats": len(times_s),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def gpu_matrix_rate(device: int, *, size: int = 8192, seconds: float = 0.3, warmup_seconds: float = 0.1) -> float:

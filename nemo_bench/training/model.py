@@ -12,7 +12,7 @@ from nemo_bench.config import TrainConfig
 
 
 def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
-    """NeMo's Llama 3.1 with the architecture, fusions and pipeline communication that `cfg` asks for.
+    """Return NeMo's Llama 3.1 with the architecture, fusions and pipeline communication that `cfg` asks for.
 
     The parallel sizes are not set here: `MegatronStrategy` copies them into this configuration.
     """
@@ -70,7 +70,7 @@ def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
 
 
 def pipeline_communication(cfg: TrainConfig) -> dict[str, Any]:
-    """How pipeline stages pass activations on, and what they do in the bubble: Megatron's names and values."""
+    """Return how pipeline stages pass activations on, and what they do in the bubble: Megatron's names and values."""
     m = cfg.model
     stages = m.pipeline_model_parallel_size > 1
     interleaved = (m.virtual_pipeline_model_parallel_size or 1) > 1

@@ -15,7 +15,7 @@ from nemo_bench.training import cpu_device
 
 
 def main() -> None:
-    """Runs the program named by the first argument as `__main__`."""
+    """Run the program named by the first argument as `__main__`."""
     cpu_device.install()
     # NeMo compares it with versions of NVIDIA's container, and fails where there is none; this is nemo:24.09's.
     os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "24.07")
@@ -25,14 +25,19 @@ def main() -> None:
 
 
 def _do_without_apex_and_transformer_engine() -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from nemo.collections.nlp.models import nlp_model
     from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
     from nemo.collections.nlp.modules.common.megatron import build_model, utils
     from nemo.collections.nlp.parts import nlp_overrides
 
-    from nemo_bench.training.layers import RMSNorm
+    from nemo_bench.training.layers import RMSNorm, block_of
+
+    def local_specification(name: str, config: Any, *_: Any) -> Any:
+        return block_of(get_gpt_layer_local_spec(), get_num_layers_to_build(config))
 
     # The strategy asks for Apex, and its optimizers use it; a CPU takes megatron-core's, which does without.
     nlp_overrides.HAVE_APEX = True
@@ -48,19 +53,7 @@ def _do_without_apex_and_transformer_engine() -> None:
     # Every NeMo model lists the BERT models, whose layers are Transformer Engine's.
     nlp_model.get_megatron_pretrained_bert_models = list
     # The table of layer specifications is built whole before one is chosen.
-    megatron_gpt_model.get_specs = _local_specification
-
-
-def _local_specification(name: str, config: Any, *_: Any) -> Any:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-
-    from nemo_bench.training.layers import RMSNorm
-
-    layer = get_gpt_layer_local_spec()
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    megatron_gpt_model.get_specs = local_specification
 
 
 if __name__ == "__main__":

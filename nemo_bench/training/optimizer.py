@@ -15,7 +15,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_optimizer(cfg: TrainConfig) -> nl.MegatronOptimizerModule:
-    """Adam over fp32 main weights; NeMo copies the number formats from the precision plugin."""
+    """Return Adam over fp32 main weights; NeMo copies the number formats from the precision plugin."""
     o = cfg.model.optim
     formats: dict[str, Any] = {}
     if cfg.precision_aware_optimizer:

@@ -22,7 +22,7 @@ from nemo_bench.report import statistics
 
 
 def build_profiling(cfg: TrainConfig, run_dir: Path, rank: int, events: EventLog) -> list[pl.Callback]:
-    """The callbacks of this rank; none where nothing is profiled.
+    """Return the callbacks of this rank; none where nothing is profiled.
 
     They belong behind NeMo's timer: what the profilers do between two steps is then in no step's time.
     """
@@ -36,7 +36,7 @@ def build_profiling(cfg: TrainConfig, run_dir: Path, rank: int, events: EventLog
 
 
 class ProfileEvents(pl.Callback):
-    """Writes a `profile` event ahead of each step that a profile disturbs, so that reports leave these steps out.
+    """Write a `profile` event ahead of each step that a profile disturbs, so that reports leave these steps out.
 
     Beside the profiled steps these are the one before, in which the profiler warms up, and the one after: ranks that
     were not profiled wait in it for those that write.
@@ -46,17 +46,15 @@ class ProfileEvents(pl.Callback):
         self.disturbed = range(profile.start_step - 1, profile.end_step + 2)
         self.events = events
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step in self.disturbed:
             self.events.write(statistics.PROFILE, after_step=trainer.global_step - 1)
 
 
 class _Profile(pl.Callback):
-    """Marks each profiled step, and in it the optimizer's part, from device idle to device idle.
+    """Mark each profiled step, and in it the optimizer's part, from device idle to device idle.
 
-    `mark` is a context that names a part of the profile.
+    `mark` is a context that names a part of the profile; subclasses say what happens around each step.
     """
 
     def __init__(self, profile: ProfileConfig, mark: Callable[[str], Any]) -> None:
@@ -64,15 +62,11 @@ class _Profile(pl.Callback):
         self.steps = range(profile.start_step, profile.end_step + 1)
         self.marks: ExitStack | None = None  # of the step under way
 
-    def before(self, step: int) -> None:
-        """Called ahead of each step."""
+    def before(self, step: int) -> None: ...
 
-    def after(self, step: int) -> None:
-        """Called after each step."""
+    def after(self, step: int) -> None: ...
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         step = trainer.global_step
         if step in self.steps:
             _synchronize()
@@ -81,13 +75,11 @@ class _Profile(pl.Callback):
             self.marks = ExitStack()
             self.marks.enter_context(self.mark(f"{step_profile.STEP_MARK}{step}"))
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.marks is not None:
             self.marks.enter_context(self.mark(step_profile.OPTIMIZER_MARK))
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.marks is not None:
             _synchronize()
             self.marks.close()
@@ -96,9 +88,7 @@ class _Profile(pl.Callback):
 
 
 class TorchProfile(_Profile):
-    """PyTorch's profiler; after the last step it writes its trace, and a table: of time by kernel class on a GPU, else
-    PyTorch's own of the CPU operations.
-    """
+    """Run PyTorch's profiler; write its trace, and a table of time by kernel class, on a CPU PyTorch's own."""
 
     def __init__(self, profile: ProfileConfig, run_dir: Path, rank: int) -> None:
         super().__init__(profile, record_function)
@@ -158,7 +148,7 @@ class TorchProfile(_Profile):
 
 
 class NsysRange(_Profile):
-    """Tells nsys, which this rank runs under (cluster/nsys.py), where the profiled steps begin and end.
+    """Tell nsys, which this rank runs under (cluster/nsys.py), where the profiled steps begin and end.
 
     Not NeMo's NsysCallback: it leaves the last step out, and wraps every operation in an NVTX range of its own, which
     slows the steps (nsys does it too, if asked: `--pytorch=autograd-nvtx` in profile.nsys_args). Megatron's and

@@ -9,7 +9,6 @@ import contextlib
 import os
 import sys
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 
 from nemo_bench.cluster import lifeline, nsys
@@ -91,7 +90,7 @@ def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None
     patches.after_imports(cfg)
     events.write("building")
     if cfg.gpu.peak_tflops.get(cfg.precision.name) is None:
-        run.write_peak(rank, asdict(cpu_matrix_rate(cfg.precision.name)))
+        run.write_peak(rank, cpu_matrix_rate(cfg.precision.name))
     matrix_tflops = gpu_matrix_rate(local_rank) if cfg.gpu.device == "cuda" else None
     pretrain(cfg, run.path, rank, events, matrix_tflops)
     events.write("requeue" if (run.path / REQUEUE).exists() else "done")

@@ -18,7 +18,7 @@ _TABLES_OF_CAPABILITY = {9: "h100", 10: "b200"}
 
 
 def build_tp_comm_overlap(cfg: TrainConfig) -> MegatronCommOverlapCallback:
-    """NeMo's callback, which alone allocates the user buffers.
+    """Return NeMo's callback, which alone allocates the user buffers.
 
     It derives all other overlaps from the parallel sizes, unless it is given them: it is, so that they are what the
     configuration says.
@@ -32,11 +32,7 @@ def build_tp_comm_overlap(cfg: TrainConfig) -> MegatronCommOverlapCallback:
 
 
 def _table(cfg: TrainConfig) -> Any:
-    """The table that `model.tp_comm_overlap_cfg` names; None: Transformer Engine's own choice.
-
-    Raises:
-        BenchError: NeMo has no table of that name.
-    """
+    """Return the table that `model.tp_comm_overlap_cfg` names; None: Transformer Engine's own choice."""
     tables = [name for name in dir(userbuffers) if name.startswith("userbuffers_")]
     name = cfg.model.tp_comm_overlap_cfg
     if name == "auto":
@@ -47,5 +43,5 @@ def _table(cfg: TrainConfig) -> Any:
         fitting = [f"{start}_cp{m.context_parallel_size}{end}", f"{start}{end}"]
         name = next((fit for fit in fitting if fit in tables), None)
     elif name is not None and name not in tables:
-        raise BenchError(f"model.tp_comm_overlap_cfg={name} is no table of NeMo's\nvalid: auto, {', '.join(tables)}")
+        raise BenchError(f"model.tp_comm_overlap_cfg={name}: NeMo has no such table\nvalid: auto, {', '.join(tables)}")
     return None if name is None else getattr(userbuffers, name)

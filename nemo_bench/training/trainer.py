@@ -11,7 +11,7 @@ from nemo_bench.config import TrainConfig
 
 
 class _Strategy(nl.MegatronStrategy):
-    """NeMo's, without Lightning's last act: it copies weights and optimizer state to the host's memory.
+    """End without Lightning's last act, which copies weights and optimizer state to the host's memory.
 
     That took 36 s for four layers of the 70B on one GPU, the message of a rank that had failed waited for it, and eight
     ranks of a node may not fit. The process ends next.
@@ -22,7 +22,7 @@ class _Strategy(nl.MegatronStrategy):
 
 
 def build_strategy(cfg: TrainConfig) -> nl.MegatronStrategy:
-    """The parallel layout of `cfg` and Megatron's data-parallel wrapper."""
+    """Return the parallel layout of `cfg` and Megatron's data-parallel wrapper."""
     m, o = cfg.model, cfg.model.optim
     on_gpu = cfg.gpu.device == "cuda"
     return _Strategy(
@@ -49,7 +49,7 @@ def build_strategy(cfg: TrainConfig) -> nl.MegatronStrategy:
 
 
 def gradient_communication(cfg: TrainConfig) -> dict[str, Any]:
-    """How gradients are reduced and parameters gathered over the data-parallel ranks: Megatron's names and values."""
+    """Return how data-parallel ranks reduce gradients and gather parameters, by Megatron's names."""
     o = cfg.model.optim
     interleaved = (cfg.model.virtual_pipeline_model_parallel_size or 1) > 1
     return {
@@ -62,7 +62,7 @@ def gradient_communication(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def build_precision(cfg: TrainConfig) -> nl.MegatronMixedPrecision:
-    """Number formats of parameters, activations, gradients and fp8 matrix products."""
+    """Return the number formats of parameters, activations, gradients and fp8 matrix products."""
     import torch
 
     p = cfg.precision
@@ -92,7 +92,7 @@ def build_precision(cfg: TrainConfig) -> nl.MegatronMixedPrecision:
 
 
 def build_trainer(cfg: TrainConfig, callbacks: list[Any], strategy: nl.MegatronStrategy) -> nl.Trainer:
-    """The trainer: `max_steps` steps, one validation after the last, no logger but the run record."""
+    """Return the trainer: `max_steps` steps, one validation after the last, no logger but the run record."""
     from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
     t = cfg.trainer
