@@ -6,7 +6,7 @@ import os
 import socket
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,19 +17,9 @@ from nemo_bench.record.ranks import gathered, write_ranks
 from nemo_bench.report.numbers import rates_of_step
 from nemo_bench.training.gpu import GpuSampler, open_sampler
 
-if TYPE_CHECKING:
-    from nemo.utils.exp_manager import TimingCallback
-
 STEP_TIMING = "train_step_timing"
 # The summary is of the last so many steps: a longer run does not grow.
 MAX_STEPS = 10_000
-
-
-def build_timing(cfg: TrainConfig) -> TimingCallback:
-    """Return NeMo's step timer, synchronised with the device as in the recipe."""
-    from nemo.utils.exp_manager import TimingCallback  # the only import of NeMo here: tests do without
-
-    return TimingCallback(timer_kwargs={"sync_cuda": cfg.gpu.device == "cuda"})
 
 
 class StepRecorder(pl.Callback):
@@ -39,7 +29,7 @@ class StepRecorder(pl.Callback):
     """
 
     def __init__(
-        self, cfg: TrainConfig, timing: TimingCallback, telemetry: RankTelemetry, run_dir: Path, events: EventLog
+        self, cfg: TrainConfig, timing: Any, telemetry: RankTelemetry, run_dir: Path, events: EventLog
     ) -> None:
         self.cfg, self.timing, self.telemetry = cfg, timing, telemetry
         self.run, self.events = RunFolder(run_dir), events
@@ -81,9 +71,7 @@ class RankTelemetry(pl.Callback):
     Stands behind NeMo's TimingCallback, whose step time it reads, and ahead of StepRecorder, which reads `step`.
     """
 
-    def __init__(
-        self, cfg: TrainConfig, run_dir: Path, rank: int, timing: TimingCallback, matrix_tflops: float | None
-    ) -> None:
+    def __init__(self, cfg: TrainConfig, run_dir: Path, rank: int, timing: Any, matrix_tflops: float | None) -> None:
         # Nothing that cannot be copied (NeMo copies callbacks): the thread begins with the training.
         self.on_gpu, self.run_dir, self.rank, self.timing = cfg.gpu.device == "cuda", run_dir, rank, timing
         self.matrix_tflops = matrix_tflops
@@ -102,7 +90,11 @@ class RankTelemetry(pl.Callback):
             self.sampler.take()  # between steps: validation, a checkpoint
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.step = gpu_memory() if self.on_gpu else {}
+        self.step = {}
+        if self.on_gpu:
+            stats = torch.cuda.memory_stats()
+            self.step["peak_memory_gib"] = stats["allocated_bytes.all.peak"] / 2**30
+            self.step["reserved_memory_gib"] = stats["reserved_bytes.all.current"] / 2**30
         if self.sampler is not None:
             self.step |= self.sampler.take()
         self.rows.append({"train_step_timing_s": float(self.timing.timer[STEP_TIMING]), **self.step})
@@ -131,15 +123,6 @@ class RankTelemetry(pl.Callback):
         if self.sampler is not None:
             self.sampler.stop()
             self.sampler = None
-
-
-def gpu_memory() -> dict[str, float]:
-    """Return the largest allocation so far, and what PyTorch holds of the GPU now, in GiB."""
-    stats = torch.cuda.memory_stats()
-    return {
-        "peak_memory_gib": stats["allocated_bytes.all.peak"] / 2**30,
-        "reserved_memory_gib": stats["reserved_bytes.all.current"] / 2**30,
-    }
 
 
 def _log(text: str) -> None:

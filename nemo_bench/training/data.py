@@ -31,19 +31,11 @@ class _RandomTokens(llm.MockDataModule):
         self._seed = seed
 
     def setup(self, stage: str = "") -> None:
-        def dataset(name: str, samples: int) -> Any:
-            return _MockGPTDataset(
-                self.tokenizer,
-                name,
-                samples,
-                self.seq_length,
-                seed=self._seed,
-                create_attention_mask=self.create_attention_mask,
-            )
-
-        self._train_ds = dataset("train", self.num_train_samples)
-        self._validation_ds = dataset("valid", self.num_val_samples)
-        self._test_ds = dataset("test", self.num_test_samples)
+        samples = {"train": self.num_train_samples, "valid": self.num_val_samples, "test": self.num_test_samples}
+        self._train_ds, self._validation_ds, self._test_ds = (
+            _MockGPTDataset(self.tokenizer, name, count, self.seq_length, self._seed, self.create_attention_mask)
+            for name, count in samples.items()
+        )
 
 
 def _content_key(prefixes: list[str]) -> str:
@@ -70,11 +62,10 @@ def build_data(cfg: TrainConfig, tokenizer: Any) -> Any:
         "persistent_workers": False,
     }
     if data.kind == "mock":
-        validation = cfg.trainer.limit_val_batches * m.global_batch_size
         return _RandomTokens(
             seed=cfg.trainer.seed,
             num_train_samples=cfg.trainer.max_steps * m.global_batch_size,
-            num_val_samples=validation,
+            num_val_samples=cfg.trainer.limit_val_batches * m.global_batch_size,
             num_test_samples=0,
             **shared,
         )

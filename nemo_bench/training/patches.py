@@ -40,9 +40,8 @@ def after_imports(cfg: TrainConfig) -> None:
 def te_weight_gradient_accumulation() -> str:
     """Make gradient accumulation fusion work without Apex; return whose it is: apex, transformer_engine or none.
 
-    Megatron's output layer adds its weight gradient to the gradient of the step so far inside the matrix product, by
-    two functions of a CUDA extension of Apex's. Where that is missing, NeMo leaves the fusion off in silence.
-    Transformer Engine's matrix product can do the same; all other layers call it for this already.
+    Megatron's output layer adds its weight gradient to that of the step so far inside the matrix product, by two
+    functions of Apex. Without them NeMo leaves the fusion off in silence. Transformer Engine's product does the same.
     """
     if importlib.util.find_spec(APEX_MODULE) is not None:
         return "apex"
@@ -75,9 +74,8 @@ def te_weight_gradient_accumulation() -> str:
 def te_swiglu_backward() -> None:
     """Have Megatron's fused SwiGLU, without a bias, take its gradient from Transformer Engine.
 
-    Megatron has torch.compile write that kernel, and it reaches less of the memory's speed: 0.87 ms against 0.55 ms for
-    the 70B's 8192 x 57344 on an H200 (benchmarks/results/gpu_speed/variants.json), once a layer and micro-batch.
-    Forward they agree.
+    Megatron's kernel, which torch.compile writes, takes 0.87 ms against 0.55 ms for the 70B's 8192 x 57344 on an H200
+    (benchmarks/results/gpu_speed/variants.json), once a layer and micro-batch. Forward they agree.
     """
     import transformer_engine_torch
     from megatron.core.fusions import fused_bias_swiglu
@@ -93,11 +91,10 @@ def te_swiglu_backward() -> None:
 def fp8_cast_without_transpose() -> None:
     """Have Megatron's distributed optimizer cast fp32 main weights to fp8 parameters only in the layout they have.
 
-    After its step Megatron has Transformer Engine cast each parameter's shard, seen as a matrix of one row. Its
-    quantizer is set up to give the transposed copy too, which a product on Hopper needs of the whole parameter. Of the
-    one row nobody reads it, and a transposing kernel is slow at it: with four layers of the 70B a step took 1.41 s with
-    it and 1.18 s without, each on one GPU of another H200 machine (benchmarks/results/gpu_speed/variants.json). Whole
-    parameters get their transposed copies in the next forward pass, as before.
+    After its step Megatron has Transformer Engine cast each parameter's shard, seen as a matrix of one row, and give
+    the transposed copy too. Nobody reads that of one row, and its kernel is slow: with four layers of the 70B a step
+    took 1.41 s with it and 1.18 s without, each on one GPU of another H200 machine (benchmarks/results/gpu_speed/
+    variants.json). Whole parameters get their transposed copies in the next forward pass, as before.
     """
     from megatron.core.optimizer import distrib_optimizer
 

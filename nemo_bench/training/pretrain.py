@@ -11,10 +11,11 @@ from typing import Any
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectionCallback
+from nemo.utils.exp_manager import TimingCallback
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.record.folder import EventLog
-from nemo_bench.training.callbacks import RankTelemetry, StepRecorder, build_timing
+from nemo_bench.training.callbacks import RankTelemetry, StepRecorder
 from nemo_bench.training.checkpoint import CheckpointOnSignal, build_checkpoint_callback, build_resume
 from nemo_bench.training.data import build_data, build_tokenizer
 from nemo_bench.training.model import build_model
@@ -48,7 +49,7 @@ def pretrain(cfg: TrainConfig, run_dir: Path, rank: int, events: EventLog, matri
 
 
 def _callbacks(cfg: TrainConfig, run_dir: Path, rank: int, events: EventLog, matrix_tflops: float | None) -> list[Any]:
-    timing = build_timing(cfg)
+    timing = TimingCallback(timer_kwargs={"sync_cuda": cfg.gpu.device == "cuda"})  # as in the recipe
     telemetry = RankTelemetry(cfg, run_dir, rank, timing, matrix_tflops)
     callbacks = [
         timing,

@@ -132,19 +132,15 @@ class TorchProfile(_Profile):
             ):
                 shutil.copyfileobj(plain, packed, 1 << 20)
             try:
-                self._write_table(profiler, trace, folder / f"rank{self.rank}")
-            except Exception:
-                # The trace is safe, and the table can be made of it later: no reason to end the run.
+                if torch.cuda.is_available():
+                    step_profile.write(step_profile.measure(trace, rank=self.rank), folder / f"rank{self.rank}")
+                else:
+                    table = profiler.key_averages().table("self_cpu_time_total", row_limit=50)
+                    write_text(folder / f"rank{self.rank}.txt", table)
+            except Exception:  # the trace is safe, and the table can be made of it later: no reason to end the run
                 traceback.print_exc()
         finally:
             trace.unlink(missing_ok=True)
-
-    def _write_table(self, profiler: torch.profiler.profile, trace: Path, stem: Path) -> None:
-        if torch.cuda.is_available():
-            step_profile.write(step_profile.measure(trace, rank=self.rank), stem)
-        else:
-            operations = profiler.key_averages()
-            write_text(stem.with_name(stem.name + ".txt"), operations.table("self_cpu_time_total", row_limit=50))
 
 
 class NsysRange(_Profile):

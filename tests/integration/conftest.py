@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,12 +55,6 @@ class Run:
     def losses(self) -> list[float]:
         return [row["loss"] for row in self.steps]
 
-    @property
-    def status(self) -> dict[str, Any]:
-        status = json.loads((self.run_dir / "run.json").read_text())["status"]
-        assert isinstance(status, dict)
-        return status
-
 
 def environment(stage: Path) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HYDRA_"))}
@@ -69,6 +63,19 @@ def environment(stage: Path) -> dict[str, str]:
 
 def run_dirs(stage: Path) -> set[Path]:
     return {path.parent for path in stage.glob("results/**/run.json")}
+
+
+def run_script(stage: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of this project to its end, in this stage folder."""
+    return subprocess.run(
+        [sys.executable, str(PROJECT / script), *arguments],
+        cwd=stage,
+        env=environment(stage),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -83,15 +90,7 @@ def train(stage: Path) -> Callable[..., Run]:
 
     def run(*overrides: str, small: bool = True) -> Run:
         before = run_dirs(stage)
-        done = subprocess.run(
-            [sys.executable, str(PROJECT / "train.py"), *(SMALL if small else ()), *overrides],
-            cwd=stage,
-            env=environment(stage),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
+        done = run_script(stage, "train.py", *(SMALL if small else ()), *overrides)
         assert done.returncode == 0, done.stdout + done.stderr
         (run_dir,) = run_dirs(stage) - before
         return Run(run_dir, done.stdout, done.stderr)
@@ -201,23 +200,16 @@ def start(stage: Path) -> Iterator[Callable[..., Started]]:
     yield begin
     for run in runs:
         for pid in [run.process.pid, *run.rank_pids()]:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         run.process.wait()
 
 
 def processes_of(run_dir: Path) -> list[int]:
     """Living processes with the run folder on their command line."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                arguments = (entry / "cmdline").read_bytes().split(b"\0")
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                continue
-            if str(run_dir).encode() in arguments and state != "Z":
-                found.append(int(entry.name))
-    return sorted(found)
+    pids = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it may end meanwhile; a zombie has no arguments
+            if os.fsencode(run_dir) in (entry / "cmdline").read_bytes().split(b"\0"):
+                pids.append(int(entry.name))
+    return sorted(pids)

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 from nemo_bench.record.folder import RunFolder, read_lines
 
-from .conftest import PROJECT, SMALL, Run, Started, environment, wait_for
+from .conftest import SMALL, Run, Started, run_script, wait_for
 
 pytestmark = pytest.mark.train
 
@@ -86,23 +85,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_named(small_disk: Path, stage: Path) -> None:
+def test_a_full_disk_is_named(small_disk: Path) -> None:
     # The dataset fits; the checkpoint does not.
-    result = subprocess.run(
-        [
-            sys.executable,
-            str(PROJECT / "train.py"),
-            *SMALL,
-            "model.hidden_size=512",
-            "checkpoint.every_n_steps=1",
-        ],
-        cwd=small_disk,
-        env=environment(small_disk),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = run_script(small_disk, "train.py", *SMALL, "model.hidden_size=512", "checkpoint.every_n_steps=1")
     assert result.returncode == 1, result.stdout + result.stderr
     assert "no space left on the disk of" in result.stderr.splitlines()[0]
     assert RunFolder(next(small_disk.glob("results/**/run.json")).parent).status().state == "failed"
@@ -116,23 +101,9 @@ def test_a_truncated_dataset_is_refused_before_anything_starts(
     shutil.copytree(next((stage / "data").glob("local-*")), copy)
     binary = copy / "my-llama_00_text_document.bin"
     os.truncate(binary, binary.stat().st_size // 2)
-    result = subprocess.run(
-        [
-            sys.executable,
-            str(PROJECT / "train.py"),
-            *SMALL,
-            "data=pile",
-            f"data.folder={copy}",
-            "data.tokenizer=/nowhere",
-            f"data.paths=[{copy}/my-llama_00_text_document]",
-            "data.weights=[]",
-        ],
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    paths = f"data.paths=[{copy}/my-llama_00_text_document]"
+    dataset = ("data=pile", f"data.folder={copy}", "data.tokenizer=/nowhere", paths, "data.weights=[]")
+    result = run_script(tmp_path, "train.py", *SMALL, *dataset)
     assert result.returncode == 2
     assert "2 problems" in result.stderr
     assert "my-llama_00_text_document.bin" in result.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,43 +10,30 @@ import pytest
 from backports import zstd
 
 from nemo_bench.data.corpus import collect
+from nemo_bench.record.folder import RunFolder
 
 from ..httpserver import FileServer
-from .conftest import PROJECT, SMALL, Run, environment
+from .conftest import SMALL, Run, run_script
 
 pytestmark = pytest.mark.train
 
 
-def command(stage: Path, script: str, *overrides: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / script), *overrides],
-        cwd=stage,
-        env=environment(stage),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_random_tokens_need_no_files(forked: Callable[..., Run]) -> None:
     run = forked("data=mock", "trainer.max_steps=5")
-    assert run.status["state"] == "completed" and len(run.steps) == 5
+    assert RunFolder(run.run_dir).status().finished and len(run.steps) == 5
     assert 6 < run.losses[0] < 7  # ln 512, and the noise of new weights: nothing can be learned from them
 
 
 def test_the_recipes_dataset_trains(forked: Callable[..., Run], stage: Path) -> None:
     """`data=pile`, its two blended shards, on the small model: the loss falls, and both are read."""
-    command(stage, "setup_stage.py", "tokenizer=local", "parts=[tokenizer]", "tokenizer.vocab_size=512")
+    run_script(stage, "setup_stage.py", "tokenizer=local", "parts=[tokenizer]", "tokenizer.vocab_size=512")
     texts = [file.text for file in collect(2_000_000)]
     with FileServer() as server:
         for number in range(2):
             lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[number::2])
             server.put(f"/{number:02d}.jsonl.zst", zstd.compress(lines.encode()))
-        said = command(stage, "prepare_data.py", f"url='{server.url('/')}{{shard:02d}}.jsonl.zst'")
-    assert "train.py data=pile" in said
+        done = run_script(stage, "prepare_data.py", f"url='{server.url('/')}{{shard:02d}}.jsonl.zst'")
+    assert "train.py data=pile" in done.stdout, done.stderr
     run = forked("data=pile", "trainer.max_steps=50")
     assert run.losses[0] > 6 and sum(run.losses[-3:]) / 3 < 0.8 * run.losses[0]
     log = (run.run_dir / "rank0.out").read_text()
