@@ -19,9 +19,8 @@ from nemo_bench.training.callbacks import RankTelemetry, StepRecorder
 from nemo_bench.training.checkpoint import CheckpointOnSignal, build_checkpoint_callback, build_resume
 from nemo_bench.training.data import build_data, build_tokenizer
 from nemo_bench.training.model import build_model
-from nemo_bench.training.optimizer import build_optimizer
 from nemo_bench.training.profiling import build_profiling
-from nemo_bench.training.trainer import build_strategy, build_trainer
+from nemo_bench.training.trainer import build_optimizer, build_strategy, build_trainer
 
 
 def pretrain(cfg: TrainConfig, run_dir: Path, rank: int, events: EventLog, matrix_tflops: float | None) -> None:

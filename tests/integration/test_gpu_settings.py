@@ -24,46 +24,46 @@ POINTS = {
 PROGRAM = """
 import json, sys
 import hydra
-import nemo_bench.config as config
+from nemo_bench.config import typed
 from nemo_bench.training.model import build_model
 from nemo_bench.training.trainer import build_precision, build_strategy
 from nemo.lightning import _strategy_lib, io
 from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
-found = {}
+settings = {}
 for name, overrides in json.loads(sys.argv[1]).items():
     with hydra.initialize_config_dir(sys.argv[2], version_base="1.3"):
         # This one kernel is asked for at once, of Transformer Engine.
-        cfg = config.typed(hydra.compose("train", [*overrides.split(), "model.apply_rope_fusion=false"]))
+        cfg = typed(hydra.compose("train", [*overrides.split(), "model.apply_rope_fusion=false"]))
     model, strategy = build_model(cfg, None), build_strategy(cfg)
     precision = build_precision(cfg)
     strategy._precision_plugin = precision  # Lightning's trainer connects the two
     _strategy_lib.set_model_parallel_attributes(model, strategy.parallelism)
-    made = update_config_with_dtype_overrides(precision.dtype_config, model.config)
-    made.__post_init__()
+    config = update_config_with_dtype_overrides(precision.dtype_config, model.config)
+    config.__post_init__()
     keys = ("defer_embedding_wgrad_compute", "wgrad_deferral_limit", "overlap_p2p_comm", "batch_p2p_comm", "fp8",
             "fp8_param", "gradient_accumulation_fusion", "cross_entropy_fusion_impl", "recompute_granularity")
     # What NeMo builds the second interleaved stage of a rank from.
     again = io.reinit(model).config
-    assert all(getattr(again, key) == getattr(made, key) for key in keys), name
-    found[name] = {key: getattr(made, key) for key in keys} | {"bucket_size": strategy.ddp_config.bucket_size}
-print(json.dumps(found))
+    assert all(getattr(again, key) == getattr(config, key) for key in keys), name
+    settings[name] = {key: getattr(config, key) for key in keys} | {"bucket_size": strategy.ddp_config.bucket_size}
+print(json.dumps(settings))
 """
 
 
 @pytest.mark.train
 def test_megatron_takes_the_settings_of_every_size(python: Callable[..., str]) -> None:
-    found = json.loads(python(PROGRAM, json.dumps(POINTS), str(PROJECT / "conf")).splitlines()[-1])
+    settings = json.loads(python(PROGRAM, json.dumps(POINTS), str(PROJECT / "conf")).splitlines()[-1])
     # The 70B and the 405B reduce gradients over several ranks meanwhile, which would lose what was deferred.
-    deferring = {name for name, made in found.items() if made["defer_embedding_wgrad_compute"]}
+    deferring = {name for name, chosen in settings.items() if chosen["defer_embedding_wgrad_compute"]}
     assert deferring == {"70b as the recipe", "slice PP2 VP2"}
-    assert {name for name, made in found.items() if made["fp8_param"]} == {"70b fp8"}
-    for made in found.values():
-        assert made["gradient_accumulation_fusion"] is True
-        assert made["cross_entropy_fusion_impl"] == "te"
-        assert made["recompute_granularity"] is None
-        assert made["bucket_size"] == 128 << 20
-        assert not (made["overlap_p2p_comm"] and made["batch_p2p_comm"])
+    assert {name for name, chosen in settings.items() if chosen["fp8_param"]} == {"70b fp8"}
+    for chosen in settings.values():
+        assert chosen["gradient_accumulation_fusion"] is True
+        assert chosen["cross_entropy_fusion_impl"] == "te"
+        assert chosen["recompute_granularity"] is None
+        assert chosen["bucket_size"] == 128 << 20
+        assert not (chosen["overlap_p2p_comm"] and chosen["batch_p2p_comm"])
 
 
 # Transformer Engine's product as its documentation has it, for what stands around it; the real one runs in tests/gpu.
