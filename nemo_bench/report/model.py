@@ -224,7 +224,6 @@ class Verdict:
     why: str = "nothing is published for it"  # the verdict in a sentence
     ratio: float | None = None  # published step time / the measured one (1: equal, 0.9: 10% slower); None: not judged
     statistic: str | None = None  # the step time that was judged: the reference's own ("last step", ...), else the mean
-    tolerance: float = 0.0  # PASS lies between 1 - tolerance and 1 + tolerance
     must_agree: tuple[Change, ...] = ()  # what makes it comparable: what was published, and what was run
     differences: tuple[str, ...] = ()  # from the published run, which leave the verdict standing
     remarks: tuple[str, ...] = ()  # what the record shows that may explain it, or that a reader should know
@@ -253,7 +252,6 @@ class Point:
     gpus: int
     gpu: str | None
     nodes: int | None
-    version: str | None
     software: str | None
     entrypoint: str | None
     global_batch_size: int | None

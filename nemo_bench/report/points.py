@@ -16,7 +16,7 @@ from nemo_bench.report.statistics import mean_of_repeats
 
 _IDENTITY = ("gpu", "gpu_reported", "software", "entrypoint", "container", "data", "global_batch_size", "seq_length")
 _OF_ITS_RUN = (
-    *("model", "precision", "gpus", "gpu", "nodes", "version", "software", "entrypoint"),
+    *("model", "precision", "gpus", "gpu", "nodes", "software", "entrypoint"),
     *("global_batch_size", "seq_length", "layout", "data"),
 )
 # What a scaling curve runs over.

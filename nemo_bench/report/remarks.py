@@ -90,27 +90,27 @@ def invalid(run: Run, numbers: Numbers | None) -> str | None:
 
 def _bad_steps(steps: Steps) -> str | None:
     losses = [(step, loss) for step, loss in zip(steps.step, steps.loss) if loss is not None]
-    bad = [(step, loss) for step, loss in losses if not abs(loss) < _HUGE_LOSS]
-    if bad:
-        return f"the loss is {bad[0][1]} at step {bad[0][0]}" + (f" and {len(bad) - 1} others" if len(bad) > 1 else "")
-    norms = skipped_steps(steps)
-    if len(norms) > 1 or (norms and norms[0] == steps.step[-1]):
-        first = dict(zip(steps.step, steps.grad_norm))[norms[0]]
-        return f"the gradient norm is {first} at step {norms[0]}" + (
-            f" and {len(norms) - 1} others" if norms[1:] else ""
-        )
-    values = [loss for _, loss in losses]
-    if len(values) > 1 and not any(values):
+    norms = _bad_norms(steps)
+    skipped = len(norms) == 1 and norms[0][0] != steps.last
+    huge = [(step, loss) for step, loss in losses if not abs(loss) < _HUGE_LOSS]
+    for name, bad in (("loss", huge), ("gradient norm", [] if skipped else norms)):
+        if bad:
+            others = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
+            return f"the {name} is {bad[0][1]} at step {bad[0][0]}{others}"
+    if len(losses) > 1 and not any(loss for _, loss in losses):
         return f"the loss is 0 at step {losses[0][0]} and all others"
-    if values and values[-1] > _DIVERGED * max(values[0], 1):
-        step = next(step for step, loss in losses if loss > _DIVERGED * max(values[0], 1))
-        return f"the loss grows from {values[0]:.4g} to {values[-1]:.4g}, tenfold at step {step}"
+    if losses:
+        first, last = losses[0][1], losses[-1][1]
+        grown = [step for step, loss in losses if loss > _DIVERGED * max(first, 1)]
+        if grown and last > _DIVERGED * max(first, 1):
+            return f"the loss grows from {first:.4g} to {last:.4g}, tenfold at step {grown[0]}"
     return None
 
 
-def skipped_steps(steps: Steps) -> list[int]:
+def _bad_norms(steps: Steps) -> list[tuple[int, float]]:
     """Return the steps whose gradient norm is no number: a single one was skipped, as under loss scaling."""
-    return [step for step, norm in zip(steps.step, steps.grad_norm) if norm is not None and not math.isfinite(norm)]
+    norms = zip(steps.step, steps.grad_norm)
+    return [(step, norm) for step, norm in norms if norm is not None and not math.isfinite(norm)]
 
 
 def _bad_formats(config: dict[str, Any]) -> str | None:
@@ -132,9 +132,8 @@ def _beyond_physics(run: Run, numbers: Numbers | None) -> str | None:
 
 def warnings(run: Run, numbers: Numbers | None, rates: dict[str, float]) -> list[str]:
     texts = []
-    skipped = skipped_steps(run.steps)
-    if skipped:
-        texts.append(f"step {skipped[0]} has no finite gradient norm: it was skipped")
+    if norms := _bad_norms(run.steps):
+        texts.append(f"step {norms[0][0]} has no finite gradient norm: it was skipped")
     first, last = run.first_loss, run.last_loss
     # Of random tokens there is nothing to learn.
     if run.data != "mock" and first is not None and last is not None and last > first * (1 + _SAME_LOSS):

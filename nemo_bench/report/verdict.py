@@ -36,11 +36,8 @@ def must_agree(run: Run, row: ReferencePoint) -> list[Change]:
         "seq_length": (row.seq_length, run.seq_length),
         "global_batch_size": (row.global_batch_size, run.global_batch_size),
     }
-    return [Change(key, _text(before), _text(after)) for key, (before, after) in pairs.items()]
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
+    texts = {key: [None if value is None else str(value) for value in pair] for key, pair in pairs.items()}
+    return [Change(key, before, after) for key, (before, after) in texts.items()]
 
 
 def _gpu(run: Run) -> str | None:
@@ -105,7 +102,7 @@ def judge(point: Point, runs: Sequence[Run], references: Sequence[Reference], to
     final = [run for run in runs if run.numbers is not None]
     run, row = (final or runs)[0], point.reference
     left_out = dict.fromkeys(f"left out: {run.why_not_final}" for run in runs if final and run.numbers is None)
-    verdict = Verdict(tolerance=tolerance, remarks=(*of_runs(final), *left_out))
+    verdict = Verdict(remarks=(*of_runs(final), *left_out))
     if row is not None:
         choice = [f"of {len(references)} tables, the row of {row.reference} is taken"] if len(references) > 1 else []
         verdict = replace(
@@ -123,7 +120,7 @@ def judge(point: Point, runs: Sequence[Run], references: Sequence[Reference], to
         return verdict
     if obstacles := _obstacles(verdict.must_agree):
         return replace(verdict, value=model.NOT_COMPARABLE, why=f"another run than the published: {obstacles}")
-    return _judged(verdict, point, final, row)
+    return _judged(verdict, point, final, row, tolerance)
 
 
 def _obstacles(must_agree: Sequence[Change]) -> str:
@@ -136,19 +133,18 @@ def _obstacles(must_agree: Sequence[Change]) -> str:
     return "; ".join(texts)
 
 
-def _judged(verdict: Verdict, point: Point, final: Sequence[Run], row: ReferencePoint) -> Verdict:
+def _judged(verdict: Verdict, point: Point, final: Sequence[Run], row: ReferencePoint, tolerance: float) -> Verdict:
     statistic, measured_s = _measured(final, row)
     ratio = row.step_time_s / measured_s
-    value = _level(ratio, verdict.tolerance)
+    value = _level(ratio, tolerance)
     way = "faster" if ratio >= 1 else "slower"
     why = (
         f"{abs(ratio - 1):.1%} {way} than published by the {statistic} ({measured_s:.4g} s, published "
-        f"{row.step_time_s:g} s), tolerance {verdict.tolerance:.1%}"
+        f"{row.step_time_s:g} s), tolerance {tolerance:.1%}"
     )
     if not final[0].layout:
         why += "; a log does not tell layout, data and environment"
-    doubts = _doubts(verdict.tolerance, point, final, row, value)
-    if doubts:
+    if doubts := _doubts(tolerance, point, final, row, value):
         value, why = model.UNDECIDED, f"{'; '.join(doubts)}; {why}"
     return replace(verdict, value=value, why=why, ratio=ratio, statistic=statistic)
 
