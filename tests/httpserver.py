@@ -18,7 +18,6 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -31,7 +30,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of every repository's bra
 
 @dataclass(frozen=True)
 class Request:
-    """One request as the server saw it; header names in lower case, `path` without query and percent signs."""
+    """One request; header names in lower case, `path` without query and percent signs."""
 
     method: str
     path: str
@@ -40,24 +39,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Twist:
-    """How one answer differs from the right one.
-
-    Attributes:
-        method: the method whose next answer it is for.
-        status, headers, body: answer with these instead of the file.
-        drop: close the connection without an answer.
-        cut_after: close the connection after this many bytes of the body.
-        stall_after: after this many bytes of the body, wait until `release` is set.
-    """
+    """How the next answer to a `method` request differs from the right one."""
 
     method: str = "GET"
-    status: int | None = None
+    status: int | None = None  # answer with this, and with headers and body, instead of the file
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
-    drop: bool = False
-    cut_after: int | None = None
-    stall_after: int | None = None
-    release: threading.Event = field(default_factory=threading.Event)
+    drop: bool = False  # close the connection without an answer
+    cut_after: int | None = None  # close the connection after so many bytes of the body
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,6 @@ class FileServer:
         self.requests: list[Request] = []
         self.files: dict[str, _File] = {}
         self.twists: dict[tuple[str, str], deque[Twist]] = {}
-        self.changed = threading.Condition()
         self.server = _Server(("127.0.0.1", 0), _Handler)
         self.server.owner = self
         self.port = int(self.server.server_address[1])
@@ -127,20 +115,13 @@ class FileServer:
     def seen(self, method: str | None = None, path: str | None = None) -> list[Request]:
         return [r for r in list(self.requests) if method in (None, r.method) and path in (None, r.path)]
 
-    def wait_for(self, condition: Callable[[FileServer], bool], timeout_s: float = 30.0) -> None:
-        """Return once `condition` of this server holds; it is looked at after each request."""
-        with self.changed:
-            assert self.changed.wait_for(lambda: condition(self), timeout_s), self.requests
-
     def take_twist(self, request: Request) -> Twist:
-        with self.changed:
-            self.requests.append(request)
-            self.changed.notify_all()
-            queue = self.twists.get((request.method, request.path))
-            return queue.popleft() if queue else Twist()
+        self.requests.append(request)
+        queue = self.twists.get((request.method, request.path))
+        return queue.popleft() if queue else Twist()
 
     def refusal(self, request: Request) -> tuple[int, str, str] | None:
-        """Return status, X-Error-Code and message that the Hub answers a request for a file it does not give with."""
+        """Return status, X-Error-Code and message with which the Hub refuses a request."""
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         file = self.files.get(request.path)
         root, is_hub, rest = request.path.partition("/resolve/")
@@ -210,18 +191,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        position, end = 0, len(body) if twist.cut_after is None else min(twist.cut_after, len(body))
-        while position < end:
-            stop = min(position + file.piece_bytes, end)
-            if twist.stall_after is not None and stop > twist.stall_after and not twist.release.is_set():
-                self.wfile.write(body[position : twist.stall_after])
-                position = twist.stall_after
-                twist.release.wait()
-                continue
-            self.wfile.write(body[position:stop])
-            position = stop
-            if file.pause_s:
-                time.sleep(file.pause_s)
+        sent = body[: twist.cut_after]
+        for start in range(0, len(sent), file.piece_bytes):
+            self.wfile.write(sent[start : start + file.piece_bytes])
+            time.sleep(file.pause_s)
         if twist.cut_after is not None:
             self._hang_up()
 

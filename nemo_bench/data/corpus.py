@@ -1,8 +1,4 @@
-"""Real text that every machine has: the sources of this Python's own standard library.
-
-A benchmark needs real text, without a download and without a licence question. The standard library's modules, with
-their documentation strings, are a few megabytes of it.
-"""
+"""Real text that every machine has, without a download or a licence question: the sources of Python's own library."""
 
 from __future__ import annotations
 
@@ -37,10 +33,6 @@ class CorpusFile:
         """The document, with its newlines as they are."""
         return self.data.decode("utf-8")
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
 
 def library_folder() -> Path:
     """Return the folder of this Python's standard library; inside a virtual environment, of the base installation."""
@@ -48,28 +40,21 @@ def library_folder() -> Path:
 
 
 def _names(root: Path) -> Iterator[str]:
-    """Give the relative names of the library's text files below `root`, in no particular order."""
     for folder, subfolders, files in os.walk(root):
         # Edited in place, so that os.walk does not enter them: site-packages may hold 100,000 files.
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS and not name.startswith("config-")]
-        for file in files:
+        for name in [Path(folder, file).relative_to(root).as_posix() for file in files if file.endswith(".py")]:
             # _sysconfigdata_*.py holds this build's compiler settings, with paths of the machine that built it.
-            if file.endswith(".py") and not file.startswith("_sysconfigdata"):
-                name = Path(folder, file).relative_to(root).as_posix()
-                if name not in _SKIPPED_FILES:
-                    yield name
+            if name not in _SKIPPED_FILES and not name.startswith("_sysconfigdata"):
+                yield name
 
 
 def collect(corpus_bytes: int, *, root: Path | None = None) -> list[CorpusFile]:
-    """Return library files of `corpus_bytes` bytes in all, the last file whole, or all there are.
+    """Return library files of `corpus_bytes` bytes in all, the last file whole, or all there are below `root`.
 
     The files come in the order of the SHA-256 of their names: the same on each run, and mixed. Megatron splits
     train/validation/test by ranges of documents, so that sorted names would make the validation split one package.
     Empty files and files that are not UTF-8 are left out.
-
-    Args:
-        corpus_bytes: bytes of text wanted, at least 1.
-        root: the library's folder; this Python's own by default.
 
     Raises:
         BenchError: the library holds less than both `corpus_bytes` and MINIMUM_BYTES.
@@ -91,8 +76,7 @@ def collect(corpus_bytes: int, *, root: Path | None = None) -> list[CorpusFile]:
             return chosen
     if total < MINIMUM_BYTES:
         raise BenchError(
-            f"This Python's standard library in {root} holds only {total:,} bytes of source text, but the local "
-            f"dataset needs at least {min(corpus_bytes, MINIMUM_BYTES):,}. Install the whole library (Debian and "
-            "Ubuntu: libpython3-stdlib) or use a Python from python.org, conda or pyenv."
+            f"This Python's standard library in {root} holds only {total:,} bytes of source text, too little for the "
+            "local dataset. Install the whole library (Debian and Ubuntu: libpython3-stdlib)."
         )
     return chosen

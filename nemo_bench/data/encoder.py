@@ -143,7 +143,8 @@ class Encoder:
             )
 
     def _reference_ids(self, text: str) -> list[int]:
-        return list(self._reference.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = self._reference.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _differing(self, texts: Sequence[str], ids: Any, lengths: Any, numbers: Iterable[int]) -> list[int]:
         """Return which of the documents `numbers` the reference encodes differently."""

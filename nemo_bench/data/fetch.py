@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ def fetch(
     """
     part = _part(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with locked(destination.with_name(f".{destination.name}.lock"), f"downloads {destination.name}", report):
+    with locked(destination.with_name(f".{destination.name}.lock"), f"downloads {destination.name}", report) as lock:
         path = destination
         if destination.exists():
             actual = sha256_of(destination)
@@ -87,7 +87,7 @@ def fetch(
             path, actual = file.path, file.sha256
         else:
             part.mkdir(exist_ok=True)
-            path = _retried(lambda: _curl_file(url, part, announce), part, shown(url), report)
+            path = _retried(lambda: _curl_file(url, part, announce, lock), part, shown(url), report)
             actual = sha256_of(path)
         if sha256 not in (None, actual):
             raise BenchError(
@@ -141,7 +141,7 @@ def _retried(transfer: Callable[[], T], folder: Path, source: str, report: Calla
 # --- any server, with curl --------------------------------------------------------------------------------------------
 
 
-def _curl_file(url: str, part: Path, announce: Callable[[int | None], None]) -> Path:
+def _curl_file(url: str, part: Path, announce: Callable[[int | None], None], lock: int) -> Path:
     """Download the rest of `url` into a file in `part`, in one request."""
     headers = _headers(url)
     size = int(headers["content-length"]) if "content-length" in headers else None
@@ -150,7 +150,8 @@ def _curl_file(url: str, part: Path, announce: Callable[[int | None], None]) -> 
     version = f"{headers.get('etag') or headers.get('last-modified')} {size}"
     path = part / hashlib.sha256(version.encode()).hexdigest()[:16]
     if size is None or not path.exists() or path.stat().st_size != size:
-        _curl(url, "--continue-at", "-", "--output", str(path))
+        # A curl whose caller was killed goes on, and keeps the lock until it ends: two would write into one file.
+        _curl(url, "--continue-at", "-", "--output", str(path), pass_fds=[lock])
     if size not in (None, path.stat().st_size):
         raise _Interrupted(f"it has {path.stat().st_size:,} bytes instead of {size:,}")
     return path
@@ -166,12 +167,17 @@ def _headers(url: str) -> dict[str, str]:
     return {name.lower(): value.strip() for name, _, value in rows}
 
 
-def _curl(url: str, *options: str) -> str:
+def _curl(url: str, *options: str, pass_fds: Sequence[int] = ()) -> str:
     """Run curl on `url` and return what it printed; raise _Interrupted if another attempt may work."""
     escaped = url.replace("\\", "%5C").replace('"', "%22")
     try:
         done = subprocess.run(
-            [*_CURL, *options], input=f'url = "{escaped}"', capture_output=True, text=True, errors="replace"
+            [*_CURL, *options],
+            input=f'url = "{escaped}"',
+            capture_output=True,
+            text=True,
+            errors="replace",
+            pass_fds=pass_fds,
         )
     except FileNotFoundError:
         raise BenchError("curl is not installed, but downloads from URLs need it") from None

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nemo_bench.data import corpus, tokenizer
 from nemo_bench.data.corpus import CorpusFile
-from nemo_bench.data.manifest import damage, read_manifest, verify
+from nemo_bench.data.manifest import damage, read_manifest
 from nemo_bench.data.shard import Shard, prepare
 from nemo_bench.errors import BenchError
 from nemo_bench.files import atomic_folder, explained_disk_errors, locked
@@ -56,7 +56,6 @@ def prepare_local(
         BenchError: the folder is damaged or cannot be written or locked, the disk is full, the vocabulary is too
             small, or there is too little text.
     """
-    tokenizer.check_vocab_size(vocab_size)
     files = corpus.collect(corpus_bytes)
     folder = _folder(parent, files, vocab_size)
     if not folder.exists():
@@ -69,27 +68,17 @@ def prepare_local(
     return _described(folder)
 
 
-def check_local(parent: Path, *, vocab_size: int, corpus_bytes: int) -> LocalDataset:
-    """Return the local dataset of these inputs, after reading it whole.
-
-    Raises:
-        BenchError: there is none, or it is damaged.
-    """
-    folder = _folder(parent, corpus.collect(corpus_bytes), vocab_size)
-    if not folder.exists():
-        raise BenchError(f"{folder} does not exist: `python prepare_data.py data=local` makes it")
-    dataset = _described(folder)
-    verify(dataset.prefix)
-    return dataset
+def local_prefix(parent: Path, *, vocab_size: int, corpus_bytes: int) -> Path:
+    """Return where the local dataset of these inputs is, or would be."""
+    return _folder(parent, corpus.collect(corpus_bytes), vocab_size) / DATASET_NAME
 
 
 def _folder(parent: Path, files: list[CorpusFile], vocab_size: int) -> Path:
-    """Return the folder of the dataset made from these inputs."""
     inputs = [
         _FORMAT_VERSION,
         f"{platform.python_implementation()} {platform.python_version()}",
         tokenizer.settings(vocab_size),
-        [(file.name, file.sha256) for file in files],
+        [(file.name, hashlib.sha256(file.data).hexdigest()) for file in files],
     ]
     return parent.absolute() / f"local-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]}"
 
@@ -104,7 +93,6 @@ def _described(folder: Path) -> LocalDataset:
 
 
 def _build(folder: Path, files: list[CorpusFile], vocab_size: int, report: Callable[[str], None]) -> None:
-    """Write tokenizer and dataset into `folder`."""
     size = sum(len(file.data) for file in files)
     report(f"Training a tokenizer of {vocab_size:,} tokens on {len(files):,} files ({size / 1e6:.1f} MB).")
     trained = tokenizer.train((file.text for file in files), vocab_size=vocab_size)

@@ -44,10 +44,10 @@ def run_preparation(raw: DictConfig) -> None:
     cfg = checked(typed_as(PreparationConfig, raw))
     if cfg.data.kind == "mock":
         print("data=mock is random tokens: there is nothing to prepare.")
-    elif cfg.data.kind == "local":
-        _prepare_local(cfg)
     elif cfg.action is Action.check:
         check(cfg)
+    elif cfg.data.kind == "local":
+        _prepare_local(cfg)
     elif cfg.launch is Launch.dry:
         print(f"{plan(cfg, shards_of(cfg))}\nlaunch=dry: nothing was started.")
     else:
@@ -165,18 +165,28 @@ def summary(cfg: PreparationConfig, shards: list[Shard]) -> str:
 
 
 def _prepare_local(cfg: PreparationConfig) -> None:
-    from nemo_bench.data.local import check_local, prepare_local
+    from nemo_bench.data.local import prepare_local
 
     folder = Path(cfg.data.folder or "")
-    inputs = {"vocab_size": cfg.model.vocab_size, "corpus_bytes": cfg.data.corpus_bytes}
     if cfg.launch is Launch.dry:
         print(f"the local dataset, in {folder}\nlaunch=dry: nothing was started.")
-    elif cfg.action is Action.check:
-        dataset = check_local(folder, **inputs)
-        print(f"{dataset.prefix}: {dataset.documents:,} documents, {dataset.tokens:,} tokens: whole")
-    else:
-        dataset = prepare_local(folder, **inputs, report=lambda line: print(line, flush=True))
-        print(f"{dataset.prefix}: {dataset.documents:,} documents, {dataset.tokens:,} tokens")
+        return
+    dataset = prepare_local(
+        folder,
+        vocab_size=cfg.model.vocab_size,
+        corpus_bytes=cfg.data.corpus_bytes,
+        report=lambda line: print(line, flush=True),
+    )
+    print(f"{dataset.prefix}: {dataset.documents:,} documents, {dataset.tokens:,} tokens")
+
+
+def _named_prefixes(cfg: PreparationConfig) -> list[Path]:
+    if cfg.data.kind != "local":
+        return [Path(shard.prefix) for shard in shards_of(cfg)]
+    from nemo_bench.data.local import local_prefix
+
+    folder = Path(cfg.data.folder or "")
+    return [local_prefix(folder, vocab_size=cfg.model.vocab_size, corpus_bytes=cfg.data.corpus_bytes)]
 
 
 def check(cfg: PreparationConfig) -> None:
@@ -187,7 +197,7 @@ def check(cfg: PreparationConfig) -> None:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    named = [Path(shard.prefix) for shard in shards_of(cfg)]
+    named = _named_prefixes(cfg)
     others = [prefix for prefix in datasets_in(named[0].parent) if prefix not in named]
     problems = 0
     for prefix in [*named, *others]:

@@ -9,7 +9,6 @@ description means a complete dataset, at whatever moment the process was killed.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -30,7 +29,16 @@ from nemo_bench.data.indexed_dataset import bin_path, idx_path, inspect
 from nemo_bench.data.manifest import FORMAT, FORMAT_VERSION, damage, manifest_path, read_manifest
 from nemo_bench.data.tokenize import MAX_THREADS, Counts, tokenize, usable_cores
 from nemo_bench.errors import BenchError
-from nemo_bench.files import atomic_file, explained_disk_errors, fsync, locked, sha256_of, write_json
+from nemo_bench.files import (
+    atomic_file,
+    explained_disk_errors,
+    fsync,
+    hidden_folder,
+    hidden_path,
+    locked,
+    sha256_of,
+    write_json,
+)
 
 RECORD, LOG = "shard.json", "log.out"
 _SAVE_EVERY_S = 0.5
@@ -221,19 +229,8 @@ def prepare(shard: Shard, report: Callable[[str], None]) -> None:
                     return
                 if reason != "there is none yet":
                     report(f"made again: {reason}")
-            for killed in prefix.parent.glob(f".{glob.escape(shard.name)}.building-*"):
-                shutil.rmtree(killed)
-            building = building_folder(shard)
-            building.mkdir()
-            try:
-                _make(shard, encoder, building / shard.name, report)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-
-
-def building_folder(shard: Shard) -> Path:
-    """Return the hidden folder where this process makes the dataset."""
-    return Path(shard.prefix).with_name(f".{shard.name}.building-{os.getpid()}")
+            with hidden_folder(prefix) as folder:
+                _make(shard, encoder, folder / shard.name, report)
 
 
 def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str], None]) -> None:
@@ -331,7 +328,11 @@ def main(folder: Path) -> int:
         shard.note, shard.saved_at = line, 0.0
         shard.advance(shard.done_bytes, shard.total_bytes)
 
-    lifeline.watch(lambda: shutil.rmtree(building_folder(shard), ignore_errors=True))
+    def remove_half_made() -> None:
+        if shard.phase_began:  # else the folder is another process's, for which this one waits
+            shutil.rmtree(hidden_path(Path(shard.prefix)), ignore_errors=True)
+
+    lifeline.watch(remove_half_made)
     try:
         with termination_raises():
             prepare(shard, report)

@@ -33,7 +33,7 @@ _MIN_FREQUENCY = 2
 
 
 def settings(vocab_size: int) -> dict[str, Any]:
-    """Return everything besides the corpus that decides what `train` makes, as JSON-ready values."""
+    """Return everything besides the corpus that decides what `train` makes."""
     return {
         "kind": "byte-level BPE",
         "split": LLAMA3_SPLIT,
@@ -43,24 +43,19 @@ def settings(vocab_size: int) -> dict[str, Any]:
     }
 
 
-def check_vocab_size(vocab_size: int) -> None:
-    """Raise BenchError if `vocab_size` has no room for the 256 bytes and the special tokens."""
-    if vocab_size < MINIMUM_VOCAB_SIZE:
-        raise BenchError(
-            f"A vocabulary of {vocab_size} tokens is too small: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
-            f"need {MINIMUM_VOCAB_SIZE}; 4096 suits a few MB of text."
-        )
-
-
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Train on `texts` and return the tokenizer; the same texts in the same order give the same one.
 
     It has `vocab_size` tokens, the special ones last, or fewer if the texts have no pair left to merge.
 
     Raises:
-        BenchError: `vocab_size` is below MINIMUM_VOCAB_SIZE.
+        BenchError: `vocab_size` has no room for the 256 bytes and the special tokens.
     """
-    check_vocab_size(vocab_size)
+    if vocab_size < MINIMUM_VOCAB_SIZE:
+        raise BenchError(
+            f"A vocabulary of {vocab_size} tokens is too small: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
+            f"need {MINIMUM_VOCAB_SIZE}; 4096 suits a few MB of text."
+        )
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))

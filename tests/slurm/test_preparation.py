@@ -78,8 +78,8 @@ def test_only_what_failed_is_submitted_again(scripts: Scripts, slurm: SlurmClust
 
 
 def test_without_waiting_and_cancelled(scripts: Scripts, slurm: SlurmCluster, server: FileServer) -> None:
-    stall = Twist(stall_after=150_000)
-    server.script("/train/00.jsonl.zst", stall)
+    shard = server.files["/train/00.jsonl.zst"].data
+    server.put("/train/00.jsonl.zst", shard, piece_bytes=1000, pause_s=1.0)
     done = scripts.run("prepare_data.py", *SUBMIT, url(server), "wait=false", "shards=[0]")
     assert done.returncode == 0 and "prepare_data.py check" in done.stdout
     (job_id,) = job_ids(done.stdout)
@@ -97,7 +97,7 @@ def test_without_waiting_and_cancelled(scripts: Scripts, slurm: SlurmCluster, se
     assert datasets(scripts) == []
     missing = scripts.run("prepare_data.py", "check", url(server), "shards=[0]")
     assert missing.returncode == 2 and "my-llama_00_text_document.idx does not exist" in missing.stdout
-    stall.release.set()
+    server.put("/train/00.jsonl.zst", shard)
     again = scripts.run("prepare_data.py", *SUBMIT, url(server), "shards=[0]")
     assert again.returncode == 0, again.stdout + again.stderr
     assert server.seen("GET", "/train/00.jsonl.zst")[-1].headers["range"].startswith("bytes=")
@@ -105,7 +105,7 @@ def test_without_waiting_and_cancelled(scripts: Scripts, slurm: SlurmCluster, se
 
 def test_a_job_that_never_wrote_its_end(scripts: Scripts, slurm: SlurmCluster, server: FileServer) -> None:
     """Cancelled while the command watches: Slurm's word counts."""
-    server.script("/train/00.jsonl.zst", Twist(stall_after=1000))
+    server.put("/train/00.jsonl.zst", bytes(10_000), piece_bytes=10, pause_s=1.0)
     watching = scripts.start("prepare_data.py", *SUBMIT, url(server), "shards=[0]")
     assert watching.stdout is not None
     (job_id,) = job_ids(watching.stdout.readline())

@@ -121,15 +121,6 @@ def test_without_gigatoken(small_tokenizer: Path, monkeypatch: pytest.MonkeyPatc
         Encoder(small_tokenizer, backend=Backend.gigatoken)
 
 
-def test_unsupported_tokenizers_go_to_the_reference(folder: Path) -> None:
-    change(folder, normalizer={"type": "Replace", "pattern": {"String": "q"}, "content": "zz"})
-    said: list[str] = []
-    encoder = Encoder(folder, report=said.append)
-    reference = Encoder(folder, backend=Backend.tokenizers)
-    assert_same(encoder, reference, ["quick quiz", "q"])
-    assert encoder.backend is Backend.gigatoken or "slower" in said[0]
-
-
 def test_a_tokenizer_that_gigatoken_gets_wrong_is_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Encoder._encode_fast
     monkeypatch.setattr(

@@ -17,7 +17,6 @@ from nemo_bench.data.indexed_dataset import (
     bin_path,
     idx_path,
     inspect,
-    optimal_dtype,
 )
 from nemo_bench.errors import BenchError
 
@@ -47,12 +46,6 @@ def prefix(tmp_path: Path) -> Path:
     path = tmp_path / "my.data_text_document"
     write(path, DOCUMENTS)
     return path
-
-
-@pytest.mark.parametrize("size", [1, 257, 65_499, 65_500, 128_256, None])
-def test_dtype_is_megatrons(size: int | None) -> None:
-    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    assert optimal_dtype(size) == megatron.DType.optimal_dtype(size).__name__
 
 
 @settings(max_examples=60, deadline=None)

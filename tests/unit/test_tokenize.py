@@ -14,7 +14,7 @@ from nemo_bench.data import tokenize as module
 from nemo_bench.data.corpus import collect
 from nemo_bench.data.documents import Reader
 from nemo_bench.data.encoder import Backend, Encoder
-from nemo_bench.data.indexed_dataset import bin_path, idx_path, inspect
+from nemo_bench.data.indexed_dataset import bin_path, idx_path
 from nemo_bench.data.tokenize import tokenize
 from nemo_bench.errors import BenchError, RunFailed
 from tests import megatron_preprocess
@@ -75,21 +75,6 @@ def test_without_end_of_document(tmp_path: Path, encoder: Encoder) -> None:
     tokenize(Reader(write(tmp_path / "a.jsonl", ["a", "b"])), encoder, tmp_path / "a", threads=1, append_eod=False)
     ids, _ = encoder.encode(["a", "b"])
     assert np.fromfile(bin_path(tmp_path / "a"), np.uint16).tolist() == ids.tolist()
-
-
-def test_bad_documents_are_left_out_and_counted(tmp_path: Path, encoder: Encoder) -> None:
-    source = tmp_path / "a.jsonl"
-    good = json.dumps({"text": "good"})
-    source.write_text("\n".join([good] * 97 + ["broken", '{"body": 1}', "{"] + [good]))
-    with pytest.raises(BenchError) as caught:
-        tokenize(Reader(source), encoder, tmp_path / "a", threads=1, max_bad_share=0.02)
-    message = str(caught.value)
-    assert "3 of 101 documents cannot be used, more than max_bad_share=0.02" in message
-    assert "2 x broken JSON" in message and "1 x no 'text'" in message and "line 99: no 'text'" in message
-    assert not idx_path(tmp_path / "a").exists()
-    counts = tokenize(Reader(source), encoder, tmp_path / "a", threads=1, max_bad_share=0.03)
-    assert counts.documents == 98 and counts.bad == {"broken JSON": 2, "no 'text'": 1}
-    assert inspect(tmp_path / "a").documents == 98
 
 
 def test_a_hopeless_file_ends_early(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
