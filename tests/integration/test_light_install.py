@@ -44,5 +44,5 @@ def test_it_checks_prepares_and_reports_without_torch(small_tokenizer: Path, tmp
     run(tmp_path, "prepare_data.py", f"sources=[{tmp_path}/a.jsonl]", f"tokenizer_folder={small_tokenizer}")
     assert list(tmp_path.rglob("*.idx"))
 
-    run(tmp_path, "report.py", f"runs={PROJECT}/tests/runs", f"output={tmp_path}/report")
+    run(tmp_path, "report.py", f"runs={PROJECT}/tests/runs/nemo-2.7.3/fp8", f"output={tmp_path}/report")
     assert json.loads((tmp_path / "report" / "results.json").read_text())["points"]
