@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from nemo_bench.files import write_text
 NAMES = ("nemo2", "nemo_24_09")
 
 
-class Entrypoint:
+class Entrypoint(ABC):
     """What a program needs to train a point, and what it cannot do. These defaults ask for nothing special."""
 
     memory_is_estimated = True  # whether memory.py knows this program's optimizer
@@ -26,9 +27,9 @@ class Entrypoint:
         """Return what this machine lacks to run the program here."""
         return []
 
+    @abstractmethod
     def rank_command(self, cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:
         """Return what each rank runs with the interpreter `python`."""
-        raise NotImplementedError
 
     def environment(self, cfg: TrainConfig) -> dict[str, str]:
         """Return the ranks' environment. `cluster.env` and, on this machine, the user's own variables win over it."""
