@@ -14,8 +14,7 @@ from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
 from nemo_bench.report import comparison, model, points, references, runs
 from nemo_bench.report.bare_logs import Given, check, load_log
-from nemo_bench.report.model import Assumptions, Report, Run
-from nemo_bench.report.statistics import CONFIDENCE
+from nemo_bench.report.model import Report, Run
 
 DEFAULT_REFERENCE = "nvidia-24.09"
 DEFAULT_TOLERANCE = 0.05
@@ -72,7 +71,8 @@ def build_report(
         points=all_points,
         references=tuple(tables),
         scaling=tuple(points.scaling(groups, tables)),
-        assumptions=Assumptions(tolerance, total_tokens, CONFIDENCE, tuple(table.name for table in tables)),
+        tolerance=tolerance,
+        total_tokens=total_tokens,
         warnings=(*warnings, *old_warnings, *unmatched, *_remarks(all_runs, old_runs)),
         baseline_inputs=tuple(map(str, baseline)),
         baseline_runs=tuple(old_runs),

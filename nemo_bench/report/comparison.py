@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Sequence
 
 from nemo_bench.report import model
 from nemo_bench.report.model import Change, Comparison, Point, Run, flatten
 from nemo_bench.report.points import Group
-from nemo_bench.report.statistics import Mean, ratio_of
+from nemo_bench.report.statistics import ratio_of
 
 KINDS = ("configuration", "packages", "environment", "hardware")
 
@@ -30,12 +29,7 @@ def compare(groups: Sequence[Group], baseline: Sequence[Group], tolerance: float
             unmatched.append(f"{point.name}: the baseline has no such point")
             continue
         old = max(candidates, key=lambda candidate: _likeness(point, candidate.point))
-        alike = [
-            other
-            for other in (*groups, *baseline)
-            if (other.point.model, other.representative.gpu) == (point.model, group.representative.gpu)
-        ]
-        comparisons.append(_compare(group, old, _noise(alike), tolerance))
+        comparisons.append(_compare(group, old, tolerance))
     return comparisons, unmatched
 
 
@@ -45,25 +39,24 @@ def _likeness(point: Point, other: Point) -> int:
     return len(same) + (other.numbers is not None)
 
 
-def _compare(group: Group, old: Group, noise: Mean | None, tolerance: float) -> Comparison:
+def _compare(group: Group, old: Group, tolerance: float) -> Comparison:
     ratio, interval = None, None
     verdict, why = model.UNDECIDED, "one of the two has no finished run"
     if group.point.numbers is not None and old.point.numbers is not None:
         ratio = group.point.numbers.tokens_per_s / old.point.numbers.tokens_per_s
         why = "too few steps to know the noise"
-        new_time, old_time = _step_time(group, noise), _step_time(old, noise)
+        new_time, old_time = group.point.step_time, old.point.step_time
         if new_time is not None and old_time is not None:
             # Of step times; throughput is its inverse, at each point's own batch.
             low_s, high_s = ratio_of(new_time, old_time).interval
             work = ratio * new_time.value / old_time.value
             low, high = interval = work / high_s, work / low_s if low_s > 0 else float("inf")
             verdict = model.SLOWER if high < 1 else model.QUICKER if low > 1 else model.NO_DIFFERENCE
-            source = "noise from the steps of one run each: repeat the runs to know how runs differ"
-            if noise is not None:
-                runs, old_runs = len(group.point.final_runs), len(old.point.final_runs)
-                repeats = "repeats" if max(runs, old_runs) > 1 else "repeats of other points"
-                source = f"noise from {repeats} ({runs} run{'s'[: runs > 1]}, baseline {old_runs})"
-            why = f"throughput {ratio - 1:+.1%}, 95% interval {low - 1:+.1%} to {high - 1:+.1%}; {source}"
+            counts = [len(side.point.final_runs) for side in (group, old)]
+            noise = f"noise from repeats ({counts[0]} runs, baseline {counts[1]})"
+            if min(counts) == 1:
+                noise = "noise from the steps of a single run: repeat the runs to know how runs differ"
+            why = f"throughput {ratio - 1:+.1%}, 95% interval {low - 1:+.1%} to {high - 1:+.1%}; {noise}"
     before, after = recorded(old.representative), recorded(group.representative)
     return Comparison(
         point=group.point.name,
@@ -88,25 +81,6 @@ def recorded(run: Run) -> dict[str, dict[str, str]]:
         "environment": {key: value for key, value in run.record.environment.items() if not _VOLATILE.match(key)},
         "hardware": _hardware(run),
     }
-
-
-def _noise(groups: Sequence[Group]) -> Mean | None:
-    """Return how the runs of a point differ, relative to their mean, pooled over repeated points, if there are any."""
-    repeated = [means for group in groups if len(means := group.means_s()) > 1]
-    freedom = sum(len(means) - 1 for means in repeated)
-    if not freedom:
-        return None
-    squares = sum((mean / statistics.fmean(means) - 1) ** 2 for means in repeated for mean in means)
-    return Mean(1.0, (squares / freedom) ** 0.5, freedom)
-
-
-def _step_time(group: Group, noise: Mean | None) -> Mean | None:
-    """Return the point's step time, with the error that `noise` gives it; a single run's own steps know less."""
-    if noise is None:
-        return group.point.step_time
-    means = group.means_s()
-    mean = statistics.fmean(means)
-    return Mean(mean, mean * noise.standard_error / len(means) ** 0.5, noise.degrees_of_freedom)
 
 
 def _changes(before: dict[str, str], after: dict[str, str]) -> tuple[Change, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Any
 
-from nemo_bench.report.model import Comparison, Point, Run, ScalingCurve
+from nemo_bench.report.model import Point, Run, ScalingCurve
 
 Figure = dict[str, Any]
 
@@ -146,28 +146,6 @@ def mfu(points: Sequence[Point]) -> Figure | None:
     y, height = _names_axis(names)
     x = {"tickformat": ".0%", "rangemode": "tozero"}
     return _figure("Model FLOPs utilisation", traces, x, y, height=120 + height)
-
-
-def ratios(comparisons: Sequence[Comparison], tolerance: float) -> Figure | None:
-    """Return each point's throughput over the baseline's, with its interval; the tolerance is shaded."""
-    known = [(item, item.ratio) for item in reversed(comparisons) if item.ratio is not None]
-    if not known:
-        return None
-    names = [item.point for item, _ in known]
-    ends = [item.interval or (ratio, ratio) for item, ratio in known]
-    error = {
-        "type": "data",
-        "symmetric": False,
-        "array": _rounded(high - ratio for (_, high), (_, ratio) in zip(ends, known)),
-        "arrayminus": _rounded(ratio - low for (low, _), (_, ratio) in zip(ends, known)),
-    }
-    style = {"marker": {"size": 9, "color": COLOURS[0]}, "error_x": error}
-    trace = _trace("tokens/s over the baseline's", (ratio for _, ratio in known), names, "markers", **style)
-    band = {"type": "rect", "x0": 1 - tolerance, "x1": 1 + tolerance, "yref": "paper", "y0": 0, "y1": 1}
-    shapes = [{**band, "fillcolor": GREY, "opacity": 0.15, "line": {"width": 0}}]
-    y, height = _names_axis(names)
-    x = {"tickformat": ".0%"}
-    return _figure("Throughput over the baseline's", [trace], x, y, height=110 + height, shapes=shapes)
 
 
 def _names_axis(names: Sequence[str]) -> tuple[Figure, int]:

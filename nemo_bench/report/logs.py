@@ -261,7 +261,6 @@ class _Reader:
                 node * ranks_a_node + number: self.ranks[node, number].median_s() for node, number in labels
             }
         log.steps, log.repeated, log.several = rank.steps, rank.repeated, rank.several
-        log.steps.time_s = _finer(log.steps.time_s, self.listed)
         log.global_batch_size = rank.mark_other_batches()
         log.rates = {name: statistics.median(values) for name, values in rank.rates.items()}
         if self.bridge and any(tflops for _, tflops in self.bridge):
@@ -311,13 +310,6 @@ def _marked(block: bytes, marks: Sequence[bytes]) -> Iterator[bytes]:
             at = block.find(mark, end)
     for end in sorted(ends):
         yield block[block.rfind(b"\n", 0, end) + 1 : end][-_MAX_LINE_BYTES:]
-
-
-def _finer(shown: list[float], listed: list[float]) -> list[float]:
-    """Return a bar's times, three digits each, with the two decimals of NeMo 1's list of the same steps, if any."""
-    if len(listed) != len(shown) or any(abs(a - b) > 0.006 + 0.006 * b for a, b in zip(listed, shown)):
-        return shown
-    return [fine if coarse >= 10 else coarse for coarse, fine in zip(shown, listed)]
 
 
 def _whole(text: str | None) -> int | None:

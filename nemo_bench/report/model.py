@@ -22,7 +22,7 @@ from nemo_bench.report.statistics import Mean, Steps, StepTimes
 if TYPE_CHECKING:
     from nemo_bench.report.references import Reference, ReferencePoint
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Verdicts of a point against a published number.
 PASS = "PASS"
@@ -310,16 +310,6 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Assumptions:
-    """What was chosen for a report."""
-
-    tolerance: float  # a fraction
-    total_tokens: float
-    confidence: float  # 0.95
-    references: tuple[str, ...]  # names
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything in `results.json`."""
 
@@ -332,7 +322,8 @@ class Report:
     points: tuple[Point, ...]
     references: tuple[Reference, ...]
     scaling: tuple[ScalingCurve, ...]  # measured and published
-    assumptions: Assumptions
+    tolerance: float  # of a verdict, as a fraction
+    total_tokens: float  # the budget behind days to train
     warnings: tuple[str, ...] = ()  # what could not be read, and what was left out
     # with `baseline=` only
     baseline_inputs: tuple[str, ...] = ()

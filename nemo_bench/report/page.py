@@ -17,7 +17,7 @@ from nemo_bench.report.comparison import KINDS, recorded
 from nemo_bench.report.model import DeviceUse, Point, RankTimes, Report, Run, ScalingCurve
 from nemo_bench.report.numbers import counted, tokens_text, unit_name
 
-# Of more runs than this, those that need a look have a part of their own; the others are a row of the table.
+# Of more runs than this, the others are a row of the table.
 DETAILED_RUNS = 60
 DRAWN_RUNS = 24  # in one figure
 OPEN_RUNS = 4
@@ -67,25 +67,22 @@ def render(report: Report) -> str:
     if report.baseline_runs:
         title = "Runs of the baseline"
         sections.append(_section("baseline-runs", title, report.baseline_runs, report.baseline_points))
-    differences, shared = _records(report.runs)
     return environment.get_template("report.html.j2").render(
         report=report,
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         plotly=Markup(plotly_script()),
         outcome=_outcome(report),
         urgent=[point for point in report.points if point.verdict.value not in model.SUCCESSES],
-        budget=tokens_text(report.assumptions.total_tokens),
+        budget=tokens_text(report.total_tokens),
         points=tables.points_table(report),
         point_numbers={point.name: number for number, point in enumerate(report.points)},
         mfu=figures.mfu(report.points),
         scaling=[*_scaling(report)],
-        ratios=figures.ratios(report.comparisons, report.assumptions.tolerance),
         comparison=tables.comparison_table(report.comparisons),
         changes=tables.changes_table(report.comparisons),
         series=figures.series([part["run"] for part in sections[0]["parts"][:DRAWN_RUNS]]),
         run_sections=sections,
-        differences=differences,
-        shared=shared,
+        records=[*_records(report.runs)],
         drawn_runs=DRAWN_RUNS,
     )
 
@@ -127,17 +124,12 @@ def _scaling(report: Report) -> Iterator[list[ScalingCurve]]:
 
 
 def _section(anchor: str, title: str, runs: Sequence[Run], points: Sequence[Point]) -> dict[str, Any]:
-    """Return the section of these runs: a table, and a part for each of the first runs that need a look."""
+    """Return the section of these runs: a table, and a part for each of the first runs."""
     point_of = {name: point for point in points for name in point.runs}
 
-    def passed(number: int) -> bool:
-        point = point_of.get(runs[number].name)
-        return runs[number].final and point is not None and point.verdict.value in (model.PASS, model.FASTER)
-
-    detailed = sorted(sorted(range(len(runs)), key=passed)[:DETAILED_RUNS])
     parts = []
-    for number in detailed:
-        run, point = runs[number], point_of.get(runs[number].name)
+    for number, run in enumerate(runs[:DETAILED_RUNS]):
+        point = point_of.get(run.name)
         figure = figures.step_times(run) if len(run.steps) else None
         name = point.name if point else "in no point"
         parts.append({"id": f"{anchor}-{number}", "run": run, "point": name, "figure": figure})
@@ -145,7 +137,7 @@ def _section(anchor: str, title: str, runs: Sequence[Run], points: Sequence[Poin
         "id": anchor,
         "title": title,
         "table": tables.runs_table(runs),
-        "links": [f"{anchor}-{number}" if number in detailed else "" for number in range(len(runs))],
+        "links": [f"{anchor}-{number}" if number < len(parts) else "" for number in range(len(runs))],
         "parts": parts,
         "open": len(runs) <= OPEN_RUNS,
     }
@@ -170,29 +162,25 @@ def _throttling(shares: dict[str, float]) -> str:
     return ", ".join(f"{reason.replace('_', ' ')} {share:.0%}" for reason, share in shares.items())
 
 
-def _records(runs: Sequence[Run]) -> tuple[tables.Table, list[tables.Table]]:
-    """Return what differs between the run folders, a row a value, and what they share, a table a kind."""
+def _records(runs: Sequence[Run]) -> Iterator[tables.Table]:
+    """Yield what the run folders record, a table a kind and a row a value, first what differs between them."""
     records = {run.name: recorded(run) for run in runs if run.source == "run folder"}
-    differences, shared = [], []
     for kind in KINDS:
-        rows = []
-        for key in sorted({key for record in records.values() for key in record[kind]}):
-            names: dict[str, list[str]] = {}
-            for name, record in records.items():
-                names.setdefault(record[kind].get(key, "(none)"), []).append(name)
-            if len(names) == 1:
-                rows.append({"key": key, "value": next(iter(names))})
-                continue
-            for value, having in [*names.items()][:SHOWN_VALUES]:
-                more = f" and {len(having) - SHOWN_VALUES} more" if len(having) > SHOWN_VALUES else ""
-                text = ", ".join(having[:SHOWN_VALUES]) + more
-                differences.append({"key": key, "value": value, "kind": kind, "runs": text})
-            if len(names) > SHOWN_VALUES:
-                text = f"{len(names) - SHOWN_VALUES} more values"
-                differences.append({"key": key, "value": text, "kind": kind, "runs": ""})
-        title = f"{kind}, the same in {len(records)} recorded runs" if len(records) > 1 else kind
-        shared.append(tables.make_table(title, rows))
-    return tables.make_table("What differs between the runs", differences), shared
+        values: dict[str, dict[str, list[str]]] = {}
+        for name, record in records.items():
+            for key, value in record[kind].items():
+                values.setdefault(key, {}).setdefault(value, []).append(name)
+        rows = [
+            {"key": key, "value": value, "runs": _names(names, len(records))}
+            for key, by_value in sorted(values.items())
+            for value, names in [*by_value.items()][:SHOWN_VALUES]
+        ]
+        yield tables.make_table(kind, sorted(rows, key=lambda row: row["runs"] == "all"))
+
+
+def _names(names: Sequence[str], all_runs: int) -> str:
+    more = f" and {len(names) - SHOWN_VALUES} more" if len(names) > SHOWN_VALUES else ""
+    return "all" if len(names) == all_runs else ", ".join(names[:SHOWN_VALUES]) + more
 
 
 _FILTERS = {

@@ -32,15 +32,10 @@ def _identity(run: Run) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Group:
-    """A point with its runs."""
+    """A point, with the run that stands for it."""
 
     point: Point
-    runs: tuple[Run, ...]
     representative: Run  # stands for all: a finished one where there is one
-
-    def means_s(self) -> list[float]:
-        """Return the mean step time of each finished run."""
-        return [run.times.mean_s for run in self.runs if run.numbers and run.times]
 
 
 def gather(runs: Sequence[Run], references: Sequence[Reference], tolerance: float) -> Iterator[Group]:
@@ -58,7 +53,7 @@ def gather(runs: Sequence[Run], references: Sequence[Reference], tolerance: floa
         point = _point(name if taken[name] == 1 else f"{name} #{taken[name]}", members, final, representative)
         point = replace(point, reference=verdict.published(representative, references))
         point = replace(point, verdict=verdict.judge(point, members, references, tolerance))
-        yield Group(point, tuple(members), representative)
+        yield Group(point, representative)
 
 
 def _point(name: str, runs: Sequence[Run], final: Sequence[Run], run: Run) -> Point:
@@ -93,46 +88,31 @@ def _numbers(final: Sequence[Run], step_time_s: float) -> Numbers | None:
 
 
 def scaling(groups: Sequence[Group], references: Sequence[Reference]) -> Iterator[ScalingCurve]:
-    """Yield curves of points that differ in nothing but their size, then the published ones of the same work.
+    """Yield curves of points that differ in nothing but their size, then the tables that these are judged by.
 
     One point is no curve, unless there is a published one to hold it against.
     """
-    families: dict[tuple[Any, ...], list[dict[int, Group]]] = {}
+    curves: dict[tuple[Any, ...], dict[int, Point]] = {}
     for group in groups:
-        point = group.point
-        if point.numbers is not None:
+        if group.point.numbers is not None:
             same = {key: value for key, value in _identity(group.representative).items() if key not in _SCALE}
-            curves = families.setdefault((point.model, point.precision, *sorted(same.items())), [{}])
-            if point.gpus in curves[-1]:
-                curves.append({})
-            curves[-1][point.gpus] = group
-    published: dict[tuple[str, str, str], list[ReferencePoint]] = {}
-    for curve in (curve for family in families.values() for curve in family):
-        first = next(iter(curve.values()))
-        rows = _same_work(first.representative, references)
-        for row in rows:
-            rows_of_curve = published.setdefault((row.model, row.precision, row.reference), [])
-            rows_of_curve += [row] * (row not in rows_of_curve)
-        if rows or len(curve) > 1:
-            point = first.point
-            label = " ".join(text for text in (point.model, point.precision, point.gpu, point.software) if text)
-            rates = {gpus: group.point.numbers.tokens_per_s for gpus, group in curve.items() if group.point.numbers}
-            yield _curve(label, point, rates, published=False)
-    for (_, _, reference), rows in sorted(published.items()):
-        label = f"{rows[0].model} {rows[0].precision} {rows[0].gpu} published ({reference})"
-        yield _curve(label, rows[0], {row.gpus: row.tokens_per_s_from_step_time for row in rows}, published=True)
-
-
-def _same_work(run: Run, references: Sequence[Reference]) -> list[ReferencePoint]:
-    """Return the published points of which a step is the same work a sequence, on whatever GPUs."""
-    size = ("gpu", "gpus", "global_batch_size")
-    return [
-        row
-        for table in references
-        for row in table.points
-        if (row.model, row.precision) == (run.model, run.precision)
-        and all(value.before == value.after for value in verdict.must_agree(run, row) if value.key not in size)
-    ]
+            size = (group.point.model, group.point.precision, *sorted(same.items()))
+            curves.setdefault(size, {}).setdefault(group.point.gpus, group.point)
+    judged_by: dict[tuple[str, str, str], None] = {}
+    for points in curves.values():
+        point = next(iter(points.values()))
+        if point.reference is not None and point.verdict.ratio is not None:
+            judged_by[point.model, point.precision, point.reference.reference] = None
+        elif len(points) == 1:
+            continue
+        label = " ".join(text for text in (point.model, point.precision, point.gpu, point.software) if text)
+        rates = {gpus: point.numbers.tokens_per_s for gpus, point in points.items() if point.numbers}
+        yield _curve(label, point, rates, published=False)
+    for model, precision, name in judged_by:
+        rows = [row for table in references if table.name == name for row in table.points]
+        rows = [row for row in rows if (row.model, row.precision) == (model, precision)]
+        rates = {row.gpus: row.tokens_per_s_from_step_time for row in rows}
+        yield _curve(f"{model} {precision} {rows[0].gpu} published ({name})", rows[0], rates, published=True)
 
 
 def _curve(label: str, first: Point | ReferencePoint, rates: dict[int, float], *, published: bool) -> ScalingCurve:

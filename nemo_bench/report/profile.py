@@ -11,8 +11,10 @@ sum of their kernels' times stands next to it. An instant in which nothing runs 
 
 from __future__ import annotations
 
+import gzip
 import re
 import sys
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +25,6 @@ from typing import Any, NamedTuple
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_json, write_text
 from nemo_bench.report.kernel_classes import CLASSES, COMMUNICATION, MEMORY, OPTIMIZER, kernel_class, short_name
-from nemo_bench.report.trace import Event, read_trace
 
 # The names that training/profiling.py gives to a profiled step (its number follows) and to the optimizer's part of it.
 STEP_MARK = "nemo_bench step "
@@ -33,6 +34,7 @@ TOP_KERNELS = 5
 
 _OUR_STEP, _PROFILER_STEP = re.compile(rf"{STEP_MARK}(\d+)$"), re.compile(r"ProfilerStep#(\d+)$")
 _OPTIMIZER = re.compile(f"{OPTIMIZER_MARK}$|Optimizer.step#")
+_NO_VALUE = re.compile(r'(":\s*)(?:-?(?:nan|inf))?(?=\s*[,}])')
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 
@@ -86,6 +88,9 @@ def write(profile: StepProfile, stem: Path) -> None:
     write_text(stem.with_name(stem.name + ".txt"), text(profile))
 
 
+Event = dict[str, Any]
+
+
 class _Kernel(NamedTuple):
     name: str
     kind: str  # one of CLASSES
@@ -99,10 +104,10 @@ def measure(path: Path, rank: int | None = None) -> StepProfile:
     Raises:
         BenchError: the file cannot be read, is not a trace, or holds no GPU kernels.
     """
-    trace = read_trace(path)
-    notes = [f"{trace.unreadable:,} events are not JSON and were left out"] if trace.unreadable else []
+    trace = _read_trace(path)
+    events, notes = trace["traceEvents"], []
     busy_us: Counter[int] = Counter()
-    for event in trace.events:
+    for event in events:
         if event.get("cat") in _GPU_WORK:
             busy_us[event["args"].get("device", 0)] += event.get("dur", 0)
     if not busy_us:
@@ -110,21 +115,47 @@ def measure(path: Path, rank: int | None = None) -> StepProfile:
     gpu = busy_us.most_common(1)[0][0]
     if len(busy_us) > 1:
         notes.append(f"the trace holds several GPUs: this is GPU {gpu}, the busiest")
-    kernels = _kernels(trace.events, gpu)
+    kernels = _kernels(events, gpu)
     steps: dict[int, tuple[float, float]] = {}
     for mark in (_OUR_STEP, _PROFILER_STEP):
-        steps = steps or {int(match[1]): (first, last) for match, first, last in _spans(trace.events, mark)}
+        steps = steps or {int(match[1]): (first, last) for match, first, last in _spans(events, mark)}
     if not steps:
         steps = {0: (min(kernel.start_us for kernel in kernels), max(kernel.end_us for kernel in kernels))}
         notes.append("no steps are marked in the trace: all of it counts as one")
-    devices = trace.header.get("deviceProperties") or []
+    devices = trace.get("deviceProperties") or []
     return _profile(
         kernels,
         steps,
-        rank=(trace.header.get("distributedInfo") or {}).get("rank") if rank is None else rank,
+        rank=(trace.get("distributedInfo") or {}).get("rank") if rank is None else rank,
         device=next((device.get("name") for device in devices if device.get("id") == gpu), None),
         notes=tuple(notes),
     )
+
+
+def _read_trace(path: Path) -> dict[str, Any]:
+    """Return a trace in Chrome's format; of its events those that last, with `name`, `ts` and `args`."""
+    import orjson  # not needed where no profile is read
+
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        # The profiler writes empty, infinite and NaN values, and names of kernels in any encoding.
+        trace = orjson.loads(_NO_VALUE.sub(r"\1null", content.decode("utf-8", "replace")))
+    except (OSError, EOFError, zlib.error) as error:
+        raise BenchError(f"{path}: cannot be read ({error})") from None
+    except orjson.JSONDecodeError as error:
+        raise BenchError(f"{path}: not a trace of PyTorch's profiler, or cut off ({error})") from None
+    if isinstance(trace, list):  # Chrome accepts the list of events alone
+        trace = {"traceEvents": trace}
+    if not isinstance(trace, dict) or not isinstance(trace.get("traceEvents"), list):
+        raise BenchError(f"{path}: not a trace of PyTorch's profiler (it has no list traceEvents)")
+    return {**trace, "traceEvents": [{"args": {}, **event} for event in trace["traceEvents"] if _lasts(event)]}
+
+
+def _lasts(event: Any) -> bool:
+    is_span = isinstance(event, dict) and event.get("ph") == "X" and isinstance(event.get("name"), str)
+    return is_span and all(isinstance(value, (int, float)) for value in (event.get("ts"), event.get("dur", 0)))
 
 
 def _kernels(events: Sequence[Event], gpu: int) -> list[_Kernel]:

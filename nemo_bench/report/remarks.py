@@ -26,24 +26,16 @@ _PERCENT = re.compile(r"\d+(?:\.\d+)?%")
 
 
 def of_runs(runs: Sequence[Run]) -> list[str]:
-    """Return what repeats show, each remark once: with the range of its percentages, and in how many runs."""
+    """Return what repeats show; remarks that differ in their percentages only stand once, with their number."""
     remarks: dict[str, list[str]] = {}
     for run in runs:
         for text in _of_run(run):
             remarks.setdefault(_PERCENT.sub("%", text), []).append(text)
-    return [_merged(texts, len(runs)) for texts in remarks.values()]
-
-
-def _merged(texts: Sequence[str], runs: int) -> str:
-    columns = zip(*(_PERCENT.findall(text) for text in texts))
-    ordered = [sorted(values, key=lambda text: float(text.rstrip("%"))) for values in columns]
-    ends = [(values[0], values[-1]) for values in ordered]
-    ranges = iter(low if low == high else f"{low} to {high}" for low, high in ends)
-    text = _PERCENT.sub(lambda _: next(ranges), texts[0])
-    if runs == 1:
-        return text
-    where = f"all {runs}" if len(texts) == runs else f"{len(texts)} of {runs}"
-    return f"{text} (in {where} runs)"
+    if len(runs) == 1:
+        return [text for texts in remarks.values() for text in texts]
+    counts = {texts[0]: f"in {len(texts)} of {len(runs)} runs" for texts in remarks.values()}
+    several = {texts[0]: "; numbers of the first" for texts in remarks.values() if len(set(texts)) > 1}
+    return [f"{text} ({count}{several.get(text, '')})" for text, count in counts.items()]
 
 
 def _of_run(run: Run) -> Iterator[str]:

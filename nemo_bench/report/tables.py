@@ -76,7 +76,7 @@ def points_table(report: Report) -> Table:
                 "of published": percent(judged.ratio, 1),
                 "tokens/s": integer(n.tokens_per_s) if n else "",
                 "MFU": percent(n.mfu) if n else "",
-                f"days to {tokens_text(report.assumptions.total_tokens)}": f"{n.days_to_train:,.2f}" if n else "",
+                f"days to {tokens_text(report.total_tokens)}": f"{n.days_to_train:,.2f}" if n else "",
                 "published (s)": significant(reference.step_time_s) if reference else "",
                 "median (s)": significant(point.median_s),
                 "last (s)": significant(point.last_s),
@@ -186,15 +186,9 @@ def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").replace("*", "\\*")
 
 
-_IDENTITY = (
-    *("path", "state", "final", "why_not_final", "model", "precision", "gpus", "nodes", "gpu", "version", "software"),
-    *("entrypoint", "container", "data", "global_batch_size", "seq_length"),
-)
-_SIZES = ("TP", "PP", "VP", "CP", "DP", "MBS", "GA")
-_TIMES = ("mean_s", "median_s", "last_s", "p5_s", "p95_s", "min_s", "max_s")
-_NUMBERS = (
-    *("tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "tflops_per_gpu_causal", "peak_tflops", "mfu"),
-    *("mfu_causal", "total_tokens", "days_to_train"),
+_OF_A_RUN = (
+    *("path", "state", "why_not_final", "model", "precision", "gpus", "nodes", "gpu", "version", "software"),
+    *("entrypoint", "container", "data", "global_batch_size", "seq_length", "peak_memory_gib"),
 )
 
 
@@ -203,34 +197,35 @@ def csv_text(report: Report) -> str:
     point_of = {name: point for point in report.points for name in point.runs}
     rows = [_csv_row(run, point_of.get(run.name)) for run in report.runs]
     out = io.StringIO()
-    writer = csv.DictWriter(out, rows[0] if rows else (), lineterminator="\n")
+    writer = csv.DictWriter(out, [*dict.fromkeys(key for row in rows for key in row)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
 
 
 def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
-    times, results = run.times, run.times if run.final else None
     judged = point if point and (run.final or not point.final_runs) else None
     verdict, reference = (judged.verdict, judged.reference) if judged else (None, None)
-    return {
+    row: dict[str, object] = {
         "run": run.name,
         "point": point.name if point else None,
         "verdict": verdict.value if verdict else None,
         "differences": "; ".join(verdict.differences) if verdict else None,
-        **{name: getattr(run, name) for name in _IDENTITY},
-        **{name: run.layout.get(name) for name in _SIZES},
+        "final": run.final,
+        **{name: getattr(run, name) for name in _OF_A_RUN},
+        **run.layout,
         "pipeline_bubble": bubble_of(run.layout),
-        "steps": len(run.steps),
-        "warmup_steps": times.warmup_steps if times else None,
-        "excluded_steps": sum(times.excluded.values()) if times else None,
-        "counted_steps": times.counted if times else None,
-        **{f"step_time_{name}": getattr(results, name, None) for name in _TIMES},
-        **{name: getattr(run.numbers, name, None) for name in _NUMBERS},
-        **{name: getattr(run, name) if run.final else None for name in ("first_loss", "last_loss")},
-        "peak_memory_gib": run.peak_memory_gib,
         "ratio_of_published": verdict.ratio if verdict else None,
         "statistic": verdict.statistic if verdict else None,
         "published_step_time_s": reference.step_time_s if reference else None,
         "reference": reference.reference if reference else None,
     }
+    if run.times:
+        row |= {"warmup_steps": run.times.warmup_steps, "counted_steps": run.times.counted}
+        row["excluded_steps"] = sum(run.times.excluded.values())
+    if run.final and run.times:
+        row |= {f"step_time_{key}": value for key, value in vars(run.times).items() if key.endswith("_s")}
+        row |= {"first_loss": run.first_loss, "last_loss": run.last_loss}
+    if run.numbers:
+        row |= {key: value for key, value in vars(run.numbers).items() if key != "step_time_s"}
+    return row

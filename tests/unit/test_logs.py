@@ -252,11 +252,6 @@ def test_a_bar_is_drawn_twice_a_step(tmp_path: Path, steps: range) -> None:
     assert (log.done, log.several, log.repeated, log.unreadable) == (steps[-1] + 1, 0, 0, 0)
 
 
-def test_a_bar_of_nemo_2_is_drawn_ahead_only(tmp_path: Path) -> None:
-    ahead = "".join(bar(step, shown=step + 2) for step in range(19)) + bar(19)
-    assert parse(ahead, tmp_path).steps.step == [*range(20)]
-
-
 # --- properties ---
 
 
@@ -344,42 +339,3 @@ def test_any_bytes_between_the_steps_do_no_harm(noise: bytes, at: int) -> None:
         log = parse(b"".join(steps[:at]) + b"\n" + noise + b"\n" + b"".join(steps[at:]), Path(folder))
     assert log.steps.step == [*range(31)]
     assert set(log.steps.time_s) == {0.5}
-
-
-@pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("block_bytes", [1, 7, 100, 1000])
-def test_the_corpus_reads_the_same_in_small_blocks(
-    path: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = read_log(path)
-    monkeypatch.setattr(logs, "BLOCK_BYTES", block_bytes)
-    # NaN is not equal to itself
-    assert repr(read_log(path)) == repr(whole)
-
-
-def nemo_1_log(tmp_path: Path, shown: list[str], listed: str) -> Log:
-    bars = [
-        f"Epoch 0: : {25 * done}%|█| {done}/4 [00:10<00:07, reduced_train_loss=6.000, global_step={done - 1}.000, "
-        f"consumed_samples={128 * done}.0, train_step_timing in s={time}]"
-        for done, time in enumerate(shown, start=1)
-    ]
-    end = f"[NeMo I 2024-10-20 10:00:00 perf_metrics:0] train_step_timing in s: [{listed}]\n"
-    return parse("\r".join(bars) + "`Trainer.fit` stopped: `max_steps=4` reached.\n" + end, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("shown", "listed", "times"),
-    [
-        # NeMo 1 shows three digits, and lists two decimals at the end
-        ("40.10 13.20 11.40 11.20", "40.12, 13.24, 11.41, 11.18", [40.12, 13.24, 11.41, 11.18]),
-        ("1.230 0.774 0.893 0.800", "1.23, 0.77, 0.89, 0.8", [1.23, 0.774, 0.893, 0.8]),
-        # a list of other steps
-        ("40.10 13.20 11.40 11.20", "40.12, 13.24, 11.41", [40.1, 13.2, 11.4, 11.2]),
-        ("40.10 13.20 11.40 11.20", "40.12, 13.24, 11.41, 12.9", [40.1, 13.2, 11.4, 11.2]),
-        ("40.10 13.20 11.40 11.20", "a, b, c, d", [40.1, 13.2, 11.4, 11.2]),
-    ],
-)
-def test_the_finer_of_nemo_1s_times_count(tmp_path: Path, shown: str, listed: str, times: list[float]) -> None:
-    log = nemo_1_log(tmp_path, shown.split(), listed)
-    assert (log.steps.time_s, log.steps.step) == (times, [0, 1, 2, 3])
-    assert (log.unreadable, log.max_steps) == (0, 4)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from nemo_bench.report import model, page, tables, terminal
 from nemo_bench.report.model import DeviceUse, Report
-from nemo_bench.report.tables import make_table, percent, significant
+from nemo_bench.report.tables import percent, significant
 
 
 def on_terminal(report: Report, width: int) -> list[str]:
@@ -23,22 +23,6 @@ def on_terminal(report: Report, width: int) -> list[str]:
     terminal.print_report(console, report)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, ""), (0.38554, "0.3855"), (14.0, "14"), (999.96, "1000"), (1234.5, "1,234"), (float("inf"), "inf")],
-)
-def test_numbers_have_four_significant_digits(value: float | None, text: str) -> None:
-    assert significant(value) == text
-
-
-def test_columns_that_no_row_fills_are_left_out() -> None:
-    rows = [{"a": "x", "b": "", "c": "1"}, {"a": "y", "b": "", "c": "20"}]
-    table = make_table("t", rows, ["", ""])
-    assert table.columns == ("a", "c") and table.rows == (("x", "1"), ("y", "20")) and table.notes == ()
-    assert table.words == (True, False)
-    assert make_table("t", []).rows == ()
 
 
 def test_all_outputs_tell_the_same_story(report: Report) -> None:
