@@ -119,7 +119,10 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    config = yaml.load(path.read_text(), _Loader)
+    text = path.read_text()
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _Loader)):
+        raise ValueError(f"{CONFIG} has aliases, which train.py never writes: they can grow without bound")
+    config = yaml.load(text, _Loader)
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} holds no configuration")
     return config

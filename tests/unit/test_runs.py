@@ -48,6 +48,9 @@ def steps_in(run_dir: Path) -> list[dict[str, Any]]:
 
 # --- run folders ---
 
+# Each line holds the one before it nine times: 9^20 values.
+ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 21))
+
 
 def test_a_real_run_is_a_result() -> None:
     run = load_run(PLAIN)
@@ -191,7 +194,7 @@ def test_steps_come_from_the_log_where_there_is_no_other_record(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", [record.CONFIG, record.RUN])
-@pytest.mark.parametrize("content", ["", "[1]", "{", "model: ${nowhere}", None])
+@pytest.mark.parametrize("content", ["", "[1]", "{", "model: ${nowhere}", ALIASES, None])
 def test_a_damaged_record_is_one_message(copy: Path, name: str, content: str | None) -> None:
     if content is None:
         (copy / name).unlink()
