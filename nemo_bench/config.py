@@ -236,6 +236,8 @@ class EntrypointConfig:
     image: str = MISSING  # file name of its container image in the stage folder
     program: str | None = None  # nemo_24_09: path of its program, inside the container; nemo2 is a module of ours
     env: dict[str, str] = field(default_factory=dict)  # environment of every rank
+    # nemo_24_09: keys of NeMo 1's own configuration that no key here stands for; they win over all others
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

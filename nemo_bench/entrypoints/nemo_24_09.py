@@ -2,10 +2,8 @@
 `megatron_gpt_pretraining.py` of nvcr.io/nvidia/nemo:24.09 (NeMo 2.0.0, megatron-core 0.9.0).
 
 It is a Hydra application. The run folder gets its whole configuration, `nemo_24_09.yaml`, made from the file of that
-name next to this one; the command line repeats what the recipe gave there: places, scale, number format.
-
-Three differences from the recipe: it mounted the dataset as /dataset, here every path is the same inside and outside
-the container; it passed `--dependency=singleton`, which serialises a sweep; it took the bf16 user-buffer table for fp8.
+name next to this one, with conf/recipe/ for what differs between models; the command line repeats what the recipe gave
+there: places, scale, number format. docs/recipe.md says what differs from the recipe, and why.
 """
 
 from __future__ import annotations
@@ -32,6 +30,7 @@ CONFIG_FILE = f"{NAME}.yaml"
 MOCK_TOKEN_IDS = 4096
 TEMPLATE = Path(__file__).with_suffix(".yaml")
 USER_BUFFERS = Path(__file__).with_name("user_buffers.yaml")
+LAUNCHERS_FP8 = "launcher_fp8"  # a choice of model.tp_comm_overlap_cfg
 
 # NVTE_FLASH_ATTN and NVTE_FUSED_ATTN. In 24.09 these variables choose, and megatron-core does not touch them.
 _ATTENTION = {"fused": ("0", "1"), "flash": ("1", "0"), "unfused": ("0", "0")}
@@ -61,7 +60,6 @@ _NEMO2_ONLY = (
     "model.use_transformer_engine_op_fuser",
     "model.fused_single_qkv_rope",
     "model.cross_entropy_fusion_impl",
-    "model.tp_comm_overlap_cfg",
     "model.optim.use_precision_aware_optimizer",
     "model.optim.store_param_remainders",
     "model.optim.exp_avg_dtype",
@@ -100,6 +98,9 @@ class Nemo2409(Entrypoint):
         core_only = m.recompute_granularity != "selective" or list(m.recompute_modules) == ["core_attn"]
         rule = f"this program recomputes the attention's core and nothing else {here}"
         need(core_only, "model.recompute_modules", rule, "use [core_attn]")
+        tables = ["auto", *([LAUNCHERS_FP8] if cfg.precision.fp8 else []), None]
+        rule, fix = f"unknown table of user buffers {here}", f"valid: {', '.join(map(text_of, tables))}"
+        need(m.tp_comm_overlap_cfg in tables, "model.tp_comm_overlap_cfg", rule, fix)
         fix = "give the path of megatron_gpt_pretraining.py"
         need(cfg.entrypoint.program, "entrypoint.program", f"a program is needed {here}", fix)
         return need.problems
@@ -116,6 +117,9 @@ class Nemo2409(Entrypoint):
 
     def rank_command(self, cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:
         command = [python, "-u", str(PROJECT / "nemo_bench" / "launch" / "program_rank.py"), str(run_dir)]
+        # As the recipe does: in NeMo's folder, which holds the examples, and with that folder first on the import path.
+        examples = [folder for folder in Path(cfg.entrypoint.program or "").parents if folder.name == "examples"]
+        command += [f"--in={folder.parent}" for folder in examples]
         if cfg.profile.kind == "nsys":
             ranks = ",".join(map(str, cfg.profile.ranks))
             command += ["--on-ranks", ranks, *nsys.command(cfg.profile, run_dir, "{rank}"), "--"]
@@ -127,8 +131,8 @@ class Nemo2409(Entrypoint):
         return {**super().environment(cfg), **attention}
 
     def srun_options(self, cfg: TrainConfig) -> list[str]:
-        # In 24.09 the user buffers of Transformer Engine meet through MPI.
-        return ["--mpi=pmix"] if _tp_comm_overlap(cfg) else []
+        # The recipe's. In 24.09 the user buffers of Transformer Engine meet through MPI.
+        return ["--mpi=pmix"] if cfg.gpu.device == "cuda" else []
 
     def keeps_image_pythonpath(self, cfg: TrainConfig) -> bool:
         return cfg.gpu.device == "cuda"
@@ -143,7 +147,8 @@ ENTRYPOINT = Nemo2409()
 def configuration(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     """Return NeMo 1's whole configuration as plain values, paths as they are."""
     values = _escaped({"cfg": asdict(cfg), "derived": _derived(cfg, run_dir), "run_dir": str(run_dir)})
-    content: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(TEMPLATE), values), resolve=True)
+    settings = _escaped(cfg.entrypoint.settings)
+    content: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(TEMPLATE), values, settings), resolve=True)
     for name in values:
         del content[name]
     if cfg.data.kind != "mock":
@@ -197,12 +202,16 @@ def _tp_comm_overlap(cfg: TrainConfig) -> bool:
 
 
 def _user_buffers(cfg: TrainConfig) -> Any:
-    """Return NVIDIA's table for these sizes; None if there is none, and Transformer Engine's defaults serve."""
-    if not _tp_comm_overlap(cfg):
+    """Return the table for these sizes; None if there is none, and Transformer Engine's defaults serve."""
+    m, name = cfg.model, cfg.model.tp_comm_overlap_cfg
+    if not _tp_comm_overlap(cfg) or name is None:
         return None
-    number_format = "bf16" if cfg.precision.fp8 is None else "fp8"
-    sizes = f"h{cfg.model.hidden_size}_tp{cfg.model.tensor_model_parallel_size}_{number_format}"
-    return yaml.safe_load(USER_BUFFERS.read_text()).get(sizes)
+    tables = yaml.safe_load(USER_BUFFERS.read_text())["recipe" if name == "auto" else name]
+    table = tables.get(f"h{m.hidden_size}_tp{m.tensor_model_parallel_size}")
+    for layer in (table or {}).values():
+        if layer.get("fp8_buf") == "precision":
+            layer["fp8_buf"] = cfg.precision.fp8 is not None
+    return table
 
 
 def _tokenizer(cfg: TrainConfig) -> dict[str, Any]:
@@ -225,7 +234,7 @@ def _optim(cfg: TrainConfig) -> dict[str, Any]:
     return {
         "name": "distributed_fused_adam",
         **adam,
-        "bucket_cap_mb": 125,
+        "bucket_cap_mb": 75,
         "overlap_grad_sync": o.overlap_grad_reduce,
         "overlap_param_sync": o.overlap_param_gather,
         "contiguous_grad_buffer": True,

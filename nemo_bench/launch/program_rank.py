@@ -1,4 +1,6 @@
-"""One rank of a program that is not ours: `python program_rank.py RUN_FOLDER [--on-ranks 0,8 PREFIX... --] COMMAND...`.
+"""One rank of a program that is not ours.
+
+    python program_rank.py RUN_FOLDER [--in=FOLDER] [--on-ranks 0,8 PREFIX... --] COMMAND...
 
 Rank 0 writes the machine's record first; then the command runs with this process's environment, its output and its exit
 status. It is called by path, not as a module: inside a container the program keeps the image's import path.
@@ -32,9 +34,13 @@ class ProgramError(Exception):
 def main(run: RunFolder, command: list[str]) -> int:
     """Run the command and return its exit status; end by the signal that ended it.
 
-    `--on-ranks` puts a profiler's command line in front of it on some ranks, with their number for `{rank}`.
+    `--in` is the folder that the command runs in, and imports from first. `--on-ranks` puts a profiler's command line
+    in front of it on some ranks, with their number for `{rank}`.
     """
-    rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
+    rank, folder = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"]), None
+    if command[0].startswith("--in="):
+        folder = command.pop(0).removeprefix("--in=")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     if command[0] == "--on-ranks":
         end = command.index("--")
         ranks, prefix, command = command[1].split(","), command[2:end], command[end + 1 :]
@@ -45,9 +51,10 @@ def main(run: RunFolder, command: list[str]) -> int:
     events = EventLog(run, enabled=rank == 0)
     if rank == 0:
         write_node(run.path)
+        _link_log(run)
     events.write("importing")
     try:
-        status = subprocess.call(command)
+        status = subprocess.call(command, cwd=folder)
     except OSError as error:  # the program, or the profiler in front of it, is not there
         print(error, flush=True)
         run.write_rank_error(rank, error)
@@ -63,6 +70,15 @@ def main(run: RunFolder, command: list[str]) -> int:
     else:
         events.write("done")
     return status
+
+
+def _link_log(run: RunFolder) -> None:
+    """Give rank 0's log of a Slurm job the name that the recipe's own has, beside the run folders of its point."""
+    if job_id := os.environ.get("SLURM_JOB_ID"):
+        gpus, model = run.path.parent.name, run.path.parents[1].name
+        link = run.path.parent / f"log-nemo_llama3.1_{model}_{gpus}_{job_id}.out"
+        with contextlib.suppress(FileExistsError):  # the job was requeued
+            link.symlink_to(Path(run.path.name) / run.log(0).name)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,8 @@ def _below(folder: Path, seen: set[Path], closed: list[str]) -> Iterator[Path]:
     for path in entries:
         if path.is_dir() and not path.name.startswith("."):
             yield from _below(path, seen, closed)
+        elif path.is_symlink() and (path.resolve().parent / record.RUN).is_file():
+            continue  # the recipe's name for the log of a run folder
         elif path.name.endswith(_LOG_SUFFIXES) and not path.name.endswith(_DATASET_SUFFIX) and path.is_file():
             yield path
 

@@ -83,9 +83,7 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     if not steps and log.steps:
         # Other entrypoints write no steps.jsonl; what they print is in the rank's log.
         steps = log.steps
-        averaged = "each step time is the mean of that step and the four before it: the recipe's setting"
-        printed = "the steps are read from the log: four digits each"
-        warnings += [averaged if run.entrypoint == "nemo_24_09" else printed, *log_warnings(log)]
+        warnings += ["the steps are read from the log: four digits each", *_averaged(config), *log_warnings(log)]
     devices = ranks.read_devices(run_dir, rows, warnings)
     peaks = ranks.measured_peaks(folder)
     node = ranks.read_json(run_dir / NODE)
@@ -116,6 +114,13 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     )
     tokens = float(config.get("total_tokens", DEFAULT_TOTAL_TOKENS)) if total_tokens is None else total_tokens
     return measured(run, *peak(config["gpu"], str(run.precision), peaks), tokens)
+
+
+def _averaged(config: dict[str, Any]) -> list[str]:
+    """Return what NeMo 1 was told of its step times, where they are not each step's own."""
+    manager = (config.get("entrypoint") or {}).get("settings", {}).get("exp_manager", {})
+    steps = (manager.get("step_timing_kwargs") or {}).get("buffer_size", 1)
+    return [f"each step time is the mean of {steps} steps, the step and those before it"] if steps > 1 else []
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_nemo_1_trains_and_its_log_reads_as_a_run(trained: Callable[..., Run]) -
     assert RunFolder(Path(run.path)).status().finished
     assert run.final and run.steps.step == [*range(20)]
     assert run.first_loss is not None and run.last_loss is not None and run.last_loss < 0.9 * run.first_loss
-    assert (run.entrypoint, run.model, run.version) == ("nemo_24_09", "tiny", "24.09")
+    assert (run.entrypoint, run.model, run.version) == ("nemo_24_09", "tiny", "24.11")
     packages = json.loads((Path(run.path) / "node.json").read_text())["packages"]
     assert (packages["nemo_toolkit"], packages["megatron-core"]) == ("2.0.0", "0.9.0")
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import shlex
 import subprocess
@@ -30,9 +32,8 @@ from .. import composing
 
 PROJECT = composing.PROJECT
 GOLDEN = PROJECT / "tests" / "golden"
-SCHEMA, RECIPE_70B = (
-    yaml.safe_load((PROJECT / "tests" / "nemo_24_09" / name).read_text()) for name in ("schema.yaml", "recipe_70b.yaml")
-)
+FACTS = PROJECT / "tests" / "nemo_24_09"
+SCHEMA, DIFFERENCES = (yaml.safe_load((FACTS / name).read_text()) for name in ("schema.yaml", "differences.yaml"))
 STAGE = "/lustre/nemo"
 GPUS = (64, 128, 256, 512, 1024, 2048)
 POINTS = [
@@ -63,7 +64,7 @@ def nemo(*overrides: str) -> dict[str, Any]:
 
 def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
-        if isinstance(value, dict) and f"{prefix}{key}" != "model.ub_tp_comm_overlap_cfg":
+        if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -82,7 +83,7 @@ def unknown(content: dict[str, Any]) -> list[str]:
         known |= {f"model.{section}.{key}" for key in (*example["model"][section], *read[section])}
     known |= {f"model.optim.{key}" for key in SCHEMA["apex_adam"]}
     known |= {f"model.optim.sched.{key}" for key in SCHEMA["scheduler"]}
-    return [key for key, _ in leaves(content) if key not in known]
+    return [key for key, _ in leaves(content) if key not in known and "ub_tp_comm_overlap_cfg." not in key]
 
 
 def srun_line(script: str) -> str:
@@ -120,43 +121,83 @@ def test_a_key_that_nemo_does_not_know_is_found() -> None:
     assert unknown(content) == ["trainer.replace_sampler_ddp", "model.optim.overlap_grad_reduce"]
 
 
-@pytest.mark.parametrize(("precision", "gpus"), list(product(("bf16", "fp8"), GPUS)))
-def test_the_recipes_70b(precision: str, gpus: int) -> None:
-    content, fp8 = dict(leaves(nemo(f"precision={precision}", f"scale={gpus}gpu"))), precision == "fp8"
-    expected = {
-        **dict(leaves(RECIPE_70B)),
-        "trainer.num_nodes": gpus // 8,
-        "model.global_batch_size": gpus // 8 * 16,
+def recipe(model: str, precision: str, gpus: int) -> dict[str, Any]:
+    """The recipe's whole configuration: its own file's values, and what its configure.sh puts over them."""
+    with (FACTS / "recipe_24.11_values.tsv").open() as file:
+        rows = csv.DictReader(
+            (line for line in file if not line.startswith("#")), delimiter="\t", quoting=csv.QUOTE_NONE
+        )
+        values = {row["key"]: json.loads(row[model]) for row in rows if row[model] != "absent"}
+    fp8, sequences = precision == "fp8", {"8b": 128 * gpus // 8, "70b": 128 * gpus // 64, "405b": 252 * gpus // 576}
+    values |= {
+        **{"trainer.num_nodes": gpus // 8, "trainer.devices": 8, "trainer.max_steps": 50},
+        **{"trainer.val_check_interval": 50, "model.global_batch_size": sequences[model]},
         **{f"model.{name}": fp8 for name in ("fp8", "fp8_hybrid", "fp8_params")},
+        **{"data_dir": "/dataset", "run.results_dir": None, "model.tokenizer.type": "/dataset/llama"},
+        "model.data.index_mapping_dir": f"{STAGE}/index_mapping",
     }
-    assert {key: content[key] for key in expected} == expected
-    assert content["model.ub_tp_comm_overlap_cfg"]["proj_fprop"].get("fp8_buf") == (1 if fp8 else None)
+    if model == "405b":
+        values |= {"model.data.data_impl": "mock", "model.data.data_prefix": ""}
+        values |= {f"model.ub_tp_comm_overlap_cfg.{layer}_fprop.fp8_buf": fp8 for layer in ("proj", "fc2")}
+    return values
 
 
 @pytest.mark.parametrize(
-    ("gpus", "layers", "pp", "vp", "batch"),
-    [(32, 7, 1, None, 126), (96, 21, 3, 7, 126), (192, 42, 3, 7, 252), (576, 126, 9, 7, 252)],
+    ("model", "gpus"), [("8b", 8), ("8b", 128), *(("70b", gpus) for gpus in GPUS), ("405b", 576), ("405b", 2304)]
 )
-def test_the_recipes_405b(gpus: int, layers: int, pp: int, vp: int | None, batch: int) -> None:
-    cfg = composed(f"experiment=llama31_405b_fp8_{gpus}gpu")
-    model = nemo_24_09.configuration(cfg, run_dir(cfg))["model"]
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_every_key_is_the_recipes_or_a_named_difference(model: str, gpus: int, precision: str) -> None:
+    overrides = [f"model={model}", f"precision={precision}", f"scale={gpus}gpu", *["data=mock"] * (model == "405b")]
+    ours, theirs = dict(leaves(nemo(*overrides))), recipe(model, precision, gpus)
+    theirs |= {key: pytest.approx(value) for key, value in theirs.items() if isinstance(value, float)}
+    differing = {key for key in {*ours, *theirs} if (key in ours, ours.get(key)) != (key in theirs, theirs.get(key))}
+    listed = [
+        key
+        for difference in DIFFERENCES
+        if model in difference.get("models", [model]) and difference["why"]
+        for key in difference["keys"]
+    ]
+    named = {key: [name for name in listed if f"{key}.".startswith(f"{name}.")] for key in differing}
+    assert [key for key, names in named.items() if not names] == []
+    # Nothing is listed that does not differ.
+    assert {*listed} == {name for names in named.values() for name in names}
+
+
+def test_the_ranks_have_the_recipes_environment() -> None:
+    """What its configure.sh exports, but for CUDA_VISIBLE_DEVICES, which Slurm sets, and the folder of NeMo."""
+    text = """PYTHONUNBUFFERED=1 SLURM_UNBUFFEREDIO=1 TORCHX_MAX_RETRIES=0 CUDA_DEVICE_MAX_CONNECTIONS=1
+        TOKENIZERS_PARALLELISM=False TRANSFORMERS_OFFLINE=1 TORCH_NCCL_AVOID_RECORD_STREAMS=1 NCCL_NVLS_ENABLE=0
+        NVTE_DP_AMAX_REDUCE_INTERVAL=0 NVTE_ASYNC_AMAX_REDUCTION=1 NVTE_APPLY_QK_LAYER_SCALING=0 NVTE_FLASH_ATTN=0
+        NVTE_FUSED_ATTN=1 NEMO_LOG_MEMORY_USAGE=1 NVTE_FWD_LAYERNORM_SM_MARGIN=8 NVTE_BWD_LAYERNORM_SM_MARGIN=8
+        HYDRA_FULL_ERROR=1"""
+    expected = dict(pair.split("=") for pair in text.split())
+    assert rank_environment(composed("scale=64gpu")) == expected
+    large = rank_environment(composed("scale=576gpu", "model=405b"))
+    assert large == {**expected, "NCCL_P2P_NET_CHUNKSIZE": "262144"}
+    words = entrypoint_of(composed("scale=64gpu")).rank_command(composed("scale=64gpu"), Path("/run"), "python3")
+    assert words[3:5] == ["/run", "--in=/opt/NeMo"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "layers", "pp", "vp", "batch"), [(32, 7, 1, None, 126), (96, 21, 3, 7, 126), (192, 42, 3, 7, 252)]
+)
+def test_the_recipes_stand_ins_for_the_405b(gpus: int, layers: int, pp: int, vp: int | None, batch: int) -> None:
+    model = nemo(f"experiment=llama31_405b_fp8_{gpus}gpu")["model"]
     assert (model["num_layers"], model["global_batch_size"]) == (layers, batch)
     assert (model["pipeline_model_parallel_size"], model["virtual_pipeline_model_parallel_size"]) == (pp, vp)
-    assert (model["tensor_model_parallel_size"], model["context_parallel_size"]) == (8, 2)
-    # Deferral and overlapped sends are of a pipeline, and Megatron refuses them without one.
+    # Deferral is of a pipeline, and Megatron refuses it without one.
     assert model["defer_embedding_wgrad_compute"] == (pp > 1)
-    assert model["overlap_p2p_comm"] == (vp is not None)
-    assert model["wgrad_deferral_limit"] == 50
-    assert model["data"]["data_impl"] == "mock" and model["data"]["data_prefix"] == []
-    # Random tokens bring no vocabulary: the configured one is laid out all the same.
-    assert model["override_vocab_size"] == 129024
-    assert rank_environment(cfg)["NCCL_P2P_NET_CHUNKSIZE"] == "262144"
 
 
-def test_the_8b_has_no_tensor_parallel_overlap() -> None:
-    model = nemo("experiment=llama31_8b_bf16_8gpu")["model"]
-    assert not model["ub_tp_comm_overlap"] and model["ub_tp_comm_overlap_cfg"] is None
-    assert not model["overlap_p2p_comm"] and model["context_parallel_size"] == 2
+def test_nvidias_own_user_buffers_for_fp8_are_a_choice() -> None:
+    overrides = ("scale=64gpu", "precision=fp8", "model.tp_comm_overlap_cfg=launcher_fp8")
+    assert nemo(*overrides)["model"]["ub_tp_comm_overlap_cfg"]["proj_fprop"]["fp8_buf"] == 1
+    assert nemo("scale=64gpu", "model.tp_comm_overlap_cfg=null")["model"]["ub_tp_comm_overlap_cfg"] is None
+
+
+def test_settings_of_nemo_1_win_over_all_others() -> None:
+    content = nemo("scale=64gpu", "+entrypoint.settings={model: {optim: {bucket_cap_mb: 400}, gc_interval: 0}}")
+    assert (content["model"]["optim"]["bucket_cap_mb"], content["model"]["gc_interval"]) == (400, 0)
 
 
 AWKWARD = (
@@ -261,8 +302,6 @@ def test_attention_is_chosen_by_the_environment(
 
 def test_user_buffers_meet_through_mpi() -> None:
     assert "--mpi=pmix" in words_of(batch_script(composed("scale=64gpu"), Path("/run")))
-    eight = composed("scale=8gpu", "model=8b")
-    assert "--mpi=pmix" not in words_of(batch_script(eight, Path("/run")))
     other = words_of(batch_script(composed("scale=64gpu", "cluster.srun_args=['--mpi=pmi2']"), Path("/run")))
     assert other.index("--mpi=pmi2") > other.index("--mpi=pmix")  # srun takes the last
 
@@ -289,6 +328,7 @@ def test_a_profile_is_nsys_on_its_ranks_around_the_steps(tmp_path: Path) -> None
         (["scale=64gpu", "checkpoint.every_n_steps=10"], "checkpoint.every_n_steps", "entrypoint=nemo2"),
         (["scale=64gpu", "checkpoint.resume_from=/x"], "checkpoint.resume_from", "null"),
         (["scale=64gpu", "model.attention_backend=local"], "model.attention_backend", "fused, flash, unfused, auto"),
+        (["scale=64gpu", "model.tp_comm_overlap_cfg=launcher_fp8"], "model.tp_comm_overlap_cfg", "auto, null"),
         (["scale=local", "data=mock"], "model.vocab_size", "4096"),
         (["scale=64gpu", "entrypoint.program=null"], "entrypoint.program", "megatron_gpt_pretraining.py"),
     ],

@@ -85,6 +85,18 @@ def test_a_profiler_stands_in_front_of_the_program_on_its_ranks_alone(tmp_path: 
     assert (tmp_path / record.PROFILE).is_dir()
 
 
+def test_the_program_runs_in_its_folder_and_its_log_has_the_recipes_name(tmp_path: Path) -> None:
+    run_dir, home = tmp_path / "24.11/fp8/70b/128/run", tmp_path / "NeMo"
+    for folder in (run_dir, home):
+        folder.mkdir(parents=True)
+    environment = {"PATH": os.environ["PATH"], "SLURM_PROCID": "0", "SLURM_JOB_ID": "12", "PYTHONPATH": "/image"}
+    with record.RunFolder(run_dir).log(0).open("w") as log:
+        command = [sys.executable, "-S", str(WRAPPER), str(run_dir), f"--in={home}", "/bin/sh", "-c", "pwd; env"]
+        subprocess.run(command, env=environment, stdout=log, check=True)
+    printed = (run_dir.parent / "log-nemo_llama3.1_70b_128_12.out").read_text().splitlines()
+    assert printed[0] == str(home) and f"PYTHONPATH={home}:/image" in printed
+
+
 def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-S", str(WRAPPER), str(tmp_path), "/no/such/program"],
