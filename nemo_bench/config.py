@@ -1,8 +1,6 @@
 """The schema of every configuration (Hydra structured configs) and the numbers derived from it.
 
-The YAML files under `conf/` hold the values; these dataclasses hold the names, the types and what they mean, so that a
-mistyped key or a value of the wrong type is refused while the configuration is composed. Names are Megatron's.
-This module imports nothing heavy: it runs on login nodes, and in every process of a job.
+The files under `conf/` hold values; these dataclasses hold names (Megatron's), types, ranges and what they mean.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 import nemo_bench.composition  # noqa: F401  registers the resolvers that conf/ uses
-from nemo_bench.errors import BenchError, ConfigurationRefused
+from nemo_bench.errors import ConfigurationRefused
 from nemo_bench.fields import PATH, choice, field_problems, has_unknown_keys, kernel, make_paths_absolute, number
 from nemo_bench.flops import Architecture
 
@@ -35,9 +33,8 @@ class OptimConfig:
     """Adam and its schedule; the defaults are the 24.09 recipe's."""
 
     lr: float = number(3e-4, least=0)
-    min_lr: float = number(3e-5, least=0)
-    # Linear warm-up, then cosine annealing to min_lr at trainer.max_steps.
-    warmup_steps: int = number(2000, least=0, most=10**9)
+    min_lr: float = number(3e-5, least=0)  # reached at trainer.max_steps by cosine annealing
+    warmup_steps: int = number(2000, least=0, most=10**9)  # linear
     weight_decay: float = number(0.1, least=0)
     adam_beta1: float = number(0.9, least=0, below=1)
     adam_beta2: float = number(0.95, least=0, below=1)
@@ -47,15 +44,11 @@ class OptimConfig:
     overlap_grad_reduce: bool = True  # reduce gradients while the backward pass goes on
     overlap_param_gather: bool = True  # gather parameters while the next forward pass goes on
     grad_reduce_in_fp32: bool = False  # the recipe reduces gradients in bf16
-    # Adam (Transformer Engine's) reads gradients in the format they are reduced in: no fp32 copies of them. Not with
-    # fp8 parameters: after the first step their layers got hardly any gradient (H200, megatron-core 0.15.3).
-    use_precision_aware_optimizer: bool | None = kernel(None)  # null: see precision_aware_optimizer
-    # With it: keep of each fp32 main weight only the 16 bits that the bf16 parameter lacks, 2 bytes a parameter less.
-    store_param_remainders: bool = False
+    use_precision_aware_optimizer: bool | None = kernel(None)  # null: see TrainConfig.precision_aware_optimizer
+    store_param_remainders: bool = False  # with it: of a main weight only the 16 bits that the bf16 parameter lacks
     exp_avg_dtype: str = choice("fp32", "bf16")  # with it: bf16 halves the first moment
     exp_avg_sq_dtype: str = choice("fp32", "bf16")  # and the second
-    # Parameters a gradient bucket, with data parallelism; null: Megatron's choice.
-    bucket_size: int | None = number(134217728, least=1, most=2**40)
+    bucket_size: int | None = number(134217728, least=1, most=2**40)  # parameters; null: Megatron's choice
 
 
 @dataclass
@@ -83,8 +76,7 @@ class ModelConfig:
     sequence_parallel: bool = False  # no effect at tensor_model_parallel_size=1
     micro_batch_size: int = number(1, least=1, most=2**20)  # sequences
     global_batch_size: int = number(least=1, most=2**24)  # sequences
-    # Megatron's AttnBackend; fused: cuDNN's.
-    attention_backend: str = choice("fused", "flash", "unfused", "local", "auto")
+    attention_backend: str = choice("fused", "flash", "unfused", "local", "auto")  # Megatron's; fused: cuDNN's
     # fusions
     apply_rope_fusion: bool = kernel(True)
     bias_activation_fusion: bool = True
@@ -97,13 +89,10 @@ class ModelConfig:
     use_transformer_engine_op_fuser: bool = kernel(False)  # the MLP as Transformer Engine's fused operations
     gradient_accumulation_fusion: bool = kernel(True)  # the weight gradient's product adds to the step's gradient
     # communication and the pipeline
-    # The output layer's weight gradients fill the bubble at a step's end; null: where they are right, see
-    # TrainConfig.defers_embedding_wgrad; true: as the recipe has it.
-    defer_embedding_wgrad_compute: bool | None = None
+    defer_embedding_wgrad_compute: bool | None = None  # null: see TrainConfig.defers_embedding_wgrad
     wgrad_deferral_limit: int = number(22, least=0, most=2**24)  # micro-batches deferred at most; 0: all
     tp_comm_overlap: bool = kernel(False)  # tensor-parallel communication under the matrix products (user buffers)
-    # NeMo's table of user buffers: a name, auto (the one made for these sizes) or null (Transformer Engine's defaults)
-    tp_comm_overlap_cfg: str | None = "auto"
+    tp_comm_overlap_cfg: str | None = "auto"  # NeMo's table of user buffers; auto: by sizes; null: the defaults
     # memory and launch overhead
     recompute_granularity: str | None = choice(None, "selective", "full")  # selective: recompute_modules; full: layers
     recompute_modules: list[str] = field(
@@ -119,7 +108,7 @@ class ModelConfig:
 class PrecisionConfig:
     """Number formats of the training step."""
 
-    name: str = MISSING  # fp32, bf16 or fp8: also the folder name under results/
+    name: str = MISSING  # fp32, bf16 or fp8
     trainer_precision: str = choice(MISSING, "32", "bf16-mixed")  # Lightning's words
     fp8: str | None = choice(None, "hybrid", "e4m3")  # Transformer Engine's; hybrid: e4m3 forward, e5m2 backward
     fp8_recipe: str = choice("delayed", "tensorwise", "blockwise")  # scaling factors
@@ -142,8 +131,7 @@ class TrainerConfig:
     max_steps: int = number(50, least=1, most=10**9)
     seed: int = number(1234, least=0, most=2**32 - 1)  # of the data's order; NeMo gives the weights a fixed seed
     gc_interval: int = number(25, least=1, most=10**9)  # steps between manual, synchronised Python garbage collections
-    # Global batches in the one validation, after the last step; 0: none.
-    limit_val_batches: int = number(1, least=0, most=10**9)
+    limit_val_batches: int = number(1, least=0, most=10**9)  # global batches validated after the last step
 
 
 @dataclass
@@ -151,15 +139,13 @@ class DataConfig:
     """Where the tokens come from."""
 
     name: str = MISSING
-    # mock: random tokens; local: this Python's standard library; megatron: .bin/.idx files
-    kind: str = choice(MISSING, "mock", "local", "megatron")
+    kind: str = choice(MISSING, "mock", "local", "megatron")  # random, this Python's library, .bin/.idx files
     paths: list[str] = field(default_factory=list, metadata=PATH)  # kind=megatron: prefixes, without .bin/.idx
     weights: list[float] = field(default_factory=list, metadata={"least": 0})  # one a path; empty: all equal
     tokenizer: str | None = field(default=None, metadata=PATH)  # kind=megatron: folder of a Hugging Face tokenizer
     split: str = "99,1,0"  # train, validation, test
     num_workers: int = number(2, least=0, most=1024)  # data loading processes a rank
-    # Where prepared files and Megatron's index mappings are kept.
-    folder: str | None = field(default=None, metadata=PATH)
+    folder: str | None = field(default=None, metadata=PATH)  # of prepared files and Megatron's index mappings
     corpus_bytes: int = number(6_000_000, least=1, most=10**12)  # kind=local: about this much text
 
 
@@ -170,8 +156,7 @@ class GpuConfig:
     name: str = MISSING
     device: str = choice("cuda", "cpu")
     memory_gib: float | None = number(None, above=0)
-    # null: measured by a short matrix product
-    peak_tflops: dict[str, float | None] = field(default_factory=dict, metadata={"above": 0})
+    peak_tflops: dict[str, float | None] = field(default_factory=dict, metadata={"above": 0})  # null: is measured
     source: str = ""  # where the peaks come from
 
 
@@ -202,28 +187,19 @@ class ClusterConfig:
     time: str | None = "01:00:00"  # limit, in one of sbatch's forms
     exclusive: bool = True
     mem: str | None = "0"  # 0: all of a node's memory
-    # Some clusters refuse requests for GPUs, others refuse jobs without one: null, or the number on a node.
-    gpus_per_node: str | None = None  # in sbatch's words: 8, or with the type: h100:8
-    gres: str | None = None  # in place of gpus_per_node where the cluster wants --gres=gpu:8
+    gpus_per_node: str | None = None  # in sbatch's words, 8 or h100:8; null where the cluster refuses such requests
+    gres: str | None = None  # in its place where the cluster wants --gres=gpu:8
     cpus_per_task: int | None = number(None, least=1, most=10_000)
-    # GPUs that NVLink joins: 8 on HGX, 72 on GB200 NVL72; null: the ranks of a node.
-    nvlink_gpus: int | None = number(None, least=1, most=10_000)
+    nvlink_gpus: int | None = number(None, least=1, most=10_000)  # joined by NVLink: 72 on NVL72; null: a node's
     dependency: str | None = None
     comment: str | None = None
     signal_s: int = number(120, least=1, most=65_535)  # SIGUSR1 this long before the time limit, for a last checkpoint
     additional_parameters: dict[str, Any] = field(default_factory=dict)  # any other sbatch option: value
     srun_args: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)  # shell lines before srun
-    # Whether points of this cluster use user buffers (model.tp_comm_overlap). They create NVLink multicast objects, and
-    # a process that dies with one can put the GPUs of a host out of service that others share.
-    tp_comm_overlap: bool = False
+    tp_comm_overlap: bool = False  # whether points use user buffers: NVLink multicast objects, which may outlive a kill
     env: dict[str, str] = field(default_factory=dict)  # environment of the ranks, over entrypoint.env
     container: ContainerConfig | None = None  # null: bare on the nodes, with this interpreter
-
-    @property
-    def requested_gpus_per_node(self) -> str | None:
-        """What is asked of sbatch; the recipe's environment says "null" where nothing is to be asked."""
-        return None if self.gpus_per_node in (None, "", "null") else self.gpus_per_node
 
 
 @dataclass
@@ -245,10 +221,9 @@ class CheckpointConfig:
     """Off by default: a performance benchmark writes none."""
 
     every_n_steps: int | None = number(None, least=1, most=10**9)
-    # Both name a run folder, whose last checkpoint is taken, or one checkpoint's folder.
-    # resume_from continues: weights, optimizer, schedule and data position.
-    resume_from: str | None = field(default=None, metadata=PATH)
-    weights_from: str | None = field(default=None, metadata=PATH)  # start with these weights, and all else afresh
+    # A run folder, whose last checkpoint is taken, or one checkpoint's folder.
+    resume_from: str | None = field(default=None, metadata=PATH)  # weights, optimizer, schedule and data position
+    weights_from: str | None = field(default=None, metadata=PATH)  # weights alone
 
 
 @dataclass
@@ -256,8 +231,7 @@ class ProfileConfig:
     """Which steps are profiled, where, and with what."""
 
     kind: str = choice("none", "torch", "nsys")  # torch: PyTorch's profiler; nsys: NVIDIA Nsight Systems
-    # First profiled step, counted from 0; the one before it warms the profiler up.
-    start_step: int = number(10, least=0, most=10**9)
+    start_step: int = number(10, least=0, most=10**9)  # from 0; the step before it warms the profiler up
     end_step: int = number(12, least=0, most=10**9)  # last profiled step
     ranks: list[int] = field(default_factory=lambda: [0], metadata={"least": 0, "most": 10**9})
     # kind=torch; each makes the trace larger and the profiled steps slower
@@ -285,8 +259,7 @@ class TrainConfig:
     launch: Launch = Launch.run
     stage_path: str = field(default=MISSING, metadata=PATH)
     results_version: str = MISSING
-    # Refuse a point whose estimated memory exceeds the GPU's by more than the estimate's error, 5%.
-    check_memory: bool = True
+    check_memory: bool = True  # refuse a point whose estimated memory exceeds the GPU's by more than 5%
     total_tokens: float = number(1e12, above=0)  # the budget behind "days to train"
 
     @property
@@ -302,7 +275,7 @@ class TrainConfig:
 
     @property
     def data_parallel_size(self) -> int:
-        """Copies of the model (DP). The checks hold that the division has no remainder."""
+        """Copies of the model (DP)."""
         return self.world_size // self.model_parallel_size
 
     @property
@@ -314,10 +287,8 @@ class TrainConfig:
     def defers_embedding_wgrad(self) -> bool:
         """Whether the output layer's weight gradients wait for the end of a step (`defer_embedding_wgrad_compute`).
 
-        It needs a bubble, and the fusion that Megatron asks for. Where gradients are reduced over several ranks during
-        the backward pass, megatron-core begins the reduction before it adds what was deferred
-        (github.com/NVIDIA/Megatron-LM/issues/1012): each rank then keeps its own share. The recipe's timing has it;
-        `true` measures that.
+        It needs a bubble, and the fusion that Megatron asks for. Gradients that are reduced during the backward pass
+        lose what is deferred (github.com/NVIDIA/Megatron-LM/issues/1012); `true` measures the recipe's timing.
         """
         m, wanted = self.model, self.model.defer_embedding_wgrad_compute
         if m.pipeline_model_parallel_size == 1 or not m.gradient_accumulation_fusion:
@@ -327,7 +298,10 @@ class TrainConfig:
 
     @property
     def precision_aware_optimizer(self) -> bool:
-        """Whether Adam reads gradients in the format they are reduced in (`optim.use_precision_aware_optimizer`)."""
+        """Whether Adam reads gradients in the format they are reduced in (`optim.use_precision_aware_optimizer`).
+
+        Not with fp8 parameters: after the first step their layers got hardly any gradient (H200, megatron-core 0.15.3).
+        """
         o = self.model.optim
         if o.use_precision_aware_optimizer is not None:
             return o.use_precision_aware_optimizer
@@ -360,18 +334,22 @@ class ComposedPoint:
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
-def typed_as(schema: type[T], cfg: DictConfig) -> T:
-    """Return the composed configuration as an object of its schema, each value in its range or among its choices.
+def typed(cfg: DictConfig) -> TrainConfig:
+    """Return a benchmark point as an object; the checks report its values together with every other problem."""
+    return _object(TrainConfig, cfg)
 
-    Raises:
-        omegaconf.errors.OmegaConfBaseException: an unknown key, a wrong type, or a value that is missing.
-        ConfigurationRefused: a value that its field cannot hold.
-        BenchError: the stage folder has no name.
-    """
+
+def typed_as(schema: type[T], cfg: DictConfig) -> T:
+    """Return the composed configuration of another script; raise ConfigurationRefused for values out of their range."""
     result = _object(schema, cfg)
     if problems := field_problems(result):
         raise ConfigurationRefused(problems)
     return result
+
+
+def load(path: Any) -> TrainConfig:
+    """Return the configuration in a run folder (`config.yaml`)."""
+    return typed(DictConfig(OmegaConf.load(path)))
 
 
 def _object(schema: type[T], cfg: DictConfig) -> T:
@@ -381,18 +359,5 @@ def _object(schema: type[T], cfg: DictConfig) -> T:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
         result = OmegaConf.to_object(merged)
     assert isinstance(result, schema)
-    if getattr(result, "stage_path", None) == "":
-        # Else ${stage_path}/data is a folder of the root.
-        raise BenchError("stage_path is empty: it (or STAGE_PATH) must name a folder")
     make_paths_absolute(result)
     return result
-
-
-def typed(cfg: DictConfig) -> TrainConfig:
-    """Return a benchmark point as an object; the checks report its values together with every other problem."""
-    return _object(TrainConfig, cfg)
-
-
-def load(path: Any) -> TrainConfig:
-    """Return the configuration in a run folder (`config.yaml`)."""
-    return typed(DictConfig(OmegaConf.load(path)))

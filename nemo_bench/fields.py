@@ -21,8 +21,7 @@ _LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "most": (operator.le, "at most"),
     "below": (operator.lt, "less than"),
 }
-# Marks paths. They become absolute: ranks, and readers of the record, have other working folders.
-PATH = {"path": True}
+PATH = {"path": True}  # becomes absolute: ranks, and readers of the record, have other working folders
 
 
 def number(default: Any = MISSING, **limits: float) -> Any:
@@ -59,44 +58,33 @@ def _values(config: Any) -> Iterator[tuple[str, Any, Field[Any]]]:
             yield from ((key, item, setting) for item in (value if isinstance(value, list) else [value]))
 
 
-def number_problems(config: Any) -> list[Problem]:
-    """Return a problem for every number that is not finite or not in its range."""
-    problems = []
-    for key, value, setting in _values(config):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        limits = {name: limit for name, limit in setting.metadata.items() if name in _LIMITS}
-        if math.isfinite(value) and all(_LIMITS[name][0](value, limit) for name, limit in limits.items()):
-            continue
-        bounds = [f"{_LIMITS[name][1]} {limit}" for name, limit in limits.items()]
-        rule = f"must be {' and '.join(bounds)}" if bounds else "must be a finite number"
-        problems.append(Problem(key, value, rule, _working_number(value, limits, setting)))
-    return problems
-
-
-def _working_number(value: float, limits: dict[str, float], setting: Field[Any]) -> str:
-    for name in ("least", "most"):
-        if name in limits and math.isfinite(value) and not _LIMITS[name][0](value, limits[name]):
-            return f"nearest that works: {limits[name]}"
-    no_default = setting.default in (NO_DEFAULT, MISSING, None)
-    return "leave it out for the default" if no_default else f"the default: {setting.default}"
-
-
-def choice_problems(config: Any) -> list[Problem]:
-    """Return a problem for every word that is not one of its choices."""
+def field_problems(config: Any) -> list[Problem]:
+    """Return a problem for every number out of its range, every word that is no choice, and every empty path."""
     problems = []
     for key, value, setting in _values(config):
         valid = setting.metadata.get("valid")
-        if valid is not None and value not in valid:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            problems += _number_problems(key, value, setting)
+        elif valid is not None and value not in valid:
             name = setting.name if "_" in setting.name else key  # "attention backend", "data kind"
             rule = f"unknown {name.replace('_', ' ').replace('.', ' ')}"
             problems.append(Problem(key, value, rule, f"valid: {', '.join(map(text_of, valid))}"))
+        elif setting.metadata.get("path") and value == "":  # else ${stage_path}/data is a folder of the root
+            problems.append(Problem(key, value, "is empty", "name a file or a folder; for stage_path also STAGE_PATH"))
     return problems
 
 
-def field_problems(config: Any) -> list[Problem]:
-    """Return a problem for every value that its field cannot hold."""
-    return number_problems(config) + choice_problems(config)
+def _number_problems(key: str, value: float, setting: Field[Any]) -> list[Problem]:
+    limits = {name: limit for name, limit in setting.metadata.items() if name in _LIMITS}
+    exceeded = [name for name, limit in limits.items() if not _LIMITS[name][0](value, limit)]
+    if math.isfinite(value) and not exceeded:
+        return []
+    rule = " and ".join(f"{_LIMITS[name][1]} {limit}" for name, limit in limits.items()) or "a finite number"
+    no_default = setting.default in (NO_DEFAULT, MISSING, None)
+    fix = "leave it out for the default" if no_default else f"the default: {setting.default}"
+    if math.isfinite(value) and exceeded[0] in ("least", "most"):
+        fix = f"nearest that works: {limits[exceeded[0]]}"
+    return [Problem(key, value, f"must be {rule}", fix)]
 
 
 def has_unknown_keys(config: Any) -> bool:

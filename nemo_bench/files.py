@@ -19,12 +19,12 @@ from nemo_bench.errors import BenchError
 
 
 def dated_name() -> str:
-    """`<date>-<time>-<random>`: a name that sorts by time, also for what is named in the same second."""
+    """Return `<date>-<time>-<random>`: sorts by time, and differs within a second."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
 
 
 def size_text(size_bytes: int) -> str:
-    """A size for people: `19.3 GB`, `12.0 kB`, `14 bytes`."""
+    """Return a size for people: `19.3 GB`, `12.0 kB`, `14 bytes`."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 1000)):
         if size_bytes >= factor:
             return f"{size_bytes / factor:.1f} {unit}"
@@ -38,10 +38,7 @@ def temporary_path(path: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a new file, "w" (UTF-8) or "wb", that replaces `path` in one step when the block ends.
-
-    A reader, or a kill at any moment, sees the old file or the whole new one. A block that raises leaves the old one.
-    """
+    """Open a new file, "w" (UTF-8) or "wb", that replaces `path` in one step when the block ends, unless it raises."""
     temporary = temporary_path(path)
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -71,10 +68,7 @@ def hidden_path(path: Path) -> Path:
 
 @contextmanager
 def hidden_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder next to `path`, on its file system; it is removed at the end.
-
-    Callers hold a lock: a folder of this name was left by a process that was killed.
-    """
+    """Give `hidden_path`, empty, and remove it at the end. Callers hold a lock: what was there a kill has left."""
     folder = hidden_path(path)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -86,23 +80,18 @@ def hidden_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, which becomes `path` in one step when the block ends, replacing what was there.
-
-    A block that raises leaves `path` as it was. Callers hold a lock.
-    """
+    """Give an empty folder, which becomes `path` when the block ends, unless it raises. Callers hold a lock."""
     with hidden_folder(path) as folder:
         new = folder / path.name
         new.mkdir()
         yield new
         fsync_tree(new)
-        if path.exists():
-            os.replace(path, folder / "old")
         os.replace(new, path)
         fsync(path.parent)
 
 
 def fsync_tree(path: Path) -> None:
-    """Make a file, or a folder and all in it, durable, so that a rename never shows a name without its contents."""
+    """Make a file, or a folder and all in it, durable: no rename then shows a name without its contents."""
     for entry in (path, *path.rglob("*")):
         fsync(entry)
 
@@ -134,13 +123,10 @@ def explained_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, what: str, report: Callable[[str], None]) -> Iterator[int]:
-    """Hold the lock file `path` and give its descriptor; waiting for another holder is a line to `report`.
+    """Hold the lock file `path` and give its descriptor; waiting for a process that `what` is a line to `report`.
 
-    The kernel frees the lock when this process has ended, and all that inherited the descriptor. The file stays: were
-    it removed, a process that waits for the old file and one that makes a new file would both hold "the" lock.
-
-    Args:
-        what: what its holder does, in the third person: "makes the dataset".
+    The kernel frees the lock when this process and all that inherited the descriptor have ended. The file stays: were
+    it removed, one process could wait for the old file while another locks a new one.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -150,17 +136,15 @@ def locked(path: Path, what: str, report: Callable[[str], None]) -> Iterator[int
             report(f"Waiting for another process that {what} (`fuser -v {path}` names it).")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
-            raise BenchError(
-                f"The file system of {path.parent} does not support file locks ({error.strerror}): choose "
-                "a folder on another one, or mount it with locks (Lustre: -o flock)."
-            ) from error
+            why = f"The file system of {path.parent} does not support file locks ({error.strerror}): choose another"
+            raise BenchError(f"{why}, or mount it with locks (Lustre: -o flock).") from error
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's contents, read in pieces."""
+    """Return the hexadecimal SHA-256 of a file's contents."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(4 << 20):

@@ -11,11 +11,8 @@ SECONDS_PER_DAY = 86400
 class FlopsConvention(Enum):
     """How the attention core (QK^T and AV) is counted: the same model has two numbers, 7.2% apart for the 70B."""
 
-    # NVIDIA's Llama 3.1 70B 24.09 performance recipe, and all of its MFU figures: in full, as if every token saw every
-    # other.
-    RECIPE = "recipe"
-    # Megatron-LM's `num_floating_point_operations`: half, since a causal mask leaves half of it undone.
-    CAUSAL = "causal"
+    RECIPE = "recipe"  # in full: NVIDIA's Llama 3.1 70B 24.09 performance recipe, and all of its MFU figures
+    CAUSAL = "causal"  # half, as the causal mask leaves it: Megatron-LM's `num_floating_point_operations`
 
 
 @dataclass(frozen=True)
@@ -33,26 +30,17 @@ class Architecture:
     def num_parameters(self) -> int:
         """Parameters with untied embeddings: 8,030,261,248 for the 8B, 70,553,706,496 for the 70B."""
         attention = self.hidden_size**2 * (2 + 2 * self.num_query_groups / self.num_attention_heads)
-        mlp = 3 * self.hidden_size * self.ffn_hidden_size
-        norms = 2 * self.hidden_size
+        mlp, norms = 3 * self.hidden_size * self.ffn_hidden_size, 2 * self.hidden_size
         embeddings = 2 * self.vocab_size * self.hidden_size
         return int(self.num_layers * (attention + mlp + norms) + embeddings + self.hidden_size)
 
     def flops_per_sequence(self, seq_length: int, convention: FlopsConvention = FlopsConvention.RECIPE) -> float:
         """Return the FLOPs of one training step (forward and backward) for one sequence of `seq_length` tokens.
 
-        The recipe's formula, per token (its closing section; the sum is then multiplied by the sequence length)::
-
-            attention = 12 * layers * hidden^2 * (1 + groups/heads + seq/hidden)
-            mlp       = 18 * layers * ffn * hidden
-            embedding =  6 * vocab * hidden
-
-        The recipe prints "model flops = 8129 * (...)"; 8129 is a slip for 8192, which gives its result of 3.94e15.
-        In the causal convention `seq/hidden`, the attention core, counts half.
+        The recipe's formula (its closing section): these three parts a token, times the sequence length. It prints
+        "model flops = 8129 * (...)"; 8129 is a slip for 8192, which gives its result of 3.94e15.
         """
-        core = seq_length / self.hidden_size
-        if convention is FlopsConvention.CAUSAL:
-            core /= 2
+        core = seq_length / self.hidden_size / (2 if convention is FlopsConvention.CAUSAL else 1)
         groups_per_head = self.num_query_groups / self.num_attention_heads
         attention = 12 * self.num_layers * self.hidden_size**2 * (1 + groups_per_head + core)
         mlp = 18 * self.num_layers * self.ffn_hidden_size * self.hidden_size
@@ -78,9 +66,8 @@ def tflops_per_gpu(*, global_batch_size: int, flops_per_sequence: float, step_ti
 def pipeline_bubble(*, pipeline_stages: int, virtual_stages: int, micro_batches: int) -> float:
     """Return the share of a step in which a pipeline stage waits before its first and after its last micro-batch.
 
-    With p stages of v chunks each and m micro-batches, the bubble lasts as long as (p - 1) / v micro-batches of a
-    stage's work; stages of unequal work lose more. Source: Narayanan et al. 2021, "Efficient Large-Scale Language
-    Model Training on GPU Clusters Using Megatron-LM", 2.2.
+    Stages of unequal work lose more. Source: Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on
+    GPU Clusters Using Megatron-LM", 2.2.
     """
     waiting = (pipeline_stages - 1) / virtual_stages
     return waiting / (micro_batches + waiting)

@@ -1,15 +1,10 @@
 """An estimate of the GPU memory that a configuration needs: arithmetic, each rule with its source.
 
-A step needs most memory at one of two moments: in the backward pass of the first micro-batch, with all activations
-alive, or in the optimizer's step, which has none of them but makes copies. The estimate is the larger of the two, on
-the pipeline stage where it is largest. Sources:
-
-* bytes a parameter: megatron-core 0.15's buffers and distributed optimizer (`param_and_grad_buffer.py`,
-  `distrib_optimizer.py`), Transformer Engine 2's `cast_master_weights_to_fp8`;
-* activations: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", with its terms
-  derived again for SwiGLU, grouped queries, RMSNorm, no dropout, and an attention kernel that keeps no scores;
-* micro-batches in flight: the same paper, and megatron-core's `schedules.py` for the later stages.
-
+A step needs most in the backward pass of the first micro-batch, with all activations alive, or in the optimizer's
+step, which makes copies. Bytes a parameter: megatron-core 0.15's `param_and_grad_buffer.py` and `distrib_optimizer.py`,
+Transformer Engine 2's `cast_master_weights_to_fp8`. Activations: Korthikanti et al. 2022, "Reducing Activation
+Recomputation in Large Transformer Models", derived again for SwiGLU, grouped queries, RMSNorm, no dropout, and an
+attention kernel that keeps no scores; micro-batches in flight of later stages: megatron-core's `schedules.py`.
 Not included: what CUDA, cuDNN and NCCL take outside of PyTorch, workspaces, fragmentation.
 """
 

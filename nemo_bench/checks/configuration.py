@@ -9,7 +9,7 @@ import re
 from nemo_bench.checks.slurm import slurm_rules
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import Need, Problem, text_of, value_of
-from nemo_bench.fields import choice_problems, number_problems, settings
+from nemo_bench.fields import field_problems, settings
 
 # Sizes of Transformer Engine's fp8 matrix products must be multiples of this.
 FP8_ALIGNMENT = 16
@@ -62,11 +62,10 @@ _ROWS = [
 def configuration_problems(cfg: TrainConfig) -> list[Problem]:
     """Return every rule that the values themselves break, whatever the machine."""
     need = Need(cfg)
-    need.problems += number_problems(cfg)
-    if not need.problems:  # these rules calculate with the numbers
+    need.problems += field_problems(cfg)
+    if not any(isinstance(problem.value, (int, float)) for problem in need.problems):  # these rules calculate
         for rules in (_layout, _batch, _attention, _fp8, _schedule, _profile):
             rules(cfg, need)
-    need.problems += choice_problems(cfg)
     for rules in (_conflicts, _names, _precision, _environment, _data):
         rules(cfg, need)
     if cfg.cluster.scheduler == "slurm":
@@ -223,7 +222,7 @@ def _data(cfg: TrainConfig, need: Need) -> None:
     data, even = cfg.data, "[] weighs all paths equally"
     if data.kind == "megatron":
         fix = "give prefixes of .bin/.idx pairs, without suffix"
-        need(data.paths and all(data.paths), "data.paths", "names no dataset", fix)
+        need(data.paths, "data.paths", "names no dataset", fix)
         rule = f"must hold one weight per path, and data.paths holds {len(data.paths)}"
         need(len(data.weights) in (0, len(data.paths)), "data.weights", rule, even)
         need(not data.weights or any(data.weights), "data.weights", "must hold one weight above 0", even)

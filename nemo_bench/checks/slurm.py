@@ -29,7 +29,7 @@ def slurm_rules(cfg: TrainConfig, need: Need) -> None:
     c = cfg.cluster
     for key, owner, setting in settings(c, "cluster."):
         value = getattr(owner, setting.name)
-        if isinstance(value, str) and key != "cluster.gpus_per_node":  # which the recipe leaves empty to ask for none
+        if isinstance(value, str):
             one_line = value.strip() and "\n" not in value
             need(one_line, key, "must be one line that is not empty", "use null to leave the option out")
     size = c.mem is None or re.fullmatch(r"\d+([KMGT](i?B)?)?", c.mem, re.IGNORECASE)
@@ -83,7 +83,7 @@ def _gpus(cfg: TrainConfig, need: Need) -> None:
         rule = f"gives a node {sum(counts)} GPUs, and it has trainer.devices={devices} ranks"
         need(not counts or sum(counts) >= devices, "cluster.gres", rule, f"such as gpu:{devices}")
         return
-    requested = c.requested_gpus_per_node or str(devices)
+    requested = c.gpus_per_node or str(devices)
     count = requested.rpartition(":")[2]
     if not count.isdecimal():
         rule = "must be a number of GPUs, with or without a type"

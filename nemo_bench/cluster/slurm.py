@@ -57,7 +57,7 @@ def sbatch_lines(
         "nodes": nodes,
         "ntasks-per-node": ntasks_per_node,
         "cpus-per-task": c.cpus_per_task,
-        "gpus-per-node": c.requested_gpus_per_node if c.gres is None else None,
+        "gpus-per-node": c.gpus_per_node if c.gres is None else None,
         "gres": c.gres,
         "exclusive": c.exclusive,
         "mem": c.mem,

@@ -15,7 +15,7 @@ from nemo_bench.checks.machine import machine_problems, stage_problems
 from nemo_bench.checks.problems import problems
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import ConfigurationRefused, Need, Problem
-from nemo_bench.fields import number_problems, settings
+from nemo_bench.fields import field_problems, settings
 from tests import composing
 
 # Overrides | the key that is named | a part of the rule | a part of the fix; "ok:" lines are allowed as they are.
@@ -84,7 +84,7 @@ scale=64gpu cluster.gres=gpu:h100:4 | cluster.gres | 4 GPUs | gpu:8
 ok: scale=64gpu cluster.gres=license:2 cluster.time='"1:00"' +cluster.env.SLURM_CPU_BIND=none
 ok: scale=64gpu cluster.gpus_per_node=h100:8 cluster.time=0 cluster.mem=512GB +cluster.env.NCCL_DEBUG=INFO
 ok: scale=64gpu cluster.gres=gpu:8 cluster.time=2-12 +cluster.additional_parameters.segment=8
-ok: scale=64gpu cluster.gres='gpu:h100:8,nic:4' cluster.time=90 cluster.gpus_per_node= cluster.mem=null \
+ok: scale=64gpu cluster.gres='gpu:h100:8,nic:4' cluster.time=90 cluster.gpus_per_node=null cluster.mem=null \
  +cluster.additional_parameters.mem_per_cpu=1G
 scale=64gpu +cluster.additional_parameters.ntasks=3 | cluster.additional_parameters.ntasks | follows from | leave it out
 scale=64gpu +cluster.additional_parameters.mem_per_cpu=1G | cluster.additional_parameters.mem_per_cpu | follows | leave
@@ -170,7 +170,9 @@ scale=64gpu precision.num_layers_at_start_in_bf16=81 | precision.num_layers_at_s
 precision=bf16 precision.name=fp8 | precision.name | number formats | precision=bf16
 scale=8gpu model=8b precision=fp8 precision.fp8=null | precision.name | number formats | precision=bf16
 
-scale=64gpu data.paths=['',''] | data.paths | no dataset | .bin/.idx
+scale=64gpu data.paths=['',''] | data.paths | is empty | a file or a folder
+stage_path= | stage_path | is empty | STAGE_PATH
+checkpoint.resume_from= | checkpoint.resume_from | is empty | a folder
 scale=64gpu data.weights=[0,0] | data.weights | above 0 | []
 scale=64gpu data.weights=[-1,2] | data.weights | at least 0 | works: 0
 scale=64gpu data.paths=[] data.weights=[] | data.paths | no dataset | .bin/.idx
@@ -247,7 +249,7 @@ def test_every_number_of_the_configuration_has_a_range(value: float) -> None:
     # A float may be as large as one likes, unless its field says otherwise.
     limited = {key for key, _, field in numbers if "int" in str(field.type) or {"most", "below"} & {*field.metadata}}
     outside = limited if value == 10**20 else {key for key, _, _ in numbers}
-    assert {problem.key for problem in number_problems(cfg)} == outside
+    assert {problem.key for problem in field_problems(cfg)} == outside
 
 
 @pytest.mark.parametrize(
