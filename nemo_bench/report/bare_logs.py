@@ -13,6 +13,7 @@ from nemo_bench.record.redaction import redact
 from nemo_bench.report import ranks
 from nemo_bench.report.logs import Log, read_log
 from nemo_bench.report.model import Run
+from nemo_bench.report.references import architecture_in_recipe
 from nemo_bench.report.runs import architecture_of, choice, log_warnings, measured, options, peak
 
 _PRECISION = re.compile(r"(?:bf16|fp8|fp16|fp32|mxfp8|nvfp4)(?:_\w+)?$")
@@ -51,7 +52,8 @@ def load_log(path: Path, given: Given, total_tokens: float) -> Run:
     sizes = given.architecture
     if run.model in options("model"):
         conf = choice("model", str(run.model))
-        sizes = sizes or architecture_of(conf)
+        recipes = architecture_in_recipe(run.version, run.model, run.precision, run.gpus)
+        sizes = sizes or recipes or architecture_of(conf)
         if run.seq_length is None:
             source = {"seq_length": f"conf/model/{run.model}.yaml"}
             run = replace(run, seq_length=conf["seq_length"], identified={**run.identified, **source})

@@ -16,7 +16,7 @@ from nemo_bench.report import comparison, model, points, references, runs
 from nemo_bench.report.bare_logs import Given, check, load_log
 from nemo_bench.report.model import Report, Run
 
-DEFAULT_REFERENCE = "nvidia-24.09"
+DEFAULT_REFERENCE = "auto"
 DEFAULT_TOLERANCE = 0.05
 
 _LOG_SUFFIXES = (".out", ".log", ".txt", ".err", ".out.gz", ".log.gz", ".txt.gz")
@@ -42,7 +42,7 @@ def build_report(
         given: what the command line says of bare logs.
         tolerance: of a verdict, as a fraction.
         total_tokens: budget behind the days to train.
-        reference: names or files of published tables; None: no verdicts.
+        reference: names or files of published tables; auto: those that come with the program; None: no verdicts.
 
     Raises:
         BenchError: an input does not exist or holds no run, or an argument is not valid.
@@ -53,10 +53,14 @@ def build_report(
         raise BenchError(f"tolerance={tolerance}: a fraction from 0 to below 1; 0.05 is 5%")
     if not 0 < total_tokens < math.inf:
         raise BenchError(f"total_tokens={total_tokens}: must be a number above 0")
-    tables = [references.load(name) for name in ([reference] if isinstance(reference, str) else reference or ())]
+    names = [reference] if isinstance(reference, str) else reference or ()
+    tables = [references.load(name) for name in (references.names() if reference == "auto" else names)]
     all_runs, warnings = _load(paths, "runs", given, total_tokens)
     old_runs, old_warnings = _load(baseline, "baseline", given, total_tokens) if baseline else ([], [])
     groups, old_groups = ([*points.gather(side, tables, tolerance)] for side in (all_runs, old_runs))
+    if reference == "auto":
+        used = {group.point.reference.reference for group in groups if group.point.reference}
+        tables = [table for table in tables if table.name in used]
     comparisons, unmatched = comparison.compare(groups, old_groups, tolerance) if baseline else ([], [])
     all_points = tuple(group.point for group in groups)
     values = {point.verdict.value for point in all_points}

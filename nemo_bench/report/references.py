@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ _FOLDER = Path(__file__).parent / "published"
 class _Shared:
     """What a table says for all its points, and a point may say for itself."""
 
-    software: str = ""
+    software: str = ""  # its release
     container: str = ""
+    entrypoint: str = ""  # which of our programs trains as that software did
+    recipes: list[str] = field(default_factory=list)  # releases of the recipe that measured it: their results folders
     gpu: str = ""
     seq_length: int = 0
     data: str = ""
@@ -64,6 +67,7 @@ class Reference(_Shared):
     date: str = MISSING  # of publication, as exactly as is known
     hardware: str = MISSING  # what it was measured on
     architecture: dict[str, dict[str, int]] = MISSING  # sizes of each model in it
+    mfu_architecture: dict[str, dict[str, int]] = field(default_factory=dict)  # other sizes that its MFU counts
     points: list[ReferencePoint] = MISSING
 
 
@@ -72,6 +76,19 @@ def names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
+def architecture_in_recipe(
+    release: str | None, model: str | None, precision: str | None, gpus: int | None
+) -> Architecture | None:
+    """Return the sizes that this release of NVIDIA's recipe gave a model on so many GPUs, where they are published."""
+    for path in _FOLDER.glob("*.yaml") if release else ():
+        if f'"{release}"' in path.read_text():  # most tables are of other releases, and loading takes its time
+            for point in load(path.stem).points:
+                if release in point.recipes and (point.model, point.precision, point.gpus) == (model, precision, gpus):
+                    return Architecture(**point.architecture)
+    return None
+
+
+@cache
 def load(name: str) -> Reference:
     """Return the published table called `name`, or that of a file of the same form."""
     path = _FOLDER / f"{name}.yaml"
@@ -80,7 +97,7 @@ def load(name: str) -> Reference:
         if not path.is_file():
             raise BenchError(
                 f"reference={name}: there is no such table\n"
-                f"  valid: {', '.join(names())}, null, or a YAML file of the form of {_FOLDER}/{names()[0]}.yaml"
+                f"  valid: auto, {', '.join(names())}, null, or a YAML file of the form of {_FOLDER}/{names()[0]}.yaml"
             )
     try:
         table = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Reference), OmegaConf.load(path)))

@@ -71,6 +71,8 @@ def differences(run: Run, row: ReferencePoint) -> list[str]:
 def _other_software(run: Run, row: ReferencePoint) -> bool:
     if run.container and row.container:
         return run.container != row.container
+    if run.source == "log" and run.software in row.recipes:
+        return False
     return run.software != row.software and (run.software is not None or run.source == "run folder")
 
 
@@ -83,16 +85,17 @@ def _unequal(kind: str, ours: dict[str, str], theirs: dict[str, str]) -> list[st
 def published(run: Run, references: Sequence[Reference]) -> ReferencePoint | None:
     """Return the row to hold a run against; None where nothing is published for its model, precision and GPUs.
 
-    Of several: one that it is comparable with, of its own software and layout, of its software, of the first table.
+    Of several: one that it is comparable with, of its own software and layout, of its software, of what its program
+    stands for, of its layout, of the first table.
     """
     wanted = (run.model, run.precision, run.gpus)
     rows = [row for table in references for row in table.points if (row.model, row.precision, row.gpus) == wanted]
 
-    def likeness(row: ReferencePoint) -> tuple[int, bool, bool]:
+    def likeness(row: ReferencePoint) -> tuple[int, bool, bool, bool, bool]:
         agreeing = sum(change.before == change.after for change in must_agree(run, row))
         software = not _other_software(run, row)
         same_layout = all(run.layout.get(key) == size for key, size in row.layout.items() if key != "layers")
-        return agreeing, software and same_layout, software
+        return agreeing, software and same_layout, software, run.entrypoint == row.entrypoint, same_layout
 
     return max(rows, key=likeness, default=None)
 

@@ -176,7 +176,7 @@ def test_an_archive(report: Report, tmp_path: Path) -> None:
         (["runs=job.out", "baseline="], "baseline: name at least one"),
         (["runs=job.out", "archive=job.out/a.tar.zst", "output=null"], "archive=job.out/a.tar.zst: cannot be written"),
         ([], "there is no such file or folder"),
-        (["runs=job.out", "reference=h100"], "valid: nvidia-24.09, nvidia-24.12"),
+        (["runs=job.out", "reference=h100"], "valid: auto, nvidia-24.09, nvidia-24.12"),
         (["runs=job.out", "tolerance=five"], "tolerance=five"),
         (["runs=job.out", "model=7b"], "valid: tiny, 8b, 70b, 70b_slice, 405b"),
         (["runs=job.out", "archive=a.zip"], "must end in .tar.zst"),
@@ -198,7 +198,7 @@ def test_bad_input_is_one_message(report: Report, tmp_path: Path, arguments: lis
 
 def test_help_and_composed_configuration(report: Report) -> None:
     done = report("--help")
-    assert done.returncode == 0 and "archive=monday.tar.zst" in done.stdout and "reference: nvidia-24.09" in done.stdout
+    assert done.returncode == 0 and "archive=monday.tar.zst" in done.stdout and "reference: auto" in done.stdout
     done = report("--cfg", "job")
     assert done.returncode == 0 and "tolerance: 0.05" in done.stdout and "/results" in done.stdout
 

@@ -116,6 +116,22 @@ def test_the_references_own_statistic_is_judged(tmp_path: Path, statistic: str, 
     assert f"by the {used}" in verdict.why
 
 
+@pytest.mark.parametrize("release", ["24.11", "25.02", "25.04"])
+def test_the_recipes_own_logs_are_judged_by_the_table_of_their_release(tmp_path: Path, release: str) -> None:
+    """In its folders and by its names, whatever model: also shortened ones, and the 405B's own query groups."""
+    (table,) = (table for name in references.names() if release in (table := references.load(name)).recipes)
+    for row in table.points:
+        folder = tmp_path / "results" / release / row.precision / row.model / str(row.gpus)
+        folder.mkdir(parents=True)
+        log = folder / f"log-nemo_llama3.1_{row.model}_{row.gpus}_1234.out"
+        log.write_text(log_text([row.step_time_s] * 50, batch=row.global_batch_size))
+    report = build_report([tmp_path / "results"], given=H100)
+    assert [table.name for table in report.references] == [table.name] and len(report.points) == len(table.points)
+    for point in report.points:
+        assert (point.verdict.value, point.verdict.differences) == (model.PASS, ()), point.verdict.why
+        assert point.reference is not None and point.reference.reference == table.name
+
+
 # --- what must agree, and what may differ ---
 
 
@@ -174,17 +190,20 @@ def test_differences_leave_the_verdict_standing_and_are_named_everywhere(tmp_pat
     report = build_report([published_run(tmp_path / "run")])
     (point,) = report.points
     assert point.verdict.value == model.PASS and report.exit_code == 0
-    number = len(point.verdict.differences)
-    assert point.verdict.text == f"PASS, {number} differences"
+    assert point.verdict.text == f"PASS, {len(point.verdict.differences)} differences"
     for text in (
-        "software: nemo-2.7.3 in no container, published with 24.09 in nvidia+nemo+24.09.sqsh",
+        "software: nemo-2.7.3 in no container, published with 25.02.01 in nvidia+nemo+25.02.01.sqsh",
         "layout: TP1 PP1 VP1 CP1 GA2, published with TP4 PP4 VP5 CP2 GA64",
-        "data: random tokens (data=mock), published with pile",
     ):
         assert text in point.verdict.differences
-    assert "environment: NCCL_NVLS_ENABLE=1, published with 0" in point.verdict.differences
+    (environment,) = (text for text in point.verdict.differences if text.startswith("environment"))
+    assert "NCCL_NVLS_ENABLE=1" in environment
+    assert "of 4 tables, the row of nvidia-25.04 is taken" in point.verdict.remarks
     for output in (tables.markdown(report), tables.csv_text(report), to_json(report)):
         assert all(text.replace("*", "") in output.replace("*", "") for text in point.verdict.differences)
+    # Another program's table judges where it is asked for.
+    (point,) = build_report([tmp_path / "run"], reference="nvidia-24.09").points
+    assert "data: random tokens (data=mock), published with pile" in point.verdict.differences
 
 
 def test_settings_and_software_are_differences_whatever_the_folder_is_called(tmp_path: Path) -> None:
