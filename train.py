@@ -1,10 +1,13 @@
 """Composes, checks and runs one point of the Llama 3.1 pre-training performance benchmark (`--help`)."""
 
 import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
+import os
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
-from nemo_bench import cli
+from nemo_bench import cli, recipe_variables
 from nemo_bench.config import TrainConfig
 
 app = cli.Application(TrainConfig)
@@ -18,5 +21,10 @@ def main(cfg: DictConfig) -> None:
     app.guard(run_point, cfg)
 
 
+def start() -> None:
+    sys.argv += recipe_variables.overrides(sys.argv[1:], os.environ)
+    main()
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(start)

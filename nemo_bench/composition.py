@@ -37,6 +37,11 @@ def default_stage_path() -> str:
     return absolute(os.environ.get("STAGE_PATH") or "outputs")
 
 
+def recipe_profile_ranks(model: str, num_nodes: int, devices: int) -> list[int]:
+    """Return the ranks that NVIDIA's recipe profiles: the first 8 of the 8B, else 16, as many as there are."""
+    return list(range(min(8 if model == "8b" else 16, num_nodes * devices)))
+
+
 def first_set(*variables: str) -> str | None:
     """Return the first of these environment variables that is not empty; the recipe's "null" is no value."""
     value = next(filter(None, map(os.environ.get, variables)), None)
@@ -51,7 +56,7 @@ def temporary_folder() -> str:
     return folder
 
 
-for resolver in (weak_scaling_batch, default_stage_path, first_set, temporary_folder):
+for resolver in (weak_scaling_batch, recipe_profile_ranks, default_stage_path, first_set, temporary_folder):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 

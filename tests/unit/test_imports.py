@@ -12,7 +12,7 @@ FLOORS = (
     ("files", "flops", "fields"),
     ("composition",),
     ("config",),
-    ("record", "memory", "cli"),
+    ("record", "memory", "cli", "recipe_variables"),
     ("report",),
     ("cluster",),
     ("data", "training"),
