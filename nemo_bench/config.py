@@ -32,13 +32,13 @@ class Launch(Enum):
 class OptimConfig:
     """Adam and its schedule; the defaults are the 24.09 recipe's."""
 
-    lr: float = number(3e-4, least=0)
-    min_lr: float = number(3e-5, least=0)  # reached at trainer.max_steps by cosine annealing
+    lr: float = number(3e-4, least=0, most=10)
+    min_lr: float = number(3e-5, least=0, most=10)  # reached at trainer.max_steps by cosine annealing
     warmup_steps: int = number(2000, least=0, most=10**9)  # linear
-    weight_decay: float = number(0.1, least=0)
+    weight_decay: float = number(0.1, least=0, most=10)
     adam_beta1: float = number(0.9, least=0, below=1)
     adam_beta2: float = number(0.95, least=0, below=1)
-    adam_eps: float = number(1e-8, least=0)
+    adam_eps: float = number(1e-8, least=0, most=1)
     clip_grad: float = number(1.0, least=0)  # global gradient norm
     use_distributed_optimizer: bool = True  # shard optimizer state over the data-parallel ranks
     overlap_grad_reduce: bool = True  # reduce gradients while the backward pass goes on
@@ -66,8 +66,8 @@ class ModelConfig:
     vocab_size: int = number(least=1, most=2**24)  # the tokenizer's; see TrainConfig.padded_vocab_size
     make_vocab_size_divisible_by: int = number(128, least=1, most=2**16)
     rotary_base: int = number(500000, least=1, most=2**40)
-    init_method_std: float = number(0.02, above=0)
-    layernorm_epsilon: float = number(1e-5, above=0)
+    init_method_std: float = number(0.02, above=0, most=10)
+    layernorm_epsilon: float = number(1e-5, above=0, most=1)
     # parallel layout
     tensor_model_parallel_size: int = number(1, least=1, most=10_000)
     pipeline_model_parallel_size: int = number(1, least=1, most=10_000)
@@ -260,7 +260,7 @@ class TrainConfig:
     stage_path: str = field(default=MISSING, metadata=PATH)
     results_version: str = MISSING
     check_memory: bool = True  # refuse a point whose estimated memory exceeds the GPU's by more than 5%
-    total_tokens: float = number(1e12, above=0)  # the budget behind "days to train"
+    total_tokens: float = number(1e12, above=0, most=1e18)  # the budget behind "days to train"
 
     @property
     def world_size(self) -> int:

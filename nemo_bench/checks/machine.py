@@ -8,8 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from nemo_bench.checks.configuration import split_shares
-from nemo_bench.checks.datasets import NO_FILES, dataset_rules
+from nemo_bench.checks.datasets import NO_FILES, dataset_problems
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import Need, Problem
 from nemo_bench.record.folder import CONFIG, RunFolder
@@ -20,7 +19,7 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
     need = Need(cfg, missing=True)
     fix = "install NVIDIA Nsight Systems, or add its folder to PATH; profile=torch needs nothing"
     profiler = cfg.profile.kind != "nsys" or shutil.which("nsys")
-    need(profiler, "profile", "there is no `nsys` on PATH here", fix, value=cfg.profile.kind)
+    need(profiler, "profile.kind", "there is no `nsys` on PATH here", fix)
     if cfg.gpu.device == "cuda":
         present = count_gpus()
         rule = f"this machine has {present} NVIDIA GPU{'' if present == 1 else 's'}"
@@ -52,13 +51,11 @@ def count_gpus() -> int:
 
 def _file_problems(cfg: TrainConfig) -> list[Problem]:
     need = Need(cfg, missing=True)
+    need.problems += dataset_problems(cfg)
     if cfg.data.kind == "megatron":
-        if split_shares(cfg.data.split) is not None:
-            dataset_rules(cfg, need)
         tokenizer = cfg.data.tokenizer
         present = tokenizer is None or (Path(tokenizer) / "tokenizer.json").is_file()
         fix = f"`python setup_stage.py 'parts=[tokenizer]'` brings it; {NO_FILES}"
-        need.missing = True
         need(present, "data.tokenizer", "holds no tokenizer.json (Hugging Face's format)", fix)
     for name in ("resume_from", "weights_from"):
         if (folder := getattr(cfg.checkpoint, name)) is not None:
@@ -67,20 +64,16 @@ def _file_problems(cfg: TrainConfig) -> list[Problem]:
 
 
 def _checkpoint(cfg: TrainConfig, need: Need, key: str, folder: Path) -> None:
-    if not folder.is_dir():
-        need(False, key, "is not a folder", "give a run folder that holds checkpoints, or one of its checkpoints")
-        return
+    need.missing = True
     checkpoint = RunFolder(folder).last_checkpoint()
-    fix = "give a run with checkpoint.every_n_steps set"
-    need(checkpoint is not None, key, "holds no finished checkpoint", fix)
+    rule = "holds no finished checkpoint" if folder.is_dir() else "is not a folder"
+    need(checkpoint, key, rule, "give the folder of a run with checkpoint.every_n_steps set, or of one checkpoint")
     need.missing = False
-    record = next((path for path in (folder / CONFIG, folder.parents[1] / CONFIG) if path.is_file()), None)
-    if record is not None:
+    for record in (path for path in (folder / CONFIG, folder.parent.parent / CONFIG) if path.is_file()):
         written = OmegaConf.select(OmegaConf.load(record), "model", default={})
         sizes = vars(cfg.architecture).items()
-        other = [f"{name}={written[name]}" for name, size in sizes if written.get(name) != size]
-        rule = f"was written by a model of other sizes: {', '.join(other)}"
-        need(not other, key, rule, "give the model the same sizes")
+        other = ", ".join(f"{name}={written[name]}" for name, size in sizes if written.get(name) != size)
+        need(not other, key, f"was written by a model of other sizes: {other}", "give the model the same sizes")
     if checkpoint is None or key != "checkpoint.resume_from":
         return
     done, steps = int(checkpoint.name.partition("=")[2]) + 1, cfg.trainer.max_steps

@@ -35,8 +35,14 @@ def slurm_rules(cfg: TrainConfig, need: Need) -> None:
     size = c.mem is None or re.fullmatch(r"\d+([KMGT](i?B)?)?", c.mem, re.IGNORECASE)
     fix = "such as 0 (all of a node's memory), 512G or null"
     need(size, "cluster.mem", "must be a size in sbatch's words", fix)
-    _time_limit(cfg, need)
-    _gpus(cfg, need)
+    limit = math.inf if c.time is None else _limit_s(c.time)
+    rule, fix = "must be a time limit in sbatch's words", "such as 90 (minutes), 01:30:00, 2-12 or null"
+    need(limit, "cluster.time", rule, fix)
+    rule = f"must be less than the time limit, cluster.time={c.time}: the job would only checkpoint and requeue"
+    in_time = not limit or cfg.checkpoint.every_n_steps is None or c.signal_s < limit
+    need(in_time, "cluster.signal_s", rule, "use a longer limit, or signal later")
+    if cfg.gpu.device == "cuda":
+        _gpus(cfg, need)
     for name in c.additional_parameters:
         option, rule = name.replace("_", "-"), "follows from other settings of the configuration"
         ours = option in OURS or (option in ("mem-per-cpu", "mem-per-gpu") and c.mem is not None)
@@ -48,51 +54,34 @@ def slurm_rules(cfg: TrainConfig, need: Need) -> None:
     _paths(cfg, need)
 
 
-def limit_s(time: str) -> float | None:
+def _limit_s(time: str) -> float | None:
     """Return a time limit in sbatch's words in seconds; None if it is not one."""
     if time.upper() in UNLIMITED:
         return math.inf
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         return None
-    days, *numbers = match.groups()
+    days, *numbers = (int(number) if number else None for number in match.groups())
     from_hours = days is not None or numbers[-1] is not None  # else minutes, or minutes:seconds
     units_s = (3600, 60, 1) if from_hours else (60, 1)
-    return (
-        86400 * int(days or 0) + sum(int(number or 0) * unit_s for number, unit_s in zip(numbers, units_s)) or math.inf
-    )
-
-
-def _time_limit(cfg: TrainConfig, need: Need) -> None:
-    c = cfg.cluster
-    limit = math.inf if c.time is None else limit_s(c.time)
-    need(
-        limit, "cluster.time", "must be a time limit in sbatch's words", "such as 90 (minutes), 01:30:00, 2-12 or null"
-    )
-    if limit and cfg.checkpoint.every_n_steps is not None:
-        rule = f"must be less than the time limit, cluster.time={c.time}: the job would only checkpoint and requeue"
-        need(c.signal_s < limit, "cluster.signal_s", rule, "use a longer limit, or signal later")
+    seconds = 86400 * (days or 0) + sum((number or 0) * unit_s for number, unit_s in zip(numbers, units_s))
+    return seconds or math.inf
 
 
 def _gpus(cfg: TrainConfig, need: Need) -> None:
     c, devices = cfg.cluster, cfg.trainer.devices
-    if cfg.gpu.device != "cuda":
-        return
     if c.gres is not None:
         counts = [int(count or 1) for count in re.findall(r"\bgpu(?::[A-Za-z]\w*)?(?::(\d+))?(?=,|\(|$)", c.gres)]
         rule = f"gives a node {sum(counts)} GPUs, and it has trainer.devices={devices} ranks"
         need(not counts or sum(counts) >= devices, "cluster.gres", rule, f"such as gpu:{devices}")
-        return
-    requested = c.gpus_per_node or str(devices)
-    count = requested.rpartition(":")[2]
-    if not count.isdecimal():
+    elif c.gpus_per_node is not None:
+        count = re.fullmatch(r"(?:\w+:)?([1-9]\d{0,3})", c.gpus_per_node)
         rule = "must be a number of GPUs, with or without a type"
-        need(False, "cluster.gpus_per_node", rule, "such as 8, h100:8 or null")
-    else:
-        nodes = math.ceil(cfg.world_size / max(1, int(count)))
-        rule = f"ranks on a node, and a node has cluster.gpus_per_node={requested} GPUs"
-        fix = f"as many GPUs: trainer.devices={count} trainer.num_nodes={nodes}"
-        need(int(count) >= devices, "trainer.devices", rule, fix)
+        need(count, "cluster.gpus_per_node", rule, "such as 8, h100:8 or null")
+        per_node = int(count[1]) if count else devices
+        rule = f"ranks on a node, and a node has cluster.gpus_per_node={c.gpus_per_node} GPUs"
+        fix = f"as many GPUs: trainer.devices={per_node} trainer.num_nodes={math.ceil(cfg.world_size / per_node)}"
+        need(per_node >= devices, "trainer.devices", rule, fix)
 
 
 def _paths(cfg: TrainConfig, need: Need) -> None:

@@ -132,10 +132,10 @@ def record_status(folder_variable: str) -> list[str]:
 def environment() -> dict[str, str]:
     """Return the environment of Slurm's commands, and so of the jobs.
 
-    sbatch would put the variables of a job that this process runs in before the script's own options, and cli.py sets
-    HYDRA_FULL_ERROR for this process alone. SLURM_CONF says which cluster is meant.
+    sbatch would put the variables of a job that this process runs in before the script's own options; what MPI and CUDA
+    have here is not what a node has; HYDRA_FULL_ERROR is this process's own. SLURM_CONF says which cluster is meant.
     """
-    hidden = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "HYDRA_")
+    hidden = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "HYDRA_", "PMI_", "PMIX_", "CUDA_VISIBLE_DEVICES")
     return {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(hidden)}
 
 

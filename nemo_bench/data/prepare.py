@@ -22,6 +22,7 @@ from nemo_bench.data.documents import format_of
 from nemo_bench.data.encoder import read_tokenizer
 from nemo_bench.data.manifest import datasets_in, read_manifest, verify
 from nemo_bench.data.shard import LOG, Shard, find, is_url
+from nemo_bench.data.split import empty_parts
 from nemo_bench.data.tokenize import MAX_THREADS, usable_cores
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import dated_name
@@ -153,6 +154,8 @@ def summary(cfg: PreparationConfig, shards: list[Shard]) -> str:
             line += f", {shard.text_bytes / 1e6 / seconds:,.0f} MB/s, {shard.tokens / seconds:,.0f} tokens/s"
         if shard.bad:
             line += f"; left out: {', '.join(f'{number:,} x {reason}' for reason, number in shard.bad.items())}"
+        if parts := empty_parts(cfg.data.split, shard.documents):
+            line += f"; too few for data.split={cfg.data.split}: none for {' and '.join(parts)}"
         lines.append(line)
     lines.append(f"{len(shards)} datasets in {cfg.data.folder}, {sum(shard.tokens for shard in shards):,} tokens")
     prefixes = [shard.prefix for shard in shards]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_bench import flops
+from nemo_bench.checks.configuration import fused_attention_fits
 from nemo_bench.cluster import nsys
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
@@ -38,6 +39,7 @@ def plan(cfg: TrainConfig, missing: Iterable[Problem] = ()) -> str:
         f"  layout     TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} "
         f"VP{m.virtual_pipeline_model_parallel_size or 1} CP{m.context_parallel_size} DP{cfg.data_parallel_size}"
         f"{sequence_parallel}{_bubble(cfg)}",
+        *_attention(cfg),
         f"  batch      MBS {m.micro_batch_size}, GBS {m.global_batch_size}, GA {cfg.num_micro_batches}, "
         f"sequence {m.seq_length}: {m.seq_length * m.global_batch_size:,} tokens a step",
         f"  work       {per_sequence:.4g} FLOPs a sequence, {per_sequence * m.global_batch_size:.4g} a step "
@@ -63,6 +65,13 @@ def _bubble(cfg: TrainConfig) -> str:
         micro_batches=cfg.num_micro_batches,
     )
     return f": {share:.1%} of a step is pipeline bubble, if all stages have equal work"
+
+
+def _attention(cfg: TrainConfig) -> list[str]:
+    if cfg.model.attention_backend != "auto" or cfg.gpu.device == "cpu" or fused_attention_fits(cfg):
+        return []
+    head = cfg.model.hidden_size / cfg.model.num_attention_heads
+    return [f"  attention  auto falls back to unfused, which is slow: no other kernel takes heads of {head:g}"]
 
 
 def _memory(cfg: TrainConfig) -> list[str]:

@@ -13,12 +13,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_bench.checks.datasets import dataset_rules
 from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import processes
 from nemo_bench.config import Launch, TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of
-from nemo_bench.errors import BenchError, ConfigurationRefused, Need, RunFailed
+from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
 from nemo_bench.launch.diagnosis import Diagnosis, diagnose
 from nemo_bench.launch.plan import plan, rank_plan, results_dir
 from nemo_bench.project import python_path
@@ -88,14 +87,9 @@ def prepare_data(cfg: TrainConfig) -> TrainConfig:
         report=lambda line: print(line, flush=True),
     )
     data = replace(cfg.data, paths=[str(prepared.prefix)], tokenizer=str(prepared.tokenizer_folder))
-    cfg = replace(cfg, data=data)
-    need = Need(cfg)
-    dataset_rules(cfg, need)
-    if need.problems:
-        raise ConfigurationRefused(need.problems)
     sizes = f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary"
     print(f"data: {sizes}")
-    return cfg
+    return replace(cfg, data=data)
 
 
 def new_run(cfg: TrainConfig, command: list[str], overrides: list[str], state: str = "running") -> RunFolder:

@@ -30,6 +30,7 @@ trainer.num_nodes=99999999999999999999 | trainer.num_nodes | at most 100000 | 10
 trainer.seed=-1 | trainer.seed | at least 0 | 0
 gpu.peak_tflops.fp32=nan | gpu.peak_tflops.fp32 | more than 0 | the default
 total_tokens=inf | total_tokens | more than 0 | the default
+model.layernorm_epsilon=1e30 | model.layernorm_epsilon | more than 0 and at most 1 | nearest that works: 1
 data.weights=[1,nan] data.paths=[a,b] | data.weights | at least 0 | the default
 model.optim.lr=1e-5 | model.optim.min_lr | above model.optim.lr (1e-05) | 1e-05
 ok: model.optim.lr=1e-5 model.optim.min_lr=1e-5
@@ -48,16 +49,17 @@ ok: scale=64gpu model.recompute_granularity=selective model.recompute_modules=[m
 
 results_version= | results_version | folder under results | without slashes
 model.name=../x | model.name | folder under results | without slashes
+"model.name='a b'" | model.name | folder under results | blanks
 
 scale=8gpu | LAYOUT | must divide the number of GPUs | a scale with a multiple of 32
-trainer.devices=3 model.tensor_model_parallel_size=2 | LAYOUT | = 3 | divide 3: 1; or
-scale=64gpu model.num_layers=81 | model.num_layers | 20 pipeline chunks | 80, 100
+trainer.devices=3 model.tensor_model_parallel_size=2 | LAYOUT | = 3 | nearest that work: 1, 3; or
+scale=64gpu model.num_layers=81 | model.num_layers | multiple of 20: the pipeline's chunks | 80, 100
 ok: scale=64gpu model.num_layers=100
 model.num_attention_heads=7 model.num_query_groups=7 | model.num_attention_heads | divide model.hidden | 4, 8
 model.num_query_groups=3 | model.num_query_groups | must divide model.num_attention_heads=8 | 2, 4
 trainer.devices=8 model.tensor_model_parallel_size=8 | TP | must divide model.num_query_groups=4 | 4
 ok: trainer.devices=4 model.tensor_model_parallel_size=4
-scale=64gpu model.seq_length=8190 | model.seq_length | 2 * model.context_parallel_size = 4 | 8188, 8192
+scale=64gpu model.seq_length=8190 | model.seq_length | multiple of 4: each | 8188, 8192
 trainer.devices=4 model.tensor_model_parallel_size=4 model.sequence_parallel=true model.seq_length=254 \
  | model.seq_length | model.sequence_parallel=true | 248, 256
 ok: trainer.devices=4 model.tensor_model_parallel_size=4 model.seq_length=254
@@ -65,7 +67,7 @@ model.virtual_pipeline_model_parallel_size=2 | VP | interleaves pipeline stages 
 ok: model.virtual_pipeline_model_parallel_size=1
 scale=64gpu model.global_batch_size=129 | model.global_batch_size | multiple of 2 | 128, 130
 scale=64gpu model.global_batch_size=130 | model.global_batch_size \
- | 65 micro-batches, which must be a multiple of model.pipeline_model_parallel_size=4 | 128, 136
+ | model.pipeline_model_parallel_size=4 micro-batches, and it gives 65 | 128, 136
 ok: scale=64gpu model.global_batch_size=136
 
 precision=fp8 | precision | gpu=cpu does not compute in fp8 | fp32, bf16
@@ -200,14 +202,14 @@ profile=torch profile.start_step=60 | profile.start_step | 49, the last step | w
 profile=torch profile.end_step=50 | profile.end_step | start_step=10 and 49 | works: 49;
 profile=torch profile.end_step=9 | profile.end_step | start_step=10 and 49 | works: 10;
 ok: profile=torch profile.start_step=1 profile.end_step=49
-profile=torch trainer.max_steps=1 | profile | warm the profiler up | max_steps=2
+profile=torch trainer.max_steps=1 | profile.start_step | warms the profiler up | more trainer.max_steps
 profile=torch profile.ranks=[1] | profile.ranks | of 0 to 0 | [0]
 scale=64gpu profile=torch profile.ranks=[] | profile.ranks | at least one | [0]
 scale=64gpu profile=nsys profile.ranks=[0,64] | profile.ranks | of 0 to 63 | [0]
 scale=64gpu profile=nsys profile.ranks=[3,3] | profile.ranks | each once | [0]
 ok: scale=64gpu profile=torch profile.ranks=[0,8,63]
 ok: scale=64gpu profile=nsys
-profile=nsys | profile | profiles GPUs (gpu=cpu | profile=torch
+profile=nsys | profile.kind | profiles GPUs (gpu.device=cpu | profile=torch
 """
 PROJECT = Path(__file__).resolve().parents[2]
 SHORT = {
@@ -306,6 +308,7 @@ def test_a_points_problems_are_those_of_the_place_where_it_runs(tmp_path: Path) 
     here = problems(composed(f"scale=8gpu model=8b trainer.devices=4096 cluster=local data=mock stage_path={tmp_path}"))
     assert ("trainer.devices", True) in [(problem.key, problem.missing) for problem in here]
     assert problems(composed("")) == []
+    assert [problem.key for problem in problems(composed("data.split='999,1,0'"))] == ["data.split"]  # data=local
 
 
 @pytest.mark.parametrize(
@@ -330,9 +333,9 @@ def test_a_point_must_fit_into_its_gpu(overrides: str, refused: bool, tmp_path: 
 def test_nsys_must_be_where_the_ranks_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = composed("scale=8gpu cluster=local profile=nsys data=mock")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "no `nsys` on PATH" in {problem.key: problem.rule for problem in machine_problems(cfg)}["profile"]
+    assert "no `nsys` on PATH" in {problem.key: problem.rule for problem in machine_problems(cfg)}["profile.kind"]
     (tmp_path / "nsys").touch(mode=0o755)
-    assert "profile" not in {problem.key for problem in machine_problems(cfg)}
+    assert "profile.kind" not in {problem.key for problem in machine_problems(cfg)}
 
 
 def test_a_continued_run_must_have_steps_left_and_come_to_the_profile(tmp_path: Path) -> None:

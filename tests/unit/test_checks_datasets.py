@@ -53,6 +53,7 @@ def test_every_part_of_a_split_needs_a_document(tmp_path: Path, documents: int, 
         (128256, 128255, 128256, ""),
         (128256, 128255, 128255, "holds token id 128,255"),
         (1000, 999, 128256, "ids of 16 bits"),
+        (1000, 999, 65_510, "ids of 16 bits"),  # Megatron takes 32 from 65,500 on
         (1000, 999, 1000, ""),
         (128256, 999, 1000, ""),  # 32 bits for a small vocabulary
     ],

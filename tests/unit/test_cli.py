@@ -27,6 +27,8 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
         ("trainer.devices=two", "trainer.devices"),
         ("launch=fast", "run, dry"),
         ("model=[", "model=["),
+        ("model=[1,2]", "chosen by the name of one of its options"),
+        ("cluster.container={image: a}", "a section that is null takes no values"),
         ("experiment=llama31_70b_bf16_65gpu", "llama31_70b_bf16_64gpu"),
         ("model=null", "chosen by the name of one of its options"),
         ("=5", "chosen by the name of one of its options"),
@@ -67,6 +69,10 @@ def test_a_refused_configuration_leaves_nothing_behind(train_cli: Cli, tmp_path:
             ("num_nodes: 16", "devices: 8", "global_batch_size: 256", "name: fp8"),
         ),
         ("--help", ("launch=dry", "scale: 1024gpu", "model: 405b", "STAGE_PATH")),
+        (
+            "launch=dry scale=64gpu data=mock model.num_attention_heads=16 model.attention_backend=auto",
+            ("auto falls back to unfused, which is slow: no other kernel takes heads of 512",),
+        ),
         ("-m launch=dry scale=64,128gpu,256", ("64 x h100", "128 x h100", "256 x h100")),  # a scale may be a number
         (
             "precision=fp8 scale=2048gpu launch=dry",
