@@ -191,6 +191,9 @@ class ClusterConfig:
     gres: str | None = None  # in its place where the cluster wants --gres=gpu:8
     cpus_per_task: int | None = number(None, least=1, most=10_000)
     nvlink_gpus: int | None = number(None, least=1, most=10_000)  # joined by NVLink: 72 on NVL72; null: a node's
+    # What the links reach, for the estimate; null: DGX H100's, in nemo_bench/estimate/constants.yaml.
+    nvlink_gb_s: float | None = number(None, above=0)  # between two GPUs, one direction
+    nic_gb_s: float | None = number(None, above=0)  # one NIC (one a GPU), in a ring over two nodes
     dependency: str | None = None
     comment: str | None = None
     signal_s: int = number(120, least=1, most=65_535)  # SIGUSR1 this long before the time limit, for a last checkpoint

@@ -184,6 +184,7 @@ HEAVY = {"torch", "lightning", "megatron", "nemo", "transformers"}
 def test_the_submitting_side_imports_nothing_heavy(project: Path, tmp_path: Path, command: str) -> None:
     """Not even what runs only once a job starts: preparing data, starting ranks, following them, reporting."""
     modules = "nemo_bench.cluster.processes, nemo_bench.data.local, nemo_bench.launch.point, nemo_bench.report.terminal"
+    modules += ", nemo_bench.planning.command"
     code = f"import pathlib, {modules}; "
     code += "nemo_bench.data.local.prepare_local(pathlib.Path('d'), vocab_size=300, corpus_bytes=9999)"
     script = str(project / "train.py")

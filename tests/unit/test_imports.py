@@ -13,6 +13,7 @@ FLOORS = (
     ("composition",),
     ("config",),
     ("record", "memory", "cli", "recipe_variables"),
+    ("estimate",),
     ("report",),
     ("cluster",),
     ("data", "training"),
@@ -20,6 +21,7 @@ FLOORS = (
     ("entrypoints",),
     ("checks",),
     ("launch",),
+    ("planning",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,0 +1,23 @@
+"""What a benchmark point should take, from measured rates, and which layout would be faster (`--help`)."""
+
+import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
+import hydra
+from omegaconf import DictConfig
+
+from nemo_bench import cli
+from nemo_bench.planning.config import EstimateConfig
+
+app = cli.Application(EstimateConfig)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="estimate")
+def main(cfg: DictConfig) -> None:
+    # Imported here: composing and printing a configuration needs none of it.
+    from nemo_bench.planning.command import run_estimate
+
+    app.guard(run_estimate, cfg)
+
+
+if __name__ == "__main__":
+    cli.verbs("search")
+    app.run(main)

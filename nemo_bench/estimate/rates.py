@@ -1,0 +1,284 @@
+"""Rates of one GPU kind, measured by `benchmarks/operators.py`: what each part of a layer takes at a shard's shape.
+
+A shape that was measured gives its own times. Of another one, matrix products are interpolated by product size among
+those of the same kind, and the rest is scaled from the nearest shape that was measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_bench.config import TrainConfig
+from nemo_bench.errors import BenchError
+
+FOLDER = Path(__file__).parent / "rates"
+FORWARD_PRODUCTS = ("qkv", "proj", "fc1", "fc2")
+DIRECTIONS = ("forward", "backward")
+
+
+@functools.cache
+def constant(name: str) -> Any:
+    """Return a value of constants.yaml, which names each one's source."""
+    return _constants()[name]["value"]
+
+
+@functools.cache
+def _constants() -> Any:
+    return OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("constants.yaml")))
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer as one tensor- and context-parallel rank holds it."""
+
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    tensor_parallel: int
+    context_parallel: int
+    tokens: int  # of a micro-batch, on this rank
+    precision: str  # bf16, fp8 (delayed scaling), fp8_tensorwise (current scaling)
+    sequences: int = 1  # of a micro-batch
+
+    @property
+    def qkv_width(self) -> float:
+        """Columns of the shard's query, key and value projection."""
+        head = self.hidden_size / self.num_attention_heads
+        return (self.num_attention_heads + 2 * self.num_query_groups) * head / self.tensor_parallel
+
+    @property
+    def ffn_width(self) -> float:
+        """Columns of the shard's MLP."""
+        return self.ffn_hidden_size / self.tensor_parallel
+
+    def product(self, name: str) -> tuple[float, float, float]:
+        """Return rows, inner size and columns of a matrix product of the forward pass; its gradients permute them."""
+        h = self.hidden_size
+        inner, columns = {
+            "qkv": (h, self.qkv_width),
+            "proj": (h / self.tensor_parallel, h),
+            "fc1": (h, 2 * self.ffn_width),
+            "fc2": (self.ffn_width, h),
+        }[name.split()[0]]
+        return self.tokens, inner, columns
+
+    @property
+    def attention_work(self) -> float:
+        """Query-key pairs of the shard's heads, up to a factor that all shapes share."""
+        sequence = self.tokens * self.context_parallel / self.sequences
+        return self.tokens * sequence * self.hidden_size / self.tensor_parallel
+
+    def traffic_bytes(self, kernel: str, direction: str) -> float:
+        """Return the bytes that a layer's kernels of this kind move; for `other`, what its time is scaled by."""
+        s, h, f = self.tokens, self.hidden_size, self.ffn_width
+        forward = direction == "forward"
+        return {
+            "norm": 2 * s * h * (4 if forward else 6),  # two norms
+            "residual": 2 * s * h * 6,
+            "activation": s * f * (6 if forward else 10),
+            "cast_transpose": 4 * s * (h + f if forward else 2 * h + 2 * f + self.qkv_width),
+            "transpose": 4 * s * h,
+            "other": s * (h + self.qkv_width),
+        }[kernel]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Times of a layer's forward or backward pass (ms), at the matrix rate of an average GPU."""
+
+    products_ms: Mapping[str, float]
+    attention_ms: float
+    kernels_ms: Mapping[str, float]
+
+    @property
+    def total_ms(self) -> float:
+        return sum(self.products_ms.values()) + self.attention_ms + sum(self.kernels_ms.values())
+
+
+@dataclass(frozen=True)
+class LayerRates:
+    """Times of a layer of one shape."""
+
+    shape: LayerShape
+    forward: Pass
+    backward: Pass
+    measured: bool = True  # else interpolated
+
+    def of(self, direction: str) -> Pass:
+        return self.forward if direction == "forward" else self.backward
+
+    @property
+    def total_ms(self) -> float:
+        return self.forward.total_ms + self.backward.total_ms
+
+
+@dataclass(frozen=True)
+class Rates:
+    """All tables of a GPU kind."""
+
+    gpu: str
+    hardware: str
+    date: str
+    versions: dict[str, str]
+    layers: tuple[LayerRates, ...]
+    tables: dict[str, Any]  # as in the file
+    # Of a GPU whose rates are another's but for the memory: what it streams, and how much slower it is at most.
+    streaming_gb_s: float = math.inf
+    most_slowdown: float = 1.0
+    derived_from: str | None = None
+    cache: dict[LayerShape, LayerRates] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def matrix_tflops(self) -> float:
+        """Sustained bf16 matrix rate of an average GPU."""
+        return float(constant("fleet_matrix_tflops").get(self.gpu) or self.tables["layers"][0]["matrix_tflops"])
+
+    def layer(self, shape: LayerShape) -> LayerRates:
+        """Return the times of a layer, measured or interpolated."""
+        if shape not in self.cache:
+            exact = next((rates for rates in self.layers if rates.shape == shape), None)
+            self.cache[shape] = exact or interpolated(self.layers, shape)
+        return self.cache[shape]
+
+    def memory_slowdown(self, moved_bytes: float, time_ms: float) -> float:
+        """Return how much slower a kernel is that moves so many bytes in so long on the GPU that was measured."""
+        return min(self.most_slowdown, max(1.0, moved_bytes / time_ms / 1e6 / self.streaming_gb_s)) if time_ms else 1.0
+
+    def gb_s(self, name: str) -> float:
+        """Return the rate of a large kernel that only moves memory: adam, fill, add, copy."""
+        return float(self.tables["memory_gb_s"][name]) / self.most_slowdown
+
+
+@functools.cache
+def load_rates(gpu: str) -> Rates:
+    """Return the rates of a GPU kind.
+
+    Raises:
+        BenchError: they were never measured.
+    """
+    path = FOLDER / f"{gpu}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
+        raise BenchError(
+            f"gpu={gpu}: the rates of this GPU were never measured, so that its step time cannot be estimated\n"
+            f"  valid: {known}\n"
+            f"  to measure them, on one such GPU: python benchmarks/operators.py gpu={gpu}"
+        )
+    data = json.loads(path.read_text())
+    if derived_from := data.get("derived_from"):
+        base = load_rates(derived_from)
+        slowdown = base.tables["memory_peak_gb_s"] / data["memory_gb_s"]
+        return replace(
+            base,
+            gpu=gpu,
+            hardware=data["hardware"],
+            streaming_gb_s=data["streaming_gb_s"],
+            most_slowdown=slowdown,
+            derived_from=derived_from,
+        )
+    fleet = constant("fleet_matrix_tflops").get(gpu) or data["layers"][0]["matrix_tflops"]
+    layers = tuple(_layer(entry, entry["matrix_tflops"] / fleet) for entry in data["layers"])
+    return Rates(gpu, data["hardware"], data["date"], data["versions"], layers, data)
+
+
+def _layer(entry: Mapping[str, Any], to_fleet: float) -> LayerRates:
+    sizes = {name: entry[name] for name in LayerShape.__dataclass_fields__ if name != "sequences"}
+    passes = []
+    for direction in DIRECTIONS:
+        times = entry[direction]
+        products = {name: ms * to_fleet for name, ms in times["products_ms"].items()}
+        passes.append(Pass(products, times["attention_ms"] * to_fleet, times["kernels_ms"]))
+    return LayerRates(LayerShape(**sizes), passes[0], passes[1])
+
+
+def interpolated(layers: Sequence[LayerRates], shape: LayerShape) -> LayerRates:
+    """Return the times of a shape that was not measured, from those that were."""
+    same = [rates for rates in layers if rates.shape.precision == shape.precision]
+    near = min(same, key=lambda rates: _distance(rates.shape, shape))
+    # Attention runs in bf16 in every precision here.
+    attention = min(layers, key=lambda rates: _attention_distance(rates.shape, shape))
+    passes = []
+    for direction in DIRECTIONS:
+        nearest = near.of(direction)
+        products = {name: _product_ms(same, shape, name, direction) for name in nearest.products_ms}
+        work = shape.attention_work / attention.shape.attention_work
+        kernels = {
+            kernel: ms * shape.traffic_bytes(kernel, direction) / near.shape.traffic_bytes(kernel, direction)
+            for kernel, ms in nearest.kernels_ms.items()
+        }
+        passes.append(Pass(products, attention.of(direction).attention_ms * work, kernels))
+    return LayerRates(shape, passes[0], passes[1], measured=False)
+
+
+def _distance(one: LayerShape, other: LayerShape) -> float:
+    sizes = ((s.hidden_size, s.ffn_width, s.tokens, 4**s.context_parallel) for s in (one, other))
+    return sum(abs(math.log(a / b)) for a, b in zip(*sizes))
+
+
+def _attention_distance(one: LayerShape, other: LayerShape) -> float:
+    apart = abs(math.log(one.attention_work / other.attention_work))
+    return apart + 2 * abs(one.context_parallel - other.context_parallel) + (one.precision != other.precision) * 0.1
+
+
+def _product_ms(layers: Iterable[LayerRates], shape: LayerShape, name: str, direction: str) -> float:
+    size = math.prod(shape.product(name))
+    known: dict[float, list[float]] = {}
+    for rates in layers:
+        own = math.prod(rates.shape.product(name))
+        known.setdefault(own, []).append(own / rates.of(direction).products_ms[name])
+    points = [(math.log(own), sum(speeds) / len(speeds)) for own, speeds in sorted(known.items())]
+    return size / piecewise(points, math.log(size))
+
+
+def piecewise(points: Sequence[Sequence[float]], x: float) -> float:
+    """Return the value at x of straight lines between points in the order of x; flat beyond the ends."""
+    if x <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def nearest(entries: Iterable[Mapping[str, Any]], name: str, shape: LayerShape) -> Mapping[str, Any]:
+    """Return the entry of a table of products that is nearest to the product `name` of a layer of this shape."""
+    sizes = shape.product(name)
+    precision = "bf16" if shape.precision == "bf16" else "fp8"
+    fitting = [entry for entry in entries if entry["product"] == name and entry["precision"] == precision]
+    return min(fitting, key=lambda entry: sum(abs(math.log(a / b)) for a, b in zip(entry["shape"], sizes)))
+
+
+def layer_shape(cfg: TrainConfig) -> LayerShape:
+    """Return the shape of one rank's layers."""
+    m, p = cfg.model, cfg.precision
+    delayed = p.fp8_recipe == "delayed"
+    return LayerShape(
+        hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn_hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups,
+        tensor_parallel=m.tensor_model_parallel_size,
+        context_parallel=m.context_parallel_size,
+        tokens=m.seq_length // m.context_parallel_size * m.micro_batch_size,
+        precision="bf16" if p.fp8 is None else "fp8" if delayed else "fp8_tensorwise",
+        sequences=m.micro_batch_size,
+    )
+
+
+def leave_one_out(rates: Rates) -> dict[LayerShape, float]:
+    """Return the error of interpolation at each measured shape, from the others: 0.02 is 2% too slow."""
+    errors = {}
+    for left_out in rates.layers:
+        others = [other for other in rates.layers if other is not left_out]
+        errors[left_out.shape] = interpolated(others, left_out.shape).total_ms / left_out.total_ms - 1
+    return errors

@@ -1,0 +1,74 @@
+"""`estimate.py`: from the composed configuration to what it prints and writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from nemo_bench.checks.problems import problems
+from nemo_bench.config import typed_as
+from nemo_bench.errors import BenchError, ConfigurationRefused
+from nemo_bench.files import write_text
+from nemo_bench.planning import display
+from nemo_bench.planning.answer import Calibration, answer_of, calibration_by_run, calibration_by_seconds
+from nemo_bench.planning.config import EstimateConfig
+from nemo_bench.planning.schedule_page import render
+from nemo_bench.planning.search import search
+
+# By `calibrate=`: the points of a sweep share the factor of its first.
+_calibrations: dict[str, Calibration] = {}
+
+
+def run_estimate(raw: DictConfig) -> None:
+    """Print the estimate of a point, or of the best layouts; write files where `output` says so.
+
+    Raises:
+        ConfigurationRefused: the point breaks rules. What only a run would need, such as files, may be missing.
+        BenchError: nothing is known of its GPU, or nothing can be calibrated by.
+    """
+    cfg = typed_as(EstimateConfig, raw)
+    if cfg.gpu.device == "cpu":
+        raise BenchError(f"gpu={cfg.gpu.name}: estimates are of GPUs; choose a scale above local, such as scale=64gpu")
+    broken = [problem for problem in problems(cfg) if not problem.missing]
+    if cfg.action == "search":
+        # The point itself need not fit: layouts that do are what is asked for.
+        broken = [problem for problem in broken if problem.key != "gpu.memory_gib"]
+    if broken:
+        raise ConfigurationRefused(broken)
+    calibration = _calibration(cfg)
+    console = display.make_console()
+    if cfg.action == "search":
+        display.print_search(console, search(cfg, calibration))
+        return
+    answer = answer_of(cfg, calibration)
+    sweep = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+    if sweep:
+        display.print_row(console, answer, first=HydraConfig.get().job.num == 0)
+    else:
+        display.print_answer(console, answer)
+    if cfg.output is not None:
+        folder = Path(cfg.output)
+        if sweep:
+            folder /= f"{HydraConfig.get().job.num} {answer.name}".replace(" ", "_")
+        write_text(folder / "estimate.json", json.dumps(answer.to_dict(), indent=1) + "\n")
+        write_text(folder / "schedule.html", render(answer))
+        console.print(f"written: {folder}/ (estimate.json, schedule.html)", soft_wrap=True, highlight=False)
+
+
+def _calibration(cfg: EstimateConfig) -> Calibration | None:
+    if cfg.calibrate is None:
+        return None
+    key = str(cfg.calibrate)
+    if key not in _calibrations:
+        if re.fullmatch(r"\d+(\.\d+)?", key):
+            if float(key) == 0:
+                raise BenchError("calibrate=0: give the seconds of a step, or a run folder")
+            _calibrations[key] = calibration_by_seconds(cfg, float(key))
+        else:
+            _calibrations[key] = calibration_by_run(Path(key))
+    return _calibrations[key]
