@@ -35,16 +35,13 @@ def run(command: str, stage: Path, ids: list[str]) -> None:
     chosen = [jobs.find(submitted, job_id, stage) for job_id in ids]
     if command == "log":
         (job,) = chosen
-        try:
-            failure = failure_text(job.folder) if job.is_run and (job.failed or job.lost) else ""
-        except (OSError, ValueError) as error:  # a full disk may have cut the record off
-            failure = f"unreadable record: {error}"
+        failure = failure_text(job.folder) if job.is_run and (job.failed or job.lost) else ""
         print("\n\n".join(filter(None, [failure, job.log_text()])))
     elif command == "cancel":
         cancelled = jobs.cancel(chosen)
         print(f"cancelled: {' '.join(cancelled) or 'none: they had ended'}")
     elif command == "follow":
-        jobs.follow(console, chosen or [job for job in submitted if job.active])
+        jobs.follow(console, chosen or [job for job in submitted if job.active], failure_text)
     elif not submitted:
         print(f"no job was submitted from {stage}")
     elif command == "resubmit":

@@ -202,8 +202,11 @@ def wait(jobs: Sequence[Job], tick: Callable[[], None]) -> None:
         raise RunFailed(f"stopped watching; the jobs go on ({ids}): python jobs.py follow shows them", 130) from None
 
 
-def follow(console: Console, jobs: Sequence[Job]) -> None:
+def follow(console: Console, jobs: Sequence[Job], explain: Callable[[Path], str] | None = None) -> None:
     """Show these jobs until all are over, then the numbers of the runs and the logs of the commands.
+
+    Args:
+        explain: returns why the run in a folder failed, and what to do.
 
     Raises:
         RunFailed: a job did not complete, or the watching was interrupted.
@@ -225,7 +228,10 @@ def follow(console: Console, jobs: Sequence[Job]) -> None:
     failed = [job for job in jobs if job.state != "COMPLETED"]
     if failed:
         lines = [f"{len(failed)} of {len(jobs)} jobs did not complete:"]
-        lines += [f"  job {job.job_id} ({job.what}): {job.state}: {job.reason() or 'see its log'}" for job in failed]
+        for job in failed:
+            lines.append(f"  job {job.job_id} ({job.what}): {job.state}: {job.reason() or 'see its log'}")
+            if explain is not None and job.is_run:
+                lines += [f"    {line}" for line in explain(job.folder).splitlines()]
         lines += ["python jobs.py log JOB shows more"]
         raise RunFailed("\n".join(lines), 1 if failed[0].is_run else failed[0].exit_code or 1)
     print(f"all {len(jobs)} jobs completed")

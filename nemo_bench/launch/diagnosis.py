@@ -69,8 +69,11 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
 def failure_text(run_dir: Path) -> str:
     """Return a failed run's first error and what it means; empty if its logs have none."""
     run = RunFolder(run_dir)
-    error = next(iter(run.rank_errors()), None)
-    diagnosis = diagnose(load(run_dir / CONFIG), run, int(error["rank"]) if error else None, error)
+    try:
+        error = next(iter(run.rank_errors()), None)
+        diagnosis = diagnose(load(run_dir / CONFIG), run, int(error["rank"]) if error else None, error)
+    except (OSError, ValueError) as problem:  # a full disk may have cut the record off
+        return f"unreadable record: {problem}"
     own_words = [f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}"] if error else []
     if diagnosis.refused:
         return own_words[0]

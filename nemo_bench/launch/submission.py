@@ -13,6 +13,7 @@ from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, Problem, RunFailed
 from nemo_bench.files import dated_name, write_json
 from nemo_bench.launch.batch_script import batch_script
+from nemo_bench.launch.diagnosis import failure_text
 from nemo_bench.launch.plan import files_plan, plan, point_name, results_dir
 from nemo_bench.launch.point import new_run, prepare_data
 from nemo_bench.record.folder import CONFIG, JOB, RunFolder, Status
@@ -50,7 +51,7 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
         job.done()
     console.print(jobs.table(submitted))
     if wait:
-        jobs.follow(console, submitted)
+        jobs.follow(console, submitted, failure_text)
     else:
         print("python jobs.py lists them, shows a log, cancels and resubmits")
 

@@ -17,10 +17,11 @@ _LABEL = re.compile(r"^(?:\[rank\d+\]: ?|\d+: )")  # torch's and srun --label's,
 _TRACEBACK = "Traceback (most recent call last)"
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
 _ERROR = re.compile(
-    r"\b(?:srun|slurmstepd|slurmd|sbatch): (?:error|fatal): |srun: unrecognized option|\[ERROR\]"
+    r"\b(?:srun|slurmstepd|slurmd|sbatch)(?:-[\w.-]+)?: (?:error|fatal): |srun: unrecognized option|\[ERROR\]"
     r"|(?:^|\()[\w.]*(?:Error|Exception): |\[E\d+ .*\]|NCCL WARN|CUDA error|Cuda failure|Fatal Python error"
     r"|terminate called|Segmentation fault|\*\*\* JOB .* CANCELLED|PMIX ERROR|\bexpecting \d+ got \d+"
-    r"|: command not found|: No such file or directory|: Permission denied|No space left on device"
+    r"|: command not found|: \d+: .*: not found$|: No such file or directory|: Permission denied"
+    r"|No space left on device"
 )
 # What Slurm and PMIx say of the other ranks once one has failed, and PyXis before it says what failed.
 _CONSEQUENCE = re.compile(

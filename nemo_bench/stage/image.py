@@ -106,13 +106,14 @@ def _run(command: list[str], lock: int) -> int:
 def _failure(reference: str, status: int) -> str:
     """Return what may have gone wrong; enroot's own lines are on the terminal."""
     registry = enroot_uri(reference).partition("://")[2].rpartition("#")[0].rpartition("@")[2] or "registry-1.docker.io"
+    host = registry.partition(":")[0]  # enroot looks for it without the port
     login = "<user> password <password>"
     if registry == "nvcr.io":
         login = "$oauthtoken password <key from https://org.ngc.nvidia.com/setup/api-keys>"
     return (
         f"enroot could not import {reference} (exit status {status}); its own messages are above\n"
         "  access refused (401, 403): ~/.config/enroot/.credentials (or $ENROOT_CONFIG_PATH/.credentials) must hold\n"
-        f"    machine {registry} login {login}\n"
+        f"    machine {host} login {login}\n"
         "  no space left: enroot keeps layers in ENROOT_CACHE_PATH (~/.cache/enroot) and unpacks them in "
         "ENROOT_TEMP_PATH (/tmp)"
     )

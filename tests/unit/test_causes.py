@@ -23,7 +23,8 @@ AFTER = (
 
 # What a job's log says, and a part of the cause that is named for it.
 IN_THE_JOBS_LOG = [
-    ("slurmstepd: error: execve(): /opt/venv/bin/python: No such file or directory", "/opt/venv/bin/python"),
+    # Debian's Slurm, which can run several nodes on a machine, adds the node's name.
+    ("slurmstepd-n1: error: execve(): /opt/venv/bin/python: No such file or directory", "/opt/venv/bin/python"),
     ("slurmstepd: error: pyxis: failed to import docker image: nvcr.io/x:1", "imported: nvcr.io/x:1"),
     ("slurmstepd: error: pyxis: failed to create container filesystem for image: /a.sqsh", "imported: /a.sqsh"),
     ("slurmstepd: error: pyxis: --container-mounts: source path does not exist: /data", "the node does not have /data"),
@@ -168,6 +169,7 @@ def test_a_known_cause_is_named_with_the_first_errors_line_and_file(
     [
         ({"rank3.out": TRACEBACK + "ValueError: odd\n", "slurm-12.out": AFTER}, "ValueError: odd"),
         ({"slurm-12.out": "slurm_script: line 20: module: command not found\n" + AFTER}, "command not"),
+        ({"rank0.out": "/opt/python3: 2: exec: /venv/bin/python: not found\n", "slurm-12.out": AFTER}, "not found"),
         ({"slurm-12.out": AFTER}, "srun: error: n1: task 0: Exited with exit code 1"),
         (
             {

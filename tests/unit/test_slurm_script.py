@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from nemo_bench.config import TrainConfig
 from nemo_bench.launch.batch_script import batch_script
 from nemo_bench.launch.plan import results_dir
+from nemo_bench.record.folder import EXIT, JOB
 
 from ..composing import PROJECT, composed
 
@@ -129,6 +131,24 @@ def test_the_container_is_named_on_srun_not_on_sbatch() -> None:
     assert {"--container-writable", "--no-container-mount-home"} <= set(line)
     assert line[line.index("-u") - 1] == "python3"  # the container's interpreter, not ours
     assert not any("container" in option for option in options(text))
+
+
+def test_srun_gets_the_variables_that_it_hands_to_the_container(tmp_path: Path) -> None:
+    """By a srun that records; the Slurm tests have the real one."""
+    record = {"srun": 'printf "%s\\n" "$@" > args; env -0 > env; exit 3', "scontrol": "echo n1"}
+    for name, line in record.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / JOB).write_text('{"id": null}')
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n1"}
+    text = batch_script(composed("scale=64gpu", "+cluster.env={ODD: 'a b$c'}"), tmp_path)
+    assert subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment).returncode == 3
+    arguments, given = (tmp_path / "args").read_text().splitlines(), (tmp_path / "env").read_text().split("\0")
+    assert arguments == srun_line(text)[1:]
+    (names,) = [word.partition("=")[2].split(",") for word in arguments if word.startswith("--container-env=")]
+    assert set(names) <= {line.partition("=")[0] for line in given} and "ODD=a b$c" in given
+    assert json.loads((tmp_path / JOB).read_text()) == {"id": "12"}
+    assert json.loads((tmp_path / EXIT).read_text())["exit_code"] == 3
 
 
 def test_without_a_container_the_nodes_run_this_interpreter() -> None:

@@ -94,6 +94,11 @@ def test_a_failed_import_leaves_nothing(
     assert (stage.folder / "nemo.sqsh").read_bytes() == squashfs()
 
 
+def test_credentials_are_those_of_the_host_without_its_port(import_image: Callable[..., None]) -> None:
+    with pytest.raises(BenchError, match=r"must hold\s+machine registry\.example\.org login <user>"):
+        import_image("exit 1", container="registry.example.org:5000/nvidia/nemo:25.11")
+
+
 def test_only_what_setup_stage_made_is_accepted(stage: Stage, import_image: Callable[..., None]) -> None:
     image = stage.folder / "nemo.sqsh"
     image.write_bytes(squashfs())
