@@ -155,6 +155,7 @@ class GpuConfig:
 
     name: str = MISSING
     device: str = choice("cuda", "cpu")
+    driver_name: str | None = None  # what the driver calls it; a report does not take another for it
     memory_gib: float | None = number(None, above=0)
     peak_tflops: dict[str, float | None] = field(default_factory=dict, metadata={"above": 0})  # null: is measured
     source: str = ""  # where the peaks come from

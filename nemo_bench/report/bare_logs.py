@@ -14,7 +14,16 @@ from nemo_bench.report import ranks
 from nemo_bench.report.logs import Log, read_log
 from nemo_bench.report.model import Run
 from nemo_bench.report.references import architecture_in_recipe
-from nemo_bench.report.runs import architecture_of, choice, log_warnings, measured, options, peak
+from nemo_bench.report.runs import (
+    architecture_of,
+    choice,
+    contradiction,
+    device,
+    log_warnings,
+    measured,
+    options,
+    peak,
+)
 
 _PRECISION = re.compile(r"(?:bf16|fp8|fp16|fp32|mxfp8|nvfp4)(?:_\w+)?$")
 
@@ -59,8 +68,7 @@ def load_log(path: Path, given: Given, total_tokens: float) -> Run:
             run = replace(run, seq_length=conf["seq_length"], identified={**run.identified, **source})
     peak_tflops, peak_source = None, None
     if run.gpu is not None and run.precision is not None:
-        content = choice("gpu", run.gpu)
-        peak_tflops, peak_source = peak(content.get("gpu", content), run.precision, {})
+        peak_tflops, peak_source = peak(device(run.gpu), run.precision, {})
     keys = ("model", "precision", "gpus", "global_batch_size", "seq_length")
     missing = [key for key in keys if not getattr(run, key)]
     if log.steps and missing:
@@ -71,14 +79,12 @@ def load_log(path: Path, given: Given, total_tokens: float) -> Run:
     state, why = _log_state(log, max_steps)
     if state == "completed" and log.ends_in_error:
         warnings.append(f"after its last step, the log ends in an error: {redact(log.last_error or '')}")
-    contradiction = None
-    if given.global_batch_size and log.global_batch_size and given.global_batch_size != log.global_batch_size:
-        contradiction = f"global_batch_size={given.global_batch_size} is given, and the log has {log.global_batch_size}"
     run = replace(
         run,
         state=state,
         why_not_final=why,
-        invalid=contradiction,
+        invalid=contradiction(replace(run, architecture=sizes), log),
+        gpu_reported=log.printed.get("gpu"),
         architecture=sizes,
         max_steps=max_steps,
         steps=log.steps,
@@ -98,13 +104,21 @@ def _identified(path: Path, given: Given, log: Log) -> Run:
     for i in range(len(parts) - 3, 0, -1):
         if _PRECISION.match(parts[i].lower()) and parts[i + 2].isdigit():
             named = {"version": parts[i - 1], "precision": parts[i].lower(), "model": parts[i + 1].lower()}
-            values |= {**named, "software": parts[i - 1], "gpus": int(parts[i + 2])}
+            # Releases of 2024 are NeMo 1's: of another program's log the folder's name tells no software.
+            software = log.program if log.program and parts[i - 1].startswith("24.") else parts[i - 1]
+            values |= {**named, "software": software, "gpus": int(parts[i + 2])}
             sources |= dict.fromkeys((*named, "gpus"), "path")
             break
     keys = ("model", "precision", "gpus", "gpu", "global_batch_size", "seq_length")
     chosen = {key: getattr(given, key) for key in keys if getattr(given, key) is not None}
+    remarks = [
+        f"{key}={value} is given, and its path says {values[key]}"
+        for key, value in chosen.items()
+        if sources.get(key) == "path" and value != values[key]
+    ]
     sources |= dict.fromkeys(chosen, "command line")
-    return Run(name=path.name, path=str(path), source="log", identified=sources, **{**values, **chosen})
+    about: dict[str, Any] = {**values, **chosen, "identified": sources, "remarks": tuple(remarks)}
+    return Run(name=path.name, path=str(path), source="log", **about)
 
 
 def _log_state(log: Log, max_steps: int | None) -> tuple[str, str | None]:
@@ -116,6 +130,7 @@ def _log_state(log: Log, max_steps: int | None) -> tuple[str, str | None]:
         return "incomplete", f"the log is unreadable after step {log.steps.step[-1]}{because}"
     if log.reached or (log.done is not None and log.done == log.total):
         return "completed", None
-    if max_steps is None:
+    if max_steps is None and not log.ends_in_error:
         return "unknown", None
-    return "incomplete", f"the log ends at step {log.done} of {max_steps}{because}"
+    of = "" if max_steps is None else f" of {max_steps}"
+    return "incomplete", f"the log ends at step {log.done or len(log.steps)}{of}{because}"

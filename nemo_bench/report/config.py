@@ -51,7 +51,13 @@ def quoted(arguments: list[str]) -> list[str]:
         key, equals, value = argument.partition("=")
         if i and arguments[i - 1] in _TAKES_A_VALUE:
             others.append(argument)
-        elif equals and key in _PATHS and value and value[0] not in "[\"'$" and not re.fullmatch(r"[\w./-]+", value):
+        elif (
+            equals
+            and key in _PATHS
+            and value
+            and value[0] not in "[\"'$"
+            and not re.fullmatch(r"[\w./-]+", value, re.ASCII)
+        ):
             # A list without brackets is Hydra's to refuse.
             others.append(argument if "," in value and not Path(value).exists() else f"{key}={_quote(value)}")
         elif argument.startswith(("-", "+", "~")) or (

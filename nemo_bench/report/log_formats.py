@@ -71,6 +71,7 @@ MEGATRON = Format(
         "consumed samples": "samples",
         "throughput per GPU (TFLOP/s/GPU)": "tflops_per_gpu",
         "number of skipped iterations": "skipped",
+        "number of nan iterations": "nan_steps",
     },
     counts_done=True,
     times_in_a_second=1000,
@@ -84,9 +85,17 @@ SIGNS = (b"alidation", b"heckpoint", b"nsys profiling", b"STRAGGLER DETECTION")
 
 ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
 BAR = re.compile(r"\| *(\d{1,12})/(\d{1,12}|\?) \[|\b(\d{1,12})(?:it|/\?) \[")
+CHECKPOINT_SAVED = re.compile(r"checkpoint save|\bsav(?:ed|ing)\b[^|]*checkpoint", re.IGNORECASE)
+# What Megatron-LM and Lightning print of a run before its first step
+ARGUMENT = re.compile(
+    r"\b(world_size|num_layers|hidden_size|ffn_hidden_size|num_attention_heads|num_query_groups|padded_vocab_size"
+    r"|seq_length|fp8) \.{3,} (\w+)"
+)
+PROCESSES = re.compile(r"Starting with (\d{1,7}) processes")
+GPU = re.compile(r"NVIDIA (?:A|B|GB|GH|H)\d{2,3}\b(?:[ -]\w+)*")
 # "3: ", "[rank3]: ", torchrun's "[default3]:", and NeMo-Run's "llama/0 [default3]:" with the node's number before it
 LABEL = re.compile(
-    r"\s*(?:\S*/(?P<node>\d{1,6}) +)?(?:(\d{1,6}):|\[?rank[ :]?(\d{1,6})\]?:|\[default(\d{1,6})\]:)\s*"
+    r"\s*(?:\S*/(?P<node>\d{1,6}) +)?(?:(\d{1,6}):\s|\[?rank[ :]?(\d{1,6})\]?:|\[default(\d{1,6})\]:)\s*"
     r"(?:\[[\d :.-]+\]\s*)?$"
 )
 ALL_TIMES = re.compile(rf"train_step_timing in s: \[({_NUMBER}(?:, {_NUMBER})*)\]")

@@ -5,14 +5,18 @@ This module needs the standard library only: it runs inside nemo:24.09, with Pyt
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import math
 import re
 import statistics
+import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nemo_bench.report import log_formats as formats
 from nemo_bench.report.log_formats import MEGATRON, NEMO, Format
@@ -23,6 +27,7 @@ _TAIL_BYTES = 1 << 20
 # A "line" longer than this is no text: only its end is looked at.
 _MAX_LINE_BYTES = 1 << 16
 _MAX_STEP_NUMBER = 10**9
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 @dataclass
@@ -41,12 +46,15 @@ class Log:
     global_batch_size: int | None = None  # printed, or the samples consumed in one step
     peak_memory_gib: float | None = None  # largest allocation printed
     rates: dict[str, float] = field(default_factory=dict)  # tokens_per_s_per_gpu, tflops_per_gpu: median as printed
-    skipped: int = 0  # steps that the program itself skipped, under loss scaling
     rank_times_s: dict[int, float] = field(default_factory=dict)  # median of each labelled rank, of several
     stragglers: list[int] = field(default_factory=list)  # ranks that NVIDIA's straggler detection warned of
     last_error: str | None = None  # the last line near the end that tells of an error or a cancelled job
     ends_in_error: bool = False  # that line follows the last step
     framework: str | None = None  # of a log without steps, where another program's is recognised
+    program: str | None = None  # that wrote the steps, where their form tells it
+    printed: dict[str, str] = field(default_factory=dict)  # what it prints of the run: "gpus", "num_layers", "gpu", ...
+    samples_a_step: int | None = None  # by which consumed_samples grow, where that is not the printed batch
+    highest_rank: int | None = None  # by the labels
 
 
 def read_log(path: Path) -> Log:
@@ -55,23 +63,27 @@ def read_log(path: Path) -> Log:
     Raises:
         OSError: the file cannot be read.
     """
-    reader, rest, tail = _Reader(), b"", b""
+    reader, rest, head, tail, cut_off = _Reader(), b"", b"", b"", False
     with open(path, "rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path, "rb") if compressed else open(path, "rb") as file:
+        start = file.read(5)
+    openers = [opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)]
+    with (openers or [open])[0](path, "rb") as file:
         try:
             while block := file.read(BLOCK_BYTES):
+                head = head if len(head) > _TAIL_BYTES else head + block
                 tail = (tail + block)[-_TAIL_BYTES:]
                 block = (rest + block).replace(b"\r", b"\n")
                 end = block.rfind(b"\n") + 1
                 for line in _marked(block[:end], reader.marks):
                     reader.line(line)
                 rest = block[end:][-_MAX_LINE_BYTES:]
-        except EOFError as error:
-            raise OSError(0, f"its compressed data ends early: {error}") from None
+        except (EOFError, zlib.error, lzma.LZMAError):  # compressed data that ends early, or is damaged
+            cut_off = True
     # A number at the very end may lack its last digits.
     reader.line(rest, cut_off=True)
-    return reader.finish(tail.decode("utf-8", errors="replace"))
+    log = reader.finish(*(text.decode("utf-8", errors="replace") for text in (head, tail)))
+    log.unreadable_end |= cut_off
+    return log
 
 
 class _Rank:
@@ -85,6 +97,7 @@ class _Rank:
         self.samples: tuple[int, int] | None = None  # the last step, and the samples consumed with it
         self.batches: dict[int, int] = {}  # step -> its global batch size
         self.rates: dict[str, list[float]] = {}
+        self.samples_a_step: int | None = None  # where that is not the printed batch
 
     def add(self, step: int, time_s: float, fields: dict[str, str], *, redrawn: bool = False) -> None:
         """Take in one step; `redrawn` by a bar, which may have shown the values of the step before."""
@@ -112,9 +125,11 @@ class _Rank:
         if samples is not None:
             before, consumed = self.samples or (-1, 0)
             # Of a log that begins later, or counts from 1, the first step does not tell.
-            if batch is None and before < step and (self.samples or not step):
+            if before < step and (self.samples or not step):
                 size, rest = divmod(samples - consumed, step - before)
-                batch = size if size > 0 and not rest else None
+                if size > 0 and not rest:
+                    self.samples_a_step = size if batch not in (None, size) else self.samples_a_step
+                    batch = batch or size
             self.samples = step, samples
         if batch:
             self.batches[step] = batch
@@ -133,6 +148,14 @@ class _Rank:
             if self.batches.get(step, usual) != usual:
                 self.steps.excluded[i] = OTHER_BATCH
         return usual
+
+    def wait_for(self, others: Iterable[_Rank]) -> None:
+        """Take the longest time of each step: the slowest rank ends it."""
+        for other in others:
+            times = dict(zip(other.steps.step, other.steps.time_s))
+            self.steps.time_s = [
+                max(time, times.get(step, time)) for step, time in zip(self.steps.step, self.steps.time_s)
+            ]
 
     def median_s(self) -> float:
         return statistics.median([time for time in self.steps.time_s if is_time(time)] or [math.nan])
@@ -167,7 +190,7 @@ class _Reader:
         else:
             profile = "nsys profiling" in line
             validation = "Validation" in line or "validation loss at" in line
-            reason = VALIDATION if validation else CHECKPOINT if "heckpoint" in line else None
+            reason = VALIDATION if validation else CHECKPOINT if formats.CHECKPOINT_SAVED.search(line) else None
             for rank in self.ranks.values():
                 if profile:
                     rank.profiling = "Start" in line
@@ -209,12 +232,14 @@ class _Reader:
         step = self._number(kind, start, bar, fields.get("step")) if "time" in fields else None
         if step is None:
             return False
+        if any(_whole(fields.get(name)) for name in ("skipped", "nan_steps")):
+            fields["grad_norm"] = "nan"  # which is why Megatron-LM skips a step
         rank = self.ranks[label]
         rank.add(step, float(fields["time"]) / kind.times_in_a_second, fields, redrawn=bar is not None)
         self.memory_bytes = max(self.memory_bytes, _whole(fields.get("memory_bytes")) or 0)
-        self.log.skipped += _whole(fields.get("skipped")) or 0
         if self.kind is None:
             self.kind = kind
+            self.log.program = "Megatron-LM" if kind is MEGATRON else "NeMo 2" if start and start[1] else None
             self.marks = [kind.mark, *formats.SIGNS, *([formats.BRIDGE] if kind is MEGATRON else [])]
         return True
 
@@ -244,8 +269,8 @@ class _Reader:
         self.progress = progress
         return int(number)
 
-    def finish(self, tail: str) -> Log:
-        """Return what was read, with what the end of the log says."""
+    def finish(self, head: str, tail: str) -> Log:
+        """Return what was read, with what the beginning and the end of the log say."""
         log = self.log
         labels = sorted(label for label in self.ranks if label is not None)
         # The lowest rank's, or those without a label; not the odd line that lost its label.
@@ -260,16 +285,31 @@ class _Reader:
             log.rank_times_s = {
                 node * ranks_a_node + number: self.ranks[node, number].median_s() for node, number in labels
             }
+            log.highest_rank = max(log.rank_times_s)
+            rank.wait_for(self.ranks[label] for label in labels)
         log.steps, log.repeated, log.several = rank.steps, rank.repeated, rank.several
-        log.global_batch_size = rank.mark_other_batches()
+        log.global_batch_size, log.samples_a_step = rank.mark_other_batches(), rank.samples_a_step
         log.rates = {name: statistics.median(values) for name, values in rank.rates.items()}
         if self.bridge and any(tflops for _, tflops in self.bridge):
             log.rates.setdefault("tflops_per_gpu", statistics.median(tflops for _, tflops in self.bridge))
         log.peak_memory_gib = self.memory_bytes / 2**30 if self.memory_bytes else None
         log.stragglers = sorted({*log.stragglers})
         self._read_progress(rank)
-        self._read_end(tail)
+        self._read_head(head)
+        # NeMo 1's list of all steps is none of them.
+        self._read_end(formats.ALL_TIMES.sub("", tail))
         return log
+
+    def _read_head(self, head: str) -> None:
+        """Note what the program says of the run."""
+        if self.bridge:
+            self.log.program = "Megatron-Bridge"
+        self.log.printed = dict(formats.ARGUMENT.findall(head))
+        processes, gpu = formats.PROCESSES.search(head), formats.GPU.search(head)
+        if processes:
+            self.log.printed["world_size"] = processes[1]
+        if gpu:
+            self.log.printed["gpu"] = gpu[0]
 
     def _read_progress(self, rank: _Rank) -> None:
         """Note how far the run came."""
@@ -287,12 +327,14 @@ class _Reader:
     def _read_end(self, tail: str) -> None:
         """Note how the log ends."""
         log = self.log
-        for kind, number in formats.REACHED.findall(tail):
+        last_step = max(tail.rfind(mark.decode()) for mark in (NEMO.mark, MEGATRON.mark, formats.BRIDGE))
+        for match in formats.REACHED.finditer(
+            tail, max(last_step, 0)
+        ):  # an earlier run in the same file may have ended
             log.reached = True
-            log.max_steps = int(number) if kind == "steps" else log.max_steps
+            log.max_steps = int(match[2]) if match[1] == "steps" else log.max_steps
         errors = list(formats.ERROR.finditer(tail))
         if errors:
-            last_step = max(tail.rfind(mark.decode()) for mark in (NEMO.mark, MEGATRON.mark, formats.BRIDGE))
             log.last_error = formats.ESCAPE.sub("", errors[-1][0]).strip()[:300]
             log.ends_in_error = errors[-1].start() > last_step
         if not log.steps:

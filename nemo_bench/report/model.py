@@ -129,7 +129,7 @@ class Run:
     gpus: int | None = None  # GPUs (processes, on CPU) of the job
     nodes: int | None = None
     gpu: str | None = None  # the device's name in conf/gpu: h100, h200, cpu, ...
-    gpu_reported: str | None = None  # the driver's name of it: "NVIDIA H100 80GB HBM3"
+    gpu_reported: str | None = None  # the driver's name of it: "NVIDIA H100 80GB HBM3"; all, where a node has several
     global_batch_size: int | None = None  # sequences a step
     seq_length: int | None = None  # tokens a sequence
     layout: dict[str, int] = field(default_factory=dict)  # parallel sizes: TP, PP, VP, CP, DP, MBS, GA
@@ -152,7 +152,8 @@ class Run:
     devices: tuple[DeviceUse, ...] = ()
     profiles: tuple[StepProfile, ...] = ()  # where the time of profiled steps went, one a profiled rank
     record: Record = field(default_factory=Record)
-    warnings: tuple[str, ...] = ()  # what a reader should know about this run's record
+    remarks: tuple[str, ...] = ()  # what a reader of its verdict should know
+    warnings: tuple[str, ...] = ()  # what a reader of its record should know
 
     @property
     def final(self) -> bool:
@@ -238,8 +239,7 @@ class Verdict:
     @property
     def line(self) -> str:
         """The verdict in a line, with its reason and the differences."""
-        texts = (self.why, *self.differences) if self.text != self.value else (self.why,)
-        return f"{self.text}: {'; '.join(texts)}"
+        return f"{self.text}: {'; '.join((self.why, *self.differences))}"
 
 
 @dataclass(frozen=True)

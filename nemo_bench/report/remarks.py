@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from nemo_bench.report.statistics import Steps
 # A loss that has grown so much is no training any more.
 _DIVERGED = 10
 _HUGE_LOSS = 1e30
-_SAME_LOSS = 0.01
+_SAME_LOSS = 0.001
 # Printed rates are rounded, and printed a step; ours is a mean.
 _SAME_RATE = 0.02
 # Beyond these, a run's steps are worth a word.
@@ -39,11 +40,17 @@ def of_runs(runs: Sequence[Run]) -> list[str]:
 
 
 def _of_run(run: Run) -> Iterator[str]:
+    yield from run.remarks
+    if run.state == "unknown":
+        yield "whether its log is complete is not known"
+    if run.source == "run folder" and run.gpu not in (None, "cpu") and run.gpu_reported is None:
+        yield f"no driver names its GPU, which is {run.gpu} by its configuration"
     times = run.times
     if times is not None:
-        pauses = [f"{number} after a {reason}" for reason, number in times.excluded.items() if reason != "restart"]
+        pauses = {reason: number for reason, number in times.excluded.items() if reason != "restart"}
+        pauses |= {"no time": missing} if (missing := len(run.steps) - times.steps) else {}
         if pauses:
-            yield f"disturbed steps, left out: {', '.join(pauses)}"
+            yield f"steps left out: {', '.join(f'{number} ({reason})' for reason, number in pauses.items())}"
         if times.excluded.get("restart"):
             yield "the run was restarted"
         if abs(times.drift) > _DRIFT:
@@ -87,10 +94,10 @@ def _bad_steps(steps: Steps) -> str | None:
     huge = [(step, loss) for step, loss in losses if not abs(loss) < _HUGE_LOSS]
     for name, bad in (("loss", huge), ("gradient norm", [] if skipped else norms)):
         if bad:
-            others = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
+            others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             return f"the {name} is {bad[0][1]} at step {bad[0][0]}{others}"
-    if len(losses) > 1 and not any(loss for _, loss in losses):
-        return f"the loss is 0 at step {losses[0][0]} and all others"
+    if zero := [(step, loss) for step, loss in losses if loss <= 0]:
+        return f"the loss is {zero[0][1]:g} at step {zero[0][0]}"
     if losses:
         first, last = losses[0][1], losses[-1][1]
         grown = [step for step, loss in losses if loss > _DIVERGED * max(first, 1)]
@@ -123,13 +130,30 @@ def _beyond_physics(run: Run, numbers: Numbers | None) -> str | None:
 
 
 def warnings(run: Run, numbers: Numbers | None, rates: dict[str, float]) -> list[str]:
-    texts = []
-    if norms := _bad_norms(run.steps):
-        texts.append(f"step {norms[0][0]} has no finite gradient norm: it was skipped")
-    first, last = run.first_loss, run.last_loss
+    """Return what in the steps is odd without being impossible; `rates` are those that the log prints."""
+    steps = run.steps
+    strides = [after - before for before, after in itertools.pairwise(steps.step)]
+    if not strides:
+        return []
+    norms = _bad_norms(steps)
+    first, last = run.first_loss or math.nan, run.last_loss or math.nan
+    guessing = math.log(run.architecture.vocab_size) if run.architecture else math.inf
+    gaps = sum(strides) - len(strides) * min(strides)
     # Of random tokens there is nothing to learn.
-    if run.data != "mock" and first is not None and last is not None and last > first * (1 + _SAME_LOSS):
-        texts.append(f"the loss does not fall: {first:.4g} to {last:.4g}")
+    flat = run.data != "mock" and last > first * (1 - _SAME_LOSS)
+    texts = [
+        text
+        for applies, text in (
+            (len(norms) == 1, f"step {norms[0][0] if norms else None} has no finite gradient norm: it was skipped"),
+            (run.first_loss is None, "no loss was logged"),
+            (flat, f"the loss does not fall: {first:.4g} to {last:.4g}"),
+            (first > 2 * guessing, f"the first loss is {first:.4g}; guessing gives {guessing:.3g}"),
+            (set(steps.grad_norm) == {0.0}, "the gradient norm is 0 throughout"),
+            (steps.step[0] > min(strides), f"the record begins at step {steps.step[0]}"),
+            (gaps > 0, f"{gaps} steps are missing between others"),
+        )
+        if applies
+    ]
     times = run.times
     if numbers is None or times is None:
         return texts

@@ -39,6 +39,9 @@ _SHORT = {
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+_DAMAGE = (ValueError, KeyError, TypeError, OverflowError)
+
+
 def architecture_of(model: dict[str, Any]) -> flops.Architecture:
     return flops.Architecture(**{size.name: int(model[size.name]) for size in fields(flops.Architecture)})
 
@@ -57,15 +60,24 @@ def choice(group: str, name: str) -> dict[str, Any]:
     return {key: value for content in [*above, own] for key, value in content.items()}
 
 
+def device(name: str) -> dict[str, Any]:
+    """Return what conf/gpu says of a kind of GPU."""
+    content = choice("gpu", name)
+    kind: dict[str, Any] = content.get("gpu", content)
+    return kind
+
+
 def load_run(run_dir: Path, total_tokens: float | None = None) -> Run:
     """Return the run that `run_dir` records; days to train are of `total_tokens`, or of what its configuration names.
 
     Raises:
         BenchError: config.yaml or run.json is missing or damaged.
     """
+    if odd := [path.name for path in run_dir.iterdir() if not path.is_file() and not path.is_dir()]:
+        raise BenchError(f"{run_dir}: the record cannot be read ({', '.join(odd)}: neither a file nor a folder)")
     try:
         return _load(RunFolder(run_dir), total_tokens)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, yaml.YAMLError) as error:
+    except (*_DAMAGE, OSError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
         what = str(error).splitlines()[0] if str(error) else ""
         raise BenchError(f"{run_dir}: the record cannot be read ({type(error).__name__}: {what})") from None
 
@@ -92,13 +104,13 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     starts = [event for event in events if event.get("event") == "training"]
     if len(starts) > 1:
         warnings.append(f"started {len(starts)} times: see the events")
-    if gaps := sum(b - a - 1 for a, b in zip(steps.step, steps.step[1:])):
-        warnings.append(f"{gaps} steps are missing between others")
     run = replace(
         run,
         state=state,
         why_not_final=why,
-        gpu_reported=((node.get("gpus") or [{}])[0]).get("name"),
+        gpu_reported=", ".join({str(gpu["name"]): None for gpu in node.get("gpus") or () if gpu.get("name")})
+        or log.printed.get("gpu"),
+        invalid=contradiction(run, log),
         software=_software(run, node),
         steps=steps,
         peak_memory_gib=memory or log.peak_memory_gib,
@@ -113,7 +125,7 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
         warnings=tuple(warnings),
     )
     tokens = float(config.get("total_tokens", DEFAULT_TOTAL_TOKENS)) if total_tokens is None else total_tokens
-    return measured(run, *peak(config["gpu"], str(run.precision), peaks), tokens)
+    return measured(run, *peak(config["gpu"], str(run.precision), peaks), tokens, log.rates)
 
 
 def _averaged(config: dict[str, Any]) -> list[str]:
@@ -137,6 +149,8 @@ def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
     model, trainer = config["model"], config["trainer"]
     nodes = int(trainer["num_nodes"])
     gpus, batch = nodes * int(trainer["devices"]), int(model["global_batch_size"])
+    if min(nodes, gpus, batch, int(model["seq_length"])) < 1:
+        raise ValueError("num_nodes, devices, global_batch_size and seq_length must be at least 1")
     container = (config.get("cluster") or {}).get("container")
     return Run(
         name=run_dir.name,
@@ -206,25 +220,27 @@ def _recorded_steps(
             loss, norm = (None if row.get(key) is None else float(row[key]) for key in ("loss", "grad_norm"))
             step, time_s = int(row["step"]), float(row["train_step_timing_s"])
             peak_gib = max(peak_gib, float(row.get("peak_memory_gib", 0)))
-        except (KeyError, TypeError, ValueError):
+        except _DAMAGE:
             damaged += 1
             continue
         if step <= steps.last:  # after a requeue: the later one counts
             repeated += steps.restart(step)
         steps.append(step, time_s, loss, norm)
-    if damaged:
-        warnings.append(f"{damaged} lines of {STEPS} are damaged and left out")
     if repeated:
         warnings.append(f"{repeated} steps were done again after a restart; the later ones count")
     starts: list[int] = []
     paused: dict[int, str] = {}
     for event in events:
-        if event.get("event") == "training":
+        if not all(isinstance(event.get(key, 0), int) for key in ("first_step", "after_step")):
+            damaged += event.get("after_step") is not None
+        elif event.get("event") == "training":
             first = int(event.get("first_step", 0))
             starts = [start for start in starts if start < first] + [first]
             paused = {after: reason for after, reason in paused.items() if after < first}
         elif event.get("event") in (VALIDATION, CHECKPOINT, PROFILED) and event.get("after_step") is not None:
             paused[int(event["after_step"])] = str(event["event"])
+    if damaged:
+        warnings.append(f"{damaged} lines of {STEPS} and {EVENTS} are damaged and left out")
     steps.restarts = sorted({*steps.restarts, *starts[1:]})
     # NeMo's timer stops before callbacks save and Lightning validates: the step that feels it is the next one.
     steps.excluded = [paused.get(before) for before in [-1, *steps.step][: len(steps)]]
@@ -302,6 +318,31 @@ def measured(
     )
 
 
+def contradiction(run: Run, log: Log) -> str | None:
+    """Return where what the log prints of the run is not what its record, its path or the command line say."""
+    ours = {"world_size": run.gpus, "seq_length": run.seq_length, "global_batch_size": run.global_batch_size}
+    ours |= vars(run.architecture) if run.architecture else {}
+    theirs = {**log.printed, "global_batch_size": str(log.global_batch_size or "")}
+    for key, value in ours.items():
+        printed = theirs.get(key, "")
+        if value is not None and printed.isdigit() and int(printed) != value:
+            return f"{key.replace('world_size', 'gpus')}={value} is given, and the log has {printed}"
+    if run.gpus and (log.highest_rank or 0) >= run.gpus:
+        return f"gpus={run.gpus} is given, and the log has lines of rank {log.highest_rank}"
+    if log.samples_a_step:
+        return f"the log prints a batch of {log.global_batch_size}, and consumes {log.samples_a_step} samples a step"
+    if run.precision and "fp8" in theirs and ("fp8" in run.precision) != (theirs["fp8"] != "None"):
+        return f"precision={run.precision} is given, and the log has fp8 {theirs['fp8']}"
+    if (
+        run.architecture
+        and int(theirs.get("padded_vocab_size", run.architecture.vocab_size)) < run.architecture.vocab_size
+    ):
+        return (
+            f"vocab_size={run.architecture.vocab_size} is given, and the log has {theirs['padded_vocab_size']}, padded"
+        )
+    return None
+
+
 def log_warnings(log: Log) -> list[str]:
     """Return what a reader should know about the steps of a log."""
     number = len(log.steps)
@@ -311,7 +352,6 @@ def log_warnings(log: Log) -> list[str]:
         (log.unreadable, f"{log.unreadable} lines with train_step_timing are cut off or garbled, and left out"),
         (log.repeated, f"{log.repeated} steps were done again after a restart; the later ones count"),
         (log.several, f"{log.several} times a step has another time: several ranks in one log; the slowest counts"),
-        (log.skipped, f"the program skipped {log.skipped} steps, as under loss scaling"),
         (batches, f"{batches} steps have another global batch size than {log.global_batch_size}, and are left out"),
         (
             number and log.total is None and not log.reached,

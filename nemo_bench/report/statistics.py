@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 # Fewer steps than this after the warm-up give no number that could be defended.
 MIN_STEADY_STEPS = 5
-# Fewer than three batches of three steps say nothing about noise.
+# Fewer steps than three batches of three are taken one by one.
 MIN_BATCHED_STEPS = 9
 CONFIDENCE = 0.95
 # A larger share of the steps is no warm-up: it is a run that became faster.
@@ -110,7 +110,7 @@ class StepTimes:
     unsteady_steps: int  # leading ones slower than the rest; as many as warmup_steps, unless too many for a warm-up
     excluded: dict[str, int]  # others left out: reason -> number of steps
     drift: float  # median of the second half over that of the first, less 1: 0.02 is a run that became 2% slower
-    mean: Mean | None  # with its error, by batches of steps; None with fewer than 9 steps
+    mean: Mean | None  # with its error, by batches of steps; None of a single step
 
     @property
     def counted(self) -> int:
@@ -199,10 +199,10 @@ def step_times(steps: Steps) -> StepTimes | None:
 
 
 def mean_of_steps(counted: Sequence[float]) -> Mean | None:
-    """Return the mean of one run's steps with its error, by batches; None with too few steps."""
-    if len(counted) < MIN_BATCHED_STEPS:
+    """Return the mean of one run's steps with its error, by batches; None of a single step."""
+    if len(counted) < 2:
         return None
-    length = math.isqrt(len(counted) - 1) + 1
+    length = math.isqrt(len(counted) - 1) + 1 if len(counted) >= MIN_BATCHED_STEPS else 1
     batches = len(counted) // length
     rest = len(counted) - batches * length  # the earliest steps are spared, being the nearest to the warm-up
     means = [statistics.fmean(counted[rest + i * length : rest + (i + 1) * length]) for i in range(batches)]

@@ -210,6 +210,7 @@ def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
         "run": run.name,
         "point": point.name if point else None,
         "verdict": verdict.value if verdict else None,
+        "why": verdict.why if verdict else None,
         "differences": "; ".join(verdict.differences) if verdict else None,
         "final": run.final,
         **{name: getattr(run, name) for name in _OF_A_RUN},

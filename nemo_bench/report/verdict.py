@@ -12,7 +12,8 @@ from nemo_bench.report import model
 from nemo_bench.report.model import Change, Point, Run, Verdict, flatten
 from nemo_bench.report.references import Reference, ReferencePoint
 from nemo_bench.report.remarks import of_runs
-from nemo_bench.report.statistics import LONGEST_WARM_UP, Steps, is_time
+from nemo_bench.report.runs import device, options
+from nemo_bench.report.statistics import LONGEST_WARM_UP, OTHER_BATCH, Steps, is_time
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 _MEAN_OF_STEPS = re.compile(r"mean of steps (\d+) to (\d+)$")
@@ -42,9 +43,11 @@ def must_agree(run: Run, row: ReferencePoint) -> list[Change]:
 
 def _gpu(run: Run) -> str | None:
     """Return the kind of GPU; what the driver calls it counts, where it was configured as another."""
-    if run.gpu and run.gpu_reported and run.gpu.lower() not in run.gpu_reported.lower():
-        return f"{run.gpu_reported} (configured as {run.gpu})"
-    return run.gpu
+    if not run.gpu or not run.gpu_reported or run.gpu not in options("gpu"):
+        return run.gpu
+    named = device(run.gpu).get("driver_name")
+    same = run.gpu_reported == named if named else run.gpu.lower() in run.gpu_reported.lower()
+    return run.gpu if same else f"{run.gpu_reported} (configured as {run.gpu})"
 
 
 def differences(run: Run, row: ReferencePoint) -> list[str]:
@@ -145,8 +148,10 @@ def _judged(verdict: Verdict, point: Point, final: Sequence[Run], row: Reference
         f"{abs(ratio - 1):.1%} {way} than published by the {statistic} ({measured_s:.4g} s, published "
         f"{row.step_time_s:g} s), tolerance {tolerance:.1%}"
     )
-    if not final[0].layout:
-        why += "; a log does not tell layout, data and environment"
+    if final[0].source == "log":
+        sources = {key: final[0].identified.get(key) for key in ("model", "precision", "gpus", "seq_length")}
+        assumed = [key for key, source in sources.items() if source != "command line"]
+        why += f"; the log itself does not tell {', '.join([*assumed, 'layout, data and environment'])}"
     if doubts := _doubts(tolerance, point, final, row, value):
         value, why = model.UNDECIDED, f"{'; '.join(doubts)}; {why}"
     return replace(verdict, value=value, why=why, ratio=ratio, statistic=statistic)
@@ -200,6 +205,16 @@ def _doubts(tolerance: float, point: Point, final: Sequence[Run], row: Reference
     if mean_s > (1 + tolerance) * point.median_s:
         doubts.append(f"the mean exceeds the median by {mean_s / point.median_s - 1:.0%}")
     starts = [(times.unsteady_steps, times.steps) for run in final if (times := run.times)]
+    left_out = [(_disturbed(run), len(run.steps)) for run in final]
+    if many := [pair for pair in left_out if pair[0] > LONGEST_WARM_UP * pair[1]]:
+        doubts.append(f"{many[0][0]} of {many[0][1]} steps are left out")
     if slow := [start for start in starts if start[0] > LONGEST_WARM_UP * start[1]]:
         doubts.append(f"the first {slow[0][0]} of {slow[0][1]} steps are slower: no warm-up is so long")
     return doubts
+
+
+def _disturbed(run: Run) -> int:
+    """Return how many steps after the warm-up do not count; but for a batch ramp-up, which is another job."""
+    assert run.times is not None
+    disturbed = sum(number for reason, number in run.times.excluded.items() if reason != OTHER_BATCH)
+    return disturbed + len(run.steps) - run.times.steps

@@ -244,4 +244,4 @@ def test_results_json_is_strict_json(report: Report) -> None:
     assert content["schema_version"] == model.SCHEMA_VERSION
     assert [point["verdict"]["value"] for point in content["points"]] == [p.verdict.value for p in report.points]
     nan = next(run for run in content["runs"] if run["steps"]["loss"][-1] == "nan")
-    assert nan["invalid"] == "the loss is nan at step 20 and 29 others"
+    assert nan["invalid"] == "the loss is nan at step 20 and 29 more"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -34,15 +35,14 @@ SIZES = flops.Architecture(80, 8192, 28672, 64, 8, 128256)
 
 
 def log_text(times: list[float], *, batch: int = 128, of: int | None = None, end: str = "", **fields: Any) -> str:
-    """A log of NeMo 2; each field is a value, or a function of the step."""
+    """A log of NeMo 1; each field is a value, or a function of the step."""
     text, of = "", of or len(times)
     for step, time_s in enumerate(times):
         values = {"reduced_train_loss": f"{9 - step / 100:.3f}", "grad_norm": "1.5", **fields}
-        printed = " | ".join(f"{key}: {value(step) if callable(value) else value}" for key, value in values.items())
+        printed = ", ".join(f"{key}={value(step) if callable(value) else value}" for key, value in values.items())
         text += (
-            f"Training epoch 0, iteration {step}/{of - 1} | lr: 0.0003 | global_batch_size: {batch} | "
-            f"global_step: {step} | {printed} | train_step_timing in s: {time_s:.4g} | "
-            f"consumed_samples: {batch * (step + 1)}\n"
+            f"Epoch 0: : 2%|#| {step + 1}/{of} [00:01<00:09, {printed}, global_batch_size={batch}, "
+            f"global_step={step}.0, train_step_timing in s={time_s:.4g}]\n"
         )
     return text + end
 
@@ -83,7 +83,9 @@ def test_a_point_is_held_against_the_published_one(
     assert (point.verdict.value, report.exit_code) == (verdict, exit_code)
     assert report.verdict == ("PASS" if verdict == "FASTER" else verdict)
     assert point.verdict.ratio == pytest.approx(11.01 / step_time_s) and point.verdict.statistic == "last step"
-    assert point.verdict.why.endswith("a log does not tell layout, data and environment")
+    assert point.verdict.why.endswith(
+        "the log itself does not tell model, precision, gpus, seq_length, layout, data and environment"
+    )
 
 
 def test_other_tables_several_and_none(tmp_path: Path) -> None:
@@ -180,6 +182,7 @@ def published_run(folder: Path, **changes: str) -> Path:
     node["gpus"] = [{"name": "NVIDIA H100 80GB HBM3"}]
     node["environment"]["NCCL_NVLS_ENABLE"] = "1"
     (run / NODE).write_text(json.dumps(node))
+    (run / "rank0.out").unlink()  # of one GPU
     rows = record.read_lines(run / record.STEPS)[0]
     lines = [json.dumps({**row, "train_step_timing_s": 14.7 + 0.01 * (row["step"] % 3)}) for row in rows]
     (run / record.STEPS).write_text("\n".join(lines) + "\n")
@@ -265,10 +268,11 @@ def test_repeats_that_disagree_are_undecided(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"grad_norm": "inf"}, "the gradient norm is inf at step 0 and 49 others"),
+        ({"grad_norm": "inf"}, "the gradient norm is inf at step 0 and 49 more"),
         ({"grad_norm": lambda step: "nan" if step >= 48 else "1.0"}, "the gradient norm is nan at step 48"),
         ({"grad_norm": lambda step: "nan" if step == 49 else "1.0"}, "the gradient norm is nan at step 49"),
         ({"reduced_train_loss": "0.0"}, "the loss is 0 at step 0"),
+        ({"reduced_train_loss": lambda step: "0.0" if step > 9 else "8.0"}, "the loss is 0 at step 10"),
         ({"reduced_train_loss": lambda step: f"{9 * 1.21**step:.4g}"}, "the loss grows from 9 to"),
         ({"reduced_train_loss": lambda step: "nan" if step > 20 else "6.0"}, "the loss is nan at step 21"),
         ({"reduced_train_loss": lambda step: "1e308" if step > 20 else "6.0"}, "the loss is 1e+308 at step 21"),
@@ -285,7 +289,10 @@ def test_training_that_broke_is_invalid(tmp_path: Path, fields: dict[str, Any], 
     [
         ({"grad_norm": lambda step: "inf" if step == 7 else "1.0"}, "step 7 has no finite gradient norm"),
         ({"reduced_train_loss": lambda step: f"{8 + step / 100:.2f}"}, "the loss does not fall: 8 to 8.47"),
-        ({"reduced_train_loss": lambda step: f"{8 + step / 1000:.3f}"}, None),  # within a percent
+        ({"reduced_train_loss": "8.0"}, "the loss does not fall: 8 to 8"),
+        ({"reduced_train_loss": lambda step: f"{100 - step / 10}"}, "the first loss is 100; guessing gives 11.8"),
+        ({"reduced_train_loss": lambda step: f"{8 - step / 1000:.3f}"}, None),
+        ({"grad_norm": "0.0"}, "the gradient norm is 0 throughout"),
         ({"tokens_per_sec_per_gpu": "188"}, "the log prints 188 tokens/s a GPU, and this report finds 1,489"),
         ({"TFLOPS_per_GPU": "90"}, "the log prints 90 TFLOP/s a GPU"),
         ({"TFLOPS_per_GPU": "668"}, None),  # within 2% of the causal convention's
@@ -312,6 +319,73 @@ def test_contradictions_and_more_than_a_gpu_can_do_are_invalid(
     report, point = judged(tmp_path, log_text([time_s] * 50, batch=batch), given_)
     assert (point.verdict.value, report.exit_code) == (model.INVALID, 1)
     assert why in point.verdict.why
+
+
+def lines(text: str, program: str = "NeMo 2") -> str:
+    """The same steps as NeMo 2 or Megatron-LM writes them."""
+    forms = {
+        "NeMo 2": r"Training epoch 0, iteration \5/49 | global_batch_size: \4 | global_step: \5 | "
+        r"reduced_train_loss: \3 | train_step_timing in s: \6",
+        "Megatron-LM": r" iteration \1/ \2 | elapsed time per iteration (ms): \g<6>000.0 | global batch size: \4 | "
+        r"lm loss: \3 | number of skipped iterations: 0 | number of nan iterations: 0 |",
+    }
+    pattern = r"Epoch.* (\d+)/(\d+) .*_loss=([^,]+), .*batch_size=(\d+), global_step=(\d+).0, .* in s=(\d+).*"
+    return re.sub(pattern, forms[program], text)
+
+
+WHOLE, HALF = log_text([11.0] * 50), log_text([11.0] * 25, of=50)
+UNKNOWN = WHOLE.replace("/50 [", "/? [")
+OUT_OF_MEMORY, REACHED = (
+    "torch.OutOfMemoryError: CUDA out of memory\n",
+    "`Trainer.fit` stopped: `max_steps=50` reached.\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "given_", "verdict", "words"),
+    [
+        # whether it came to its end
+        (UNKNOWN, H100, "PASS", "whether its log is complete is not known"),
+        (UNKNOWN + OUT_OF_MEMORY, H100, "INCOMPLETE", "torch.OutOfMemoryError"),
+        (WHOLE + REACHED + HALF + OUT_OF_MEMORY, H100, "INCOMPLETE", "step 25 of 50"),
+        # what it prints of itself against its path and the command line
+        ("num_layers ............ 40\n" + lines(WHOLE, "Megatron-LM"), H100, "INVALID", "num_layers=80 is given"),
+        ("world_size ............ 64\n" + lines(WHOLE, "Megatron-LM"), H100, "PASS", "software: Megatron-LM"),
+        ("fp8 ............ None\n" + WHOLE, H100, "INVALID", "precision=fp8 is given, and the log has fp8 None"),
+        ("Starting with 8 processes\n" + WHOLE, H100, "INVALID", "gpus=64 is given, and the log has 8"),
+        ("0  NVIDIA A100-SXM4-80GB  On |\n" + WHOLE, H100, "NOT COMPARABLE", "gpu=NVIDIA A100-SXM4-80GB"),
+        ("0  NVIDIA H100 80GB HBM3  On |\n" + WHOLE, H100, "PASS", ""),
+        ("".join(f"127: {line}\n0: {line}\n" for line in WHOLE.splitlines()), H100, "INVALID", "lines of rank 127"),
+        (WHOLE, replace(H100, model="8b"), "NOT COMPARABLE", "model=8b is given, and its path says 70b"),
+        (lines(WHOLE), H100, "PASS", "software: NeMo 2, published with 24.09"),
+        # steps that Megatron-LM could not take
+        (lines(WHOLE, "Megatron-LM").replace("nan iterations: 0", "nan iterations: 1"), H100, "INVALID", "norm is nan"),
+        (
+            lines(WHOLE, "Megatron-LM").replace("skipped iterations: 0", "skipped iterations: 1", 1),
+            H100,
+            "PASS",
+            "step 1",
+        ),
+        # too little that counts
+        (log_text([9.0, 11.6, 13.0, 10.4, 11.0]), H100, "UNDECIDED", "the 95% interval of the mean"),
+        (log_text([11.0] * 39 + [0.0] * 11), H100, "UNDECIDED", "11 of 50 steps are left out"),
+        (WHOLE.replace("\nEpoch", "\nSaving checkpoint\nEpoch", 43), H100, "UNDECIDED", "43 of 50 steps are left out"),
+        ("activation checkpointing is on\n".join(WHOLE.splitlines(True)), H100, "PASS", ""),
+        # one rank of four is slower: it ends the step, whoever wrote the line
+        (
+            "".join(f"{i % 4}: {line}\n" for line in WHOLE.splitlines() for i in range(3))
+            + "".join(f"3: {line}\n" for line in log_text([12.5] * 50).splitlines()),
+            H100,
+            "FAIL",
+            "12.5 s",
+        ),
+        ("".join(f"{i}:{line}\n" for i, line in enumerate(WHOLE.splitlines())), H100, "PASS", ""),  # grep -n
+    ],
+)
+def test_what_misleads_in_a_log(tmp_path: Path, text: str, given_: Given, verdict: str, words: str) -> None:
+    report, point = judged(tmp_path, text, given_)
+    assert point.verdict.value == verdict, point.verdict.line
+    assert words in f"{point.verdict.line} {point.verdict.remarks} {report.runs[0].warnings}"
 
 
 def test_steps_of_a_batch_ramp_up_do_not_count(tmp_path: Path) -> None:
@@ -366,7 +440,7 @@ def test_remarks_are_said_once_for_all_repeats(tmp_path: Path) -> None:
         write(tmp_path, "".join(lines[:20]) + "Saving checkpoint\n" + "".join(lines[20:]), name=name)
     (point,) = build_report([tmp_path], given=H100).points
     assert point.verdict.remarks[:2] == (
-        "disturbed steps, left out: 1 after a checkpoint (in 3 of 3 runs)",
+        "steps left out: 1 (checkpoint) (in 3 of 3 runs)",
         "steps became 3.0% slower during the run (in 2 of 3 runs; numbers of the first)",
     )
 
