@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+from pathlib import Path
+
+import yaml
 
 from nemo_bench.checks.slurm import slurm_rules
 from nemo_bench.config import TrainConfig
@@ -14,57 +17,9 @@ from nemo_bench.fields import field_problems, settings
 
 # Sizes of Transformer Engine's fp8 matrix products must be multiples of this.
 FP8_ALIGNMENT = 16
-# Settings that do not work together | why the first of them does not work | what to do.
-CONFLICTS = """\
-model.optim.overlap_param_gather=true model.optim.use_distributed_optimizer=false \
- | gathers what the distributed optimizer shards | use false, or model.optim.use_distributed_optimizer=true
-model.optim.use_precision_aware_optimizer=true model.optim.use_distributed_optimizer=false \
- | is a mode of the distributed optimizer | use false, or model.optim.use_distributed_optimizer=true
-model.optim.overlap_param_gather=true model.optim.overlap_grad_reduce=false \
- | works only with overlapped gradients | use false, or model.optim.overlap_grad_reduce=true
-model.optim.use_precision_aware_optimizer=true precision.fp8_param_gather=true \
- | does not train fp8 parameters correctly in this megatron-core | use false, or precision.fp8_param_gather=false
-model.optim.exp_avg_dtype=bf16 precision_aware_optimizer=false \
- | needs model.optim.use_precision_aware_optimizer=true | use fp32
-model.optim.exp_avg_sq_dtype=bf16 precision_aware_optimizer=false \
- | needs model.optim.use_precision_aware_optimizer=true | use fp32
-model.fused_single_qkv_rope=true model.apply_rope_fusion=false \
- | is a form of the fused RoPE | use false, or model.apply_rope_fusion=true
-model.use_transformer_engine_op_fuser=true precision.fp8!=null \
- | gives a loss of NaN in fp8 with this Transformer Engine (2.11) | use false, or precision=bf16
-model.tp_comm_overlap=true model.sequence_parallel=false model.tensor_model_parallel_size!=1 \
- | overlaps the communication of sequence parallelism | use false, or model.sequence_parallel=true
-precision.fp8_recipe=blockwise precision.fp8!=null model.tp_comm_overlap=true model.tensor_model_parallel_size!=1 \
- | is not possible with user buffers | use delayed, or model.tp_comm_overlap=false
-precision.first_last_layers_bf16=true precision.fp8!=null model.tp_comm_overlap=true \
-model.tensor_model_parallel_size!=1 | is not possible with user buffers | use false, or model.tp_comm_overlap=false
-precision.first_last_layers_bf16=true precision.fp8!=null precision.fp8_recipe=delayed \
- | is not possible with delayed scaling | use false, or precision.fp8_recipe=tensorwise
-model.virtual_pipeline_model_parallel_size!=null,1 model.pipeline_model_parallel_size=1 \
- | interleaves pipeline stages, and there is one | use null, or 2 or more pipeline stages
-model.cuda_graph_impl=local gpu.device=cpu | needs a GPU | use none
-model.cuda_graph_impl=local model.recompute_granularity!=null | cannot record recomputed layers | use none
-model.recompute_method=null model.recompute_granularity=full | is needed | valid: uniform, block
-model.recompute_num_layers=null model.recompute_granularity=full \
- | is needed: layers in a unit (uniform), or recomputed on each pipeline stage (block) | 1 or more
-model.recompute_method!=null model.recompute_granularity!=full | belongs to model.recompute_granularity=full | use null
-model.attention_backend=flash,fused gpu.device=cpu | is a CUDA kernel | use local
-model.attention_backend=unfused,local gpu.device=cuda model.context_parallel_size!=1 \
- | has no context parallelism | use fused, flash or auto
-model.context_parallel_size!=1 gpu.device=cpu | needs Transformer Engine's attention, and so a GPU | use 1
-trainer.num_nodes!=1 cluster.scheduler=none | ranks start on this machine only | use 1, or cluster=slurm
-data.tokenizer=null data.kind=megatron | is needed: the tokenizer of the dataset | give its folder
-data.folder=null data.kind!=mock | is needed for prepared files | give a folder
-data.paths=[] data.kind=megatron | names no dataset | give prefixes of .bin/.idx pairs, without suffix
-model.optim.use_distributed_optimizer=true gpu.device=cpu checkpoint.every_n_steps!=null \
- | cannot be saved on a CPU: Megatron expects the step counter of a fused GPU Adam | use false
-checkpoint.weights_from!=null checkpoint.resume_from!=null \
- | takes only initial weights, and the other continues a run | set one of the two to null
-profile.kind=nsys gpu.device=cpu | profiles GPUs | use profile=torch
-"""
-_ROWS = [
-    (re.findall(r"(\S+?)(!?=)(\S+)", settings), why.strip(), fix.strip())
-    for settings, why, fix in (row.split("|") for row in CONFLICTS.splitlines())
+_CONFLICTS = [
+    (re.findall(r"(\S+?)(!?=)(\S+)", conflict["when"]), conflict["why"], conflict["fix"])
+    for conflict in yaml.safe_load(Path(__file__).with_name("conflicts.yaml").read_text())
 ]
 
 
@@ -83,7 +38,7 @@ def configuration_problems(cfg: TrainConfig) -> list[Problem]:
 
 
 def _conflicts(cfg: TrainConfig, need: Need) -> None:
-    for conditions, why, fix in _ROWS:
+    for conditions, why, fix in _CONFLICTS:
         if all((text_of(value_of(cfg, key)) in values.split(",")) is (sign == "=") for key, sign, values in conditions):
             (named, *_), *others = conditions
             present = ", ".join(f"{key}={text_of(value_of(cfg, key))}" for key, *_ in others)

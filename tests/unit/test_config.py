@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from nemo_bench import cli, config
 from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.checks.problems import problems
+from nemo_bench.errors import value_of
 from nemo_bench.launch.plan import plan, point_name
 
 from ..composing import PROJECT, composed
@@ -22,24 +23,17 @@ EXPERIMENTS, ENTRYPOINTS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STAGE_PATH", raising=False)
-    monkeypatch.delenv("GSW_VERSION", raising=False)
-
-
 @pytest.mark.parametrize(("precision", "gpus"), list(product(("bf16", "fp8"), PUBLISHED)))
 def test_the_recipes_twelve_points(precision: str, gpus: int) -> None:
     cfg = composed(f"precision={precision}", f"scale={gpus}gpu")
     m = cfg.model
     assert configuration_problems(cfg) == []
-    assert (cfg.trainer.num_nodes, cfg.trainer.devices) == (gpus // 8, 8)
-    assert m.name == "70b"
+    assert f"llama31_70b_{precision}_{gpus}gpu" in EXPERIMENTS
+    assert (m.name, cfg.trainer.num_nodes, cfg.trainer.devices, cfg.trainer.max_steps) == ("70b", gpus // 8, 8, 50)
     assert m.global_batch_size == PUBLISHED[gpus] == cfg.trainer.num_nodes * 16
     assert (m.tensor_model_parallel_size, m.pipeline_model_parallel_size) == (4, 4)
     assert (m.virtual_pipeline_model_parallel_size, m.context_parallel_size, m.micro_batch_size) == (5, 2, 1)
     assert cfg.num_micro_batches == 64  # the tables' GA
-    assert cfg.trainer.max_steps == 50
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -51,34 +45,25 @@ def test_every_experiment_is_the_point_its_name_says_with_every_entrypoint(exper
         assert cfg.entrypoint.image and "does not fit" not in plan(cfg)
 
 
-def test_the_published_points_have_an_experiment_each() -> None:
-    points = {f"llama31_70b_{precision}_{gpus}gpu" for precision, gpus in product(("bf16", "fp8"), PUBLISHED)}
-    assert points <= set(EXPERIMENTS)
-
-
 @pytest.mark.parametrize(
-    ("overrides", "batch"),
+    ("overrides", "values"),
     [
-        (("model=8b", "scale=8gpu"), 128),
-        (("model=8b", "scale=128gpu"), 2048),
-        (("model=405b", "scale=576gpu", "data=mock"), 252),
+        ("", "model.name=tiny data.name=local gpu.name=cpu cluster.name=local"),
+        # The command line wins over what scale=local chooses.
+        ("scale=local model=8b data=mock gpu=h200 precision=bf16", "model.name=8b data.name=mock gpu.name=h200"),
+        ("model=8b scale=8gpu", "model.global_batch_size=128 padded_vocab_size=128256"),
+        ("model=8b scale=128gpu", "model.global_batch_size=2048"),
+        ("model=405b scale=576gpu data=mock", "model.global_batch_size=252"),
+        # From STAGE_PATH and GSW_VERSION; the vocabulary is padded for tensor parallelism.
+        ("scale=64gpu", "data.tokenizer=/lustre/llama3.1-dataset/llama results_version=24.11 padded_vocab_size=128512"),
     ],
 )
-def test_other_models_follow_their_own_batch_rule(overrides: tuple[str, ...], batch: int) -> None:
-    cfg = composed(*overrides)
-    assert cfg.model.global_batch_size == batch
-    assert configuration_problems(cfg) == []
-
-
-def test_bare_defaults_are_local_and_tiny() -> None:
-    cfg = composed()
-    assert configuration_problems(cfg) == []
-    assert (cfg.model.name, cfg.data.name, cfg.gpu.name, cfg.cluster.name) == ("tiny", "local", "cpu", "local")
-
-
-def test_the_command_line_wins_over_scale_local() -> None:
-    cfg = composed("scale=local", "model=8b", "data=mock", "precision=bf16", "gpu=h200", "model.num_layers=8")
-    assert (cfg.model.name, cfg.data.name, cfg.gpu.name, cfg.model.num_layers) == ("8b", "mock", "h200", 8)
+def test_what_the_groups_choose(overrides: str, values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGE_PATH", "/lustre")
+    monkeypatch.setenv("GSW_VERSION", "24.11")
+    cfg = composed(*overrides.split())
+    for key, value in (pair.split("=") for pair in values.split()):
+        assert str(value_of(cfg, key)) == value
 
 
 @pytest.mark.parametrize("group", ["model", "precision", "scale", "data", "gpu", "cluster", "entrypoint"])
@@ -87,23 +72,10 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         composed(f"{group}={option.stem}")
 
 
-def test_stage_path_and_results_version_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STAGE_PATH", "/lustre/nemo")
-    monkeypatch.setenv("GSW_VERSION", "24.11")
-    cfg = composed("scale=64gpu")
-    assert cfg.data.tokenizer == "/lustre/nemo/llama3.1-dataset/llama"
-    assert cfg.results_version == "24.11"
-
-
 def test_a_stored_configuration_loads_as_it_was(tmp_path: Path) -> None:
     cfg = composed("precision=fp8", "scale=256gpu")
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     assert config.load(tmp_path / "config.yaml") == cfg
-
-
-def test_vocabulary_is_padded_for_tensor_parallelism() -> None:
-    assert composed("scale=64gpu").padded_vocab_size == 128512
-    assert composed("model=8b", "scale=8gpu").padded_vocab_size == 128256
 
 
 PATHS = ["/data/my-llama_00", "/a=b,c", "/$HOME", "/it's", '/"said"', "/Größe☃", "null", "1"]
@@ -115,18 +87,16 @@ def test_a_quoted_path_is_read_as_it_was(path: str) -> None:
     quoted = cli.quoted_path(path)
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         cfg = compose("train", [f"checkpoint.weights_from={quoted}", f"data.paths=[{quoted},{quoted}]"])
-    assert cfg.checkpoint.weights_from == path
-    assert cfg.data.paths == [path, path]
+    assert [cfg.checkpoint.weights_from, *cfg.data.paths] == [path] * 3
     assert path != PATHS[0] or quoted == path  # a plain path needs no quotes
 
 
 def test_every_case_of_the_gpu_benchmark_passes_the_checks() -> None:
-    content = OmegaConf.to_container(OmegaConf.load(PROJECT / "benchmarks" / "gpu_speed.yaml"))
-    assert isinstance(content, dict)
-    for name, case in content["cases"].items():
-        cfg = composed(f"scale={case['gpus']}gpu", *content["common"].split(), *case["overrides"].split())
+    benchmark = OmegaConf.load(PROJECT / "benchmarks" / "gpu_speed.yaml")
+    for name, case in benchmark.cases.items():
+        cfg = composed(f"scale={case.gpus}gpu", *benchmark.common.split(), *case.overrides.split())
         assert configuration_problems(cfg) == [], name
-        assert cfg.world_size == case["gpus"]
+        assert cfg.world_size == case.gpus
 
 
 def test_a_slice_is_the_70b_but_for_its_layers_and_layout() -> None:

@@ -16,11 +16,7 @@ from ..composing import PROJECT, composed
 
 H200 = PROJECT / "benchmarks/results/h200"
 GPU_SPEED = PROJECT / "benchmarks/results/gpu_speed"
-PLAIN = {
-    "recompute_granularity": None,
-    "cross_entropy_fusion_impl": "native",
-    "use_precision_aware_optimizer": False,
-}
+PLAIN = {"recompute_granularity": None, "cross_entropy_fusion_impl": "native", "use_precision_aware_optimizer": False}
 
 
 def changed(cfg: TrainConfig, **changes: Any) -> TrainConfig:
@@ -31,9 +27,9 @@ def changed(cfg: TrainConfig, **changes: Any) -> TrainConfig:
     return result
 
 
-def published(*overrides: str, **changes: Any) -> MemoryEstimate:
+def published(point: str = "scale=64gpu", /, **changes: Any) -> MemoryEstimate:
     """Estimate a point without the savings that were added to the published ones; the 70B is TP4 PP4 VP5 CP2."""
-    return estimate_memory(changed(composed(*(overrides or ["scale=64gpu"])), **PLAIN | changes))
+    return estimate_memory(changed(composed(*point.split()), **PLAIN | changes))
 
 
 @pytest.mark.parametrize("name", ["bf16_4layers_77b5", "fp8_4layers_2140"])
@@ -60,17 +56,10 @@ def test_parameter_remainders_save_what_was_measured() -> None:
 
 @pytest.mark.parametrize(
     "point",
-    [
-        "scale=64gpu",
-        "scale=64gpu precision=fp8",
-        "scale=2048gpu",
-        "model=405b scale=576gpu",
-        "model=405b scale=576gpu precision=fp8",
-        "model=8b scale=8gpu",
-    ],
+    ["scale=64gpu", "scale=64gpu precision=fp8", "model=405b scale=576gpu precision=fp8", "model=8b scale=8gpu"],
 )
 def test_what_nvidia_published_fits_into_80_gib_and_fills_half(point: str) -> None:
-    assert 40 * GIB < published(*point.split()).total_bytes < 76 * GIB
+    assert 40 * GIB < published(point).total_bytes < 76 * GIB
 
 
 def test_the_70bs_parts_by_hand() -> None:
@@ -94,24 +83,24 @@ def test_the_70bs_parts_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "at_least", "at_most"),
+    ("change", "less"),
     [
-        ({"tensor_model_parallel_size": 8}, 0, 0.95),
-        ({"pipeline_model_parallel_size": 8, "virtual_pipeline_model_parallel_size": 5}, 0, 0.95),
-        ({"context_parallel_size": 4}, 0, 0.95),
-        ({"num_layers": 40}, 0, 0.95),
-        ({"micro_batch_size": 2}, 1.05, 9),
-        ({"sequence_parallel": False}, 1.05, 9),
-        ({"seq_length": 16384}, 1.05, 9),
-        ({"num_layers": 160}, 1.05, 9),
+        ({"tensor_model_parallel_size": 8}, True),
+        ({"pipeline_model_parallel_size": 8}, True),
+        ({"context_parallel_size": 4}, True),
+        ({"num_layers": 40}, True),
+        ({"micro_batch_size": 2}, False),
+        ({"sequence_parallel": False}, False),
+        ({"seq_length": 16384}, False),
     ],
 )
-def test_what_takes_less_and_what_takes_more(change: dict[str, Any], at_least: float, at_most: float) -> None:
-    assert at_least < published(**change).total_bytes / published().total_bytes < at_most
+def test_what_takes_less_and_what_takes_more(change: dict[str, Any], less: bool) -> None:
+    ratio = published(**change).total_bytes / published().total_bytes
+    assert ratio < 0.95 if less else ratio > 1.05
 
 
 def test_the_last_stage_has_the_logits_and_the_fewest_activations() -> None:
-    wide = {"vocab_size": 1_048_576, "num_layers": 20}  # outweighs the first stage
+    wide: dict[str, Any] = {"vocab_size": 1_048_576, "num_layers": 20}  # outweighs the first stage
     estimate = published(**wide)
     assert estimate.stage == 3 and estimate.logits_bytes == 4096 * 1_048_576 / 4 * 6
     assert published(**wide, cross_entropy_fusion_impl="te").total_bytes < estimate.total_bytes  # works in place
@@ -136,15 +125,13 @@ def test_what_the_optimizer_keeps_and_copies(
 
 
 def test_the_precision_aware_optimizer_takes_the_usual_way_with_other_than_delayed_scaling() -> None:
-    aware = published(
-        use_precision_aware_optimizer=True, store_param_remainders=True, fp8="hybrid", fp8_recipe="tensorwise"
-    )
-    assert aware.optimizer_bytes == published().optimizer_bytes
+    saving: dict[str, Any] = {"use_precision_aware_optimizer": True, "store_param_remainders": True}
+    assert published(**saving, fp8="hybrid", fp8_recipe="tensorwise").optimizer_bytes == published().optimizer_bytes
 
 
 def test_recomputed_layers_keep_their_input_alone() -> None:
     # So that the activations decide, not the logits or the optimizer's step.
-    base = {"vocab_size": 512, "grad_reduce_in_fp32": True}
+    base: dict[str, Any] = {"vocab_size": 512, "grad_reduce_in_fp32": True}
     full = {**base, "recompute_granularity": "full", "recompute_num_layers": 1}
     tokens, whole = 4096 / 4, published(**base).activations_bytes
     kept = 92 * tokens * 2 * 8192 + tokens * 33.5 * 8192 + tokens * 6 * 28672
