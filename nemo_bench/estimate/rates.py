@@ -177,7 +177,7 @@ def load_rates(gpu: str) -> Rates:
     data = json.loads(path.read_text())
     if derived_from := data.get("derived_from"):
         base = load_rates(derived_from)
-        slowdown = base.tables["memory_peak_gb_s"] / data["memory_gb_s"]
+        slowdown = data["measured_memory_gb_s"] / data["memory_gb_s"]
         return replace(
             base,
             gpu=gpu,
