@@ -35,7 +35,8 @@ def run(command: str, stage: Path, ids: list[str]) -> None:
     chosen = [jobs.find(submitted, job_id, stage) for job_id in ids]
     if command == "log":
         (job,) = chosen
-        failure = failure_text(job.folder) if job.is_run and (job.failed or job.lost) else ""
+        failed = job.is_run and not job.active and job.state != "COMPLETED"
+        failure = failure_text(job.folder) if failed else ""
         print("\n\n".join(filter(None, [failure, job.log_text()])))
     elif command == "cancel":
         cancelled = jobs.cancel(chosen)
@@ -52,14 +53,15 @@ def run(command: str, stage: Path, ids: list[str]) -> None:
 
 def resubmit(stage: Path, ids: list[str]) -> None:
     """Submit these jobs again, or all that failed; of two such commands at once the second finds nothing to do."""
-    from nemo_bench.cluster import jobs, slurm
+    from nemo_bench.cluster import jobs
+    from nemo_bench.cluster.job import FAILURES
     from nemo_bench.files import locked
     from nemo_bench.launch import submission
 
     with locked(stage / ".resubmit.lock", "resubmits jobs", print):
         submitted = jobs.submitted(stage)
         # What was cancelled was meant to end.
-        failed = [job for job in submitted if job.is_run and job.state in slurm.FAILURES]
+        failed = [job for job in submitted if job.is_run and job.state in FAILURES]
         chosen = [jobs.find(submitted, job_id, stage) for job_id in ids] if ids else failed
         again = [job for job in chosen if "resubmitted_as" not in job.content]
         for job in again:

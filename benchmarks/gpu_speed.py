@@ -41,6 +41,7 @@ from nemo_bench.cluster.processes import Outcome, ProcessGroup  # noqa: E402
 from nemo_bench.config import TrainConfig, typed  # noqa: E402
 from nemo_bench.entrypoints import entrypoint_of, nemo2  # noqa: E402
 from nemo_bench.errors import BenchError, ConfigurationRefused  # noqa: E402
+from nemo_bench.files import dated_name  # noqa: E402
 from nemo_bench.launch import point  # noqa: E402
 from nemo_bench.launch.plan import results_dir  # noqa: E402
 from nemo_bench.record.folder import STEPS, RunFolder, Status, read_lines  # noqa: E402
@@ -63,7 +64,7 @@ class Case:
             config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
             command=["python", "train.py", *self.overrides],
             overrides=self.overrides,
-            ranks=cfg.world_size,
+            max_steps=cfg.trainer.max_steps,
         )
         environment = point.rank_environment(cfg)
         if cfg.gpu.device == "cuda":
@@ -92,7 +93,7 @@ def compose(name: str, overrides: list[str], stage: Path) -> Case:
         raise BenchError("ranks are forked from NeMo 2: no other entrypoint and no nsys here; train.py runs them")
     if refused := problems(cfg):
         raise ConfigurationRefused(refused)
-    return Case(name, overrides, cfg, RunFolder.new(results_dir(cfg).parent / name))
+    return Case(name, overrides, cfg, RunFolder(results_dir(cfg).parent / name / dated_name()))
 
 
 @dataclass

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -13,15 +11,16 @@ from typing import Any
 from submitit.slurm.slurm import SlurmJob
 
 from nemo_bench.cluster import slurm
-from nemo_bench.record import folder as record
+from nemo_bench.record.folder import Progress, RunFolder, Status, job_end, tail
 
 # Slurm may know a job's end before a shared file system shows what the job left.
 SETTLE_S = 10.0
 LOG_LINES = 40
 # The clocks of the submitting machine and of the controller may differ.
 CLOCKS_S = 300
-# A progress bar's count of finished steps, in logs of programs that write no record of ours.
-_STEP = re.compile(r"(\d+)/(?:\d+|\?) \[.*?train_step_timing in s[=:] ?([\d.]+)")
+INCOMPLETE = "INCOMPLETE"  # Slurm's COMPLETED, of a run that ended before its last step
+FAILURES = (*slurm.FAILURES, INCOMPLETE)
+_SLURMS_WORDS = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}
 
 
 class Job(SlurmJob[None]):
@@ -34,17 +33,18 @@ class Job(SlurmJob[None]):
     """
 
     watcher = slurm.Books()
-    state = slurm.UNKNOWN  # Slurm's word
+    state = slurm.UNKNOWN  # Slurm's word, or INCOMPLETE
 
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
         self.folder, self.content = folder, content
         self.name = str(content.get("name") or folder.name)
         self.what = str(content.get("point") or self.name)
         self.is_run = "point" in content
+        self.max_steps = int(content.get("max_steps", 0))
+        self.progress = Progress()
+        self.reason: str | None = content.get("problem")  # why it failed, or that its steps have stopped
         self.exit_code: int | None = None  # of the batch script, once it has ended
-        self.steps = 0
-        self.step_time_s: float | None = None  # of the last step
-        self._ended_at: float | None = None  # when its end was first seen
+        self._ended_at = 0.0  # when its end was first seen
         super().__init__(folder, str(content.get("id") or "?"))
         self.log = folder / f"slurm-{self.job_id}.out"
 
@@ -56,44 +56,30 @@ class Job(SlurmJob[None]):
 
     @property
     def active(self) -> bool:
-        return self.state in slurm.ACTIVE
-
-    @property
-    def failed(self) -> bool:
-        return self.state in (*slurm.FAILURES, "CANCELLED")
-
-    @property
-    def ended(self) -> bool:
-        return self.failed or self.state == "COMPLETED"
-
-    @property
-    def lost(self) -> bool:
-        """Whether Slurm was asked and does not know the job, and the job left no sign of its end."""
-        return self.state == slurm.UNKNOWN and self.watcher.answered
+        """Whether it runs, or will without anybody's help; also while Slurm does not answer."""
+        if self.state == slurm.UNKNOWN:
+            return self.registered and not self.watcher.answered
+        return self.state not in (*FAILURES, "COMPLETED", "CANCELLED")
 
     @property
     def over(self) -> bool:
         """Whether nothing more will come of it."""
-        return self.lost or (self.ended and self.exit_code is not None)
+        settled = self.exit_code is not None or time.monotonic() - self._ended_at > SETTLE_S
+        return not self.active and (settled or self.state == slurm.UNKNOWN)
 
     def done(self, force_check: bool = False) -> bool:
         """Ask Slurm, if the last time is long enough ago, read what the job has left, and return whether it is over."""
-        self.watcher.refresh(soon=self.active and self.exit_code is not None)
-        if self.ended and self.exit_code is not None:
-            return True
-        self.exit_code = self._recorded_exit()
-        self.state = self._slurm_state() or self._left_state()
+        info = self.watcher.get_info(self.job_id) if self.registered else {}
+        end = job_end(self.folder)
+        self.exit_code = end.exit_code if end else None
+        self.state = self._slurm_state(info) or _left_state(end)
         if self.is_run:
-            self.steps, self.step_time_s = self._last_step()
-        if self.ended and self.exit_code is None:
+            self._read_record()
+        if not self.active:
             self._ended_at = self._ended_at or time.monotonic()
-            # A job that was cancelled or ran out of time leaves no exit status.
-            if self.state not in ("COMPLETED", "FAILED") or time.monotonic() - self._ended_at > SETTLE_S:
-                self.exit_code = int(self.failed)
         return self.over
 
-    def _slurm_state(self) -> str | None:
-        info = self.watcher.get_info(self.job_id, mode="cache") if self.registered else {}
+    def _slurm_state(self, info: Mapping[str, str]) -> str | None:
         if not info or not self._is_ours(info):
             return None
         state = info["State"].split()[0]  # "CANCELLED by 0" is CANCELLED
@@ -113,62 +99,29 @@ class Job(SlurmJob[None]):
         # By Slurm's account a requeued job was submitted when it was requeued.
         return later_s > -CLOCKS_S and (later_s < CLOCKS_S or self.content.get("requeue", True))
 
-    def _recorded_exit(self) -> int | None:
+    def _read_record(self) -> None:
+        run = RunFolder(self.folder)
         try:
-            content = json.loads((self.folder / record.EXIT).read_bytes())
-            return int(content["exit_code"]) if str(content["job_id"]) == self.job_id else None
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off by a full disk
-            return None
-
-    def _left_state(self) -> str:
-        if self.exit_code is not None:
-            return "COMPLETED" if self.exit_code == 0 else "FAILED"
-        ending = "\n".join(_tail(self.log, LOG_LINES))
-        words = re.findall(rf"\*\*\* JOB {self.job_id} .*CANCELLED AT \S+(.*?) \*\*\*", ending)
-        if not words:
-            return slurm.UNKNOWN
-        reasons = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}
-        return next((state for reason, state in reasons.items() if reason in words[-1]), "CANCELLED")
-
-    def _last_step(self) -> tuple[int, float | None]:
-        """Return the number of finished steps, and the time of the last one."""
-        for line in reversed(_tail(self.folder / record.STEPS, 2)):
-            try:
-                row = json.loads(line)
-                return int(row["step"]) + 1, float(row["train_step_timing_s"])
-            except (ValueError, KeyError, TypeError):  # cut off
-                continue
-        shown = _STEP.findall("\n".join(_tail(record.RunFolder(self.folder).log(0), 1000)))
-        return (int(shown[-1][0]), float(shown[-1][1])) if shown else (0, None)
-
-    def reason(self) -> str | None:
-        """Return why it failed, in a line, where that is recorded."""
-        if problem := self.content.get("problem"):
-            return str(problem)
-        if not (self.is_run and self.failed):
-            return None
-        try:
-            return record.RunFolder(self.folder).status().reason
+            status = run.status()
+            self.progress, self.reason = run.progress(), self.content.get("problem") or status.reason
+            if self.state == "COMPLETED" and status.state == "failed":
+                self.state = INCOMPLETE
         except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"unreadable record: {error}"
+            self.reason = f"unreadable record: {error}"
 
     def log_text(self) -> str:
         """Return the ends of its logs; of a run, those of the rank that failed first, or of rank 0."""
         logs = [self.log]
         if self.is_run:
-            run = record.RunFolder(self.folder)
+            run = RunFolder(self.folder)
             logs.append(run.log(next((int(error["rank"]) for error in run.rank_errors()), 0)))
-        texts = ["\n".join([f"==> {log} <==", *_tail(log, LOG_LINES)]) for log in logs if log.exists()]
-        if not texts:
-            texts = [f"{self.log} does not exist: the job is {self.state}"]
-            if self.state == "FAILED":
-                texts.append(f"can the nodes write {self.folder}? STAGE_PATH must be a shared folder")
-        return "\n\n".join(texts)
+        texts = ["\n".join([f"==> {log} <==", *tail(log, LOG_LINES)]) for log in logs if log.exists()]
+        missing = f"{self.log} does not exist: the job is {self.state}; the nodes must be able to write {self.folder}"
+        return "\n\n".join(texts) or missing
 
 
-def _tail(path: Path, lines: int) -> list[str]:
-    """Return the last lines of a file; none where it does not exist."""
-    try:
-        return record.tail(path, lines)
-    except OSError:
-        return []
+def _left_state(end: Status | None) -> str:
+    """Return Slurm's word for what a job has left."""
+    if end is None or end.exit_code is not None:
+        return slurm.UNKNOWN if end is None else "FAILED" if end.exit_code else "COMPLETED"
+    return next((state for words, state in _SLURMS_WORDS.items() if words in str(end.reason)), "CANCELLED")

@@ -1,13 +1,16 @@
-"""Submitted jobs, runs of train.py and other commands alike: submitted, listed, followed, cancelled.
+"""Jobs, runs of train.py and other commands alike: submitted, listed, followed, cancelled.
 
-A job is a folder. It holds the batch script, `job.json` (what was submitted, and the id), the log `slurm-<id>.out` and,
-once the batch script has ended, `exit.json`.
+A job is a folder: the batch script, `job.json` (what was submitted, and the id), the log `slurm-<id>.out` and, once the
+batch script has ended, `exit.json`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -40,7 +44,7 @@ def require_slurm(cluster: ClusterConfig) -> None:
 
 
 def require_sbatch() -> None:
-    if not slurm.have_sbatch():
+    if shutil.which("sbatch") is None:
         raise BenchError(
             "sbatch is not on this machine: submit from a login node of the cluster.\n"
             "launch=dry prints the scripts; without hydra/launcher=... (train.py: and with scale=local) it is done here"
@@ -50,7 +54,7 @@ def require_sbatch() -> None:
 def show(script: str, *files: str) -> bool:
     """Print a batch script and the text of other files of the job; return whether Slurm, if it is there, takes it."""
     print(script, *files, sep="\n")
-    if not slurm.have_sbatch():
+    if shutil.which("sbatch") is None:
         return True
     accepted, words = slurm.test_only(script)
     print(f"sbatch --test-only: {words}")
@@ -58,36 +62,30 @@ def show(script: str, *files: str) -> bool:
 
 
 def submit(script: str, folder: Path, **details: Any) -> Job:
-    """Submit a batch script as the job of `folder`.
+    """Submit a batch script as the job of `folder`; `details` are what `job.json` is to hold besides.
 
     `job.json` is there before the job is, without an id: whatever happens then, the job is looked for by its script.
-
-    Args:
-        details: what `job.json` is to hold besides; `point` makes it a run.
 
     Raises:
         slurm.Refused: the scheduler does not take it; no `job.json` is left.
         BenchError: the job may have been submitted; the message says how to get hold of it.
     """
-    name = slurm.job_name(script)
-    content = {
-        "id": None,
-        "cluster": slurm.cluster_name(),
-        "name": name,
-        "submitted_at": record.timestamp(),
-        "command": shlex.join(["python", *sys.argv]),
-        **details,
-    }
+    (quoted_name,) = re.findall(r"^#SBATCH --job-name=(.*)$", script, re.MULTILINE)
+    (name,) = shlex.split(quoted_name)
+    content = {"id": None, "cluster": slurm.cluster_name(), "name": name, "submitted_at": record.timestamp()}
+    content |= {"command": shlex.join(["python", *sys.argv]), **details}
     write_json(folder / record.JOB, content)
     try:
-        content["id"] = job_id = slurm.submit(script, folder, name)
+        content["id"] = slurm.submit(script, folder, name)
+        write_json(folder / record.JOB, content)
     except slurm.Refused:
         (folder / record.JOB).unlink()
         raise
-    try:
-        write_json(folder / record.JOB, content)
     except OSError as error:
-        raise BenchError(f"job {job_id} was submitted, then: {error}\n`scancel {job_id}` takes it back") from None
+        if content["id"] is None:
+            raise
+        message = f"job {content['id']} was submitted, then: {error}\n`scancel {content['id']}` takes it back"
+        raise BenchError(message) from None
     job = Job(folder, content)
     job.state = "PENDING"
     return job
@@ -96,30 +94,23 @@ def submit(script: str, folder: Path, **details: Any) -> Job:
 def submitted(stage: Path) -> list[Job]:
     """Return all jobs that were submitted from this stage folder, the oldest first, as they stand now."""
     folders = [path.parent for pattern in FOLDERS for path in stage.glob(f"{pattern}/{record.JOB}")]
-    contents = sorted(((folder, _content(folder)) for folder in folders), key=_age)
+    contents = [(folder, _content(folder)) for folder in folders]
+    contents.sort(key=lambda job: (str(job[1].get("submitted_at")), len(str(job[1].get("id"))), str(job[1].get("id"))))
     # Of several jobs of one id Slurm knows the last: ids start over when a controller is installed anew.
     newest = {(content.get("cluster"), content.get("id")): folder for folder, content in contents}
-    jobs = []
     for folder, content in contents:
-        cluster = content.get("cluster")
-        if content.get("id") and newest[cluster, content["id"]] != folder:
-            content["cluster"] = f"{cluster} before its ids started over"
-        jobs.append(Job(folder, content))
+        if content.get("id") and newest[content.get("cluster"), content["id"]] != folder:
+            content["cluster"] = "before its ids started over"
+    jobs = [Job(folder, content) for folder, content in contents]
     for job in jobs:
         job.done()
     return jobs
 
 
-def _age(job: tuple[Path, dict[str, Any]]) -> tuple[str, int, str]:
-    _, content = job
-    job_id = str(content.get("id"))
-    return str(content.get("submitted_at", "")), len(job_id), job_id
-
-
 def _content(folder: Path) -> dict[str, Any]:
     """Return what `job.json` holds, with the id that Slurm knows where its submission was interrupted."""
     try:
-        content = record.RunFolder(folder).job()
+        content = record.read_object(folder / record.JOB)
     except (OSError, ValueError) as error:
         return {"problem": f"unreadable {record.JOB}: {error}"}
     if content.get("id") is None:
@@ -132,11 +123,7 @@ def _content(folder: Path) -> dict[str, Any]:
 
 
 def find(jobs: Sequence[Job], job_id: str, stage: Path) -> Job:
-    """Return the job of that id among those of a stage folder.
-
-    Raises:
-        BenchError: there is none.
-    """
+    """Return the job of that id among those of a stage folder; raise BenchError if there is none."""
     for job in reversed(jobs):
         if job.job_id == job_id:
             return job
@@ -148,11 +135,7 @@ def find(jobs: Sequence[Job], job_id: str, stage: Path) -> Job:
 
 
 def cancel(jobs: Iterable[Job]) -> list[str]:
-    """Cancel the jobs that are still active and return their ids.
-
-    Raises:
-        BenchError: scancel refused.
-    """
+    """Cancel the jobs that are still active and return their ids; raise BenchError if scancel refuses."""
     active = [job for job in jobs if job.active]
     for job in active:
         try:
@@ -162,36 +145,37 @@ def cancel(jobs: Iterable[Job]) -> list[str]:
     return [job.job_id for job in active]
 
 
-def table(jobs: Iterable[Job]) -> Table:
-    """Return the listing."""
-    listing = Table()
-    for name in ("job", "state", "point or command"):
-        listing.add_column(name, overflow="fold")
+def table(jobs: Sequence[Job]) -> Group:
+    """Return the listing: a table, then for each job its folder, and what there is to say of it."""
+    listing = Table(box=box.SIMPLE_HEAD)
+    for name in ("job", "state"):
+        listing.add_column(name, no_wrap=True)
+    listing.add_column("point or command", overflow="fold")
     for name in ("step", "step time (s)", "ETA"):
-        listing.add_column(name, justify="right")
-    listing.add_column("folder", overflow="fold")
+        listing.add_column(name, justify="right", no_wrap=True)
+    above = Path(os.path.commonpath([job.folder.parent for job in jobs]))
+    notes = [f"folders, in {above}:"]
     for job in jobs:
-        max_steps = int(job.content.get("max_steps", 0))
-        left_s = int((max_steps - job.steps) * (job.step_time_s or 0))
-        cells = (
-            job.job_id,
-            ": ".join(filter(None, [job.state, job.reason()])),
-            job.what,
-            f"{job.steps}/{max_steps}" if job.is_run else "",
-            f"{job.step_time_s:.4g}" if job.step_time_s is not None else "",
-            f"{left_s // 60}:{left_s % 60:02d}" if job.active and job.step_time_s else "",
-            str(job.folder),
-        )
-        listing.add_row(*map(Text, cells))  # plain: an error may hold square brackets, rich's own markup
-    return listing
+        listing.add_row(*map(Text, _cells(job)))  # plain: an error may hold square brackets, rich's own markup
+        notes.append(f"{job.job_id}  {job.folder.relative_to(above)}")
+        if job.reason:
+            notes.append(f"    {job.state}: {job.reason}")
+    return Group(listing, Text("\n".join(notes)))
+
+
+def _cells(job: Job) -> list[str]:
+    if not job.is_run:
+        return [job.job_id, job.state, job.what]
+    steps, step_time_s = job.progress.steps, job.progress.step_time_s
+    cells = [job.job_id, job.state, job.what, f"{steps}/{job.max_steps}"]
+    if step_time_s is not None:
+        left_s = int((job.max_steps - steps) * step_time_s)
+        cells += [f"{step_time_s:.4g}", f"{left_s // 60}:{left_s % 60:02d}" if job.active and not job.reason else ""]
+    return cells
 
 
 def wait(jobs: Sequence[Job], tick: Callable[[], None]) -> None:
-    """Wait until all jobs are over, calling `tick` at each look; Ctrl-C leaves them running.
-
-    Raises:
-        RunFailed: the watching was interrupted.
-    """
+    """Wait until all jobs are over, calling `tick` at each look; Ctrl-C leaves them running and raises RunFailed."""
     try:
         while not all([job.done() for job in jobs]):
             tick()
@@ -208,8 +192,7 @@ def follow(console: Console, jobs: Sequence[Job], explain: Callable[[Path], str]
     Args:
         explain: returns why the run in a folder failed, and what to do.
 
-    Raises:
-        RunFailed: a job did not complete, or the watching was interrupted.
+    Raises RunFailed if a job did not complete, or the watching was interrupted.
     """
     if not jobs:
         console.print("no job is active")
@@ -229,7 +212,7 @@ def follow(console: Console, jobs: Sequence[Job], explain: Callable[[Path], str]
     if failed:
         lines = [f"{len(failed)} of {len(jobs)} jobs did not complete:"]
         for job in failed:
-            lines.append(f"  job {job.job_id} ({job.what}): {job.state}: {job.reason() or 'see its log'}")
+            lines.append(f"  job {job.job_id} ({job.what}): {job.state}: {job.reason or 'see its log'}")
             if explain is not None and job.is_run:
                 lines += [f"    {line}" for line in explain(job.folder).splitlines()]
         lines += ["python jobs.py log JOB shows more"]
@@ -238,11 +221,9 @@ def follow(console: Console, jobs: Sequence[Job], explain: Callable[[Path], str]
 
 
 def _print_changes(jobs: Sequence[Job], shown: dict[str, str]) -> None:
-    """Print a line for each job whose state or step has changed."""
+    """Print a line for each job that has changed."""
     for job in jobs:
-        timing = "" if job.step_time_s is None else f", {job.step_time_s:.4g} s a step"
-        step = f", step {job.steps}/{job.content.get('max_steps')}{timing}" if job.is_run else ""
-        line = f"job {job.job_id} ({job.what}): {job.state}{step}"
+        line = "  ".join(filter(None, [*_cells(job), job.reason]))
         if shown.get(job.job_id) != line:
             shown[job.job_id] = line
-            print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+            print(f"{time.strftime('%H:%M:%S')}  job {line}", flush=True)

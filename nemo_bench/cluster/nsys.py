@@ -1,8 +1,7 @@
 """Run single ranks of a run under NVIDIA Nsight Systems.
 
-A rank that is to be profiled replaces itself with `nsys profile <itself>`: Slurm's srun starts one command for all
-ranks, and in a container `nsys` is the container's. The process keeps its number, its process group and its open files,
-so that all that ends ranks, or tells them of an end, works as without.
+A rank that is to be profiled replaces itself with `nsys profile <itself>`: srun starts one command for all ranks, and
+in a container `nsys` is the container's. It keeps its number, its process group and its open files.
 """
 
 from __future__ import annotations
@@ -23,27 +22,16 @@ VARIABLE = "NEMO_BENCH_UNDER_NSYS"
 def command(profile: ProfileConfig, run_dir: Path, rank: int | str) -> list[str]:
     """Return `nsys profile` and its options; it writes `<run>/profile/rank<N>.nsys-rep`."""
     return [
-        "nsys",
-        "profile",
-        f"--output={run_dir / PROFILE / f'rank{rank}'}",
-        "--force-overwrite=true",
-        f"--trace={profile.trace}",
-        "--sample=none",
-        "--cpuctxsw=none",
+        *("nsys", "profile", f"--output={run_dir / PROFILE / f'rank{rank}'}", "--force-overwrite=true"),
+        *(f"--trace={profile.trace}", "--sample=none", "--cpuctxsw=none"),
         # Between cudaProfilerStart and cudaProfilerStop. The default, stop-shutdown, would end the rank as well.
-        "--capture-range=cudaProfilerApi",
-        "--capture-range-end=stop",
-        "--cuda-graph-trace=node",
+        *("--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--cuda-graph-trace=node"),
         *profile.nsys_args,
     ]
 
 
 def wrap(profile: ProfileConfig, run_dir: Path, rank: int) -> None:
-    """Go on as `nsys profile <this command>` if nsys is to profile this rank; return if not.
-
-    Raises:
-        BenchError: there is no nsys here.
-    """
+    """Go on as `nsys profile <this command>` if nsys is to profile this rank; raise BenchError if there is no nsys."""
     wrapped = os.environ.pop(VARIABLE, None) is not None
     if wrapped or profile.kind != "nsys" or rank not in profile.ranks:
         return

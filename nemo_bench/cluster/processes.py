@@ -1,8 +1,7 @@
 """Run the ranks of a run as processes of this machine.
 
 Not torchrun: it imports torch in the launching process, leaves its ranks behind when it is killed, and says which rank
-failed in its own words only. Here all ranks end when one fails, on Ctrl-C, and when this process is killed
-(lifeline.py).
+failed in its own words only. Here all ranks end when one fails, on Ctrl-C, and when this process is killed.
 """
 
 from __future__ import annotations
@@ -51,15 +50,14 @@ class ProcessGroup:
     def poll(self) -> Outcome | None:
         """Return how the group ended; None while ranks run and none has failed."""
         codes = [process.poll() for process in self.processes]
-        failed = [(code, rank) for rank, code in enumerate(codes) if code]
-        if failed:
+        if failed := [(code, rank) for rank, code in enumerate(codes) if code]:
             # A rank killed by a signal comes first (its code is negative): the others fail for its sake.
             code, rank = min(failed)
             return Outcome(rank, code, time.time())
-        return Outcome() if all(code == 0 for code in codes) else None
+        return None if None in codes else Outcome()
 
     def stop(self) -> None:
-        """End every rank and every process that a rank started, and return when they are gone: within a few seconds."""
+        """End every rank and every process that a rank started; return when they are gone."""
         self._signal(signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
@@ -91,15 +89,8 @@ def started(
     """
     read_fd, write_fd = os.pipe()  # not inherited unless passed on: the writing end stays with this process
     group = ProcessGroup()
-    common = {
-        **environment,
-        lifeline.VARIABLE: str(read_fd),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    common = {**environment, lifeline.VARIABLE: str(read_fd), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
+    common |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     try:
         for rank in range(ranks):
             with open(RunFolder(run_dir).log(rank), "wb") as log:
@@ -119,15 +110,6 @@ def started(
     finally:
         group.stop()
         os.close(write_fd)
-
-
-def wait(group: ProcessGroup, tick: Callable[[], None]) -> Outcome:
-    """Wait for the ranks, calling `tick` ten times a second."""
-    while (outcome := group.poll()) is None:
-        tick()
-        time.sleep(0.1)
-    tick()
-    return outcome
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Slurm's commands: the batch script of a command, its submission, and what Slurm knows of our jobs."""
+"""Slurm's commands: batch scripts, their submission, and what Slurm knows of our jobs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import functools
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +17,46 @@ from submitit.slurm.slurm import SlurmInfoWatcher
 from nemo_bench.config import ClusterConfig
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_text
-from nemo_bench.project import python_path
-from nemo_bench.record.folder import EXIT, JOB
+from nemo_bench.project import PROJECT, python_path
 
-# Slurm's words for a job that runs, or will run (again) without anybody's help.
-ACTIVE = (
-    *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"),
-    *("SIGNALING", "STOPPED", "STOPPING", "RESIZING", "RESV_DEL_HOLD", "SPECIAL_EXIT", "STAGE_OUT"),
-)
 FAILURES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED")
-UNKNOWN = "UNKNOWN"  # Slurm did not answer, or has forgotten it: neither active nor failed
+UNKNOWN = "UNKNOWN"  # Slurm did not answer, or has forgotten the job
 SCRIPT = "job.sbatch"
 TIMEOUT_S = 30  # of sbatch, squeue, sacct and scontrol
 ASK_EVERY_S = 10
-ASK_SOON_S = 5  # about a job whose batch script has ended
 # sbatch's words for a controller that may have taken the job all the same.
-_NO_ANSWER = re.compile(
-    r"timed out|Unable to contact|Zero Bytes|Unexpected message|connect failure|reset by peer", re.I
-)
+_NO_ANSWER = re.compile("timed out|Unable to contact|Zero Bytes|Unexpected message|connect failure|reset by peer", re.I)
 
 
 class Refused(BenchError):
     """The scheduler refused a job, in its own words."""
 
 
-def sbatch_lines(
-    c: ClusterConfig, *, name: str, nodes: int, ntasks_per_node: int, folder: Path, requeue: bool, signal: str | None
-) -> list[str]:
-    """Return the `#SBATCH` lines of a job whose log goes to `folder`."""
+def batch_script(
+    c: ClusterConfig,
+    *,
+    name: str,
+    folder: Path,
+    command: list[str],
+    environment: Mapping[str, str],
+    nodes: int = 1,
+    ntasks_per_node: int = 1,
+    requeue: bool = True,
+    signal: str | None = None,
+    template: str = "cluster/job.sbatch.j2",
+) -> str:
+    """Return the batch script of a command whose log and records go to `folder`; `template` is within nemo_bench/."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    where = ("account", "partition", "qos", "reservation", "constraint", "nodelist", "exclude")
     options: dict[str, Any] = {
         "job-name": name,
-        "account": c.account,
-        "partition": c.partition,
-        "qos": c.qos,
-        "reservation": c.reservation,
-        "constraint": c.constraint,
-        "nodelist": c.nodelist,
-        "exclude": c.exclude,
+        **{option: getattr(c, option) for option in where},
         "nodes": nodes,
         "ntasks-per-node": ntasks_per_node,
         "cpus-per-task": c.cpus_per_task,
         "gpus-per-node": c.gpus_per_node if c.gres is None else None,
-        "gres": c.gres,
-        "exclusive": c.exclusive,
-        "mem": c.mem,
-        "time": c.time,
-        "dependency": c.dependency,
-        "comment": c.comment,
+        **{option: getattr(c, option) for option in ("gres", "exclusive", "mem", "time", "dependency", "comment")},
         "output": f"{literal(folder)}/slurm-%j.out",
         "open-mode": "append",
         "signal": signal,
@@ -71,37 +64,27 @@ def sbatch_lines(
         "no-requeue": not requeue,
         **{option.replace("_", "-"): value for option, value in c.additional_parameters.items()},
     }
-    return [
+    lines = [
         f"#SBATCH --{option}" if value is True else f"#SBATCH --{option}={shlex.quote(str(value))}"
         for option, value in options.items()
         if value is not None and value is not False
     ]
+    loader = FileSystemLoader(PROJECT / "nemo_bench")
+    jinja = Environment(loader=loader, trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    jinja.filters["quoted"] = shlex.quote
+    values = {"folder": str(folder), "environment": environment, "setup": c.setup, "command": shlex.join(command)}
+    return jinja.get_template(template).render(sbatch_lines="\n".join(lines), **values)
 
 
 def command_script(cluster: ClusterConfig, name: str, command: list[str], folder: Path) -> str:
-    """Return the batch script of one command on one node, with this interpreter and all the node's cores.
+    """Return the batch script of one command on one node. It must bear being killed and run again: it is requeued.
 
-    The command must bear being killed and run again: the job is requeued when it is preempted or its node fails.
+    There is no srun: a step of one task would be bound to one core.
     """
     # What this interpreter needs besides: a project unpacked from a bundle has its packages on the path.
     inherited = cluster.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
-    exports = {**cluster.env, "PYTHONPATH": python_path(inherited), "PYTHONUNBUFFERED": "1"}
-    lines = [
-        "#!/bin/bash",
-        *sbatch_lines(cluster, name=name, nodes=1, ntasks_per_node=1, folder=folder, requeue=True, signal=None),
-        "",
-        f"FOLDER={shlex.quote(str(folder))}",
-        record_id("FOLDER"),
-        f'rm -f "$FOLDER/{EXIT}"',
-        *(f"export {variable}={shlex.quote(value)}" for variable, value in exports.items()),
-        *cluster.setup,
-        "",
-        # No srun: a step of one task would be bound to one core.
-        shlex.join(command),
-        "status=$?",
-        *record_status("FOLDER"),
-    ]
-    return "\n".join(lines)
+    environment = {**cluster.env, "PYTHONPATH": python_path(inherited), "PYTHONUNBUFFERED": "1"}
+    return batch_script(cluster, name=name, folder=folder, command=command, environment=environment)
 
 
 def literal(path: Path) -> str:
@@ -109,47 +92,10 @@ def literal(path: Path) -> str:
     return str(path).replace("%", "%%")
 
 
-def record_id(folder_variable: str) -> str:
-    """Return the shell lines that put the job's id into `job.json`."""
-    return (
-        "# The process that submitted this may not have got to it.\n"
-        f"""sed -i 's/"id": null/"id": "'$SLURM_JOB_ID'"/' "${folder_variable}/{JOB}\""""
-    )
-
-
-def record_status(folder_variable: str) -> list[str]:
-    """Return the shell lines that leave `$status` in the folder, in one step, and end the script with it."""
-    folder = f"${folder_variable}"
-    return [
-        f'printf \'{{"exit_code": %d, "job_id": "%s", "ended_at": "%s"}}\\n\' "$status" "$SLURM_JOB_ID" '
-        f'"$(date -u +%Y-%m-%dT%H:%M:%SZ)" > "{folder}/.{EXIT}.tmp" &&',
-        f'  mv "{folder}/.{EXIT}.tmp" "{folder}/{EXIT}"',
-        'exit "$status"',
-        "",
-    ]
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of Slurm's commands, and so of the jobs.
-
-    sbatch would put the variables of a job that this process runs in before the script's own options; what MPI and CUDA
-    have here is not what a node has; HYDRA_FULL_ERROR is this process's own. SLURM_CONF says which cluster is meant.
-    """
-    hidden = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "HYDRA_", "PMI_", "PMIX_", "CUDA_VISIBLE_DEVICES")
-    return {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(hidden)}
-
-
-def have_sbatch() -> bool:
-    return shutil.which("sbatch") is not None
-
-
 def test_only(script: str) -> tuple[bool, str]:
-    """Return whether the scheduler would take the job, and what it says; nothing is submitted.
-
-    A controller that cannot be asked refuses nothing.
-    """
+    """Return whether the scheduler would take the job, and what it says. If it cannot be asked, it refuses nothing."""
     try:
-        done = _run(["sbatch", "--test-only"], input=script)
+        done = _run("sbatch", "--test-only", input=script)
     except subprocess.TimeoutExpired:
         return True, f"no answer within {TIMEOUT_S} s"
     words = _scheduler_words(done.stderr)
@@ -162,13 +108,13 @@ def submit(script: str, folder: Path, name: str) -> str:
     """Submit the batch script of job `name`, which is kept in `folder`, and return the job's id.
 
     Raises:
-        Refused: the scheduler does not take the job.
-        BenchError: nobody knows whether it took the job.
+        Refused: the scheduler does not take it.
+        BenchError: nobody knows whether it did.
     """
     path = folder / SCRIPT
     write_text(path, script)
     try:
-        done = _run(["sbatch", "--parsable", str(path)])
+        done = _run("sbatch", "--parsable", str(path))
         words = _scheduler_words(done.stderr)
         if done.returncode and not _NO_ANSWER.search(words):
             raise Refused(
@@ -196,12 +142,6 @@ def find(folder: Path, name: str) -> str | None:
     return ids[-1] if ids else None
 
 
-def job_name(script: str) -> str:
-    """Return the name that a batch script asks for."""
-    (line,) = re.findall(r"^#SBATCH --job-name=(.*)$", script, re.MULTILINE)
-    return shlex.split(line)[0]
-
-
 @functools.cache
 def cluster_name() -> str | None:
     """Return the name of the cluster that this machine submits to."""
@@ -212,8 +152,7 @@ def cluster_name() -> str | None:
 class Books(SlurmInfoWatcher):
     """What Slurm knows of all registered jobs, asked for at once.
 
-    submitit's own asks sacct alone, and waits for it for ever. squeue knows more of the last minutes, and is there
-    where the cluster keeps no accounts.
+    submitit's own asks sacct alone, and waits for ever. squeue is fresher, and there where no accounts are kept.
     """
 
     def __init__(self) -> None:
@@ -221,15 +160,12 @@ class Books(SlurmInfoWatcher):
         self.names: set[str] = set()
         self.answered = False  # whether a job that is in neither list is unknown to Slurm
 
-    def refresh(self, *, soon: bool) -> None:
-        """Ask again, if the last time is long enough ago."""
-        if time.time() - self._last_status_check > (ASK_SOON_S if soon else ASK_EVERY_S):
+    def update_if_long_enough(self, mode: str) -> None:
+        if time.time() - self._last_status_check > ASK_EVERY_S:
             self.update()
 
     def update(self) -> None:
         self._last_status_check = time.time()
-        if not self._registered:
-            return
         # By name: squeue fails as a whole over the id of one job that it has forgotten.
         squeue = _answer("squeue", "-h", "-t", "all", "-n", ",".join(self.names), "-o", "%i|%T|%V|%j")
         ids = ",".join(sorted(self._registered))
@@ -239,16 +175,18 @@ class Books(SlurmInfoWatcher):
             self._info_dict.update(self.read_info(f"JobID|State|Submit|JobName\n{rows or ''}"))
 
 
-def _run(command: list[str], input: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, input=input, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment(), check=False
-    )
+def _run(*command: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
+    # The variables of a job that this process runs in would win over the script's own options; what MPI and CUDA have
+    # here is not what a node has. SLURM_CONF says which cluster is meant; cli.py sets HYDRA_FULL_ERROR for itself.
+    hidden = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "HYDRA_", "PMI_", "PMIX_", "CUDA_VISIBLE_DEVICES")
+    env = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(hidden)}
+    return subprocess.run(command, input=input, capture_output=True, text=True, timeout=TIMEOUT_S, env=env, check=False)
 
 
 def _answer(*command: str) -> str | None:
     """Return what a Slurm command prints; None if it is missing, fails or does not answer in time."""
     try:
-        done = _run(list(command))
+        done = _run(*command)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

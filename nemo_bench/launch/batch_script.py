@@ -1,13 +1,11 @@
 """One benchmark point as one Slurm job: the request and the batch script.
 
-The request comes from the point's own configuration. The script stands whole in the run folder, to be read and to be
-run again by hand. It starts the ranks with srun; they find everything else in the run folder. Nothing is pickled: the
-interpreter on the nodes (a container's) may differ from this one.
+The script stands whole in the run folder, to be read and to be run again by hand. It starts the ranks with srun; they
+find everything else in the run folder. Nothing is pickled: the interpreter on the nodes (a container's) may differ.
 """
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -15,9 +13,25 @@ from nemo_bench.cluster import slurm
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.project import PROJECT
-from nemo_bench.record.folder import EXIT, REQUEUE
 
-TEMPLATE = Path(__file__).with_name("point.sbatch.j2")
+
+def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
+    """Return the whole sbatch script of one point."""
+    # Without checkpoints a requeued run would only start over.
+    checkpoints = cfg.checkpoint.every_n_steps is not None
+    return slurm.batch_script(
+        cfg.cluster,
+        # Never `bash` or `interactive`, which Lightning takes for a shell.
+        name=f"nemo-bench-{cfg.model.name}-{cfg.precision.name}-{cfg.world_size}gpu",
+        folder=run_dir,
+        command=_srun_command(cfg, run_dir),
+        environment=rank_environment(cfg),
+        nodes=cfg.trainer.num_nodes,
+        ntasks_per_node=cfg.trainer.devices,
+        requeue=checkpoints,
+        signal=f"USR1@{cfg.cluster.signal_s}" if checkpoints else None,
+        template="launch/point.sbatch.j2",
+    )
 
 
 def _srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
@@ -67,34 +81,3 @@ def rank_environment(cfg: TrainConfig) -> dict[str, str]:
     entrypoint = entrypoint_of(cfg)
     path = {} if entrypoint.keeps_image_pythonpath(cfg) else {"PYTHONPATH": str(PROJECT)}
     return {**entrypoint.environment(cfg), **cfg.cluster.env, **path, "PYTHONUNBUFFERED": "1"}
-
-
-def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
-    """Return the whole sbatch script of one point, from `point.sbatch.j2`."""
-    from jinja2 import Environment, StrictUndefined
-
-    # Without checkpoints a requeued run would only start over.
-    checkpoints = cfg.checkpoint.every_n_steps is not None
-    sbatch_lines = slurm.sbatch_lines(
-        cfg.cluster,
-        # Never `bash` or `interactive`, which Lightning takes for a shell.
-        name=f"nemo-bench-{cfg.model.name}-{cfg.precision.name}-{cfg.world_size}gpu",
-        nodes=cfg.trainer.num_nodes,
-        ntasks_per_node=cfg.trainer.devices,
-        folder=run_dir,
-        requeue=checkpoints,
-        signal=f"USR1@{cfg.cluster.signal_s}" if checkpoints else None,
-    )
-    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
-    environment.filters["quoted"] = shlex.quote
-    return environment.from_string(TEMPLATE.read_text()).render(
-        sbatch_lines="\n".join(sbatch_lines),
-        run_dir=str(run_dir),
-        record_id=slurm.record_id("RUN"),
-        requeue=REQUEUE,
-        exit=EXIT,
-        environment=rank_environment(cfg),
-        setup=cfg.cluster.setup,
-        srun=shlex.join(_srun_command(cfg, run_dir)),
-        record_status="\n".join(slurm.record_status("RUN")).rstrip(),
-    )

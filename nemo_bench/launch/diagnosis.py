@@ -1,7 +1,7 @@
 """Why a run failed, in words, and what to change: read from its ranks' exceptions and logs, and from Slurm's.
 
-Running out of memory and time-outs of collectives are explained with this run's own numbers; all other known causes
-stand in `causes.yaml`. An unknown failure keeps its own words: its first error line, and the file it stands in.
+All known causes stand in `causes.yaml`; to some, this run's own numbers are added. An unknown failure keeps its own
+words: its first error line, and the file it stands in.
 """
 
 from __future__ import annotations
@@ -28,6 +28,16 @@ CAUSES = Path(__file__).with_name("causes.yaml")
 LOG_LINES = 600
 SHOWN_RANKS = 8
 
+# torch's words in the log of a rank that saw a time-out; others are told of it before torch ends them.
+_TIMEOUT, _TOLD = "Watchdog caught collective operation timeout", "Received a dump signal due to a collective timeout"
+# torch 2.3 and 2.4: [PG 1 Rank 0]; later [PG ID 0 PG GUID 0(default_pg) Rank 0]. That rank is within the process group.
+_ENQUEUED = re.compile(
+    r"\[PG (?:ID \d+ PG GUID )?(?P<group>[^\s\]]+) Rank \d+\].*?detected by watchdog at work(?: sequence id)?: \d+"
+    r".*?last enqueued (?:NCCL )?work: (?P<number>-?\d+)"
+)
+# Lines that end a log without saying what the rank was doing.
+_ABORT = re.compile(r"ProcessGroupNCCL|TCPStore|^\s*frame #|terminate called|what\(\):|most recent call first|^\s*$")
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -37,6 +47,17 @@ class Diagnosis:
     advice: list[str]  # what to do, then the first error and its log
     error_line: str = ""
     refused: bool = False  # the rank said itself what is wrong: a BenchError
+
+
+@dataclass(frozen=True)
+class Cause:
+    """An entry of `causes.yaml`, whose head describes the fields."""
+
+    pattern: str
+    meaning: str
+    remedy: str = ""
+    source: str = ""
+    numbers: str = ""
 
 
 def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[str, Any] | None) -> Diagnosis:
@@ -52,15 +73,11 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
     paths = {number: run.log(number) for number in range(cfg.world_size)}
     logs = {number: "\n".join(tail(path, LOG_LINES)) for number, path in paths.items() if path.exists()}
     first = first_error(run.path, rank)
-    if error is not None and (first is None or first.killed_rank is None):
-        lines = explain(cfg, int(error["rank"]), f"{error['type']}: {error['message']}", logs)
-    else:
-        suspects = [rank] if rank is not None else sorted(logs)
-        explained = (_with_numbers(cfg, suspect, logs.get(suspect, ""), logs) for suspect in suspects)
-        lines = next(filter(None, explained), None)
-        if lines is None and first is not None:
-            lines = explain(cfg, rank or 0, first.text, logs)
-    cause, advice = (lines[0] if lines else None), (lines or [])[1:]
+    text = first.text if first else ""
+    if error is not None and not (first and first.killed):
+        text = f"{error['type']}: {error['message']}"
+    lines = explain(cfg, text, logs) or []
+    cause, advice = (lines[0] if lines else None), lines[1:]
     if first is None:
         return Diagnosis(cause, advice)
     return Diagnosis(cause, [*advice, f"first error, in {first.log}: {first.line}"], first.line)
@@ -80,134 +97,34 @@ def failure_text(run_dir: Path) -> str:
     return "\n".join([*own_words, *filter(None, [diagnosis.cause]), *diagnosis.advice])
 
 
-def explain(cfg: TrainConfig, rank: int, text: str, logs: Mapping[int, str]) -> list[str] | None:
+def explain(cfg: TrainConfig, text: str, logs: Mapping[int, str]) -> list[str] | None:
     """Return a line about the cause and lines about what to do; None if the cause is not known.
 
+    The entries of the stage folder's own `causes.yaml` come first. In an entry, `$name` is a named group of its pattern
+    or `vocab_size`.
+
     Args:
-        rank: the rank that failed first.
-        text: its exception's message; without one, its log from the first error on.
+        text: the exception's message; without one, the log from the first error on.
         logs: the end of each rank's log, by rank.
     """
-    return _with_numbers(cfg, rank, text, logs) or known_cause(
-        text, Path(cfg.stage_path), {"vocab_size": f"{cfg.padded_vocab_size:,}"}
-    )
-
-
-def _with_numbers(cfg: TrainConfig, rank: int, text: str, logs: Mapping[int, str]) -> list[str] | None:
-    """Explain what is explained with this run's numbers; its patterns are safe to look for in a whole log."""
-    return _collective_timeout(cfg, rank, text, logs) or _out_of_memory(cfg, text)
-
-
-# --- memory -------------------------------------------------------------------------------------------------
-
-_OUT_OF_MEMORY = re.compile(
-    r"CUDA out of memory|CUDA error: out of memory|Failed to CUDA (?:calloc|malloc)"
-    r"|Cuda failure (?:\d+ )?'out of memory'|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
-)
-# torch 2.1 to 2.11: what was asked for, then what the GPU has and who holds it.
-_TORCH_WORDS = re.compile(
-    r"(?m)CUDA out of memory\. Tried to allocate (?P<size>[\d.]+ \w+)\. *(?P<held>.*?) *(?:See documentation|$)"
-)
-
-
-def _out_of_memory(cfg: TrainConfig, text: str) -> list[str] | None:
-    if not _OUT_OF_MEMORY.search(text):
-        return None
-    if torch_words := _TORCH_WORDS.search(text):
-        lines = [f"out of GPU memory: asked for {torch_words['size']}", torch_words["held"]]
-    else:
-        lines = ["out of GPU memory (asked for outside PyTorch: by NCCL, cuBLAS, cuDNN or CUDA itself)"]
-    if entrypoint_of(cfg).memory_is_estimated:
-        need = estimate_memory(cfg)
-        sizes = {name.removesuffix("_bytes"): size for name, size in vars(need).items() if name != "stage"}
-        parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in sizes.items())
-        lines += [
-            f"needed by this configuration, estimated: {need.total_bytes / GIB:.1f} GiB on a GPU of pipeline stage "
-            f"{need.stage} ({parts}: activations and logits are free by then), plus what CUDA and NCCL take",
-            f"what takes less, by the same estimate: {smaller_configurations(cfg)}",
-        ]
-    return lines
-
-
-# --- collectives --------------------------------------------------------------------------------------------
-
-# The number in "[Rank N]" is the rank within the process group; whose log it is tells the rank of the job.
-_TIMEOUT = re.compile(
-    r"Watchdog caught collective operation timeout: WorkNCCL\(SeqNum=(?P<number>\d+), OpType=(?P<operation>\w+),"
-    r"(?: NumelIn=(?P<numel>\d+), NumelOut=\d+,)? Timeout\(ms\)=(?P<limit>\d+)\) ran for (?P<ran>\d+) milliseconds"
-)
-# torch 2.3 and 2.4: [PG 1 Rank 0]; later [PG ID 0 PG GUID 0(default_pg) Rank 0]
-_STATUS = re.compile(
-    r"\[PG (?:ID \d+ PG GUID )?(?P<group>[^\s\]]+) Rank \d+\].*?detected by watchdog at work(?: sequence id)?: \d+"
-    r".*?last enqueued (?:NCCL )?work: (?P<enqueued>-?\d+), last completed (?:NCCL )?work: (?P<completed>-?\d+)"
-)
-# In the logs of ranks that did not see a time-out themselves, before torch ends them.
-_DUMP_SIGNAL = "Received a dump signal due to a collective timeout from"
-# Lines that end a log without saying what the rank was doing.
-_ABORT = re.compile(r"ProcessGroupNCCL|TCPStore|^\s*frame #|terminate called|what\(\):|most recent call first|^\s*$")
-
-
-def _collective_timeout(cfg: TrainConfig, rank: int, text: str, logs: Mapping[int, str]) -> list[str] | None:
-    if not _TIMEOUT.search(text) and _DUMP_SIGNAL not in text:
-        return None
-    texts = [*logs.items(), (rank, text)]
-    reports = {number: match for number, log in texts if (match := _TIMEOUT.search(log))}
-    if not reports:
-        return None
-    reporter = rank if rank in reports else min(reports)
-    report = reports[reporter]
-    states = {number: match for number, log in logs.items() if (match := _STATUS.search(log))}
-    group = f" of process group {states[reporter]['group']}" if reporter in states else ""
-    numel = f" of {int(report['numel']):,} elements" if report["numel"] else ""
-    lines = [
-        f"NCCL time-out: {report['operation']}{numel} (number {report['number']}{group}) did not end within "
-        f"{int(report['limit']) / 1000:,.0f} s on {_ranks(sorted(reports))}"
-    ]
-    missing = sorted(set(range(cfg.world_size)) - {*reports})
-    if missing:
-        lines.append(f"not reported by {_ranks(missing)}, for which the others may have waited: look there first")
-        lines += [f"  rank{silent}.out ends: {_last_line(logs.get(silent, ''))}" for silent in missing[:3]]
-    elif behind := _behind(states):
-        lines.append(f"{_ranks(behind)} had begun fewer collectives than the others: look there first")
-    else:
-        lines.append("all ranks reported it: the network or a GPU is a likelier cause than one process")
-    lines.append(
-        "NCCL_DEBUG=INFO says how the ranks connect; TORCH_NCCL_TRACE_BUFFER_SIZE=2000 makes torch name the stuck "
-        "collective's caller; on the nodes: dmesg (Xid), ibstat, nvidia-smi"
-    )
-    return lines
-
-
-def _behind(states: Mapping[int, re.Match[str]]) -> list[int]:
-    """Return the ranks that had enqueued less than another rank of the same process group."""
-    most: dict[str, int] = {}
-    for state in states.values():
-        most[state["group"]] = max(most.get(state["group"], -1), int(state["enqueued"]))
-    return sorted(rank for rank, state in states.items() if int(state["enqueued"]) < most[state["group"]])
-
-
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:SHOWN_RANKS]))
-    more = f" and {len(ranks) - SHOWN_RANKS} more" if len(ranks) > SHOWN_RANKS else ""
-    return f"rank{'' if len(ranks) == 1 else 's'} {shown}{more}"
-
-
-def _last_line(log: str) -> str:
-    lines = [line for line in log.splitlines() if not _ABORT.search(line)]
-    return lines[-1][:160] if lines else "(nothing)"
-
-
-# --- other known causes ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cause:
-    """An entry of `causes.yaml`, whose head describes the fields."""
-
-    pattern: str
-    meaning: str
-    remedy: str = ""
-    source: str = ""
+    if _TOLD in text:
+        text = next((log for log in logs.values() if _TIMEOUT in log), text)
+    causes, problem = read_causes(CAUSES), []
+    if (own := Path(cfg.stage_path) / CAUSES.name).exists():
+        try:
+            causes = read_causes(own) + causes
+        except BenchError as error:  # must not hide why the run failed
+            problem = str(error).splitlines()
+    for cause in causes:
+        if match := re.search(cause.pattern, text, re.MULTILINE):
+            values = {"vocab_size": f"{cfg.padded_vocab_size:,}", **match.groupdict("")}
+            meaning, remedy = (
+                Template(words).safe_substitute(values).strip() for words in (cause.meaning, cause.remedy)
+            )
+            numbers = {"memory": _memory, "ranks": _ranks_that_waited}.get(cause.numbers)
+            own_numbers = numbers(cfg, logs) if numbers else []
+            return [meaning.removesuffix(":"), *own_numbers, *filter(None, [remedy]), *problem]
+    return None
 
 
 def read_causes(path: Path) -> list[Cause]:
@@ -221,21 +138,42 @@ def read_causes(path: Path) -> list[Cause]:
     return causes
 
 
-def known_cause(text: str, stage: Path, values: Mapping[str, object]) -> list[str] | None:
-    """Return the meaning and the remedy of the first entry that matches `text`; None if there is none.
+def _memory(cfg: TrainConfig, logs: Mapping[int, str]) -> list[str]:
+    """Return what the configuration needs by the estimate, and what needs less."""
+    if not entrypoint_of(cfg).memory_is_estimated:
+        return []
+    need = estimate_memory(cfg)
+    sizes = {name.removesuffix("_bytes"): size for name, size in vars(need).items() if name != "stage"}
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in sizes.items())
+    return [
+        f"needed by this configuration, estimated: {need.total_bytes / GIB:.1f} GiB on a GPU of pipeline stage "
+        f"{need.stage} ({parts}: activations and logits are free by then), plus what CUDA and NCCL take",
+        f"what takes less, by the same estimate: {smaller_configurations(cfg)}",
+    ]
 
-    The entries of the stage folder's own `causes.yaml` come first. In an entry, `$name` is one of `values` or a named
-    group of its pattern.
-    """
-    causes, problem = read_causes(CAUSES), []
-    if (own := stage / CAUSES.name).exists():
-        try:
-            causes = read_causes(own) + causes
-        except BenchError as error:  # must not hide why the run failed
-            problem = str(error).splitlines()
-    for cause in causes:
-        if match := re.search(cause.pattern, text, re.MULTILINE):
-            values = {**values, **{name: group or "" for name, group in match.groupdict().items()}}
-            lines = [Template(line).safe_substitute(values) for line in (cause.meaning, cause.remedy) if line]
-            return [*(line.strip().removesuffix(":") for line in lines), *problem]
-    return None
+
+def _ranks_that_waited(cfg: TrainConfig, logs: Mapping[int, str]) -> list[str]:
+    """Return which ranks reported a time-out, and which of the others to look at first."""
+    reported = sorted(rank for rank, log in logs.items() if _TIMEOUT in log)
+    lines = [f"reported by {_ranks(reported)}"] if reported else []
+    if silent := sorted(set(range(cfg.world_size)) - {*reported}):
+        lines.append(f"not reported by {_ranks(silent)}, for which the others may have waited: look there first")
+        return lines + [f"  rank{rank}.out ends: {_last_line(logs.get(rank, ''))}" for rank in silent[:3]]
+    enqueued = {
+        rank: (match["group"], int(match["number"])) for rank, log in logs.items() if (match := _ENQUEUED.search(log))
+    }
+    # Sorted by number: what stays of a process group is the last collective that any rank has begun.
+    last = dict(sorted(enqueued.values(), key=lambda work: work[1]))
+    if behind := sorted(rank for rank, (group, number) in enqueued.items() if number < last[group]):
+        return [*lines, f"{_ranks(behind)} had begun fewer collectives than the others: look there first"]
+    return [*lines, "all ranks reported it: the network or a GPU is a likelier cause than one process"]
+
+
+def _ranks(ranks: list[int]) -> str:
+    more = f" and {len(ranks) - SHOWN_RANKS} more" if len(ranks) > SHOWN_RANKS else ""
+    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks[:SHOWN_RANKS]))}{more}"
+
+
+def _last_line(log: str) -> str:
+    lines = [line for line in log.splitlines() if not _ABORT.search(line)]
+    return lines[-1][:160] if lines else "(nothing)"

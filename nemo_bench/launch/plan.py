@@ -1,4 +1,4 @@
-"""What a point is, in words: its name, its plan for `launch=dry`, and the folder of its results."""
+"""What a point is, in words: its plan for `launch=dry`, and the folder of its results."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from nemo_bench import flops
 from nemo_bench.checks.configuration import fused_attention_fits
 from nemo_bench.cluster import nsys
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import Problem
 from nemo_bench.memory import GIB, estimate_memory
-
-
-def point_name(cfg: TrainConfig) -> str:
-    """Return a point's name in tables: `70b fp8 128gpu`."""
-    return f"{cfg.model.name} {cfg.precision.name} {cfg.world_size}gpu"
+from nemo_bench.report.model import bubble_of
 
 
 def results_dir(cfg: TrainConfig) -> Path:
@@ -32,13 +27,16 @@ def plan(cfg: TrainConfig, missing: Iterable[Problem] = ()) -> str:
     m = cfg.model
     per_sequence = cfg.architecture.flops_per_sequence(m.seq_length)
     sequence_parallel = " SP" if m.sequence_parallel and m.tensor_model_parallel_size > 1 else ""
+    virtual = m.virtual_pipeline_model_parallel_size or 1
+    share = bubble_of({"PP": m.pipeline_model_parallel_size, "VP": virtual, "GA": cfg.num_micro_batches})
+    bubble = f": {share:.1%} of a step is pipeline bubble, if all stages have equal work" if share else ""
     lines = [
         f"Llama 3.1 {m.name} ({cfg.architecture.num_parameters / 1e9:.3g}B parameters), {cfg.precision.name}, "
         f"{cfg.world_size} x {cfg.gpu.name} ({cfg.trainer.num_nodes} nodes x {cfg.trainer.devices}): "
         "the configuration's checks passed",
         f"  layout     TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} "
-        f"VP{m.virtual_pipeline_model_parallel_size or 1} CP{m.context_parallel_size} DP{cfg.data_parallel_size}"
-        f"{sequence_parallel}{_bubble(cfg)}",
+        f"VP{virtual} CP{m.context_parallel_size} DP{cfg.data_parallel_size}"
+        f"{sequence_parallel}{bubble}",
         *_attention(cfg),
         f"  batch      MBS {m.micro_batch_size}, GBS {m.global_batch_size}, GA {cfg.num_micro_batches}, "
         f"sequence {m.seq_length}: {m.seq_length * m.global_batch_size:,} tokens a step",
@@ -53,18 +51,6 @@ def plan(cfg: TrainConfig, missing: Iterable[Problem] = ()) -> str:
     if missing:
         lines += ["missing, which a run would need:", *(f"  {problem}" for problem in missing)]
     return "\n".join(lines)
-
-
-def _bubble(cfg: TrainConfig) -> str:
-    m = cfg.model
-    if m.pipeline_model_parallel_size == 1:
-        return ""
-    share = flops.pipeline_bubble(
-        pipeline_stages=m.pipeline_model_parallel_size,
-        virtual_stages=m.virtual_pipeline_model_parallel_size or 1,
-        micro_batches=cfg.num_micro_batches,
-    )
-    return f": {share:.1%} of a step is pipeline bubble, if all stages have equal work"
 
 
 def _attention(cfg: TrainConfig) -> list[str]:

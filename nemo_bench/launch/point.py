@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from nemo_bench.cluster import processes
 from nemo_bench.config import Launch, TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
+from nemo_bench.files import dated_name
 from nemo_bench.launch.diagnosis import Diagnosis, diagnose
 from nemo_bench.launch.plan import plan, rank_plan, results_dir
 from nemo_bench.project import python_path
@@ -94,9 +96,9 @@ def prepare_data(cfg: TrainConfig) -> TrainConfig:
 
 def new_run(cfg: TrainConfig, command: list[str], overrides: list[str], state: str = "running") -> RunFolder:
     """Record a run that is about to be started or submitted, with its configuration as it is now."""
-    run = RunFolder.new(results_dir(cfg))
-    config_yaml = OmegaConf.to_yaml(OmegaConf.structured(cfg))
-    run.create(config_yaml=config_yaml, command=command, overrides=overrides, ranks=cfg.world_size, state=state)
+    run = RunFolder(results_dir(cfg) / dated_name())
+    config_yaml, max_steps = OmegaConf.to_yaml(OmegaConf.structured(cfg)), cfg.trainer.max_steps
+    run.create(config_yaml=config_yaml, command=command, overrides=overrides, max_steps=max_steps, state=state)
     return run
 
 
@@ -112,7 +114,10 @@ def execute(cfg: TrainConfig, run: RunFolder, tick: Callable[[], None]) -> None:
         command = entrypoint.rank_command(cfg, run.path, sys.executable)
         ranks = processes.started(command, rank_environment(cfg), run.path, cfg.trainer.devices)
         with processes.termination_raises(), ranks as group:
-            outcome = processes.wait(group, tick)
+            while (outcome := group.poll()) is None:
+                tick()
+                time.sleep(0.1)
+            tick()
     except KeyboardInterrupt:
         run.set_status(Status("interrupted", exit_code=130, reason="Ctrl-C"))
         raise RunFailed(f"interrupted: all ranks were ended. What was recorded is in {run.path}", 130) from None
@@ -123,17 +128,15 @@ def execute(cfg: TrainConfig, run: RunFolder, tick: Callable[[], None]) -> None:
     if outcome.failed_rank is not None:
         raise RunFailed(record_failure(cfg, run, outcome))
     run.set_status(Status("completed", exit_code=0))
+    if not (status := run.status()).finished:
+        raise RunFailed(f"the run is not complete: {status.reason}\nits record is in {run.path}")
 
 
 def rank_environment(cfg: TrainConfig) -> dict[str, str]:
     """Return the environment of every rank on this machine."""
     entrypoint = entrypoint_of(cfg)
-    environment = {
-        **entrypoint.environment(cfg),
-        **os.environ,  # what the user exports wins over the recipe's environment
-        **cfg.cluster.env,
-        "PYTHONUNBUFFERED": "1",  # a killed rank's log holds its last lines
-    }
+    # What the user exports wins over the recipe's environment. Unbuffered: a killed rank's log holds its last lines.
+    environment = {**entrypoint.environment(cfg), **os.environ, **cfg.cluster.env, "PYTHONUNBUFFERED": "1"}
     if not entrypoint.keeps_image_pythonpath(cfg):
         environment["PYTHONPATH"] = python_path(os.environ.get("PYTHONPATH"))
     return environment
@@ -159,13 +162,12 @@ def record_failure(cfg: TrainConfig, run: RunFolder, outcome: processes.Outcome)
 
 
 def _reason(exit_code: int, error: Mapping[str, Any] | None, diagnosis: Diagnosis) -> str:
-    if exit_code < 0:
-        by_kernel = "(from outside, or by the kernel for want of memory: `dmesg` says)"
-        reason = f"killed by {signal.Signals(-exit_code).name}"
-        if diagnosis.cause is not None:
-            return f"{reason}: {diagnosis.cause}"
-        return f"{reason} {by_kernel}" if -exit_code == signal.SIGKILL else reason
-    if error is None:
+    if error is not None:
+        cause = diagnosis.cause or str(error["message"]).strip().partition("\n")[0]
+        return cause if diagnosis.refused else f"{error['type']}: {cause}"
+    if exit_code >= 0:
         return ": ".join(filter(None, [f"exit status {exit_code}", diagnosis.cause or diagnosis.error_line]))
-    cause = diagnosis.cause or str(error["message"]).strip().partition("\n")[0]
-    return cause if diagnosis.refused else f"{error['type']}: {cause}"
+    reason = f"killed by {signal.Signals(-exit_code).name}"
+    if diagnosis.cause is None and -exit_code == signal.SIGKILL:
+        return f"{reason} (from outside, or by the kernel for want of memory: `dmesg` says)"
+    return ": ".join(filter(None, [reason, diagnosis.cause]))

@@ -2,8 +2,7 @@
 
     python program_rank.py RUN_FOLDER [--in=FOLDER] [--on-ranks 0,8 PREFIX... --] COMMAND...
 
-Rank 0 writes the machine's record first; then the command runs with this process's environment, its output and its exit
-status. It is called by path, not as a module: inside a container the program keeps the image's import path.
+It is called by path, not as a module: inside a container the program keeps the image's import path.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class ProgramError(Exception):
 
 
 def main(run: RunFolder, command: list[str]) -> int:
-    """Run the command and return its exit status; end by the signal that ended it.
+    """Run the command and return its exit status, or end by the signal that ended it; rank 0 records the machine first.
 
     `--in` is the folder that the command runs in, and imports from first. `--on-ranks` puts a profiler's command line
     in front of it on some ranks, with their number for `{rank}`.

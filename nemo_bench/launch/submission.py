@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from nemo_bench.errors import BenchError, Problem, RunFailed
 from nemo_bench.files import dated_name, write_json
 from nemo_bench.launch.batch_script import batch_script
 from nemo_bench.launch.diagnosis import failure_text
-from nemo_bench.launch.plan import files_plan, plan, point_name, results_dir
+from nemo_bench.launch.plan import files_plan, plan, results_dir
 from nemo_bench.launch.point import new_run, prepare_data
-from nemo_bench.record.folder import CONFIG, JOB, RunFolder, Status
+from nemo_bench.record.folder import CONFIG, JOB, Status
+from nemo_bench.report.model import point_name
 from nemo_bench.report.terminal import make_console
 
 
@@ -89,23 +91,26 @@ def _submit_all(points: list[ComposedPoint], configs: list[TrainConfig]) -> list
         raise RunFailed("interrupted: python jobs.py lists what was submitted", 130) from None
     finally:
         if submitted:
-            _write_jobs(Path(configs[0].stage_path), submitted, len(points))
+            # For scripts that work on what one command has submitted.
+            file = Path(configs[0].stage_path) / "submissions" / dated_name() / "jobs.json"
+            ids = " ".join(job.job_id for job in submitted)
+            print(f"{len(submitted)} of {len(points)} jobs submitted: {file}; `scancel {ids}` takes them back")
+            rows = [{"job_id": job.job_id, "run_dir": str(job.folder), **job.content} for job in submitted]
+            with contextlib.suppress(OSError):  # a full disk must not hide which job was submitted last
+                file.parent.mkdir(parents=True)
+                write_json(file, rows)
     return submitted
 
 
 def _submit(cfg: TrainConfig, command: list[str], overrides: list[str]) -> Job:
-    """Record a run and submit it; a refused one does not look as if it were waiting.
-
-    Raises:
-        BenchError: the scheduler refused it, or may have taken it.
-    """
+    """Record a run and submit it; a refused one does not look as if it were waiting."""
     run = new_run(cfg, command, overrides, state="submitted")
     entrypoint_of(cfg).write_files(cfg, run.path)
     try:
         return jobs.submit(
             batch_script(cfg, run.path),
             run.path,
-            point=point_name(cfg),
+            point=point_name(cfg.model.name, cfg.precision.name, cfg.world_size, overrides),
             overrides=overrides,
             nodes=cfg.trainer.num_nodes,
             gpus=cfg.world_size,
@@ -115,24 +120,6 @@ def _submit(cfg: TrainConfig, command: list[str], overrides: list[str]) -> Job:
     except slurm.Refused as error:
         run.set_status(Status("failed", reason=str(error).splitlines()[0]))
         raise
-
-
-def _write_jobs(stage: Path, submitted: list[Job], points: int) -> None:
-    """Write `submissions/<date>/jobs.json`: for scripts that work on what one command has submitted."""
-    file = stage / "submissions" / dated_name() / "jobs.json"
-    ids = " ".join(job.job_id for job in submitted)
-    print(f"{len(submitted)} of {points} jobs submitted: {file}; `scancel {ids}` takes them back")
-    rows = [
-        {
-            **{key: job.content[key] for key in ("point", "overrides", "nodes", "gpus")},
-            "job_id": job.job_id,
-            "run_dir": str(job.folder),
-            "log": str(RunFolder(job.folder).log(0)),
-        }
-        for job in submitted
-    ]
-    file.parent.mkdir(parents=True)
-    write_json(file, rows)
 
 
 def resubmit(job: Job) -> Job:
@@ -146,7 +133,7 @@ def resubmit(job: Job) -> Job:
             f"job {job.job_id} ({job.what}) is not a run of train.py: "
             f"the same command again does what is still missing\n  {job.content['command']}"
         )
-    if not (job.ended or job.lost):
+    if job.active:
         raise BenchError(f"job {job.job_id} is {job.state}: cancel it first (python jobs.py cancel {job.job_id})")
     command = ["python", "jobs.py", "resubmit", job.job_id]
     again = _submit(load(job.folder / CONFIG), command, job.content["overrides"])

@@ -14,9 +14,9 @@ from nemo_bench.errors import BenchError
 from nemo_bench.estimate.rates import constant
 from nemo_bench.estimate.step import Estimate, estimate_of
 from nemo_bench.flops import FlopsConvention
-from nemo_bench.launch.plan import point_name
 from nemo_bench.memory import GIB, estimate_memory
 from nemo_bench.report import references
+from nemo_bench.report.model import point_name
 from nemo_bench.report.references import ReferencePoint
 from nemo_bench.report.runs import load_run
 
@@ -117,7 +117,7 @@ def answer_of(cfg: TrainConfig, calibration: Calibration | None = None) -> Answe
         )
         mfu[convention] = None if peak is None else reached / peak
     return Answer(
-        name=point_name(cfg),
+        name=point_name(cfg.model.name, cfg.precision.name, cfg.world_size),
         layout=layout_text(cfg),
         estimate=estimate,
         calibration=calibration,
@@ -186,9 +186,15 @@ def calibration_by_run(path: Path) -> Calibration:
     if run.times is None:
         raise BenchError(f"calibrate={path}: no step of this run counts; python report.py {path} says why")
     measured_s = run.times.mean_s
-    return Calibration(measured_s / estimate_of(cfg).step_time_s, f"{point_name(cfg)}, {measured_s:.4g} s in {path}")
+    return Calibration(
+        measured_s / estimate_of(cfg).step_time_s,
+        f"{point_name(cfg.model.name, cfg.precision.name, cfg.world_size)}, {measured_s:.4g} s in {path}",
+    )
 
 
 def calibration_by_seconds(cfg: TrainConfig, seconds: float) -> Calibration:
     """Return the factor of a point that took so many seconds."""
-    return Calibration(seconds / estimate_of(cfg).step_time_s, f"{point_name(cfg)}, {seconds:g} s as given")
+    return Calibration(
+        seconds / estimate_of(cfg).step_time_s,
+        f"{point_name(cfg.model.name, cfg.precision.name, cfg.world_size)}, {seconds:g} s as given",
+    )

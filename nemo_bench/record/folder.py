@@ -1,24 +1,6 @@
 """The run folder: everything a report needs, written so that a run killed at any moment is still readable.
 
-========================  ============================================================================================
-config.yaml               the composed configuration, every interpolation resolved
-run.json                  command line, overrides, git revision, processes, state: rewritten whole at each change
-job.json                  of a submitted run: the job's id, cluster, name, when it was submitted, and what it is
-exit.json                 of a Slurm job: its exit status, by its batch script
-node.json                 rank 0's machine: host, devices, driver, package versions, environment without secrets
-steps.jsonl               a line a step (`step`, `loss`, `train_step_timing_s`, ...), flushed at once
-events.jsonl              a line a phase, with its time: importing, building, training, validation, profile, done, ...
-ranks.json                what each rank's device did, gathered after the last step
-nemo_24_09.yaml           entrypoint=nemo_24_09: the whole configuration of its program, which logs in nemo/
-rank<N>.out               everything rank N printed, NeMo's own `train_step_timing in s` lines on rank 0
-rank<N>.error.json        the exception that ended rank N
-peak_rank<N>.json         the measured matrix rate, on devices without a published peak
-checkpoints/              where checkpoint.every_n_steps is set
-profile/                  of a profiled run: rank<N>.trace.json.gz, and its time by kernel class: rank<N>.json, .txt;
-                          or rank<N>.nsys-rep
-========================  ============================================================================================
-
-This module needs the standard library only: it runs inside nemo:24.09, with Python 3.10.
+docs/run_folder.md lists its files. Standard library only: this runs inside nemo:24.09, with Python 3.10.
 """
 
 from __future__ import annotations
@@ -35,11 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.files import dated_name, write_json, write_text
-from nemo_bench.record.first_error import first_error
+from nemo_bench.files import write_json, write_text
+from nemo_bench.record.first_error import by_number, first_ending, first_error, read_end
 from nemo_bench.record.node import git_revision
 
-SCHEMA_VERSION = 1
 CONFIG = "config.yaml"
 RUN = "run.json"
 JOB = "job.json"
@@ -49,6 +30,13 @@ CHECKPOINTS = "checkpoints"
 PROFILE = "profile"
 REQUEUE = "requeue"  # by rank 0 once a last checkpoint is safe; its batch script then asks for the requeue
 EXIT = "exit.json"  # of a Slurm job, by its batch script
+
+# No step for so many step times, and so long, is worth a word.
+STALL_STEPS, STALL_S = 10, 60
+# A progress bar's count of finished steps, in logs of programs that write no record of ours.
+_BAR = re.compile(r"(\d+)/(?:\d+|\?) \[[^\]]*train_step_timing in s[=:] ?([\d.]+)")
+# Slurm's last words about a job, in its log.
+_CANCELLED = re.compile(r"\*\*\* JOB \d+ .*(CANCELLED AT \S+(?: DUE TO [A-Z ]*[A-Z])?)")
 
 
 @dataclass(frozen=True)
@@ -67,88 +55,105 @@ class Status:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    steps: int = 0  # finished
+    step_time_s: float | None = None  # of the last
+    age_s: float = 0.0  # since the last
+
+    @property
+    def stall(self) -> str | None:
+        """That a run which should be making steps makes none."""
+        if self.step_time_s is None or self.age_s < max(STALL_STEPS * self.step_time_s, STALL_S):
+            return None
+        return f"no step for {self.age_s / 60:,.0f} min, and the last took {self.step_time_s:.3g} s"
+
+
+def job_end(folder: Path) -> Status | None:
+    """Return how the Slurm job of a folder ended; None if nothing there says that it did."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a full disk leaves a cut-off file
+        end = read_object(folder / EXIT)
+        code = int(end["exit_code"])
+        return Status("failed" if code else "completed", code, ended_at=end["ended_at"])
+    for log in folder.glob("slurm-*.out"):
+        if words := _CANCELLED.findall(read_end(log)):
+            return Status("killed", reason=words[-1])
+    return None
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """One run's folder. Methods that read raise OSError where the file is missing, ValueError where it is damaged."""
 
     path: Path
 
-    @classmethod
-    def new(cls, results: Path) -> RunFolder:
-        """Return `results/<date>-<time>-<random>`, unique also for runs started in the same second."""
-        return cls(results / dated_name())
-
     def create(
-        self,
-        *,
-        config_yaml: str,
-        command: list[str],
-        overrides: list[str],
-        ranks: int,
-        state: str = "running",
+        self, *, config_yaml: str, command: list[str], overrides: list[str], max_steps: int = 0, state: str = "running"
     ) -> None:
         """Make the folder of a run that this process is about to start, or to submit."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / CONFIG, config_yaml)
-        write_json(
-            self.path / RUN,
-            {
-                "schema_version": SCHEMA_VERSION,
-                "run": self.path.name,
-                "created_at": timestamp(),
-                "command": shlex.join(command),
-                "overrides": overrides,
-                "git": git_revision(),
-                "ranks": ranks,
-                "launcher": {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())},
-                "status": asdict(Status(state)),
-            },
-        )
+        content = {
+            "schema_version": 1,
+            "run": self.path.name,
+            "created_at": timestamp(),
+            "command": shlex.join(command),
+            "overrides": overrides,
+            "git": git_revision(),
+            "max_steps": max_steps,
+            "launcher": _process(os.getpid()),
+            "status": asdict(Status(state)),
+        }
+        write_json(self.path / RUN, content)
 
     def read(self) -> dict[str, Any]:
         """Return the content of `run.json`."""
-        return _read_object(self.path / RUN)
-
-    def job(self) -> dict[str, Any]:
-        """Return the content of a submitted run's `job.json`."""
-        return _read_object(self.path / JOB)
+        return read_object(self.path / RUN)
 
     def status(self) -> Status:
-        """Return the recorded status; a running run whose launching process is gone from this host was killed.
-
-        A Slurm job's end is in `exit.json`, which its batch script writes; without it, only Slurm knows.
-        """
+        """Return how the run stands, by the record and by what its processes and its Slurm job left."""
         content = self.read()
-        status = Status(**content["status"])
-        if status.state == "submitted":
-            return self._job_status() or status
-        launcher = content["launcher"]
-        if (
-            status.state == "running"
-            and launcher["host"] == socket.gethostname()
-            and _process_start(launcher["pid"]) != launcher["started"]
-        ):
+        status, launcher = Status(**content["status"]), content["launcher"]
+        if status.state == "submitted" and (end := job_end(self.path)):
+            status = self._with_reason(end) if end.state == "failed" else end
+        here = launcher["host"] == socket.gethostname()
+        if status.state == "running" and here and launcher != _process(launcher["pid"]):
             return Status("killed", reason="the launching process is gone and recorded no end: it was killed")
+        progress, max_steps = self.progress(), content.get("max_steps", 0)
+        if status.state in ("submitted", "running") and progress.steps < max_steps:
+            return replace(status, reason=progress.stall)
+        if status.finished and progress.steps < max_steps:
+            events = read_lines(self.path / EVENTS)[0]
+            # A program may print no steps.
+            if progress.steps or not events or events[-1].get("event") != "done":
+                reason = f"its ranks ended with exit status 0 at step {progress.steps} of {max_steps}"
+                return replace(status, state="failed", reason=reason)
         return status
 
-    def _job_status(self) -> Status | None:
-        try:
-            end = _read_object(self.path / EXIT)
-        except (FileNotFoundError, ValueError):  # a full disk leaves an empty file
-            return None
-        if end["exit_code"] == 0:
-            return Status("completed", exit_code=0, ended_at=end["ended_at"])
-        reason = f"exit status {end['exit_code']}"
-        errors = self.rank_errors()
+    def _with_reason(self, end: Status) -> Status:
+        errors, reason = self.rank_errors(), f"exit status {end.exit_code}"
         rank = int(errors[0]["rank"]) if errors else None
         error = first_error(self.path, rank)
-        if error and error.killed_rank is not None:
-            rank, reason = error.killed_rank, error.line
+        if error and error.killed:
+            rank, reason = error.rank, error.line
         elif errors:
             message = (str(errors[0]["message"]).strip().splitlines() or [""])[0]
             reason = f"rank {rank} on {errors[0]['host']}: {errors[0]['type']}: {message}"
         elif error:
             reason += f": {error.line}"
-        return Status("failed", exit_code=end["exit_code"], reason=reason, rank=rank, ended_at=end["ended_at"])
+        return replace(end, reason=reason, rank=rank)
+
+    def progress(self) -> Progress:
+        """Return how far the run has come, by its record or by the progress bar in rank 0's log."""
+        steps, log = self.path / STEPS, self.log(0)
+        for line in reversed(tail(steps, 2) if steps.exists() else []):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off
+                row = json.loads(line)
+                return Progress(int(row["step"]) + 1, float(row["train_step_timing_s"]), _age_s(steps))
+        if log.exists() and (bars := _BAR.findall(read_end(log))):
+            return Progress(int(bars[-1][0]), float(bars[-1][1]), _age_s(log))
+        return Progress()
 
     def set_status(self, status: Status) -> None:
         """Record in `run.json` how the run ended."""
@@ -173,21 +178,16 @@ class RunFolder:
 
     def write_rank_error(self, rank: int, error: BaseException) -> None:
         """Record the exception that ended `rank`, for the launching process to show."""
-        write_json(
-            self.path / f"rank{rank}.error.json",
-            {
-                "rank": rank,
-                "host": socket.gethostname(),
-                "time": time.time(),
-                "type": type(error).__name__,
-                "message": str(error),
-            },
-        )
+        content = {"rank": rank, "host": socket.gethostname(), "time": time.time()}
+        content |= {"type": type(error).__name__, "message": str(error)}
+        write_json(self.path / f"rank{rank}.error.json", content)
 
     def rank_errors(self) -> list[dict[str, Any]]:
-        """Return all ranks' exceptions, the earliest first: later ones are often its consequences."""
-        errors = [_read_object(path) for path in self.path.glob("rank*.error.json")]
-        return sorted(errors, key=lambda error: float(error["time"]))
+        """Return all ranks' exceptions, the earliest first: by srun's word, else by the hosts' clocks."""
+        errors = [read_object(path) for path in self.path.glob("rank*.error.json")]
+        ending = first_ending(self.path)
+        first = ending.rank if ending else None
+        return sorted(errors, key=lambda error: (error["rank"] != first, float(error["time"])))
 
     def write_step(self, row: dict[str, Any]) -> None:
         """Append a line to `steps.jsonl`, with `time`: seconds since 1970 at the end of the step."""
@@ -199,16 +199,15 @@ class RunFolder:
 
     def peaks(self) -> list[dict[str, Any]]:
         """Return the matrix rates that the ranks measured; empty where the peak is a published one."""
-        return [_read_object(path) for path in sorted(self.path.glob("peak_rank*.json"))]
+        return [read_object(path) for path in sorted(self.path.glob("peak_rank*.json"))]
 
     def profiles(self) -> dict[str, dict[str, Any]]:
         """Return the time by kernel class of each profiled rank: file name -> content; {} where it is damaged."""
         profiles: dict[str, dict[str, Any]] = {}
-        paths = (self.path / PROFILE).glob("rank*.json")
-        for path in sorted(paths, key=lambda path: (len(path.name), path.name)):  # rank10 after rank9
+        for path in by_number((self.path / PROFILE).glob("rank*.json")):
             profiles[path.name] = {}
             with contextlib.suppress(OSError, ValueError):
-                profiles[path.name] = _read_object(path)
+                profiles[path.name] = read_object(path)
         return profiles
 
     def last_checkpoint(self) -> Path | None:
@@ -246,17 +245,14 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Return the complete JSON lines of `path` from byte `offset` on, and the offset to go on from.
-
-    A last line without its end, from a process that is writing it or was killed over it, is left for the next call.
-    """
+    """Return the complete JSON lines of `path` from byte `offset` on, and the offset to go on from."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read()
     except FileNotFoundError:
         return [], offset
-    complete = data.rfind(b"\n") + 1
+    complete = data.rfind(b"\n") + 1  # a process may be writing the last line, or was killed over it
     rows = []
     for line in data[:complete].splitlines():
         with contextlib.suppress(ValueError):  # cut off by a kill, and the next start's first line behind it
@@ -265,14 +261,9 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """Return the last lines of a log, however large it is."""
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 65536))
-        text = file.read().decode("utf-8", errors="replace")
-    # A progress bar overwrites its line with carriage returns: the last version counts.
-    last_versions = [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines()]
-    return [line for line in last_versions if line][-lines:]
+    """Return the last lines of a log, however large it is; of a progress bar its last version."""
+    texts = (line.rstrip().rpartition("\r")[2] for line in read_end(path).split("\n"))
+    return [text for text in texts if text][-lines:]
 
 
 def timestamp() -> str:
@@ -280,16 +271,21 @@ def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _process_start(pid: int) -> str | None:
-    """Return when a process started, in boot ticks: it tells it from a later one of that number. None: it is gone."""
-    try:
+def _age_s(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
+
+
+def _process(pid: int) -> dict[str, Any]:
+    """Return what tells a process of this host from a later one of its number: when it started, in boot ticks."""
+    started = None
+    with contextlib.suppress(OSError, IndexError):  # it is gone
         # The second field, the program's name in parentheses, may hold blanks.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return {"host": socket.gethostname(), "pid": pid, "started": started}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raise ValueError if it holds none."""
     content = json.loads(path.read_text())
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")

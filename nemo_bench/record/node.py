@@ -19,7 +19,7 @@ from nemo_bench.record.redaction import is_secret
 
 NODE = "node.json"
 
-# What a benchmark's numbers can depend on. An allow list: a secret in an unexpected variable stays out of the record.
+# An allow list: a secret in an unexpected variable stays out of the record.
 _KEPT_ENVIRONMENT = re.compile(
     r"^(SLURM|SBATCH|NCCL|NVTE|CUDA|CUBLAS|CUDNN|TORCH|PYTORCH|NVIDIA|NEMO|MEGATRON|OMP|MKL|GLOO|UCX|FI|PMI|PMIX|UB)_"
     r"|^(PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|PYTHONUNBUFFERED|STAGE_PATH|GSW_VERSION|VIRTUAL_ENV|CONDA_PREFIX"
@@ -35,29 +35,24 @@ _PACKAGES = (
 
 def write_node(run_dir: Path) -> None:
     """Write `node.json`, about the machine and software that this process runs on. Imports nothing heavy."""
-    write_json(
-        run_dir / NODE,
-        {
-            "host": socket.gethostname(),
-            "system": platform.platform(),
-            "cpu": _cpu_model(),
-            "cpu_cores": os.cpu_count(),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "gpus": _gpus(),
-            "python": platform.python_version(),
-            "packages": _package_versions(),
-            "environment": kept_environment(dict(os.environ)),
-        },
-    )
+    content = {
+        "host": socket.gethostname(),
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": _gpus(),
+        "python": platform.python_version(),
+        "packages": _package_versions(),
+        "environment": kept_environment(dict(os.environ)),
+    }
+    write_json(run_dir / NODE, content)
 
 
 def kept_environment(environment: dict[str, str]) -> dict[str, str]:
     """Return the variables that a benchmark can depend on, without anything that looks like a secret."""
-    return {
-        name: value
-        for name, value in sorted(environment.items())
-        if _KEPT_ENVIRONMENT.match(name) and not is_secret(name)
-    }
+    kept = (name for name in sorted(environment) if _KEPT_ENVIRONMENT.match(name) and not is_secret(name))
+    return {name: environment[name] for name in kept}
 
 
 @functools.cache  # a sweep records it for each point
@@ -66,7 +61,8 @@ def git_revision() -> dict[str, Any] | None:
     revision = _output(["git", "rev-parse", "HEAD"], cwd=PROJECT)
     if revision is None:
         return None
-    changes = _output(["git", "status", "--porcelain"], cwd=PROJECT)
+    # Without locks: a kill would leave one behind.
+    changes = _output(["git", "--no-optional-locks", "status", "--porcelain"], cwd=PROJECT)
     return {"revision": revision.strip(), "modified": bool(changes and changes.strip())}
 
 

@@ -30,11 +30,9 @@ def gathered(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     steady = rows[min(UNSTEADY_STEPS, len(rows) - 1) :] if rows else []
     numbers: dict[str, Any] = {"steps": len(steady)}
     for name, source, summary in _NUMBERS:
-        values = [float(row[source]) for row in steady if row.get(source) is not None]
-        if values:
+        if values := [float(row[source]) for row in steady if row.get(source) is not None]:
             numbers[name] = round(summary(values), 6)  # type: ignore[operator]  # each takes a list of floats
-    watched = [row["throttle_reasons"] for row in steady if row.get("throttle_reasons") is not None]
-    if watched:
+    if watched := [row["throttle_reasons"] for row in steady if row.get("throttle_reasons") is not None]:
         counts = Counter(reason for reasons in watched for reason in set(reasons))
         numbers["throttled"] = {reason: round(counts[reason] / len(watched), 4) for reason in sorted(counts)}
     return numbers
@@ -47,13 +45,9 @@ def write_ranks(run_dir: Path, ranks: Sequence[dict[str, Any]]) -> None:
 
 
 def read_ranks(run_dir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the ranks of `ranks.json`; without one (a run that ended early), rank 0 by its steps.
-
-    Raises ValueError, KeyError or TypeError if the file is damaged.
-    """
-    try:
+    """Return the ranks of `ranks.json`; without one (a run that ended early), rank 0 by its steps."""
+    if (run_dir / RANKS).exists():
         ranks: list[dict[str, Any]] = json.loads((run_dir / RANKS).read_text())["ranks"]
         return ranks
-    except FileNotFoundError:
-        measured = any("power_w" in row or "sm_clock_mhz" in row for row in rows)
-        return [{"rank": 0, **gathered(rows)}] if measured else []
+    measured = any("power_w" in row or "sm_clock_mhz" in row for row in rows)
+    return [{"rank": 0, **gathered(rows)}] if measured else []

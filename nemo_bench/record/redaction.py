@@ -21,17 +21,12 @@ _ASSIGNED = re.compile(
     rf"(?P<name>{_NAME})(?P<between>[\"']?[^\S\n]*[=:][^\S\n]*)(?P<value>\"[^\"\n]*\"|'[^'\n]*'|[^\s,;\"'}}\])]+)",
     re.IGNORECASE,
 )
+# Tokens of Hugging Face, NVIDIA, GitHub, GitLab, OpenAI and others, Slack, AWS, Google; JSON web tokens; private keys,
+# up to their end or, where that is cut off, to the end of the text.
 _FORMS = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|\bnvapi-[\w\-]{16,}"  # NVIDIA
-    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"  # GitHub
-    r"|\bglpat-[\w\-]{16,}"  # GitLab
-    r"|\bsk-[\w\-]{20,}"  # OpenAI and others
-    r"|\bxox[abprs]-[\w\-]{10,}"  # Slack
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS
-    r"|\bAIza[\w\-]{35}"  # Google
-    r"|\beyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]*"  # JSON web tokens
-    # A private key: up to its end, over any number of lines, or to the end of the text if it is cut off.
+    r"\bhf_[A-Za-z0-9]{16,}|\bnvapi-[\w\-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w\-]{16,}"
+    r"|\bsk-[\w\-]{20,}|\bxox[abprs]-[\w\-]{10,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[\w\-]{35}"
+    r"|\beyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]*"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
 _BEARER = re.compile(r"\b((?:Bearer|Basic)[^\S\n]+)[\w\-.~+/]{8,}=*", re.IGNORECASE)

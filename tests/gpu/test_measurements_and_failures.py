@@ -110,7 +110,7 @@ def test_out_of_memory(cfg: TrainConfig) -> None:
 
     with pytest.raises(torch.OutOfMemoryError) as error:
         torch.empty(1 << 42, dtype=torch.uint8, device="cuda")
-    text = "\n".join(explain(cfg, 0, f"OutOfMemoryError: {error.value}", {}) or [])
+    text = "\n".join(explain(cfg, f"OutOfMemoryError: {error.value}", {}) or [])
     print(text)
     for part in (
         "asked for 4096.00 GiB",
@@ -126,7 +126,7 @@ def test_out_of_memory(cfg: TrainConfig) -> None:
 def test_a_collective_that_a_rank_never_joins(tmp_path: Path, cfg: TrainConfig) -> None:
     cfg.trainer.devices, cfg.stage_path = 2, str(tmp_path)
     text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
-    record.RunFolder(tmp_path).create(config_yaml=text, command=["python", "train.py"], overrides=[], ranks=2)
+    record.RunFolder(tmp_path).create(config_yaml=text, command=["python", "train.py"], overrides=[])
     ranks, port = [], str(processes.free_port())
     for rank in range(2):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

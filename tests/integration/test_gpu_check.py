@@ -111,7 +111,7 @@ def test_a_rank_without_a_gpu_ends_with_one_message(tmp_path: Path) -> None:
     cfg, run = replace(FP8, stage_path=str(tmp_path)), record.RunFolder(tmp_path / "run")
     run.path.mkdir()
     text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
-    run.create(config_yaml=text, command=["python", "train.py"], overrides=[], ranks=1)
+    run.create(config_yaml=text, command=["python", "train.py"], overrides=[])
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0"}
     with open(run.log(0), "wb") as log:
         done = subprocess.run(

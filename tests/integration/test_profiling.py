@@ -66,7 +66,7 @@ class Launched:
         with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
             cfg = typed(compose("train", [*chosen, f"stage_path={stage}", *overrides]))
         text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
-        record.RunFolder(self.run_dir).create(config_yaml=text, command=["test"], overrides=[], ranks=2)
+        record.RunFolder(self.run_dir).create(config_yaml=text, command=["test"], overrides=[])
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, str(self.run_dir)],
             env={**environment(stage), "PYTHONPATH": str(PROJECT), "PATH": f"{folder}:{os.environ['PATH']}"},

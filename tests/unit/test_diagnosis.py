@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from nemo_bench.cluster.processes import Outcome
 from nemo_bench.config import TrainConfig, load
-from nemo_bench.errors import BenchError
+from nemo_bench.entrypoints.nemo2 import Nemo2
+from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import write_json
 from nemo_bench.launch import point
 from nemo_bench.launch.diagnosis import Diagnosis, diagnose, explain, failure_text
@@ -32,27 +34,49 @@ OUT_OF_MEMORY = (
 )
 
 
+WATCHDOG = (
+    "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=2635, OpType=ALLREDUCE, NumelIn=1259621, "
+    "NumelOut=1259621, Timeout(ms)=600000) ran for 600024 milliseconds before timing out."
+)
+TIME_OUT = "NCCL time-out: ALLREDUCE, number 2635 of its process group, did not end within 600000 ms"
+
+
 def timed_out(rank: int, *, enqueued: int = 2635, group: str = "0(default_pg)", group_rank: int | None = None) -> str:
     """Return a rank's log as torch 2.6 and later write it."""
     inner = rank if group_rank is None else group_rank
-    words = (
-        f"[Rank {inner}] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=2635, OpType=ALLREDUCE, "
-        "NumelIn=1259621, NumelOut=1259621, Timeout(ms)=600000) ran for 600024 milliseconds before timing out."
-    )
     source = f"[rank{rank}]:[E1118 20:32:23.955028747 ProcessGroupNCCL.cpp:"
     where = f"[PG ID 0 PG GUID {group} Rank {inner}]"
     lines = [
         "[NeMo I 2026-11-18 20:22:20 nemo_logging:393] Training epoch 0, iteration 12/49",
-        f"{source}629] {words}",
+        f"{source}629] [Rank {inner}] {WATCHDOG}",
         f"{source}2168] {where}  failure detected by watchdog at work sequence id: 2635 PG status: last enqueued work: "
         f"{enqueued}, last completed work: 2634",
-        f"{source}1895] {where} Process group watchdog thread terminated with exception: {words}",
+        f"{source}1895] {where} Process group watchdog thread terminated with exception: [Rank {inner}] {WATCHDOG}",
         "Exception raised from checkTimeout at ProcessGroupNCCL.cpp:632 (most recent call first):",
         *(f"frame #{number}: c10d::ProcessGroupNCCL::watchdogHandler() + 0x5e7 (0x7f8)" for number in range(60)),
         "terminate called after throwing an instance of 'c10::DistBackendError'",
-        f"  what():  {where} Process group watchdog thread terminated with exception: {words}",
+        f"  what():  {where} Process group watchdog thread terminated with exception: [Rank {inner}] {WATCHDOG}",
     ]
     return "\n".join(lines)
+
+
+def timed_out_in_torch_2_4(rank: int, *, enqueued: int, place: str) -> str:
+    source = f"[rank{rank}]:[E1206 18:44:12.715298746 ProcessGroupNCCL.cpp:607]"
+    return (
+        f"{source} [Rank {rank}] {WATCHDOG}\n{source} [{place} Rank {rank}] Exception (either an error or timeout) "
+        f"detected by watchdog at work: 2635, last enqueued NCCL work: {enqueued}, last completed NCCL work: 2634.\n"
+    )
+
+
+TOLD = (
+    "reading shard 7\n[rank5]:[E703 21:51:54.112142364 ProcessGroupNCCL.cpp:1987] [PG ID 0 PG GUID 0(default_pg) "
+    "Rank 5] Received a dump signal due to a collective timeout from  rank 2 and we will try our best to dump the "
+    "debug info. Last enqueued NCCL work: 2634, last completed NCCL work: 2634.\n"
+    "terminate called after throwing an instance of 'c10::DistBackendError'\n"
+)
+READING = "[NeMo I 2026-11-18 20:22:20 nemo_logging:393] Training epoch 0, iteration 12/49\nreading shard 7\n"
+ALL_ALIKE = "all ranks reported it: the network or a GPU is a likelier cause than one process"
+GROUP = "12(TENSOR_MODEL_PARALLEL_GROUP)"
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +93,15 @@ def eight() -> TrainConfig:
     return composed("scale=8gpu", "model=8b", "data=mock")
 
 
-def explained(cfg: TrainConfig, text: str, rank: int = 0, logs: dict[int, str] | None = None) -> str:
-    lines = explain(cfg, rank, text, logs or {})
+def explained(cfg: TrainConfig, text: str, logs: dict[int, str] | None = None) -> list[str]:
+    lines = explain(cfg, text, logs or {})
     assert lines is not None
-    return "\n".join(lines)
-
-
-# --- memory ---
+    return lines
 
 
 def test_out_of_memory_says_what_there_was_what_is_needed_and_what_helps(four_layers: TrainConfig) -> None:
-    text = explained(four_layers, f"OutOfMemoryError: {OUT_OF_MEMORY}\nnext line")
-    headline, state, needed, less = text.splitlines()
-    assert (headline, state) == ("out of GPU memory: asked for 3.91 GiB", MEMORY_STATE)
+    headline, needed, less = explained(four_layers, f"OutOfMemoryError: {OUT_OF_MEMORY}\nnext line")
+    assert headline == f"out of GPU memory: asked for 3.91 GiB. {MEMORY_STATE}"
     assert needed.startswith("needed by this configuration, estimated: 102.9 GiB on a GPU of pipeline stage 0 (")
     for part in ("parameters 10.3", "gradients 10.3", "optimizer 61.7", "activations ", "logits "):
         assert part in needed
@@ -93,11 +113,11 @@ def test_out_of_memory_says_what_there_was_what_is_needed_and_what_helps(four_la
 
 
 def test_what_takes_less_is_what_the_checks_let_through() -> None:
-    text = explained(composed("scale=64gpu", "data=mock"), OUT_OF_MEMORY)
-    assert "model.tensor_model_parallel_size=8 (" in text and "model.context_parallel_size=4 (" in text
-    assert "trainer." not in text and "micro_batch_size" not in text
+    less = explained(composed("scale=64gpu", "data=mock"), OUT_OF_MEMORY)[-1]
+    assert "model.tensor_model_parallel_size=8 (" in less and "model.context_parallel_size=4 (" in less
+    assert "trainer." not in less and "micro_batch_size" not in less
     larger = composed("scale=64gpu", "data=mock", "model.micro_batch_size=4")
-    assert "model.micro_batch_size=2" in explained(larger, OUT_OF_MEMORY)
+    assert "model.micro_batch_size=2" in explained(larger, OUT_OF_MEMORY)[-1]
 
 
 @pytest.mark.parametrize(
@@ -110,79 +130,59 @@ def test_what_takes_less_is_what_the_checks_let_through() -> None:
     ],
 )
 def test_memory_asked_for_outside_of_pytorch(text: str, four_layers: TrainConfig) -> None:
-    headline = explained(four_layers, text).splitlines()[0]
-    assert headline == "out of GPU memory (asked for outside PyTorch: by NCCL, cuBLAS, cuDNN or CUDA itself)"
+    headline = "out of GPU memory (asked for outside PyTorch: by NCCL, cuBLAS, cuDNN or CUDA itself)"
+    assert explained(four_layers, text)[0] == headline
 
 
-# --- collectives ---
-
-
-def test_the_rank_that_the_others_waited_for_is_named(eight: TrainConfig) -> None:
-    logs = {rank: timed_out(rank) for rank in range(8) if rank != 5}
-    logs[5] = "[NeMo I 2026-11-18 20:22:20 nemo_logging:393] Training epoch 0, iteration 12/49\nreading shard 7\n"
-    headline, missing, its_end, advice = explained(eight, logs[2], 2, logs).splitlines()
-    assert headline == (
-        "NCCL time-out: ALLREDUCE of 1,259,621 elements (number 2635 of process group 0(default_pg)) did not end "
-        "within 600 s on ranks 0, 1, 2, 3, 4, 6, 7"
-    )
-    assert missing == "not reported by rank 5, for which the others may have waited: look there first"
-    assert its_end == "  rank5.out ends: reading shard 7"
-    assert "NCCL_DEBUG=INFO" in advice
-
-
-def test_a_rank_of_a_process_group_is_told_by_whose_log_it_is(eight: TrainConfig) -> None:
-    """In the message of a tensor-parallel group the ranks count from 0 in each group."""
-    group = "12(TENSOR_MODEL_PARALLEL_GROUP)"
-    logs = {4: timed_out(4, group=group, group_rank=0), 6: timed_out(6, group=group, group_rank=2)}
-    text = explained(eight, logs[4], 4, logs)
-    assert f"of process group {group}) did not end within 600 s on ranks 4, 6" in text
-    assert "not reported by ranks 0, 1, 2, 3, 5, 7," in text and "rank0.out ends: (nothing)" in text
-
-
-def test_where_all_reported_it_the_one_behind_is_named(eight: TrainConfig) -> None:
-    logs = {rank: timed_out(rank, enqueued=2633 if rank == 3 else 2640) for rank in range(8)}
-    behind = "\nrank 3 had begun fewer collectives than the others: look there first\n"
-    assert behind in explained(eight, logs[0], 0, logs)
-    alike = {rank: timed_out(rank) for rank in range(8)}
-    assert "the network or a GPU is a likelier cause than one process" in explained(eight, alike[0], 0, alike)
-
-
-def test_a_rank_that_was_only_told_of_the_time_out_did_not_report_it(eight: TrainConfig) -> None:
-    dump_signal = (
-        "reading shard 7\n[rank5]:[E703 21:51:54.112142364 ProcessGroupNCCL.cpp:1987] [PG ID 0 PG GUID 0(default_pg) "
-        "Rank 5] Received a dump signal due to a collective timeout from  rank 2 and we will try our best to dump the "
-        "debug info. Last enqueued NCCL work: 2634, last completed NCCL work: 2634.\n"
-        "terminate called after throwing an instance of 'c10::DistBackendError'\n"
-    )
-    logs = {rank: timed_out(rank) for rank in range(8)} | {5: dump_signal}
-    text = explained(eight, dump_signal, 5, logs)
-    assert text.startswith("NCCL time-out: ALLREDUCE") and "within 600 s on ranks 0, 1, 2, 3, 4, 6, 7\n" in text
-    assert "  rank5.out ends: reading shard 7\n" in text
+@pytest.mark.parametrize(
+    ("logs", "lines"),
+    [
+        (
+            {rank: READING if rank == 5 else timed_out(rank) for rank in range(8)},
+            [
+                "reported by ranks 0, 1, 2, 3, 4, 6, 7",
+                "not reported by rank 5, for which the others may have waited: look there first",
+                "  rank5.out ends: reading shard 7",
+            ],
+        ),
+        # Ranks within a tensor-parallel group count from 0: whose log it is tells the rank.
+        (
+            {4: timed_out(4, group=GROUP, group_rank=0), 6: timed_out(6, group=GROUP, group_rank=2)},
+            ["reported by ranks 4, 6", "not reported by ranks 0, 1, 2, 3, 5, 7, for", "  rank0.out ends: (nothing)"],
+        ),
+        # A rank that was only told of it reported nothing.
+        (
+            {rank: TOLD if rank == 5 else timed_out(rank) for rank in range(8)},
+            ["reported by ranks 0, 1, 2, 3, 4, 6, 7", "not reported by rank 5,", "  rank5.out ends: reading shard 7"],
+        ),
+        ({rank: timed_out(rank) for rank in range(8)}, ["reported by ranks 0, 1, 2, 3, 4, 5, 6, 7", ALL_ALIKE]),
+        *(
+            (
+                {rank: log(rank, enqueued=2633 if rank == 3 else 2640) for rank in range(8)},
+                ["reported by ranks 0, ", "rank 3 had begun fewer collectives than the others: look there first"],
+            )
+            for log in (
+                timed_out,
+                functools.partial(timed_out_in_torch_2_4, place="PG 1"),
+                functools.partial(timed_out_in_torch_2_4, place="PG ID 0 PG GUID 1"),
+            )
+        ),
+    ],
+)
+def test_a_time_out_names_the_rank_to_look_at_first(logs: dict[int, str], lines: list[str], eight: TrainConfig) -> None:
+    text = next((log for log in logs.values() if log == TOLD), list(logs.values())[-1])
+    headline, *own, advice = explained(eight, text, logs)
+    assert headline == TIME_OUT and "NCCL_DEBUG=INFO" in advice
+    assert all(line.startswith(start) for line, start in zip(own, lines, strict=False)) and len(own) >= len(lines)
 
 
 def test_many_ranks_are_counted_and_an_exception_that_holds_the_time_out_needs_no_log() -> None:
     cfg = composed("scale=2048gpu", "data=mock")
-    logs = {rank: timed_out(rank) for rank in range(1, 2000)}
-    text = explained(cfg, f"DistBackendError: {timed_out(0)}", 0, logs)
-    assert "on ranks 0, 1, 2, 3, 4, 5, 6, 7 and 1992 more" in text
-    assert "not reported by ranks 2000, 2001, 2002, 2003, 2004, 2005, 2006, 2007 and 40 more" in text
-    assert len(text.splitlines()) == 6
-
-
-@pytest.mark.parametrize("place", ["PG 1", "PG ID 0 PG GUID 1"], ids=["torch 2.4", "torch 2.5"])
-def test_the_formats_of_older_versions(place: str, eight: TrainConfig) -> None:
-    source = "[rank0]:[E1206 18:44:12.715298746 ProcessGroupNCCL.cpp:607]"
-    lines = (
-        f"{source} [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7753, "
-        "OpType=_REDUCE_SCATTER_BASE, NumelIn=544997376, NumelOut=68124672, Timeout(ms)=600000) ran for 600061 "
-        f"milliseconds before timing out.\n{source} [{place} Rank 0] Exception (either an error or timeout) detected "
-        "by watchdog at work: 7753, last enqueued NCCL work: 7755, last completed NCCL work: 7752.\n"
-    )
-    behind = {rank: lines.replace("work: 7755", "work: 7753") if rank == 6 else lines for rank in range(8)}
-    text = explained(eight, lines, 0, behind)
-    operation = "_REDUCE_SCATTER_BASE of 544,997,376 elements (number 7753 of process group 1)"
-    assert text.startswith(f"NCCL time-out: {operation} did not end")
-    assert "\nrank 6 had begun fewer" in text
+    lines = explained(cfg, f"DistBackendError: {timed_out(0)}", {rank: timed_out(rank) for rank in range(2000)})
+    assert lines[1] == "reported by ranks 0, 1, 2, 3, 4, 5, 6, 7 and 1992 more"
+    assert lines[2].startswith("not reported by ranks 2000, 2001, 2002, 2003, 2004, 2005, 2006, 2007 and 40 more")
+    assert len(lines) == 7
+    assert explained(cfg, f"DistBackendError: {timed_out(0)}")[1].startswith("not reported by ranks 0, 1, 2")
 
 
 # --- a run folder ---
@@ -207,8 +207,8 @@ def test_the_watchdogs_abort_is_explained_from_the_logs(run: RunFolder, eight: T
     # an exception that another rank had because of it
     run.write_rank_error(5, RuntimeError("Connection closed by peer"))
     lines = message_of(run, eight, 2, -6).splitlines()
-    assert lines[0].startswith("rank 2 of 8 failed: killed by SIGABRT: NCCL time-out: ALLREDUCE of 1,259,621 elements")
-    assert lines[1] == "  not reported by rank 5, for which the others may have waited: look there first"
+    assert lines[0] == f"rank 2 of 8 failed: killed by SIGABRT: {TIME_OUT}"
+    assert lines[2] == "  not reported by rank 5, for which the others may have waited: look there first"
     assert f"the last lines of {run.log(2)}:" in lines
     status = run.status()
     assert status.state == "killed" and "NCCL time-out" in (status.reason or "")
@@ -241,8 +241,10 @@ def test_what_is_not_explained_keeps_its_own_words(
     assert message_of(run, eight, 1, exit_code, error) == f"rank 1 of 8 failed: {message.format(log=run.log(1))}"
 
 
-def test_a_job_that_left_no_exception_is_explained_from_its_logs(run: RunFolder) -> None:
+def test_a_job_that_left_no_exception_is_explained_from_its_logs(run: RunFolder, eight: TrainConfig) -> None:
     """A rank that a signal ended in a Slurm job: only the logs tell which one it was."""
+    for rank in (0, None):
+        assert diagnose(eight, run, rank, None) == Diagnosis(None, [])
     for rank in range(8):
         run.log(rank).write_text("step 12\n" if rank == 0 else timed_out(rank))
     run.set_status(Status("submitted"))
@@ -251,6 +253,11 @@ def test_a_job_that_left_no_exception_is_explained_from_its_logs(run: RunFolder)
     assert text.startswith("NCCL time-out: ALLREDUCE") and "not reported by rank 0" in text
 
 
-def test_a_run_without_logs_has_no_diagnosis(run: RunFolder, eight: TrainConfig) -> None:
-    for rank in (0, None):
-        assert diagnose(eight, run, rank, None) == Diagnosis(None, [])
+def test_ranks_that_end_with_0_before_the_last_step_have_failed(
+    run: RunFolder, eight: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Nemo2, "rank_command", lambda *_: ["/bin/true"])
+    run.write_step({"step": 3, "train_step_timing_s": 1.0})
+    with pytest.raises(RunFailed, match="not complete: its ranks ended with exit status 0 at step 4 of 50"):
+        point.execute(eight, run, lambda: None)
+    assert run.status().state == "failed"

@@ -17,45 +17,48 @@ from nemo_bench.record import folder as record
 WRAPPER = Path(record.__file__).parents[1] / "launch" / "program_rank.py"
 
 
-def wrapped(run_dir: Path, script: str, rank: str = "0") -> subprocess.Popen[bytes]:
+def wrapped(run_dir: Path, *command: str, rank: int = 0) -> subprocess.CompletedProcess[str]:
     # -S: no installed packages, as in a container that has none of ours.
-    return subprocess.Popen(
-        [sys.executable, "-S", str(WRAPPER), str(run_dir), "/bin/sh", "-c", script],
-        env={"PATH": os.environ["PATH"], "SLURM_PROCID": rank},
+    return subprocess.run(
+        [sys.executable, "-S", str(WRAPPER), str(run_dir), *command],
+        env={"PATH": os.environ["PATH"], "SLURM_PROCID": str(rank)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
 def test_rank_0_alone_records_its_machine_and_the_programs_phases(tmp_path: Path) -> None:
-    assert wrapped(tmp_path, "exit 0", rank="3").wait(60) == 0
+    assert wrapped(tmp_path, "true", rank=3).returncode == 0
     assert list(tmp_path.iterdir()) == []
-    assert wrapped(tmp_path, "exit 0").wait(60) == 0
+    assert wrapped(tmp_path, "true").returncode == 0
     assert json.loads((tmp_path / "node.json").read_text())["python"].startswith("3.")
     events, _ = record.read_lines(tmp_path / record.EVENTS)
     assert [event["event"] for event in events] == ["importing", "done"]
 
 
 @pytest.mark.parametrize(
-    ("log", "message"),
+    ("log", "script", "status", "message"),
     [
-        ("starting\nValueError: bad table\nRuntimeError: closed\n", "ValueError: bad table\nRuntimeError: closed"),
-        ("", "exit status 7"),
+        ("starting\nValueError: bad\nRuntimeError: closed\n", "exit 7", 7, "ValueError: bad\nRuntimeError: closed"),
+        ("", "exit 7", 7, "exit status 7"),
+        ("", "kill -KILL $$", -signal.SIGKILL, None),
+        ("", "kill -SEGV $$", -signal.SIGSEGV, None),
     ],
 )
-def test_the_exit_status_and_the_first_error_of_the_log_are_kept(log: str, message: str, tmp_path: Path) -> None:
+def test_it_ends_as_the_program_did_and_keeps_the_first_error_of_its_log(
+    log: str, script: str, status: int, message: str | None, tmp_path: Path
+) -> None:
     run = record.RunFolder(tmp_path)
     run.log(2).write_text(log)
-    assert wrapped(tmp_path, "exit 7", rank="2").wait(60) == 7
-    (error,) = run.rank_errors()
-    assert (error["rank"], error["type"], error["message"]) == (2, "ProgramError", message)
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_it_ends_by_the_signal_that_ended_the_program(number: signal.Signals, tmp_path: Path) -> None:
-    assert wrapped(tmp_path, f"kill -{number.value} $$", rank="1").wait(60) == -number
+    assert wrapped(tmp_path, "sh", "-c", script, rank=2).returncode == status
+    errors = [(error["rank"], error["type"], error["message"]) for error in run.rank_errors()]
+    assert errors == ([(2, "ProgramError", message)] if message else [])
 
 
 def test_program_and_wrapper_end_with_the_launching_process(tmp_path: Path) -> None:
-    record.RunFolder(tmp_path).create(config_yaml="{}\n", command=["train.py"], overrides=[], ranks=1)
+    record.RunFolder(tmp_path).create(config_yaml="{}\n", command=["train.py"], overrides=[])
     read_fd, write_fd = os.pipe()
     started = subprocess.Popen(
         [sys.executable, str(WRAPPER), str(tmp_path), "/bin/sh", "-c", "echo up; sleep 600"],
@@ -74,14 +77,8 @@ def test_program_and_wrapper_end_with_the_launching_process(tmp_path: Path) -> N
 
 def test_a_profiler_stands_in_front_of_the_program_on_its_ranks_alone(tmp_path: Path) -> None:
     profiler = ["--on-ranks", "0,8", "/bin/sh", "-c", 'echo "rank {rank}"; exec "$@"', "sh", "--"]
-    for rank, printed in ((8, b"rank 8\nprogram\n"), (1, b"program\n")):
-        done = subprocess.run(
-            [sys.executable, "-S", str(WRAPPER), str(tmp_path), *profiler, "/bin/echo", "program"],
-            env={"PATH": os.environ["PATH"], "SLURM_PROCID": str(rank)},
-            capture_output=True,
-            check=True,
-        )
-        assert done.stdout == printed
+    for rank, printed in ((8, "rank 8\nprogram\n"), (1, "program\n")):
+        assert wrapped(tmp_path, *profiler, "/bin/echo", "program", rank=rank).stdout == printed
     assert (tmp_path / record.PROFILE).is_dir()
 
 
@@ -98,12 +95,7 @@ def test_the_program_runs_in_its_folder_and_its_log_has_the_recipes_name(tmp_pat
 
 
 def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
-    process = subprocess.run(
-        [sys.executable, "-S", str(WRAPPER), str(tmp_path), "/no/such/program"],
-        env={"PATH": os.environ["PATH"], "SLURM_PROCID": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 1 and "Traceback" not in process.stderr
+    done = wrapped(tmp_path, "/no/such/program", rank=1)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     (error,) = record.RunFolder(tmp_path).rank_errors()
     assert "/no/such/program" in error["message"]

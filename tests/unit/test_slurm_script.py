@@ -65,65 +65,46 @@ def srun_line(text: str) -> list[str]:
 def test_the_recipes_request() -> None:
     asked = options(script())
     assert (asked["nodes"], asked["ntasks-per-node"], asked["mem"], asked["exclusive"]) == ("8", "8", "0", "")
-    assert asked["job-name"] == "nemo-bench-70b-bf16-64gpu"
     # Not by default: the account's own; GPUs, which some clusters refuse; singleton, which would serialise a sweep.
     assert not {"account", "partition", "gpus-per-node", "gres", "dependency", "qos"} & set(asked)
-    assert "--kill-on-bad-exit=1" in srun_line(script())
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "option", "asked"),
+    ("environment", "overrides", "asked"),
     [
-        ("SLURM_ACCOUNT", "acc", "account", "acc"),
-        ("SBATCH_ACCOUNT", "acc", "account", "acc"),
-        ("SLURM_PARTITION", "batch", "partition", "batch"),
-        ("SBATCH_PARTITION", "batch", "partition", "batch"),
-        ("SLURM_GPUS_PER_NODE", "8", "gpus-per-node", "8"),
-        ("SLURM_GPUS_PER_NODE", "h100:8", "gpus-per-node", "h100:8"),
-        ("SLURM_GPUS_PER_NODE", "null", "gpus-per-node", None),  # as in the recipe
-        ("SLURM_GPUS_PER_NODE", "", "gpus-per-node", None),
-        ("SLURM_PARTITION", "", "partition", None),
-        ("SBATCH_QOS", "high", "qos", "high"),
-        ("SBATCH_RESERVATION", "tonight", "reservation", "tonight"),
-        ("SBATCH_CONSTRAINT", "h100", "constraint", "h100"),
-        ("SBATCH_TIMELIMIT", "00:20:00", "time", "00:20:00"),
-    ],
-)
-def test_what_the_environment_names(
-    name: str, value: str, option: str, asked: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(name, value)
-    assert options(script()).get(option) == asked
-
-
-def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_PARTITION", "")
-    monkeypatch.setenv("SBATCH_PARTITION", "batch")
-    assert options(script())["partition"] == "batch"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "asked"),
-    [
-        (["cluster.partition=debug"], {"partition": "debug"}),  # wins over the environment
-        (["cluster.gpus_per_node=8", "cluster.gres='gpu:8'"], {"gres": "gpu:8", "gpus-per-node": None}),
-        (["+cluster.additional_parameters={mail-type: END, switches: 2}"], {"mail-type": "END", "switches": "2"}),
-        (["+cluster.additional_parameters={exclusive: false}"], {"exclusive": None}),
-        (["cluster.comment='a b'"], {"comment": "a b"}),
+        ("SLURM_ACCOUNT=acc", "", {"account": "acc"}),
+        ("SBATCH_ACCOUNT=acc", "", {"account": "acc"}),
+        ("SLURM_PARTITION=batch", "", {"partition": "batch"}),
+        ("SBATCH_PARTITION=batch", "", {"partition": "batch"}),
+        ("SLURM_PARTITION=", "", {"partition": None}),
+        ("SLURM_PARTITION= SBATCH_PARTITION=batch", "", {"partition": "batch"}),  # an empty variable is unset
+        ("SLURM_PARTITION=batch", "cluster.partition=debug", {"partition": "debug"}),
+        ("SLURM_GPUS_PER_NODE=8", "", {"gpus-per-node": "8"}),
+        ("SLURM_GPUS_PER_NODE=h100:8", "", {"gpus-per-node": "h100:8"}),
+        ("SLURM_GPUS_PER_NODE=null", "", {"gpus-per-node": None}),  # as in the recipe
+        ("SLURM_GPUS_PER_NODE=", "", {"gpus-per-node": None}),
+        ("SBATCH_QOS=high", "", {"qos": "high"}),
+        ("SBATCH_RESERVATION=tonight", "", {"reservation": "tonight"}),
+        ("SBATCH_CONSTRAINT=h100", "", {"constraint": "h100"}),
+        ("SBATCH_TIMELIMIT=00:20:00", "", {"time": "00:20:00"}),
+        ("", "cluster.gpus_per_node=8 cluster.gres='gpu:8'", {"gres": "gpu:8", "gpus-per-node": None}),
+        ("", "+cluster.additional_parameters={mail-type:END,switches:2}", {"mail-type": "END", "switches": "2"}),
+        ("", "+cluster.additional_parameters={exclusive:false}", {"exclusive": None}),
         # Checkpoints bring a warning and a requeue.
-        ([], {"no-requeue": "", "requeue": None, "signal": None}),
-        (["checkpoint.every_n_steps=10", "cluster.signal_s=60"], {"requeue": "", "signal": "USR1@60"}),
+        ("", "", {"no-requeue": "", "requeue": None, "signal": None}),
+        ("", "checkpoint.every_n_steps=10 cluster.signal_s=60", {"requeue": "", "signal": "USR1@60"}),
     ],
 )
-def test_what_the_command_line_asks_for(
-    overrides: list[str], asked: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+def test_what_environment_and_command_line_ask_for(
+    environment: str, overrides: str, asked: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLURM_PARTITION", "batch")
-    requested = options(script(*overrides))
+    for name, _, value in (assignment.partition("=") for assignment in environment.split()):
+        monkeypatch.setenv(name, value)
+    requested = options(script(*overrides.split()))
     assert {option: requested.get(option) for option in asked} == asked
 
 
-def test_the_container_is_named_on_srun_not_on_sbatch() -> None:
+def test_the_container_is_named_on_srun_and_without_one_the_nodes_run_this_interpreter() -> None:
     text = script("cluster.container.mounts=['/data:/data']")
     line = srun_line(text)
     assert f"--container-image={STAGE}/nvidia+nemo+25.11.sqsh" in line
@@ -131,6 +112,8 @@ def test_the_container_is_named_on_srun_not_on_sbatch() -> None:
     assert {"--container-writable", "--no-container-mount-home"} <= set(line)
     assert line[line.index("-u") - 1] == "python3"  # the container's interpreter, not ours
     assert not any("container" in option for option in options(text))
+    line = srun_line(script("cluster.container=null"))
+    assert sys.executable in line and not any("container" in word for word in line)
 
 
 def test_srun_gets_the_variables_that_it_hands_to_the_container(tmp_path: Path) -> None:
@@ -149,11 +132,6 @@ def test_srun_gets_the_variables_that_it_hands_to_the_container(tmp_path: Path) 
     assert set(names) <= {line.partition("=")[0] for line in given} and "ODD=a b$c" in given
     assert json.loads((tmp_path / JOB).read_text()) == {"id": "12"}
     assert json.loads((tmp_path / EXIT).read_text())["exit_code"] == 3
-
-
-def test_without_a_container_the_nodes_run_this_interpreter() -> None:
-    line = srun_line(script("cluster.container=null"))
-    assert sys.executable in line and not any("container" in word for word in line)
 
 
 def test_awkward_paths_and_values_reach_the_shell_unharmed(tmp_path: Path) -> None:
