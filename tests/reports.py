@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
+from typing import Any
+
+from nemo_bench import flops
+from nemo_bench.record import folder as record
+from nemo_bench.record.node import NODE
+from nemo_bench.report.bare_logs import Given
+from nemo_bench.report.build import build_report
+from nemo_bench.report.model import Point, Report
 
 PUBLISHED_S = {"bf16": [14.72, 14.73, 14.8, 14.89], "fp8": [11.01, 10.93, 11.16, 11.18]}
 
@@ -36,3 +46,63 @@ def write_logs(root: Path, factor: float) -> Path:
                 nan_from = 20 if (precision, gpus) == ("bf16", 512) else 50
                 write_log(path, time * slow * factor, 2 * gpus, steps=steps, nan_from=nan_from)
     return root
+
+
+H200 = Path(__file__).parent / "runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a"
+H100 = Given(gpu="h100")
+SIZES = flops.Architecture(80, 8192, 28672, 64, 8, 128256)
+
+
+def log_text(times: list[float], *, batch: int = 128, of: int | None = None, end: str = "", **fields: Any) -> str:
+    """A log of NeMo 1; each field is a value, or a function of the step."""
+    text, of = "", of or len(times)
+    for step, time_s in enumerate(times):
+        values = {"reduced_train_loss": f"{9 - step / 100:.3f}", "grad_norm": "1.5", **fields}
+        printed = ", ".join(f"{key}={value(step) if callable(value) else value}" for key, value in values.items())
+        text += (
+            f"Epoch 0: : 2%|#| {step + 1}/{of} [00:01<00:09, {printed}, global_batch_size={batch}, "
+            f"global_step={step}.0, train_step_timing in s={time_s:.4g}]\n"
+        )
+    return text + end
+
+
+def write(root: Path, text: str, precision: str = "fp8", gpus: int = 64, name: str = "a") -> Path:
+    path = root / f"24.09/{precision}/70b/{gpus}/{name}.out"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def judged(tmp_path: Path, text: str, given: Given = H100, **options: Any) -> tuple[Report, Point]:
+    report = build_report([write(tmp_path, text)], given=given, **options)
+    (point,) = report.points
+    return report, point
+
+
+STEADY = [30.0, *[11.0, 11.05, 10.95] * 16, 11.0]
+
+
+def published_run(folder: Path, **changes: str) -> Path:
+    """A run folder that does what the 24.09 table's bf16 point of 64 GPUs did, at its step time."""
+    run = Path(shutil.copytree(H200, folder))
+    config = (run / record.CONFIG).read_text()
+    for old, new in {
+        "num_layers: 4": "num_layers: 80",
+        "global_batch_size: 4\n": "global_batch_size: 128\n",
+        "num_nodes: 1": "num_nodes: 8",
+        "devices: 1": "devices: 8",
+        "  name: h200": "  name: h100",
+        **changes,
+    }.items():
+        assert old in config, old
+        config = config.replace(old, new)
+    (run / record.CONFIG).write_text(config)
+    node = json.loads((run / NODE).read_text())
+    node["gpus"] = [{"name": "NVIDIA H100 80GB HBM3"}]
+    node["environment"]["NCCL_NVLS_ENABLE"] = "1"
+    (run / NODE).write_text(json.dumps(node))
+    (run / "rank0.out").unlink()  # of one GPU
+    rows = record.read_lines(run / record.STEPS)[0]
+    lines = [json.dumps({**row, "train_step_timing_s": 14.7 + 0.01 * (row["step"] % 3)}) for row in rows]
+    (run / record.STEPS).write_text("\n".join(lines) + "\n")
+    return run
