@@ -37,6 +37,11 @@ def default_stage_path() -> str:
     return absolute(os.environ.get("STAGE_PATH") or "outputs")
 
 
+def nodes_of(gpus: int, gpus_per_node: int) -> int:
+    """Return how many nodes hold so many GPUs, rounded up."""
+    return math.ceil(gpus / gpus_per_node)
+
+
 def recipe_profile_ranks(model: str, num_nodes: int, devices: int) -> list[int]:
     """Return the ranks that NVIDIA's recipe profiles: the first 8 of the 8B, else 16, as many as there are."""
     return list(range(min(8 if model == "8b" else 16, num_nodes * devices)))
@@ -56,7 +61,7 @@ def temporary_folder() -> str:
     return folder
 
 
-for resolver in (weak_scaling_batch, recipe_profile_ranks, default_stage_path, first_set, temporary_folder):
+for resolver in (weak_scaling_batch, nodes_of, recipe_profile_ranks, default_stage_path, first_set, temporary_folder):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 

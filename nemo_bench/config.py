@@ -130,8 +130,8 @@ class TrainerConfig:
     devices: int = number(least=1, most=4096)  # processes (one a GPU) on each node
     max_steps: int = number(50, least=1, most=10**9)
     seed: int = number(1234, least=0, most=2**32 - 1)  # of the data's order; NeMo gives the weights a fixed seed
-    gc_interval: int = number(25, least=1, most=10**9)  # steps between manual, synchronised Python garbage collections
-    limit_val_batches: int = number(1, least=0, most=10**9)  # global batches validated after the last step
+    gc_interval: int = number(100, least=1, most=10**9)  # steps between manual, synchronised Python garbage collections
+    limit_val_batches: int = number(0, least=0, most=10**9)  # global batches validated after the last step
 
 
 @dataclass
@@ -157,6 +157,8 @@ class GpuConfig:
     device: str = choice("cuda", "cpu")
     driver_name: str | None = None  # what the driver calls it; a report does not take another for it
     memory_gib: float | None = number(None, above=0)
+    gpus_per_node: int = number(8, least=1, most=4096)  # of the systems it comes in
+    compute_capability: float | None = number(None, least=1, below=100)  # CUDA's: 9.0 is Hopper, 10.0 Blackwell
     peak_tflops: dict[str, float | None] = field(default_factory=dict, metadata={"above": 0})  # null: is measured
     source: str = ""  # where the peaks come from
 
@@ -201,6 +203,8 @@ class ClusterConfig:
     additional_parameters: dict[str, Any] = field(default_factory=dict)  # any other sbatch option: value
     srun_args: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)  # shell lines before srun
+    vboost: bool = False  # let the GPUs boost the rest of the chip's clock, as NVIDIA does: nvidia-smi boost-slider
+    numa_gpus: int | None = number(None, least=1, most=4096)  # GPUs of a NUMA node: ranks keep to its CPUs (numactl)
     tp_comm_overlap: bool = False  # whether points use user buffers: NVLink multicast objects, which may outlive a kill
     env: dict[str, str] = field(default_factory=dict)  # environment of the ranks, over entrypoint.env
     container: ContainerConfig | None = None  # null: bare on the nodes, with this interpreter
@@ -215,7 +219,7 @@ class EntrypointConfig:
     container: str = ""  # registry reference of its container image
     image: str = MISSING  # file name of its container image in the stage folder
     program: str | None = None  # nemo_24_09: path of its program, inside the container; nemo2 is a module of ours
-    env: dict[str, str] = field(default_factory=dict)  # environment of every rank
+    env: dict[str, str | None] = field(default_factory=dict)  # environment of every rank; null: not set
     # nemo_24_09: keys of NeMo 1's own configuration that no key here stands for; they win over all others
     settings: dict[str, Any] = field(default_factory=dict)
 

@@ -166,7 +166,7 @@ def _environment(cfg: TrainConfig, need: Need) -> None:
     fix = "use false, or cluster.nvlink_gpus=72 on GB200 NVL72"
     need(not m.tp_comm_overlap or m.tensor_model_parallel_size <= joined, "model.tp_comm_overlap", rule, fix)
     environment = cfg.entrypoint.env | dict(os.environ) | cfg.cluster.env
-    expandable = "expandable_segments:True" in environment.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    expandable = "expandable_segments:True" in (environment.get("PYTORCH_CUDA_ALLOC_CONF") or "")
     rule = "is not possible with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
     need(m.cuda_graph_impl == "none" or not expandable, "model.cuda_graph_impl", rule, "change that, or use none")
 

@@ -33,7 +33,12 @@ class Entrypoint(ABC):
 
     def environment(self, cfg: TrainConfig) -> dict[str, str]:
         """Return the ranks' environment. `cluster.env` and, on this machine, the user's own variables win over it."""
-        return dict(cfg.entrypoint.env)
+        environment = {**self.derived_environment(cfg), **cfg.entrypoint.env}
+        return {name: value for name, value in environment.items() if value is not None}
+
+    def derived_environment(self, cfg: TrainConfig) -> dict[str, str]:
+        """Return what of the environment follows from the GPU and the layout. `entrypoint.env` wins over it."""
+        return {}
 
     def srun_options(self, cfg: TrainConfig) -> list[str]:
         """Return the options of srun that the program needs. `cluster.srun_args` come after them and win."""

@@ -8,9 +8,26 @@ from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import Entrypoint
 from nemo_bench.errors import Need, Problem
 
+BLACKWELL = 10.0  # compute capability
+
 
 class Nemo2(Entrypoint):
     """`python -m nemo_bench.training.rank RUN_FOLDER`."""
+
+    def derived_environment(self, cfg: TrainConfig) -> dict[str, str]:
+        """Return what NVIDIA derives: NeMo of September 2025, scripts/performance and PerfEnvPlugin."""
+        m, environment = cfg.model, dict[str, str]()
+        if cfg.gpu.device != "cuda":
+            return environment
+        if (cfg.gpu.compute_capability or 0) >= BLACKWELL:
+            environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # fewer would serialise its streams
+        elif m.tensor_model_parallel_size > 1 or m.context_parallel_size > 1:
+            environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # communication starts before the product that hides it
+        if m.pipeline_model_parallel_size > 1:
+            environment["NCCL_P2P_NET_CHUNKSIZE"] = "2097152"
+        if m.cuda_graph_impl == "none":
+            environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        return environment
 
     def problems(self, cfg: TrainConfig) -> list[Problem]:
         need = Need(cfg)

@@ -125,10 +125,8 @@ class Nemo2409(Entrypoint):
             command += ["--on-ranks", ranks, *nsys.command(cfg.profile, run_dir, "{rank}"), "--"]
         return command + program_command(cfg, run_dir, python)
 
-    def environment(self, cfg: TrainConfig) -> dict[str, str]:
-        flash_fused = _ATTENTION.get(cfg.model.attention_backend)
-        attention = dict(zip(("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN"), flash_fused)) if flash_fused else {}
-        return {**super().environment(cfg), **attention}
+    def derived_environment(self, cfg: TrainConfig) -> dict[str, str]:
+        return dict(zip(("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN"), _ATTENTION.get(cfg.model.attention_backend, ())))
 
     def srun_options(self, cfg: TrainConfig) -> list[str]:
         # The recipe's. In 24.09 the user buffers of Transformer Engine meet through MPI.

@@ -7,6 +7,7 @@ find everything else in the run folder. Nothing is pickled: the interpreter on t
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_bench.cluster import slurm
@@ -14,13 +15,17 @@ from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.project import PROJECT
 
+# As NVIDIA's NeMo-Run recipes do it, once a node; a node without sudo goes on without.
+VBOOST = "srun --ntasks={} --ntasks-per-node=1 sudo nvidia-smi boost-slider --vboost 1"
+
 
 def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
     """Return the whole sbatch script of one point."""
     # Without checkpoints a requeued run would only start over.
     checkpoints = cfg.checkpoint.every_n_steps is not None
+    vboost = [VBOOST.format(cfg.trainer.num_nodes)] if cfg.cluster.vboost else []
     return slurm.batch_script(
-        cfg.cluster,
+        replace(cfg.cluster, setup=[*vboost, *cfg.cluster.setup]),
         # Never `bash` or `interactive`, which Lightning takes for a shell.
         name=f"nemo-bench-{cfg.model.name}-{cfg.precision.name}-{cfg.world_size}gpu",
         folder=run_dir,
@@ -62,7 +67,11 @@ def _srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
             command.append("--no-container-mount-home")
         # By default the image's own values win over those of the job.
         command.append(f"--container-env={','.join(rank_environment(cfg))}")
-    return [*command, *c.srun_args, *entrypoint.rank_command(cfg, run_dir, python)]
+    bind = []
+    if c.numa_gpus is not None:
+        node = f"node=$((SLURM_LOCALID / {c.numa_gpus}))"
+        bind = ["bash", "-c", f'{node}; exec numactl --cpunodebind=$node --membind=$node "$@"', "bash"]
+    return [*command, *c.srun_args, *bind, *entrypoint.rank_command(cfg, run_dir, python)]
 
 
 def _mounted_paths(cfg: TrainConfig) -> list[str]:

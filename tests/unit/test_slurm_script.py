@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.launch.batch_script import batch_script
+from nemo_bench.launch.batch_script import batch_script, rank_environment
 from nemo_bench.launch.plan import results_dir
 from nemo_bench.record.folder import EXIT, JOB
 
@@ -143,3 +143,38 @@ def test_awkward_paths_and_values_reach_the_shell_unharmed(tmp_path: Path) -> No
     assignments = "\n".join(line for line in text.splitlines() if line.startswith(("RUN=", "export ODD")))
     command = ["bash", "-c", f'{assignments}\nprintf "%s\\n%s" "$RUN" "$ODD"']
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{stage}/run\na b$c"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), ("1", "2097152", "expandable_segments:True")),
+        (("model=8b",), ("1", None, "expandable_segments:True")),  # CP2
+        (("model=8b", "model.context_parallel_size=1"), (None, None, "expandable_segments:True")),
+        (("gpu=b200",), ("32", "2097152", "expandable_segments:True")),
+        (("gpu=gb200", "model=8b", "model.context_parallel_size=1"), ("32", None, "expandable_segments:True")),
+        (("model.cuda_graph_impl=local",), ("1", "2097152", None)),
+        (("+entrypoint.env={PYTORCH_CUDA_ALLOC_CONF: null, NCCL_P2P_NET_CHUNKSIZE: 1}",), ("1", "1", None)),
+        (("+cluster.env={CUDA_DEVICE_MAX_CONNECTIONS: 8}",), ("8", "2097152", "expandable_segments:True")),
+    ],
+)
+def test_the_environment_follows_from_gpu_and_layout(
+    overrides: tuple[str, ...], expected: tuple[str | None, ...]
+) -> None:
+    environment = rank_environment(composed("scale=64gpu", *overrides))
+    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_P2P_NET_CHUNKSIZE", "PYTORCH_CUDA_ALLOC_CONF")
+    assert tuple(environment.get(name) for name in names) == expected
+    assert environment["NVTE_FWD_LAYERNORM_SM_MARGIN"] == "16"
+
+
+def test_ranks_keep_to_the_cpus_of_their_gpu_and_gpus_may_boost() -> None:
+    text = script("cluster.numa_gpus=4", "cluster.vboost=true")
+    boost, srun = (shlex.split(line) for line in text.splitlines() if line.startswith("srun "))
+    assert boost[1:3] == ["--ntasks=8", "--ntasks-per-node=1"] and boost[-3:] == ["boost-slider", "--vboost", "1"]
+    at = srun.index("bash")
+    command = [*srun[at : at + 4], "/bin/echo", "rank"]
+    # numactl itself need not be here.
+    command[2] = command[2].replace("exec numactl", "numactl() { echo $*; }; numactl")
+    done = subprocess.run(command, env={"SLURM_LOCALID": "5"}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["--cpunodebind=1", "--membind=1", "/bin/echo", "rank"]
+    assert srun[at + 4] == "python3"
