@@ -135,7 +135,7 @@ def import_nemo(device: str) -> None:
         patches.te_weight_gradient_accumulation()
         with contextlib.suppress(ImportError), mock.patch("torch.cuda.is_available", return_value=False):
             import modelopt.torch.quantization  # noqa: F401  asks the GPU what it is; nothing here uses it
-    import nemo_bench.training.pretrain  # noqa: F401
+    import nemo_bench.training.nemo2  # noqa: F401
 
     if device == "cuda" and torch.cuda.is_initialized():
         raise SystemExit("an import has initialised CUDA: ranks cannot be forked from here")

@@ -20,8 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
@@ -93,26 +91,23 @@ def telemetry(folder: Path, steps: int = 2000) -> dict[str, float]:
 
     from nemo_bench.config import load
     from nemo_bench.record.folder import EventLog, RunFolder
-    from nemo_bench.training.callbacks import STEP_TIMING, RankTelemetry, StepRecorder
+    from nemo_bench.training.hooks import RankTelemetry, RunRecorder, Step
 
-    cfg = load(RECORD / "config.yaml")
+    cfg, run = load(RECORD / "config.yaml"), RunFolder(folder)
     cfg.gpu.device = "cuda" if torch.cuda.is_available() else "cpu"
-    timing: Any = SimpleNamespace(timer={STEP_TIMING: 1.65})
-    metrics = {"reduced_train_loss": torch.tensor(2.5), "grad_norm": torch.tensor(1.0)}
-    optimizer = SimpleNamespace(param_groups=[{"lr": 3e-4}])
-    trainer: Any = SimpleNamespace(callback_metrics=metrics, global_step=1, optimizers=[optimizer])
-    measure = RankTelemetry(cfg, folder, 0, timing, None)
-    recorder = StepRecorder(cfg, timing, measure, folder, EventLog(RunFolder(folder)))
+    measure = RankTelemetry(cfg, run, 0, None)
+    hooks = [measure, RunRecorder(cfg, run, EventLog(run), measure)]
+    for hook in hooks:
+        hook.train_start(0)
     times_s = []
-    for callback in (measure, recorder):
-        callback.on_train_start(trainer, trainer)
-    for step in range(steps):
+    for number in range(steps):
+        step = Step(number, 1.65, torch.tensor(2.5), torch.tensor(1.0), 3e-4)
         began = time.perf_counter()
-        measure.on_train_batch_start(trainer, trainer, None, step)
-        for callback in (measure, recorder):
-            callback.on_train_batch_end(trainer, trainer, None, None, step)
+        measure.step_start(number)
+        for hook in hooks:
+            hook.step_end(step)
         times_s.append(time.perf_counter() - began)
-    measure.on_exception(trainer, trainer, KeyboardInterrupt())
+    measure.failed()
     return {"telemetry of a step": statistics.median(times_s)}
 
 

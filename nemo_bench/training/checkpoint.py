@@ -20,14 +20,13 @@ if not hasattr(numpy, "product"):  # numpy 2 dropped it, and megatron-core 0.15 
 
 def build_checkpoint_callback(cfg: TrainConfig, run_dir: Path) -> Any | None:
     """Return NeMo's ModelCheckpoint for `checkpoint.every_n_steps`, or None where none is asked for."""
-    every = cfg.checkpoint.every_n_steps
-    if every is None:
+    if cfg.checkpoint.every_n_steps is None:
         return None
     return nl.ModelCheckpoint(
         dirpath=str(run_dir / CHECKPOINTS),
         filename="{step}",  # step=9: the last step that is in it, counted as in steps.jsonl
         monitor=None,
-        every_n_train_steps=every,
+        every_n_train_steps=cfg.checkpoint.every_n_steps,
         save_top_k=-1,  # all
         save_last=False,
         save_optim_on_train_end=True,
@@ -38,21 +37,18 @@ def build_checkpoint_callback(cfg: TrainConfig, run_dir: Path) -> Any | None:
 
 def build_resume(cfg: TrainConfig, run_dir: Path) -> nl.AutoResume | None:
     """Return how to start from a checkpoint, or None to start afresh. A requeued job goes on from its own last one."""
-    own = RunFolder(run_dir).last_checkpoint()
-    if own is not None:
-        return _Resume(resume_from_path=str(own))
+
+    def last(folder: str | Path) -> str:
+        return str(RunFolder(Path(folder)).last_checkpoint())
+
+    if RunFolder(run_dir).last_checkpoint() is not None:
+        return _Resume(resume_from_path=last(run_dir))
     if cfg.checkpoint.resume_from is not None:
-        return _Resume(resume_from_path=str(RunFolder(Path(cfg.checkpoint.resume_from)).last_checkpoint()))
-    if cfg.checkpoint.weights_from is not None:
-        return nl.AutoResume(
-            restore_config=nl.RestoreConfig(
-                path=str(RunFolder(Path(cfg.checkpoint.weights_from)).last_checkpoint()),
-                load_model_state=True,
-                load_optim_state=False,
-                load_artifacts=False,
-            )
-        )
-    return None
+        return _Resume(resume_from_path=last(cfg.checkpoint.resume_from))
+    if cfg.checkpoint.weights_from is None:
+        return None
+    weights = {"load_model_state": True, "load_optim_state": False, "load_artifacts": False}
+    return nl.AutoResume(restore_config=nl.RestoreConfig(path=last(cfg.checkpoint.weights_from), **weights))
 
 
 class _Resume(nl.AutoResume):
@@ -63,7 +59,7 @@ class _Resume(nl.AutoResume):
 
 
 class CheckpointOnSignal(pl.Callback):
-    """Save a checkpoint after the step in which Slurm has warned any rank, asks for a requeue, and stops.
+    """Save a checkpoint after the step in which Slurm has warned any rank, ask for a requeue, and stop.
 
     Not NeMo's PreemptionCallback: it saves only where `save_last` is on, and cannot ask for the requeue.
     """

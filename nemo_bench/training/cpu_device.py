@@ -1,9 +1,8 @@
 """Answers "which CUDA device?" with "the CPU", so that Megatron and NeMo run unchanged where there is no GPU.
 
-Megatron-core and NeMo name the device in many places (`device=torch.cuda.current_device()`, `.cuda()`,
-`.to("cuda")`, `pin_memory=True`, streams and events around communication). On one CPU there is one device, one
-stream, and everything is finished when the call returns: that is all this module says. It changes no model, optimizer,
-data, loss or training loop, and does nothing where CUDA is available.
+Both name the device in many places (`.cuda()`, `.to("cuda")`, `pin_memory=True`, streams and events around
+communication). On one CPU there is one device, one stream, and everything is finished when the call returns: that is
+all this module says. It changes no model, optimizer, data, loss or training loop.
 """
 
 from __future__ import annotations
@@ -26,17 +25,9 @@ class _Stream:
     device = CPU
     cuda_stream = 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def synchronize(self) -> None: ...
-
-    def wait_stream(self, stream: object) -> None: ...
-
-    def wait_event(self, event: object) -> None: ...
-
-    def wait(self, stream: object = None) -> None: ...
-
-    def record(self, stream: object = None) -> None: ...
+    synchronize = wait_stream = wait_event = wait = record = __init__
 
     def record_event(self, event: _Stream | None = None) -> _Stream:
         return event or self
@@ -54,9 +45,7 @@ _STREAM = _Stream()
 
 
 def _is_cuda(device: object) -> bool:
-    if isinstance(device, str):
-        return device.startswith("cuda")
-    return isinstance(device, torch.device) and bool(device.type == "cuda")
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -74,8 +63,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs["device"] = CPU
         if func is torch.Tensor.to:
             args = tuple(CPU if _is_cuda(a) else a for a in args)
-            # non_blocking speaks of a copy between devices
-            kwargs.pop("non_blocking", None)
+            kwargs.pop("non_blocking", None)  # speaks of a copy between devices
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Megatron tells precisions apart by names such as 'torch.cuda.FloatTensor'.
             name = func(*args)
@@ -104,16 +92,14 @@ def install() -> None:
         "stream": lambda stream: contextlib.nullcontext(stream),
         "current_stream": lambda device=None: _STREAM,
         "default_stream": lambda device=None: _STREAM,
-        # Not a number: torch would look for an accelerator of that number wherever the function mode below is not in
-        # force, and it is not in a backward pass.
+        # Not a number: torch would look for an accelerator of that number where the function mode is not in force, and
+        # it is not in a backward pass.
         "current_device": lambda: CPU,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
-        # Resuming asserts it, right after the process group has been set up.
-        "is_initialized": lambda: True,
-        # NeMo seeds Megatron's random state trackers only where there is a device.
-        "device_count": lambda: 1,
+        "is_initialized": lambda: True,  # resuming asserts it, right after the process group has been set up
+        "device_count": lambda: 1,  # NeMo seeds Megatron's random state trackers only where there is a device
         # The random state that those trackers fork and restore: the CPU generator's.
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
@@ -128,11 +114,7 @@ def install() -> None:
 
 
 def install_for_checkpoints() -> None:
-    """Let NeMo load a checkpoint on the device that `install` gave; call it once NeMo is imported.
-
-    NeMo moves what it loaded to `torch.device("cuda", index=torch.cuda.current_device())`, which must be a number. Here
-    every tensor is where it belongs.
-    """
+    """Let NeMo leave the tensors of a checkpoint where they are: it moves them to a CUDA device by its number."""
     from nemo.lightning.io import pl
 
     pl._fix_tensors_device = lambda checkpoint: checkpoint

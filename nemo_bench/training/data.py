@@ -1,4 +1,4 @@
-"""The data module of a configuration: Megatron's indexed datasets, or random tokens."""
+"""NeMo's data module of a configuration: Megatron's indexed datasets, or random tokens."""
 
 from __future__ import annotations
 
@@ -26,27 +26,14 @@ def build_tokenizer(cfg: TrainConfig) -> Any:
 class _RandomTokens(llm.MockDataModule):
     """Make an attention mask where one is needed: NeMo 2.7.3 passes that wish on in the place of the seed."""
 
-    def __init__(self, *, seed: int, **options: Any) -> None:
-        super().__init__(**options)
-        self._seed = seed
+    seed = 0
 
     def setup(self, stage: str = "") -> None:
         samples = {"train": self.num_train_samples, "valid": self.num_val_samples, "test": self.num_test_samples}
         self._train_ds, self._validation_ds, self._test_ds = (
-            _MockGPTDataset(self.tokenizer, name, count, self.seq_length, self._seed, self.create_attention_mask)
+            _MockGPTDataset(self.tokenizer, name, count, self.seq_length, self.seed, self.create_attention_mask)
             for name, count in samples.items()
         )
-
-
-def _content_key(prefixes: list[str]) -> str:
-    """Name the folder of Megatron's sample order after the files it was made for.
-
-    Megatron finds a saved order by path, seed and length alone: after a dataset was prepared anew at the same path it
-    would go on with the old one's.
-    """
-    stats = [Path(f"{prefix}{suffix}").stat() for prefix in prefixes for suffix in (".bin", ".idx")]
-    content = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    return hashlib.sha256(repr((prefixes, content)).encode()).hexdigest()[:16]
 
 
 def build_data(cfg: TrainConfig, tokenizer: Any) -> Any:
@@ -62,21 +49,31 @@ def build_data(cfg: TrainConfig, tokenizer: Any) -> Any:
         "persistent_workers": False,
     }
     if data.kind == "mock":
-        return _RandomTokens(
-            seed=cfg.trainer.seed,
+        tokens = _RandomTokens(
             num_train_samples=cfg.trainer.max_steps * m.global_batch_size,
             num_val_samples=cfg.trainer.limit_val_batches * m.global_batch_size,
             num_test_samples=0,
             **shared,
         )
-    paths: list[str] = list(data.paths)
+        tokens.seed = cfg.trainer.seed
+        return tokens
+    paths = list(data.paths)
     if data.weights:
         paths = [item for weight, path in zip(data.weights, data.paths) for item in (str(weight), path)]
-    assert data.folder is not None
     return llm.PreTrainingDataModule(
-        paths=paths,
-        split=data.split,
-        seed=cfg.trainer.seed,
-        index_mapping_dir=str(Path(data.folder) / "index_mapping" / _content_key(data.paths)),
-        **shared,
+        paths=paths, split=data.split, seed=cfg.trainer.seed, index_mapping_dir=sample_order_folder(cfg), **shared
     )
+
+
+def sample_order_folder(cfg: TrainConfig) -> str:
+    """Return the folder of Megatron's sample order, named after the files that it is made for.
+
+    Megatron finds a saved order by path, seed and length alone: after a dataset was prepared anew at the same path it
+    would go on with the old one's.
+    """
+    data = cfg.data
+    assert data.folder is not None
+    stats = [Path(f"{prefix}{suffix}").stat() for prefix in data.paths for suffix in (".bin", ".idx")]
+    content = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    key = hashlib.sha256(repr((data.paths, content)).encode()).hexdigest()[:16]
+    return str(Path(data.folder) / "index_mapping" / key)

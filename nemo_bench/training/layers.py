@@ -1,8 +1,7 @@
 """Megatron's transformer layer without Transformer Engine: what a CPU can compute.
 
-Megatron's own local specification refuses sequence parallelism ("not supported by torch LayerNorm"), because the
-gradients of a norm's weights are then partial sums that must be added up over the tensor-parallel ranks, and
-torch.nn.RMSNorm does not mark its weight so. This one does, with the mark Megatron's gradient finalisation looks for.
+Megatron's own local specification refuses sequence parallelism: the gradients of a norm's weights are then partial sums
+to be added up over the tensor-parallel ranks, and torch.nn.RMSNorm does not mark its weight so. This one does.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with Megatron's constructor and its sequence-parallel mark on the weight."""
+    """Take Megatron's constructor, and mark the weight for its gradient finalisation."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -31,6 +30,5 @@ def local_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlo
 
 def block_of(layer: ModuleSpec, count: int) -> TransformerBlockSubmodules:
     """Return a block of `count` such layers with `RMSNorm` for all norms."""
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

@@ -1,7 +1,6 @@
 """NeMo 1's program on a machine without GPU: `python -m nemo_bench.training.nemo_1_on_cpu PROGRAM ARGUMENTS`.
 
-Answers for the missing device (cpu_device.py) and for what NeMo 2.0.0 and megatron-core 0.9 import without asking
-whether it is there: Apex and Transformer Engine. The program itself runs unchanged.
+Answers for what NeMo 2.0.0 and megatron-core 0.9 import whether it is there or not: Apex and Transformer Engine.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-from typing import Any
 
 from nemo_bench.training import cpu_device
 
@@ -36,13 +34,9 @@ def _do_without_apex_and_transformer_engine() -> None:
 
     from nemo_bench.training.layers import RMSNorm, block_of
 
-    def local_specification(name: str, config: Any, *_: Any) -> Any:
-        return block_of(get_gpt_layer_local_spec(), get_num_layers_to_build(config))
-
-    # The strategy asks for Apex, and its optimizers use it; a CPU takes megatron-core's, which does without.
-    nlp_overrides.HAVE_APEX = True
-    # megatron-core's distributed optimizer works with torch's Adam too.
-    distrib_optimizer.HAVE_APEX_OR_TE = True
+    # The strategy asks for Apex, and its optimizers use it; a CPU takes megatron-core's, which does without, and which
+    # works with torch's Adam too.
+    nlp_overrides.HAVE_APEX = distrib_optimizer.HAVE_APEX_OR_TE = True
     # Two functions of Apex, the first a copy of megatron-core's, that are imported together with the rest of it.
     build_model.set_defaults_if_not_set_tensor_model_parallel_attributes = (
         set_defaults_if_not_set_tensor_model_parallel_attributes
@@ -53,7 +47,9 @@ def _do_without_apex_and_transformer_engine() -> None:
     # Every NeMo model lists the BERT models, whose layers are Transformer Engine's.
     nlp_model.get_megatron_pretrained_bert_models = list
     # The table of layer specifications is built whole before one is chosen.
-    megatron_gpt_model.get_specs = local_specification
+    megatron_gpt_model.get_specs = lambda name, config, *_: block_of(
+        get_gpt_layer_local_spec(), get_num_layers_to_build(config)
+    )
 
 
 if __name__ == "__main__":

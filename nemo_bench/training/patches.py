@@ -17,36 +17,30 @@ if TYPE_CHECKING:
 APEX_MODULE = "fused_weight_gradient_mlp_cuda"
 
 
-def before_imports(cfg: TrainConfig) -> None:
-    """Install what must be there when megatron-core and NeMo are imported."""
+def install(cfg: TrainConfig) -> None:
+    """Install what `cfg` needs, before the program that trains is imported."""
+    o = cfg.model.optim
     if cfg.gpu.device == "cpu":
         cpu_device.install()
-    elif cfg.model.gradient_accumulation_fusion:
-        te_weight_gradient_accumulation()
-
-
-def after_imports(cfg: TrainConfig) -> None:
-    """Install what replaces functions of imported modules."""
-    if cfg.gpu.device == "cpu":
-        cpu_device.install_for_checkpoints()
-    elif cfg.model.bias_activation_fusion:
-        te_swiglu_backward()
+    else:
+        if cfg.model.gradient_accumulation_fusion:
+            te_weight_gradient_accumulation()
+        if cfg.model.bias_activation_fusion:
+            te_swiglu_backward()
     if cfg.precision.fp8_param_gather:
         fp8_cast_without_transpose()
-    if cfg.precision_aware_optimizer and {cfg.model.optim.exp_avg_dtype, cfg.model.optim.exp_avg_sq_dtype} != {"fp32"}:
+    if cfg.precision_aware_optimizer and {o.exp_avg_dtype, o.exp_avg_sq_dtype} != {"fp32"}:
         adam_one_parameter_at_a_time()
 
 
-def te_weight_gradient_accumulation() -> str:
-    """Make gradient accumulation fusion work without Apex; return whose it is: apex, transformer_engine or none.
+def te_weight_gradient_accumulation() -> None:
+    """Make gradient accumulation fusion work without Apex, where Transformer Engine is installed.
 
-    Megatron's output layer adds its weight gradient to that of the step so far inside the matrix product, by two
-    functions of Apex. Without them NeMo leaves the fusion off in silence. Transformer Engine's product does the same.
+    Megatron's output layer adds its weight gradient to the step's by two functions of Apex. Without them NeMo leaves
+    the fusion off in silence. Transformer Engine's matrix product does the same.
     """
-    if importlib.util.find_spec(APEX_MODULE) is not None:
-        return "apex"
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "none"
+    if importlib.util.find_spec(APEX_MODULE) or not importlib.util.find_spec("transformer_engine"):
+        return
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     def accumulate(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
@@ -59,31 +53,28 @@ def te_weight_gradient_accumulation() -> str:
             accumulate=True,
             out=main_grad,
             out_dtype=main_grad.dtype,
-            use_split_accumulator=False,  # for fp8 products only; here both sides are bf16
+            use_split_accumulator=False,
         )
 
     module = ModuleType(APEX_MODULE)
-    module.wgrad_gemm_accum_fp32 = accumulate  # type: ignore[attr-defined]
-    module.wgrad_gemm_accum_fp16 = accumulate  # type: ignore[attr-defined]
+    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate  # type: ignore[attr-defined]
     # find_spec, by which others look for it, wants one.
     module.__spec__ = importlib.util.spec_from_loader(APEX_MODULE, loader=None)
     sys.modules[APEX_MODULE] = module
-    return "transformer_engine"
 
 
 def te_swiglu_backward() -> None:
     """Have Megatron's fused SwiGLU, without a bias, take its gradient from Transformer Engine.
 
-    Megatron's kernel, which torch.compile writes, takes 0.87 ms against 0.55 ms for the 70B's 8192 x 57344 on an H200
-    (benchmarks/results/gpu_speed/variants.json), once a layer and micro-batch. Forward they agree.
+    Megatron's takes 0.87 ms against 0.55 ms for the 70B's 8192 x 57344 on an H200, once a layer and micro-batch
+    (benchmarks/results/gpu_speed/variants.json).
     """
     import transformer_engine_torch
     from megatron.core.fusions import fused_bias_swiglu
 
-    def swiglu_back(grad_output: torch.Tensor, both_halves: torch.Tensor) -> torch.Tensor:
+    def swiglu_back(grad_output: torch.Tensor, both_halves: torch.Tensor) -> Any:
         """Return the gradient of silu(x1) * x2 by its input (tokens, 2 f), x1 then x2; grad_output is (tokens, f)."""
-        gradient: torch.Tensor = transformer_engine_torch.dswiglu(grad_output.contiguous(), both_halves, None)
-        return gradient
+        return transformer_engine_torch.dswiglu(grad_output.contiguous(), both_halves, None)
 
     fused_bias_swiglu.swiglu_back = swiglu_back
 
@@ -91,10 +82,9 @@ def te_swiglu_backward() -> None:
 def fp8_cast_without_transpose() -> None:
     """Have Megatron's distributed optimizer cast fp32 main weights to fp8 parameters only in the layout they have.
 
-    After its step Megatron has Transformer Engine cast each parameter's shard, seen as a matrix of one row, and give
-    the transposed copy too. Nobody reads that of one row, and its kernel is slow: with four layers of the 70B a step
-    took 1.41 s with it and 1.18 s without, each on one GPU of another H200 machine (benchmarks/results/gpu_speed/
-    variants.json). Whole parameters get their transposed copies in the next forward pass, as before.
+    Megatron has Transformer Engine cast each parameter's shard as a matrix of one row, with a transposed copy that
+    nobody reads: with four layers of the 70B a step took 1.41 s with it and 1.18 s without, on one H200 each
+    (benchmarks/results/gpu_speed/variants.json). Whole parameters get their copies in the next forward pass.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -117,11 +107,10 @@ def fp8_cast_without_transpose() -> None:
 
 
 def adam_one_parameter_at_a_time() -> None:
-    """Have every FusedAdam that is made from now on step parameter by parameter.
+    """Have every FusedAdam step parameter by parameter.
 
-    Transformer Engine's FusedAdam computes in fp32. It widens the bf16 moments of a whole group of parameters before
-    its kernels and narrows them afterwards, and so takes more memory than the narrow moments save: 8 bytes a parameter,
-    60 GiB for the 8B, which then did not fit one H200. Parameter by parameter it is what the largest one needs.
+    Transformer Engine's computes in fp32: it widens the bf16 moments of a whole group of parameters before its kernels,
+    and so takes more memory than they save (8 bytes a parameter: the 8B did not fit one H200).
     """
     from transformer_engine.pytorch.optimizers import FusedAdam
 

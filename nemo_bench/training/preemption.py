@@ -1,7 +1,6 @@
 """Slurm's word that a job is about to end, to every process of every rank.
 
-SIGUSR1 comes ahead of the time limit (sbatch's --signal). SIGTERM comes when a job of higher priority takes the nodes,
-SIGKILL after the partition's GraceTime.
+SIGUSR1 comes ahead of the time limit (sbatch's --signal), SIGTERM when a job of higher priority takes the nodes.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ def listen() -> None:
     """Note both signals from now on; to be called before there is another thread.
 
     They are blocked, and a thread waits for them. A handler would do for this process, but processes that it starts
-    (checkpoint writers, data loaders) would be ended by the same signals, in the middle of the last checkpoint: a
-    blocked signal stays blocked in them.
+    (checkpoint writers, data loaders) would be ended by the same signals: a blocked one stays blocked in them.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     threading.Thread(target=_wait, daemon=True).start()

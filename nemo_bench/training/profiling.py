@@ -10,48 +10,28 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from nemo_bench.config import ProfileConfig, TrainConfig
 from nemo_bench.files import atomic_file, temporary_path, write_text
-from nemo_bench.record.folder import PROFILE, EventLog
+from nemo_bench.record.folder import PROFILE
 from nemo_bench.report import profile as step_profile
-from nemo_bench.report import statistics
+from nemo_bench.training.hooks import Hooks, Step
 
 
-def build_profiling(cfg: TrainConfig, run_dir: Path, rank: int, events: EventLog) -> list[pl.Callback]:
-    """Return the callbacks of this rank; none where nothing is profiled.
+def build_profiling(cfg: TrainConfig, run_dir: Path, rank: int) -> list[Hooks]:
+    """Return this rank's profiler, if it has one.
 
-    They belong behind NeMo's timer: what the profilers do between two steps is then in no step's time.
+    A stack calls it outside the time that it measures: what a profiler does between two steps is in no step's time.
     """
     p = cfg.profile
-    if p.kind == "none":
+    if p.kind == "none" or rank not in p.ranks:
         return []
-    callbacks: list[pl.Callback] = [ProfileEvents(p, events)] if rank == 0 else []
-    if rank in p.ranks:
-        callbacks.append(TorchProfile(p, run_dir, rank) if p.kind == "torch" else NsysRange(p))
-    return callbacks
+    return [_TorchProfile(p, run_dir, rank) if p.kind == "torch" else _NsysRange(p)]
 
 
-class ProfileEvents(pl.Callback):
-    """Write a `profile` event ahead of each step that a profile disturbs, so that reports leave these steps out.
-
-    Beside the profiled steps these are the one before, in which the profiler warms up, and the one after: ranks that
-    were not profiled wait in it for those that write.
-    """
-
-    def __init__(self, profile: ProfileConfig, events: EventLog) -> None:
-        self.disturbed = range(profile.start_step - 1, profile.end_step + 2)
-        self.events = events
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step in self.disturbed:
-            self.events.write(statistics.PROFILE, after_step=trainer.global_step - 1)
-
-
-class _Profile(pl.Callback):
+class _Profile(Hooks):
     """Mark each profiled step, and in it the optimizer's part, from device idle to device idle.
 
     `mark` is a context that names a part of the profile; subclasses say what happens around each step.
@@ -66,44 +46,41 @@ class _Profile(pl.Callback):
 
     def after(self, step: int) -> None: ...
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        step = trainer.global_step
+    def step_start(self, step: int) -> None:
         if step in self.steps:
-            _synchronize()
+            torch.cuda.synchronize()
         self.before(step)
         if step in self.steps:
             self.marks = ExitStack()
             self.marks.enter_context(self.mark(f"{step_profile.STEP_MARK}{step}"))
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+    def optimizer_start(self) -> None:
         if self.marks is not None:
             self.marks.enter_context(self.mark(step_profile.OPTIMIZER_MARK))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def step_end(self, step: Step) -> None:
         if self.marks is not None:
-            _synchronize()
+            torch.cuda.synchronize()
             self.marks.close()
             self.marks = None
-        self.after(trainer.global_step - 1)  # Lightning has counted this one already
+        self.after(step.number)
 
 
-class TorchProfile(_Profile):
+class _TorchProfile(_Profile):
     """Run PyTorch's profiler; write its trace, and a table of time by kernel class, on a CPU PyTorch's own."""
 
     def __init__(self, profile: ProfileConfig, run_dir: Path, rank: int) -> None:
         super().__init__(profile, record_function)
-        self.run_dir, self.rank = run_dir, rank
+        self.path = run_dir / PROFILE / f"rank{rank}"
         self.profiler: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
         p = self.profile
         if step != p.start_step - 1:
             return
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
+        gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         self.profiler = torch.profiler.profile(
-            activities=activities,
+            activities=[ProfilerActivity.CPU, *gpu],
             schedule=schedule(wait=0, warmup=1, active=len(self.steps), repeat=1),
             on_trace_ready=self._write,
             record_shapes=p.record_shapes,
@@ -120,35 +97,33 @@ class TorchProfile(_Profile):
                 self.profiler = None
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        folder = self.run_dir / PROFILE
-        folder.mkdir(exist_ok=True)
-        trace = temporary_path(folder / f"rank{self.rank}.trace.json")
+        self.path.parent.mkdir(exist_ok=True)
+        trace = temporary_path(self.path.with_suffix(".trace.json"))
         try:
             profiler.export_chrome_trace(str(trace))
             with (
                 open(trace, "rb") as plain,
-                atomic_file(folder / f"rank{self.rank}.trace.json.gz", "wb") as file,
+                atomic_file(self.path.with_suffix(".trace.json.gz"), "wb") as file,
                 gzip.open(file, "wb", compresslevel=3) as packed,  # quick: the other ranks wait
             ):
                 shutil.copyfileobj(plain, packed, 1 << 20)
             try:
                 if torch.cuda.is_available():
-                    step_profile.write(step_profile.measure(trace, rank=self.rank), folder / f"rank{self.rank}")
+                    rank = int(self.path.name.removeprefix("rank"))
+                    step_profile.write(step_profile.measure(trace, rank=rank), self.path)
                 else:
                     table = profiler.key_averages().table("self_cpu_time_total", row_limit=50)
-                    write_text(folder / f"rank{self.rank}.txt", table)
+                    write_text(self.path.with_suffix(".txt"), table)
             except Exception:  # the trace is safe, and the table can be made of it later: no reason to end the run
                 traceback.print_exc()
         finally:
             trace.unlink(missing_ok=True)
 
 
-class NsysRange(_Profile):
+class _NsysRange(_Profile):
     """Tell nsys, which this rank runs under (cluster/nsys.py), where the profiled steps begin and end.
 
-    Not NeMo's NsysCallback: it leaves the last step out, and wraps every operation in an NVTX range of its own, which
-    slows the steps (nsys does it too, if asked: `--pytorch=autograd-nvtx` in profile.nsys_args). Megatron's and
-    Transformer Engine's own ranges are there.
+    Not NeMo's NsysCallback: it leaves the last step out, and wraps every operation in an NVTX range, which slows steps.
     """
 
     def __init__(self, profile: ProfileConfig) -> None:
@@ -169,8 +144,3 @@ def _name_megatrons_parts(enabled: bool) -> None:
     from megatron.core.utils import configure_nvtx_profiling  # not in every Megatron, and nothing else here needs it
 
     configure_nvtx_profiling(enabled)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

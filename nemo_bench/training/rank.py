@@ -18,17 +18,26 @@ from nemo_bench.record.folder import CONFIG, REQUEUE, EventLog, RunFolder
 from nemo_bench.record.node import write_node
 from nemo_bench.training import preemption
 
+# torch's variables, and those in which srun tells a task its place.
+_PLACE = {
+    "RANK": "SLURM_PROCID",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "NODE_RANK": "SLURM_NODEID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+}
+
 
 def main(run_dir: Path) -> None:
     """Train as `run_dir/config.yaml` says; an exception ends in this rank's error file and exit status 1."""
-    _take_place_from_slurm()
+    if "RANK" not in os.environ:
+        os.environ.update({name: os.environ[slurms] for name, slurms in _PLACE.items()})
     run, rank = RunFolder(run_dir), int(os.environ["RANK"])
     events = EventLog(run, enabled=rank == 0)
     try:
         cfg = load(run_dir / CONFIG)
         # Without checkpoints there is nothing to save, and a signal ends the rank as it does everywhere.
-        saves = cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None
-        if saves:
+        if cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None:
             preemption.listen()
         # After listen(): what is blocked stays blocked in nsys, which Slurm's warning would end.
         nsys.wrap(cfg.profile, run_dir, rank)
@@ -37,9 +46,8 @@ def main(run_dir: Path) -> None:
             write_node(run_dir)
         events.write("importing")
         train(cfg, run, rank, events)
-        if saves:
-            # Python would ask data loaders to end by SIGTERM and wait; they do not hear it. They end with this process.
-            _leave(0)
+        events.write("requeue" if (run_dir / REQUEUE).exists() else "done")
+        status = 0
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk: the launching process looks for that itself
             if isinstance(error, BenchError):
@@ -47,53 +55,41 @@ def main(run_dir: Path) -> None:
             else:
                 traceback.print_exc()
             run.write_rank_error(rank, error)
-        # Another rank may wait in a collective for this one: no destructor that would wait too.
-        _leave(1)
-
-
-def _leave(status: int) -> None:
+        status = 1
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
+    # No destructors: another rank may wait in a collective for this one, and Python would ask data loaders to end by
+    # SIGTERM, which they do not hear where checkpoints are saved.
     os._exit(status)
 
 
-def _take_place_from_slurm() -> None:
-    """Set torch's variables from those in which srun tells a task its place."""
-    if "RANK" in os.environ:
-        return
-    names = {
-        "RANK": "SLURM_PROCID",
-        "LOCAL_RANK": "SLURM_LOCALID",
-        "NODE_RANK": "SLURM_NODEID",
-        "WORLD_SIZE": "SLURM_NTASKS",
-        "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
-    }
-    os.environ.update({ours: os.environ[slurms] for ours, slurms in names.items()})
-
-
 def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None:
-    """Check the device, import NeMo with the patches that `cfg` needs, measure the matrix rate, and train."""
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if cfg.gpu.device == "cuda":
+    """Check the device, import what trains, with its patches, measure the matrix rate, and train."""
+    local_rank, on_gpu = int(os.environ["LOCAL_RANK"]), cfg.gpu.device == "cuda"
+    if on_gpu:
         from nemo_bench.training.gpu import check_gpu
 
         # Before NeMo: its imports take longer, and Transformer Engine's would fail first.
         check_gpu(cfg, local_rank)
     from nemo_bench.training import patches
-    from nemo_bench.training.matrix_rate import cpu_matrix_rate, gpu_matrix_rate
 
-    patches.before_imports(cfg)
+    patches.install(cfg)
     # About 20 s on a CPU: torch, Transformer Engine, megatron-core, Lightning and NeMo.
-    from nemo_bench.training.pretrain import pretrain
+    from nemo_bench.training import nemo2 as stack
+    from nemo_bench.training.hooks import RankTelemetry, RunRecorder
+    from nemo_bench.training.matrix_rate import cpu_matrix_rate, gpu_matrix_rate
+    from nemo_bench.training.profiling import build_profiling
 
-    patches.after_imports(cfg)
     events.write("building")
     if cfg.gpu.peak_tflops.get(cfg.precision.name) is None:
         run.write_peak(rank, cpu_matrix_rate(cfg.precision.name))
-    matrix_tflops = gpu_matrix_rate(local_rank) if cfg.gpu.device == "cuda" else None
-    pretrain(cfg, run.path, rank, events, matrix_tflops)
-    events.write("requeue" if (run.path / REQUEUE).exists() else "done")
+    telemetry = RankTelemetry(cfg, run, rank, gpu_matrix_rate(local_rank) if on_gpu else None)
+    # Telemetry stands ahead of a profiler, which takes its time to write.
+    hooks = [telemetry, *build_profiling(cfg, run.path, rank)]
+    if rank == stack.RECORDING_RANK:
+        hooks.append(RunRecorder(cfg, run, events, telemetry))
+    stack.pretrain(cfg, run.path, hooks)
 
 
 if __name__ == "__main__":

@@ -10,38 +10,32 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import BenchError
-from nemo_bench.training.model import pipeline_communication
-from nemo_bench.training.trainer import gradient_communication
+from nemo_bench.training.settings import gradient_communication, pipeline_communication
 
-# NeMo's tables name the GPU they were made for; others of its architecture use the same.
+# NVIDIA's tables name the GPU they were made for; others of its architecture use the same.
 _TABLES_OF_CAPABILITY = {9: "h100", 10: "b200"}
 
 
 def build_tp_comm_overlap(cfg: TrainConfig) -> MegatronCommOverlapCallback:
     """Return NeMo's callback, which alone allocates the user buffers.
 
-    It derives all other overlaps from the parallel sizes, unless it is given them: it is, so that they are what the
-    configuration says.
+    It derives all other overlaps from the parallel sizes, unless it is given them: so it is, as `cfg` says.
     """
-    return MegatronCommOverlapCallback(
-        tp_comm_overlap=True,
-        tp_comm_overlap_cfg=_table(cfg),
-        **pipeline_communication(cfg),
-        **gradient_communication(cfg),
-    )
+    table = user_buffers(cfg, userbuffers)
+    overlaps = pipeline_communication(cfg) | gradient_communication(cfg)
+    return MegatronCommOverlapCallback(tp_comm_overlap=True, tp_comm_overlap_cfg=table, **overlaps)
 
 
-def _table(cfg: TrainConfig) -> Any:
-    """Return the table that `model.tp_comm_overlap_cfg` names; None: Transformer Engine's own choice."""
-    tables = [name for name in dir(userbuffers) if name.startswith("userbuffers_")]
-    name = cfg.model.tp_comm_overlap_cfg
+def user_buffers(cfg: TrainConfig, tables: Any) -> Any:
+    """Return what `model.tp_comm_overlap_cfg` names in the module `tables`; None: Transformer Engine's own choice."""
+    m, name = cfg.model, cfg.model.tp_comm_overlap_cfg
+    names = [name for name in dir(tables) if name.startswith("userbuffers_")]
     if name == "auto":
-        m = cfg.model
         gpu = _TABLES_OF_CAPABILITY.get(torch.cuda.get_device_capability()[0])
         start = f"userbuffers_{cfg.precision.name}_{gpu}_h{m.hidden_size}_tp{m.tensor_model_parallel_size}"
         end = f"_mbs{m.micro_batch_size}_seqlen{m.seq_length}"
-        fitting = [f"{start}_cp{m.context_parallel_size}{end}", f"{start}{end}"]
-        name = next((fit for fit in fitting if fit in tables), None)
-    elif name is not None and name not in tables:
-        raise BenchError(f"model.tp_comm_overlap_cfg={name}: NeMo has no such table\nvalid: auto, {', '.join(tables)}")
-    return None if name is None else getattr(userbuffers, name)
+        fitting = (f"{start}_cp{m.context_parallel_size}{end}", f"{start}{end}")
+        name = next((fit for fit in fitting if fit in names), None)
+    elif name is not None and name not in names:
+        raise BenchError(f"model.tp_comm_overlap_cfg={name}: NVIDIA has no such table\nvalid: auto, {', '.join(names)}")
+    return None if name is None else getattr(tables, name)

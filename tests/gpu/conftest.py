@@ -34,26 +34,22 @@ SMALL = (
     "model.num_query_groups=4 model.seq_length=1024 model.vocab_size=2048 model.init_method_std=0.02 "
     "model.micro_batch_size=1 model.global_batch_size=8 model.optim.lr=1e-3 model.optim.min_lr=1e-4"
 )
+TP, SP = "model.tensor_model_parallel_size", "model.sequence_parallel=true"
+PP, VP = "model.pipeline_model_parallel_size", "model.virtual_pipeline_model_parallel_size"
+CP = "model.context_parallel_size"
 LAYOUTS = {
     "dp2": (2, ""),
-    "tp2": (2, "model.tensor_model_parallel_size=2"),
-    "tp2_sp": (2, "model.tensor_model_parallel_size=2 model.sequence_parallel=true"),
-    "pp2": (2, "model.pipeline_model_parallel_size=2"),
-    "pp2_vp2": (2, "model.pipeline_model_parallel_size=2 model.virtual_pipeline_model_parallel_size=2"),
-    "cp2": (2, "model.context_parallel_size=2"),
-    "pp2_dp2": (4, "model.pipeline_model_parallel_size=2"),
-    "pp2_cp2": (4, "model.pipeline_model_parallel_size=2 model.context_parallel_size=2"),
-    "tp2_sp_dp2": (4, "model.tensor_model_parallel_size=2 model.sequence_parallel=true"),
-    "tp2_sp_cp2": (
-        4,
-        "model.tensor_model_parallel_size=2 model.sequence_parallel=true model.context_parallel_size=2",
-    ),
-    "tp2_sp_pp2_vp2": (
-        4,
-        "model.tensor_model_parallel_size=2 model.sequence_parallel=true model.pipeline_model_parallel_size=2 "
-        "model.virtual_pipeline_model_parallel_size=2",
-    ),
-    "tp4_sp": (4, "model.tensor_model_parallel_size=4 model.sequence_parallel=true"),
+    "tp2": (2, f"{TP}=2"),
+    "tp2_sp": (2, f"{TP}=2 {SP}"),
+    "pp2": (2, f"{PP}=2"),
+    "pp2_vp2": (2, f"{PP}=2 {VP}=2"),
+    "cp2": (2, f"{CP}=2"),
+    "pp2_dp2": (4, f"{PP}=2"),
+    "pp2_cp2": (4, f"{PP}=2 {CP}=2"),
+    "tp2_sp_dp2": (4, f"{TP}=2 {SP}"),
+    "tp2_sp_cp2": (4, f"{TP}=2 {SP} {CP}=2"),
+    "tp2_sp_pp2_vp2": (4, f"{TP}=2 {SP} {PP}=2 {VP}=2"),
+    "tp4_sp": (4, f"{TP}=4 {SP}"),
     "dp4": (4, ""),
 }
 RECIPES = {
@@ -116,7 +112,6 @@ def train_all(stage: Path, gpus: int, server: ForkServer) -> dict[str, Trained]:
             "long_bf16": "scale=1gpu trainer.max_steps=60",
             "long_fp8": "scale=1gpu trainer.max_steps=60 precision=fp8",
             "profiled": "scale=1gpu trainer.max_steps=8 profile=torch profile.start_step=4 profile.end_step=5",
-            **{f"layers{n}": f"scale=1gpu trainer.max_steps=6 model.num_layers={n}" for n in (2, 4, 6)},
         }
     )
     start = quoted_path(trained["whole"].run_dir / record.CHECKPOINTS / "step=7")

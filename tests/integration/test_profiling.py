@@ -114,53 +114,49 @@ def test_nsys_and_its_rank_end_with_the_launcher_and_with_each_other(stage: Path
     assert run.processes() == []
 
 
-# CUDA's part is played by a list; the callbacks are the ones that the program builds, copied as NeMo copies them.
+# CUDA's part is played by a list; the hooks are the program's, copied as NeMo copies them.
 RANGE = """
 import copy, json, sys, types
 from pathlib import Path
 import megatron.core.utils, torch
-from nemo_bench.config import ProfileConfig, TrainConfig
+from nemo_bench.config import ProfileConfig, load
 from nemo_bench.record.folder import EventLog, RunFolder
+from nemo_bench.training.hooks import RankTelemetry, RunRecorder, Step
 from nemo_bench.training.profiling import build_profiling
 calls = []
 note = lambda what: calls.append(what + (" with Megatron's names" if megatron.core.utils._nvtx_enabled else ""))
 cudart = types.SimpleNamespace(cudaProfilerStart=lambda: note("start"), cudaProfilerStop=lambda: note("stop"))
 torch.cuda.cudart = lambda: cudart
 torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = note, lambda: note("end")
-cfg = TrainConfig(profile=ProfileConfig(kind="nsys", start_step=2, end_step=3, ranks=[0]))
-run_dir = Path(sys.argv[1])
-assert build_profiling(cfg, run_dir, 1, EventLog(RunFolder(run_dir), enabled=False)) == []
-callbacks = copy.deepcopy(build_profiling(cfg, run_dir, 0, EventLog(RunFolder(run_dir))))
+torch.cuda.synchronize = lambda: None
+cfg = load(sys.argv[2])
+cfg.profile = ProfileConfig(kind="nsys", start_step=2, end_step=3, ranks=[0])
+cfg.gpu.device = "cpu"
+run = RunFolder(Path(sys.argv[1]))
+assert build_profiling(cfg, run.path, 1) == []
+telemetry = RankTelemetry(cfg, run, 0, None)
+recorder = RunRecorder(cfg, run, EventLog(run), telemetry)
+hooks = copy.deepcopy([telemetry, *build_profiling(cfg, run.path, 0), recorder])
+[hook.train_start(0) for hook in hooks]
 for step in range(6):
-    trainer = types.SimpleNamespace(global_step=step)
     note(f"step {step}")
-    [callback.on_train_batch_start(trainer, None, None, step) for callback in callbacks]
-    [callback.on_before_optimizer_step(trainer, None, None) for callback in callbacks]
-    trainer.global_step += 1
-    [callback.on_train_batch_end(trainer, None, None, None, step) for callback in callbacks]
+    [hook.step_start(step) for hook in hooks]
+    [hook.optimizer_start() for hook in hooks]
+    [hook.step_end(Step(step, 1.0, 2.5, None, 3e-4)) for hook in hooks]
 print(json.dumps(calls))
 """
+CONFIG = PROJECT / "tests/runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a/config.yaml"
 
 
 def test_nsys_is_told_where_the_steps_begin_and_end(python: Callable[..., str], tmp_path: Path) -> None:
-    printed = python(RANGE, str(tmp_path))
+    printed = python(RANGE, str(tmp_path), str(CONFIG))
     named = " with Megatron's names"
-    profiled = [f"nemo_bench {part}{named}" for part in ("step 2", "optimizer", "step 3", "optimizer")]
-    assert json.loads(printed.splitlines()[-1]) == [
-        "step 0",
-        "step 1",
-        "step 2",
-        f"start{named}",
-        *profiled[:2],
-        f"end{named}",
-        f"end{named}",
-        f"step 3{named}",
-        *profiled[2:],
-        f"end{named}",
-        f"end{named}",
-        f"stop{named}",
-        "step 4",
-        "step 5",
-    ]
+    step_2, step_3 = (
+        [f"nemo_bench step {step}{named}", f"nemo_bench optimizer{named}", f"end{named}", f"end{named}"]
+        for step in (2, 3)
+    )
+    expected = ["step 0", "step 1", "step 2", f"start{named}", *step_2, f"step 3{named}", *step_3, f"stop{named}"]
+    assert json.loads(printed.splitlines()[-1]) == [*expected, "step 4", "step 5"]
     events, _ = record.read_lines(tmp_path / record.EVENTS)
-    assert [(event["event"], event["after_step"]) for event in events] == [("profile", after) for after in range(4)]
+    profiled = [event["after_step"] for event in events if event["event"] == "profile"]
+    assert profiled == [0, 1, 2, 3]

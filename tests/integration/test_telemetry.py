@@ -1,4 +1,4 @@
-"""The callback of a GPU rank, without a GPU: the driver answers from here, all else is real."""
+"""The measurements of a GPU rank, without a GPU: the driver answers from here, all else is real."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 
 from nemo_bench.config import load
+from nemo_bench.record.folder import RunFolder
 
 from ..nvml import UUID, Nvml
 
 torch = pytest.importorskip("torch")
 
 CONFIG = Path(__file__).parents[1] / "runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a/config.yaml"
-TRAINER: Any = None
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Nvml:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nvml]:
     from nemo_bench.training import gpu
 
     nvml = Nvml()
@@ -37,47 +37,34 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Nvml:
     stats = {"allocated_bytes.all.peak": 100 << 30, "reserved_bytes.all.current": 110 << 30}
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda: stats)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    return nvml
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
+    yield nvml
     torch.distributed.destroy_process_group()
 
 
 def telemetry(run_dir: Path) -> Any:
-    from nemo_bench.training.callbacks import RankTelemetry
+    from nemo_bench.training.hooks import RankTelemetry
 
-    timing: Any = types.SimpleNamespace(timer={"train_step_timing": 1.65})
-    return copy.deepcopy(RankTelemetry(load(CONFIG), run_dir, 0, timing, 791.23))  # as NeMo does
+    return copy.deepcopy(RankTelemetry(load(CONFIG), RunFolder(run_dir), 0, 791.23))  # as NeMo copies callbacks
 
 
 def sampling() -> bool:
     return any(thread.name == "nvml" for thread in threading.enumerate())
 
 
-def test_a_gpu_ranks_steps_and_its_line_in_ranks_json(driver: Nvml, process_group: None, tmp_path: Path) -> None:
-    callback = telemetry(tmp_path)
-    callback.on_train_start(TRAINER, TRAINER)
-    for batch in range(5):
-        callback.on_train_batch_start(TRAINER, TRAINER, None, batch)
+def test_a_gpu_ranks_steps_and_its_line_in_ranks_json(driver: Nvml, tmp_path: Path) -> None:
+    from nemo_bench.training.hooks import Step
+
+    hooks = telemetry(tmp_path)
+    hooks.train_start(0)
+    for number in range(5):
+        hooks.step_start(number)
         driver.sampled(3)
-        callback.on_train_batch_end(TRAINER, TRAINER, None, None, batch)
-        assert callback.step.pop("power_w") > 0
-        assert callback.step == {
-            "peak_memory_gib": 100,
-            "reserved_memory_gib": 110,
-            "sm_clock_mhz": 1700,
-            "sm_clock_min_mhz": 1700,
-            "memory_clock_mhz": 3201,
-            "memory_clock_min_mhz": 3201,
-            "temperature_max_c": 66,
-            "throttle_reasons": ["sw_power_cap"],
-        }
+        hooks.step_end(Step(number, 1.65, 2.5, None, 3e-4))
+    assert hooks.step["power_w"] > 0 and hooks.step["sm_clock_min_mhz"] == 1700
+    assert (hooks.step["peak_memory_gib"], hooks.step["reserved_memory_gib"]) == (100, 110)
     assert sampling()
-    callback.on_train_end(TRAINER, TRAINER)
+    hooks.train_end()
     assert not sampling()
     (mine,) = json.loads((tmp_path / "ranks.json").read_text())["ranks"]
     about = {"rank": 0, "local_rank": 0, "gpu_name": "NVIDIA H200", "gpu_uuid": f"GPU-{UUID}", "matrix_tflops": 791.2}
@@ -85,18 +72,13 @@ def test_a_gpu_ranks_steps_and_its_line_in_ranks_json(driver: Nvml, process_grou
     assert mine["steps"] == 2 and mine["power_w"] > 0 and mine["throttled"] == {"sw_power_cap": 1}
 
 
-def test_a_disk_that_refuses_the_file_is_no_failure(
-    driver: Nvml, process_group: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_disk_that_refuses_the_file_is_no_failure_and_an_exception_ends_the_thread(
+    driver: Nvml, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    callback = telemetry(tmp_path / "missing")
-    callback.on_train_start(TRAINER, TRAINER)
-    callback.on_train_end(TRAINER, TRAINER)
+    for end in ("train_end", "failed"):
+        hooks = telemetry(tmp_path / "missing")
+        hooks.train_start(0)
+        assert sampling()
+        getattr(hooks, end)()
+        assert not sampling()
     assert "nemo_bench: no ranks.json: FileNotFoundError" in capsys.readouterr().out
-
-
-def test_an_exception_ends_the_thread(driver: Nvml, tmp_path: Path) -> None:
-    callback = telemetry(tmp_path)
-    callback.on_train_start(TRAINER, TRAINER)
-    assert sampling()
-    callback.on_exception(TRAINER, TRAINER, RuntimeError())
-    assert not sampling()

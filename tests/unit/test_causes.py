@@ -59,6 +59,10 @@ IN_THE_JOBS_LOG = [
 ]
 IN_A_RANKS_LOG = [
     (
+        "AssertionError: Device compute capability 8.9 or higher required for FP8 execution.",
+        "cannot compute in this fp8",
+    ),
+    (
         "/usr/bin/python3: Error while finding module specification for 'nemo_bench.training.rank' "
         "(ModuleNotFoundError: No module named 'nemo_bench')",
         "no module nemo_bench",

@@ -45,18 +45,6 @@ def test_the_record_holds_each_ranks_profile(profiled: Path) -> None:
     assert tuple(map(step_profile.from_dict, content["profiles"])) == run.profiles
 
 
-@pytest.mark.parametrize("first", [0, 9])
-def test_what_a_profile_disturbs_does_not_count(profiled: Path, first: int) -> None:
-    """`first`: the step in which the profiler warms up, perhaps the very first."""
-    events = [{"event": "training", "first_step": 0, "time": 1.0}]
-    events += [{"event": "profile", "after_step": step - 1, "time": 2.0} for step in range(first, first + 5)]
-    (profiled / record.EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events))
-    run = load_run(profiled)
-    excluded = [step for step, why in zip(run.steps.step, run.steps.excluded) if why == "profile"]
-    assert excluded == list(range(first, first + 5))
-    assert run.final and run.times is not None and run.times.excluded == {"profile": 5}
-
-
 def test_a_damaged_profile_is_said_and_left_out(profiled: Path) -> None:
     (profiled / record.PROFILE / "rank2.json").write_text('{"kind": "GPU')
     run = load_run(profiled)

@@ -1,0 +1,143 @@
+"""What is recorded while a model trains. No framework: each stack has an adapter that calls these hooks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_bench.config import TrainConfig
+from nemo_bench.record.folder import EventLog, RunFolder
+from nemo_bench.record.ranks import gathered, write_ranks
+from nemo_bench.report import statistics
+from nemo_bench.report.numbers import rates_of_step
+from nemo_bench.training.gpu import GpuSampler, log, open_sampler
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step; `loss` and `grad_norm` are numbers or tensors of one element."""
+
+    number: int  # counts from 0
+    seconds: float
+    loss: Any
+    grad_norm: Any  # None where it was not computed
+    lr: float
+
+
+class Hooks:
+    """Act around the steps of a run; each event does nothing by default."""
+
+    def train_start(self, first_step: int) -> None: ...
+    def step_start(self, step: int) -> None: ...
+    def optimizer_start(self) -> None: ...
+    def step_end(self, step: Step) -> None: ...
+    def validation_start(self, after_step: int) -> None: ...
+    def validation_end(self, loss: Any) -> None: ...
+    def checkpoint(self, after_step: int) -> None: ...
+    def train_end(self) -> None: ...
+    def failed(self) -> None: ...
+
+
+class RunRecorder(Hooks):
+    """Write `events.jsonl`, and each step's loss, time, rates and device measurements to `steps.jsonl`.
+
+    For one rank, which knows the loss; it stands behind the `RankTelemetry` whose measurements it writes.
+    """
+
+    def __init__(self, cfg: TrainConfig, run: RunFolder, events: EventLog, telemetry: RankTelemetry) -> None:
+        self.cfg, self.run, self.events, self.telemetry = cfg, run, events, telemetry
+        # Reports leave these steps out: before, the profiler warms up; after, the other ranks wait for it to write.
+        p = cfg.profile
+        self.disturbed = range(0) if p.kind == "none" else range(p.start_step - 1, p.end_step + 2)
+
+    def train_start(self, first_step: int) -> None:
+        self.events.write("training", first_step=first_step)
+        # By now every rank has measured its peak, where it is not a published one.
+        self.peaks = [float(peak["tflops"]) for peak in self.run.peaks()]
+        self._announce(first_step)
+
+    def step_end(self, step: Step) -> None:
+        row = {
+            "step": step.number,
+            "loss": float(step.loss),
+            "train_step_timing_s": step.seconds,
+            "consumed_samples": (step.number + 1) * self.cfg.model.global_batch_size,
+            "lr": step.lr,
+        }
+        if step.grad_norm is not None:
+            row["grad_norm"] = float(step.grad_norm)
+        self.run.write_step({**row, **rates_of_step(self.cfg, self.peaks, step.seconds), **self.telemetry.step})
+        self._announce(step.number + 1)
+
+    def _announce(self, step: int) -> None:
+        if step in self.disturbed:
+            self.events.write(statistics.PROFILE, after_step=step - 1)
+
+    def validation_start(self, after_step: int) -> None:
+        self.events.write("validation", after_step=after_step)
+
+    def validation_end(self, loss: Any) -> None:
+        self.events.write("validated", val_loss=None if loss is None else float(loss))
+
+    def checkpoint(self, after_step: int) -> None:
+        self.events.write("checkpoint", after_step=after_step)
+
+
+class RankTelemetry(Hooks):
+    """Measure every step on every rank; after the last, rank 0 writes what all of them measured to `ranks.json`."""
+
+    def __init__(self, cfg: TrainConfig, run: RunFolder, rank: int, matrix_tflops: float | None) -> None:
+        # Nothing that NeMo cannot copy: the thread begins with the training.
+        self.on_gpu, self.run, self.rank, self.matrix_tflops = cfg.gpu.device == "cuda", run, rank, matrix_tflops
+        self.sampler: GpuSampler | None = None
+        self.rows: list[dict[str, Any]] = []
+        self.step: dict[str, Any] = {}
+
+    def train_start(self, first_step: int) -> None:
+        if self.on_gpu:
+            self.sampler = open_sampler(torch.cuda.get_device_properties(torch.cuda.current_device()))
+        if self.sampler is not None:
+            self.sampler.start()
+
+    def step_start(self, step: int) -> None:
+        if self.sampler is not None:
+            self.sampler.take()  # between steps: validation, a checkpoint
+
+    def step_end(self, step: Step) -> None:
+        self.step = {}
+        if self.on_gpu:
+            stats = torch.cuda.memory_stats()
+            self.step["peak_memory_gib"] = stats["allocated_bytes.all.peak"] / 2**30
+            self.step["reserved_memory_gib"] = stats["reserved_bytes.all.current"] / 2**30
+        if self.sampler is not None:
+            self.step |= self.sampler.take()
+        self.rows.append({"train_step_timing_s": step.seconds, **self.step})
+
+    def train_end(self) -> None:
+        self._stop()
+        rank: dict[str, Any] = {"rank": self.rank, "host": socket.gethostname()}
+        if self.on_gpu:
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+            rank |= {"local_rank": int(os.environ["LOCAL_RANK"]), "gpu_name": properties.name}
+            rank["gpu_uuid"] = f"GPU-{str(properties.uuid).removeprefix('GPU-')}"
+        if self.matrix_tflops is not None:
+            rank["matrix_tflops"] = round(self.matrix_tflops, 1)
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        try:
+            torch.distributed.all_gather_object(ranks, rank | gathered(self.rows))
+            if self.rank == 0:
+                write_ranks(self.run.path, ranks)
+        except (RuntimeError, OSError) as error:  # the training is done, and its numbers are safe
+            log(f"no ranks.json: {type(error).__name__}: {error}")
+
+    def failed(self) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.sampler is not None:
+            self.sampler.stop()
+            self.sampler = None

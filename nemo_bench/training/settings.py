@@ -1,0 +1,114 @@
+"""The settings of a configuration by Megatron's names: what every stack builds its objects from."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from megatron.core.transformer.enums import AttnBackend
+
+from nemo_bench.config import TrainConfig
+
+# Fields of our `model` that Megatron's model does not have; it has all others, under the same names.
+_NOT_OF_THE_MODEL = ("name", "optim", "micro_batch_size", "global_batch_size", "tp_comm_overlap", "tp_comm_overlap_cfg")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def model_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """Return the architecture, layout, fusions and pipeline communication, for a `TransformerConfig`."""
+    m = cfg.model
+    settings = {field.name: getattr(m, field.name) for field in fields(m) if field.name not in _NOT_OF_THE_MODEL}
+    settings |= {
+        # Fixed, so that the weights do not depend on which tokenizer happens to be loaded.
+        "vocab_size": cfg.padded_vocab_size,
+        "sequence_parallel": m.sequence_parallel and m.tensor_model_parallel_size > 1,
+        "pipeline_dtype": working_dtype(cfg),
+        "attention_backend": AttnBackend[m.attention_backend],
+        "recompute_modules": list(m.recompute_modules) if m.recompute_granularity == "selective" else None,
+        "use_te_rng_tracker": m.cuda_graph_impl != "none",  # a graph cannot record the other one's CPU side
+        **pipeline_communication(cfg),
+    }
+    if cfg.gpu.device == "cpu":
+        from nemo_bench.training.layers import local_block_spec
+
+        settings |= {
+            "transformer_layer_spec": local_block_spec,
+            "use_cpu_initialization": True,
+            # gloo reads an output that is being sent at some later moment, not in the order of a stream: interleaved
+            # stages would train on what then happens to lie in its memory.
+            "deallocate_pipeline_outputs": False,
+        }
+    return settings
+
+
+def working_dtype(cfg: TrainConfig) -> torch.dtype:
+    """Return the number format of parameters and activations, fp8 matrix products aside."""
+    return torch.bfloat16 if cfg.precision.trainer_precision == "bf16-mixed" else torch.float32
+
+
+def pipeline_communication(cfg: TrainConfig) -> dict[str, Any]:
+    """Return how pipeline stages pass activations on, and what they do in the bubble."""
+    m = cfg.model
+    interleaved = (m.virtual_pipeline_model_parallel_size or 1) > 1
+    return {
+        # The pair that NeMo's MegatronCommOverlapCallback derives from VP. With the other pair, interleaved stages
+        # give wrong losses in silence on CPU (gloo); so they are no settings of ours.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": m.pipeline_model_parallel_size > 1 and not interleaved,
+        "defer_embedding_wgrad_compute": cfg.defers_embedding_wgrad,
+        "wgrad_deferral_limit": m.wgrad_deferral_limit,
+    }
+
+
+def gradient_communication(cfg: TrainConfig) -> dict[str, Any]:
+    """Return how data-parallel ranks reduce gradients and gather parameters."""
+    o = cfg.model.optim
+    interleaved = (cfg.model.virtual_pipeline_model_parallel_size or 1) > 1
+    return {
+        "overlap_grad_reduce": o.overlap_grad_reduce,
+        "overlap_param_gather": o.overlap_param_gather,
+        # With interleaved stages all stages gather at the same time, as NeMo's comm overlap callback has it.
+        "align_param_gather": o.overlap_param_gather and interleaved,
+        "bucket_size": o.bucket_size,
+    }
+
+
+def ddp_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """Return the settings of a `DistributedDataParallelConfig`."""
+    return {
+        "use_distributed_optimizer": cfg.model.optim.use_distributed_optimizer,
+        "grad_reduce_in_fp32": cfg.model.optim.grad_reduce_in_fp32,
+        "average_in_collective": cfg.gpu.device == "cuda",  # gloo has no averaging reduction
+        "check_for_nan_in_grad": False,  # it would synchronise the device at every step
+        **gradient_communication(cfg),
+    }
+
+
+def fp8_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """Return the number formats of fp8 matrix products; empty where there are none."""
+    formats = {name: value for name, value in vars(cfg.precision).items() if name not in ("name", "trainer_precision")}
+    return formats if cfg.precision.fp8 else {}
+
+
+def optimizer_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """Return the settings of an `OptimizerConfig`: Adam over fp32 main weights."""
+    o = cfg.model.optim
+    names = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+    settings: dict[str, Any] = {
+        **{name: getattr(o, name) for name in names},
+        "optimizer": "adam",
+        "bf16": working_dtype(cfg) is torch.bfloat16,
+        "fp8_recipe": cfg.precision.fp8_recipe if cfg.precision.fp8 else None,
+        "use_distributed_optimizer": o.use_distributed_optimizer,
+        "use_precision_aware_optimizer": cfg.precision_aware_optimizer,
+        "overlap_param_gather": o.overlap_param_gather,  # must agree with the data-parallel wrapper's
+    }
+    if cfg.precision_aware_optimizer:
+        settings |= {
+            "main_grads_dtype": torch.float32 if o.grad_reduce_in_fp32 else working_dtype(cfg),
+            "exp_avg_dtype": _DTYPES[o.exp_avg_dtype],
+            "exp_avg_sq_dtype": _DTYPES[o.exp_avg_sq_dtype],
+            "store_param_remainders": o.store_param_remainders,
+        }
+    return settings
