@@ -15,7 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 import nemo_bench.composition  # noqa: F401  registers the resolvers that conf/ uses
 from nemo_bench.errors import ConfigurationRefused
-from nemo_bench.fields import PATH, choice, field_problems, has_unknown_keys, kernel, make_paths_absolute, number
+from nemo_bench.fields import PATH, choice, field_problems, has_unknown_keys, kernel, normalise, number
 from nemo_bench.flops import Architecture
 
 T = TypeVar("T")
@@ -367,5 +367,5 @@ def _object(schema: type[T], cfg: DictConfig) -> T:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
         result = OmegaConf.to_object(merged)
     assert isinstance(result, schema)
-    make_paths_absolute(result)
+    normalise(result)
     return result

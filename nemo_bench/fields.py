@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_bench.errors import Problem, text_of
+from nemo_bench.errors import ConfigurationRefused, Problem, text_of
 
 _LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "least": (operator.ge, "at least"),
@@ -98,9 +98,24 @@ def absolute(path: str) -> str:
     return path and str(Path(os.path.expanduser(path)).absolute())
 
 
-def make_paths_absolute(config: Any) -> None:
-    """Replace every path of the configuration by an absolute one."""
-    for _, owner, setting in settings(config):
-        value = getattr(owner, setting.name)
-        if setting.metadata.get("path") and value:
+def normalise(config: Any) -> None:
+    """Make every path absolute.
+
+    Raises:
+        ConfigurationRefused: a section, list or dictionary is none; OmegaConf lets `${...}` and [[1]] through.
+    """
+    problems = []
+    for key, owner, setting in settings(config):
+        value, kind = getattr(owner, setting.name), str(setting.type).partition("[")[0]
+        if kind in ("list", "dict"):
+            nested = kind == "list" and any(isinstance(item, (list, dict)) for item in value)
+            fits = type(value).__name__ == kind and not nested
+        else:
+            fits = "Config" not in kind or value is None or is_dataclass(value)
+        if not fits:
+            shape = kind if kind in ("list", "dict") else "section"
+            problems.append(Problem(key, value, f"is not a {shape} of plain values", "write them out"))
+        elif setting.metadata.get("path") and value:
             setattr(owner, setting.name, absolute(value) if isinstance(value, str) else [*map(absolute, value)])
+    if problems:
+        raise ConfigurationRefused(problems)

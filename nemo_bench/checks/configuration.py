@@ -175,7 +175,7 @@ def _data(cfg: TrainConfig, need: Need) -> None:
     data, even = cfg.data, "[] weighs all paths equally"
     for key in ("results_version", "model.name"):
         name = value_of(cfg, key)
-        usable = name not in (".", "..") and re.fullmatch(r"[^\s/]+", name)
+        usable = name not in (".", "..") and re.fullmatch(r"[^\s/\\]+", name)
         need(usable, key, "names a folder under results/", "use a word without slashes and blanks")
     if data.kind == "megatron":
         rule = f"must hold one weight per path, and data.paths holds {len(data.paths)}"

@@ -43,10 +43,12 @@ def slurm_rules(cfg: TrainConfig, need: Need) -> None:
     need(in_time, "cluster.signal_s", rule, "use a longer limit, or signal later")
     if cfg.gpu.device == "cuda":
         _gpus(cfg, need)
-    for name in c.additional_parameters:
+    for name, value in c.additional_parameters.items():
         option, rule = name.replace("_", "-"), "follows from other settings of the configuration"
         ours = option in OURS or (option in ("mem-per-cpu", "mem-per-gpu") and c.mem is not None)
         need(not ours, f"cluster.additional_parameters.{name}", rule, "leave it out")
+        plain = not isinstance(value, (list, dict))
+        need(plain, f"cluster.additional_parameters.{name}", "must be one value", "write it as sbatch reads it")
     for name, value in c.env.items():
         key, fix = f"cluster.env.{name}", "leave it out"
         need(name.isascii() and name.isidentifier(), key, "is not a variable's name", fix, value=value)

@@ -40,8 +40,8 @@ def _changes(cfg: TrainConfig) -> Iterator[tuple[dict[str, Any], ...]]:
         if parallelism == "tensor_model_parallel_size":
             change["model.sequence_parallel"] = True
         yield change, {**more, **change}
-    recompute = {"granularity": "full", "method": "uniform", "num_layers": 1}
-    yield ({f"model.recompute_{name}": value for name, value in recompute.items()},)
+    recompute = "model.recompute_{}".format
+    yield ({recompute("granularity"): "full", recompute("method"): "uniform", recompute("num_layers"): 1},)
     narrow = {"model.optim.exp_avg_dtype": "bf16", "model.optim.exp_avg_sq_dtype": "bf16"}
     yield (narrow,)
     yield ({**narrow, "model.optim.store_param_remainders": True},)
