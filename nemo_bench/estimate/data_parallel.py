@@ -130,8 +130,11 @@ class DataParallel:
         adam = own * (8 + moments + 4) / rates.gb_s("adam")
         norm = own * 6 / scaling["norm"] * rates.most_slowdown
         zero = parameters * 2 / rates.gb_s("fill")
-        transposed = 0.0
+        transposed = cast = 0.0
         if self.cfg.precision.fp8:
             transposed = (parameters - self.embedding) * 2 / scaling["transpose"] * rates.most_slowdown
+            if self.cfg.precision.fp8_param_gather:
+                share = own / parameters
+                cast = (parameters - self.embedding) * share / 1e9 * constant("fp8_cast_ms") * rates.most_slowdown
         wait = constant("gradient_norm_ms")["one_node" if self.cfg.trainer.num_nodes == 1 else "more_nodes"]
-        return float((adam + norm + zero + transposed) / 1e6 + wait)
+        return float((adam + norm + zero + transposed) / 1e6 + cast + wait)

@@ -103,7 +103,7 @@ class _Point:
             timeline = self.pipeline(speed).run()
             end = self.data_parallel.step_end(timeline)
             step = timeline.end_ms + end.total + constant("step_idle_ms")
-            busy = [self._working_ms(stage, speed[stage]) / step for stage in range(self.stages)]
+            busy = [(self._working_ms(stage, speed[stage]) + end.total) / step for stage in range(self.stages)]
             curve = self.rates.tables["power"]["fp8" if self.cfg.precision.fp8 else "bf16"]
             following = [piecewise(curve, share) for share in busy]
             if number == _ROUNDS - 1 or max(abs(a - b) for a, b in zip(following, speed)) < _CONVERGED:
@@ -149,7 +149,7 @@ class _Point:
         return total
 
     def _working_ms(self, stage: int, speed: float) -> float:
-        """Return how long a stage's GPUs draw power: collectives and waits in lockstep leave none to spare."""
+        """Return how long a stage's passes draw power: collectives and waits in lockstep leave none to spare."""
         layers = sum(self.layers[stage])
         kernels = layers * (self.forward.kernels + self.backward.kernels) + self._head_ms(stage)
         communication = layers * (self.forward.communication + self.backward.communication)
