@@ -30,7 +30,8 @@ test-fast: $(STAMP) lint
 
 # NeMo 2.0.0, of the container that entrypoint=nemo_24_09 runs in, in an environment of its own.
 test-nemo-1: $(STAMP) build/nemo-1/.complete
-	NEMO_BENCH_NEMO_1=$(CURDIR)/build/nemo-1/bin/python $(BIN)/python -m pytest tests/integration/test_nemo_24_09.py
+	NEMO_BENCH_NEMO_1=$(CURDIR)/build/nemo-1/bin/python $(BIN)/python -m pytest tests/integration/test_nemo_24_09.py \
+		tests/slurm/test_containers.py::test_nemo_1s_program_runs_at_its_path_in_the_image
 
 build/nemo-1/.complete: tests/nemo_24_09/environment.sh tests/nemo_24_09/requirements.txt
 	tests/nemo_24_09/environment.sh build/nemo-1 $(PYTHON)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -28,25 +29,6 @@ pytestmark = [
     pytest.mark.train,
     pytest.mark.skipif(not PYTHON, reason="NEMO_BENCH_NEMO_1 names no interpreter with NeMo 2.0.0"),
 ]
-
-# The package has no examples: what megatron_gpt_pretraining.py does to train from the start.
-PROGRAM = """
-from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
-from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
-from nemo.core.config import hydra_runner
-from nemo.utils.exp_manager import exp_manager
-
-
-@hydra_runner(config_path="conf", config_name="megatron_gpt_config")
-def main(cfg):
-    trainer = MegatronTrainerBuilder(cfg).create_trainer()
-    exp_manager(trainer, cfg.exp_manager)
-    trainer.fit(MegatronGPTModel(cfg.model, trainer))
-
-
-main()
-"""
-
 
 FIELDS = """
 from nemo_bench.training import cpu_device
@@ -83,7 +65,7 @@ print(json.dumps({
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     folder = tmp_path_factory.mktemp("nemo 1, it's")
     program = folder / "program.py"
-    program.write_text(PROGRAM)
+    shutil.copy(PROJECT / "tests" / "nemo_24_09" / "program.py", program)
     seen: dict[tuple[str, ...], Run] = {}
 
     def train(*overrides: str) -> Run:

@@ -106,18 +106,28 @@ class SlurmCluster:
     knows of a job some seconds late.
     """
 
-    def __init__(self, folder: Path, *, live_nodes: int, total_nodes: int, accounting: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        live_nodes: int,
+        total_nodes: int,
+        accounting: bool = False,
+        pyxis: Path | None = None,  # where PyXis and enroot are installed; None: srun starts no containers
+    ) -> None:
         self.folder = folder
         self.live_nodes = live_nodes
         self.total_nodes = total_nodes
         self.accounting = accounting
+        self.pyxis = pyxis
         self._init: subprocess.Popen[str] | None = None
 
     @property
     def environment(self) -> dict[str, str]:
         """The environment in which sbatch, srun, squeue and the others speak to this cluster and to no other."""
         env = {name: value for name, value in os.environ.items() if not name.startswith(CALLERS_OWN)}
-        return {**env, "PATH": sbin_path(), "SLURM_CONF": str(self.folder / "slurm.conf")}
+        path = sbin_path() if self.pyxis is None else f"{self.pyxis}/bin{os.pathsep}{sbin_path()}"
+        return {**env, "PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def __enter__(self) -> SlurmCluster:
         try:
@@ -253,6 +263,9 @@ class SlurmCluster:
         files += ["cloud.conf"] if self.total_nodes > self.live_nodes else []
         files += ["accounting.conf"] if self.accounting else []
         (folder / "slurm.conf").write_text("".join(self._rendered(name) for name in files))
+        if self.pyxis is not None:
+            plugin = f"{self.pyxis}/lib/spank_pyxis.so runtime_path={folder}/run/pyxis execute_entrypoint=0"
+            (folder / "plugstack.conf").write_text(f"required {plugin}\n")
         dbd = folder / "slurmdbd.conf"
         dbd.touch(mode=0o600)  # slurmdbd refuses a file that others may read
         dbd.write_text(self._rendered("slurmdbd.conf"))

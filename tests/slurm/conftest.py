@@ -27,15 +27,19 @@ CLOSED = ("cluster.partition=closed",)
 def require_slurm(*, accounting: bool = False) -> None:
     """Skips the test on a machine that cannot start a cluster; fails it where NEMO_BENCH_REQUIRE_SLURM=1 says so."""
     if reason := why_not(accounting=accounting):
-        if os.environ.get("NEMO_BENCH_REQUIRE_SLURM") == "1":
-            pytest.fail(f"NEMO_BENCH_REQUIRE_SLURM=1, but {reason}")
-        pytest.skip(reason)
+        skip_unless_required(reason)
+
+
+def skip_unless_required(reason: str) -> None:
+    if os.environ.get("NEMO_BENCH_REQUIRE_SLURM") == "1":
+        pytest.fail(f"NEMO_BENCH_REQUIRE_SLURM=1, but {reason}")
+    pytest.skip(reason)
 
 
 @contextmanager
-def started(folder: Path, *, live_nodes: int, total_nodes: int, accounting: bool = False) -> Iterator[SlurmCluster]:
+def started(folder: Path, *, accounting: bool = False, **options: Any) -> Iterator[SlurmCluster]:
     require_slurm(accounting=accounting)
-    with SlurmCluster(folder, live_nodes=live_nodes, total_nodes=total_nodes, accounting=accounting) as cluster:
+    with SlurmCluster(folder, accounting=accounting, **options) as cluster:
         yield cluster
     assert not processes_of(folder)
 

@@ -16,7 +16,7 @@ from nemo_bench.record import folder as record
 from ..integration.conftest import SMALL, processes_of
 from ..nsys import calls, install
 from .cluster import SlurmCluster, process_name, wait_for
-from .conftest import CLOSED, PROJECT, SHARED, SUBMIT, Scripts
+from .conftest import CLOSED, SHARED, SUBMIT, Scripts
 
 TABLE = ("precision=bf16,fp8", "scale=64gpu,128gpu,256gpu,512gpu,1024gpu,2048gpu", "data=mock")
 ONE_GPU = ("model=8b", "scale=1gpu", "model.context_parallel_size=1", "data=mock", "check_memory=false", *SHARED)
@@ -205,24 +205,3 @@ def test_accounts_are_checked_and_sacct_is_asked(slurm_with_accounting: SlurmClu
     wait_for(lambda: "FAILED" in slurm_with_accounting.run("sacct", "-X", "-n", "-o", "State").stdout, "sacct", 20)
     assert not (run_dir / record.EXIT).exists()
     assert "FAILED" in scripts.jobs()
-
-
-def test_the_container_boundary(scripts: Scripts, slurm: SlurmCluster, tmp_path: Path) -> None:
-    """An srun that writes down its arguments stands in for PyXis's plugin, which real srun here does not have."""
-    srun = tmp_path / "recorder" / "srun"
-    srun.parent.mkdir()
-    srun.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "{srun}.arguments"\n')
-    srun.chmod(0o755)
-    image = scripts.stage / "nvidia+nemo+25.11.sqsh"
-    image.write_bytes(b"hsqs")
-    mounts = "cluster.container.mounts=['/data:/data:ro']"
-    setup = f"cluster.setup=['export PATH={srun.parent}:$PATH']"
-    done = scripts.run("train.py", "hydra/launcher=submitit_slurm", *ONE_GPU, mounts, setup)
-    assert done.returncode == 0, done.stdout + done.stderr
-    job_id, run_dir = scripts.last()
-    assert slurm.wait_for_end(job_id) == "COMPLETED"
-    arguments = Path(f"{srun}.arguments").read_text().splitlines()
-    assert f"--container-image={image}" in arguments
-    assert f"--container-mounts={scripts.stage}:{scripts.stage},{PROJECT}:{PROJECT},/data:/data:ro" in arguments
-    assert {"--container-writable", "--no-container-mount-home", "--kill-on-bad-exit=1"} <= set(arguments)
-    assert arguments[-5:] == ["python3", "-u", "-m", "nemo_bench.training.rank", str(run_dir)]

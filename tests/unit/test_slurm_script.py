@@ -117,7 +117,7 @@ def test_the_container_is_named_on_srun_and_without_one_the_nodes_run_this_inter
 
 
 def test_srun_gets_the_variables_that_it_hands_to_the_container(tmp_path: Path) -> None:
-    """By a srun that records; the Slurm tests have the real one."""
+    """By an srun that records, for machines without PyXis (tests/slurm/test_containers.py)."""
     record = {"srun": 'printf "%s\\n" "$@" > args; env -0 > env; exit 3', "scontrol": "echo n1"}
     for name, line in record.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
