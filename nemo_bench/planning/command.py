@@ -34,17 +34,14 @@ def run_estimate(raw: DictConfig) -> None:
     cfg = typed_as(EstimateConfig, raw)
     if cfg.gpu.device == "cpu":
         raise BenchError(f"gpu={cfg.gpu.name}: estimates are of GPUs; choose a scale above local, such as scale=64gpu")
-    broken = [problem for problem in problems(cfg) if not problem.missing]
-    if cfg.action == "search":
-        # The point itself need not fit: layouts that do are what is asked for.
-        broken = [problem for problem in broken if problem.key != "gpu.memory_gib"]
-    if broken:
-        raise ConfigurationRefused(broken)
-    calibration = _calibration(cfg)
     console = display.make_console()
     if cfg.action == "search":
-        display.print_search(console, search(cfg, calibration))
+        # The point itself need not work: layouts that do are what is asked for.
+        display.print_search(console, search(cfg, _calibration(cfg)))
         return
+    if broken := [problem for problem in problems(cfg) if not problem.missing]:
+        raise ConfigurationRefused(broken)
+    calibration = _calibration(cfg)
     answer = answer_of(cfg, calibration)
     sweep = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
     if sweep:
@@ -55,8 +52,12 @@ def run_estimate(raw: DictConfig) -> None:
         folder = Path(cfg.output)
         if sweep:
             folder /= f"{HydraConfig.get().job.num} {answer.name}".replace(" ", "_")
-        write_text(folder / "estimate.json", json.dumps(answer.to_dict(), indent=1) + "\n")
-        write_text(folder / "schedule.html", render(answer))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "estimate.json", json.dumps(answer.to_dict(), indent=1) + "\n")
+            write_text(folder / "schedule.html", render(answer))
+        except OSError as error:
+            raise BenchError(f"output={cfg.output}: {error.strerror}: name a folder that can be written") from None
         console.print(f"written: {folder}/ (estimate.json, schedule.html)", soft_wrap=True, highlight=False)
 
 

@@ -1,0 +1,107 @@
+"""`estimate.py` as a user runs it: what it prints, writes, refuses, and finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from benchmarks.fork_server import ForkServer
+from nemo_bench.checks.configuration import configuration_problems
+from nemo_bench.estimate.step import estimate_of
+from nemo_bench.planning.config import EstimateConfig
+from nemo_bench.planning.search import search
+
+from ..composing import PROJECT, composed
+
+RUN = PROJECT / "benchmarks" / "results" / "gpu_speed" / "bf16_gbs32"
+Estimate = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def estimate(tmp_path: Path, scripts: ForkServer) -> Estimate:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "STAGE_PATH": str(tmp_path), "COLUMNS": "80"}
+        return scripts.run([sys.executable, str(PROJECT / "estimate.py"), *arguments], cwd=tmp_path, env=environment)
+
+    return run
+
+
+def test_a_point_in_80_columns_with_its_published_row(estimate: Estimate) -> None:
+    done = estimate("precision=fp8", "scale=128gpu")
+    assert done.returncode == 0 and done.stderr == ""
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    parts = ("70b fp8 128gpu", "TP4 PP4 VP5 CP2", "tokens/s", "MFU", "GiB a GPU", "10.93 s, nvidia-24.09", "100.0%")
+    assert all(part in done.stdout for part in (*parts, "derived from h200", "the host may be the limit"))
+
+
+def test_a_sweep_is_a_table_and_its_points_share_a_calibration(estimate: Estimate) -> None:
+    done = estimate("-m", "scale=64,128", "calibrate=15")
+    header, first, second = done.stdout.splitlines()
+    assert header.split()[:4] == ["point", "step", "s", "from"]
+    assert first.split()[:3] == ["70b", "bf16", "64gpu"] and first.split()[3] == "15"
+    assert second.split()[3].startswith("15.0") and max(map(len, (first, second))) <= 80
+
+
+def test_files_hold_the_estimate_and_the_schedule(estimate: Estimate, tmp_path: Path) -> None:
+    done = estimate("scale=2gpu", "model=8b", "gpu=h200", f"calibrate={RUN}", "output=plan", "check_memory=false")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "plan" / "estimate.json").read_text())
+    assert sum(written["breakdown_s"].values()) == pytest.approx(written["uncalibrated_step_time_s"])
+    factor = written["calibration"]["factor"]
+    assert factor == pytest.approx(1.014, abs=0.01) and "70b_slice bf16 1gpu" in written["calibration"]["source"]
+    assert written["step_time_s"] == pytest.approx(factor * written["uncalibrated_step_time_s"])
+    page = (tmp_path / "plan" / "schedule.html").read_text()
+    assert "Plotly.newPlot" in page and '"stage 0"' in page and 'src="http' not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gpu=b200",), "gpu=b200: the rates of this GPU were never measured"),
+        (("scale=local",), "estimates are of GPUs"),
+        (("calibrate=nowhere",), "calibrate=nowhere: not a run folder"),
+        (("calibrate=0",), "give the seconds of a step"),
+        (("output=/proc/plan",), "output=/proc/plan: No such file or directory: name a folder"),
+        (("serch",), "serch: not a verb of this command; its verbs: search"),
+        (("scale=64gpu", "model.num_layers=81"), "must be a multiple of 20"),
+        (("model.tensor_parallel_size=2",), "did you mean: model.tensor_model_parallel_size"),
+        (("search", "scale=1gpu"), "no layout of 70b fits 1 x h100"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_what_cannot_be_is_refused(estimate: Estimate, arguments: tuple[str, ...], message: str) -> None:
+    done = estimate(*arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_groups_and_values_are_those_of_train() -> None:
+    choices = ["scale=128gpu", "precision=fp8", "cluster=slurm"]
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        own, train = (OmegaConf.to_container(compose(name, choices), resolve=True) for name in ("estimate", "train"))
+    assert isinstance(own, dict) and isinstance(train, dict)
+    assert {key: value for key, value in own.items() if key in train} == train
+    assert own.keys() - train.keys() == {"action", "calibrate", "output"}
+    assert own.keys() == set(EstimateConfig.__dataclass_fields__)
+
+
+def test_the_search_finds_layouts_that_work_and_the_lines_that_choose_them() -> None:
+    choices = ("scale=128gpu", "precision=fp8", "data=mock")
+    start = time.process_time()
+    layouts = search(composed(*choices))
+    assert time.process_time() - start < 30
+    assert len(layouts) == 10 and len({layout.answer.layout for layout in layouts}) == 10
+    times = [layout.answer.step_time_s for layout in layouts]
+    assert times == sorted(times) and times[0] < estimate_of(composed(*choices)).step_time_s
+    for layout in layouts:
+        cfg = composed(*choices, *layout.overrides)
+        assert configuration_problems(cfg) == [] and (layout.answer.memory_gib or 0) < 80
+        assert estimate_of(cfg).step_time_s == pytest.approx(layout.answer.step_time_s)
