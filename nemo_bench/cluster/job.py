@@ -26,10 +26,8 @@ _SLURMS_WORDS = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTI
 class Job(SlurmJob[None]):
     """One submitted job as it stood when `done()` was last called.
 
-    submitit's own gives the registration with Slurm's books, `cancel()` and `wait()`. Its executor stops short of what
-    is needed here: it runs sbatch without a time limit and in our own environment, cannot tell a refusal from no
-    answer, writes into another folder where the path holds `%j`, and forgets the id when its last file cannot be
-    written. So slurm.submit() calls sbatch itself, and nothing is pickled.
+    submitit's own registers with Slurm's books, cancels and waits. Its executor is not used: it runs sbatch without a
+    time limit, cannot tell a refusal from no answer, and forgets the id when its last file cannot be written.
     """
 
     watcher = slurm.Books()

@@ -1,8 +1,4 @@
-"""Jobs, runs of train.py and other commands alike: submitted, listed, followed, cancelled.
-
-A job is a folder: the batch script, `job.json` (what was submitted, and the id), the log `slurm-<id>.out` and, once the
-batch script has ended, `exit.json`.
-"""
+"""Jobs, runs of train.py and other commands alike, each a folder: submitted, listed, followed, cancelled."""
 
 from __future__ import annotations
 
@@ -65,10 +61,7 @@ def submit(script: str, folder: Path, **details: Any) -> Job:
     """Submit a batch script as the job of `folder`; `details` are what `job.json` is to hold besides.
 
     `job.json` is there before the job is, without an id: whatever happens then, the job is looked for by its script.
-
-    Raises:
-        slurm.Refused: the scheduler does not take it; no `job.json` is left.
-        BenchError: the job may have been submitted; the message says how to get hold of it.
+    Raises slurm.Refused, with no `job.json` left; or BenchError, where the job may have been submitted.
     """
     (quoted_name,) = re.findall(r"^#SBATCH --job-name=(.*)$", script, re.MULTILINE)
     (name,) = shlex.split(quoted_name)
@@ -189,10 +182,7 @@ def wait(jobs: Sequence[Job], tick: Callable[[], None]) -> None:
 def follow(console: Console, jobs: Sequence[Job], explain: Callable[[Path], str] | None = None) -> None:
     """Show these jobs until all are over, then the numbers of the runs and the logs of the commands.
 
-    Args:
-        explain: returns why the run in a folder failed, and what to do.
-
-    Raises RunFailed if a job did not complete, or the watching was interrupted.
+    Raises RunFailed if a job did not complete, with the words of `explain` about its folder, or on Ctrl-C.
     """
     if not jobs:
         console.print("no job is active")

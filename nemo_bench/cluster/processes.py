@@ -83,9 +83,7 @@ def started(
 ) -> Iterator[ProcessGroup]:
     """Start `ranks` ranks of `run_dir`, and end them all when the block is left, however it is left.
 
-    Args:
-        environment: the whole environment of the ranks; each one's place among them is added, as torchrun sets it.
-        popen: starts a rank; benchmarks/fork_server.py forks it instead.
+    Each rank's place is added to `environment`, as torchrun sets it. `popen` may fork a rank instead of starting it.
     """
     read_fd, write_fd = os.pipe()  # not inherited unless passed on: the writing end stays with this process
     group = ProcessGroup()

@@ -107,9 +107,7 @@ def test_only(script: str) -> tuple[bool, str]:
 def submit(script: str, folder: Path, name: str) -> str:
     """Submit the batch script of job `name`, which is kept in `folder`, and return the job's id.
 
-    Raises:
-        Refused: the scheduler does not take it.
-        BenchError: nobody knows whether it did.
+    Raises Refused; or BenchError, where nobody knows whether the scheduler took the job.
     """
     path = folder / SCRIPT
     write_text(path, script)

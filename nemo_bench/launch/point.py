@@ -33,9 +33,7 @@ FULL_DISK_BYTES = 1 << 20
 def run_point(raw: DictConfig) -> None:
     """Run the point; with launch=dry, print what would run.
 
-    Raises:
-        ConfigurationRefused: with every problem that could be found; nothing was started or written.
-        RunFailed: the run was started and did not complete.
+    Raises ConfigurationRefused, with every problem and nothing started; or RunFailed, where it did not complete.
     """
     cfg = typed(raw)
     dry, here = cfg.launch is Launch.dry, cfg.cluster.scheduler == "none"
@@ -105,8 +103,7 @@ def new_run(cfg: TrainConfig, command: list[str], overrides: list[str], state: s
 def execute(cfg: TrainConfig, run: RunFolder, tick: Callable[[], None]) -> None:
     """Run the ranks of a recorded run on this machine, calling `tick` meanwhile, and record how it ended.
 
-    Raises:
-        RunFailed: it did not complete; all ranks are gone.
+    Raises RunFailed if it did not complete; all ranks are gone.
     """
     entrypoint = entrypoint_of(cfg)
     entrypoint.write_files(cfg, run.path)

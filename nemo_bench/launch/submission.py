@@ -25,9 +25,7 @@ from nemo_bench.report.terminal import make_console
 def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     """Check all points, then submit each as a job (launch=run) or print what would be submitted (launch=dry).
 
-    Raises:
-        BenchError: a point is refused, by our checks (then none was submitted) or by the scheduler.
-        RunFailed: with `wait`, a job did not complete.
+    Raises BenchError if a point is refused, by our checks (then none was submitted) or by the scheduler.
     """
     configs = [typed(point.config) for point in points]
     for cfg in configs:
@@ -123,11 +121,7 @@ def _submit(cfg: TrainConfig, command: list[str], overrides: list[str]) -> Job:
 
 
 def resubmit(job: Job) -> Job:
-    """Submit a run again, with the very configuration it had, into a run folder of its own.
-
-    Raises:
-        BenchError: it is still active, it is no run, or the scheduler refused.
-    """
+    """Submit a run again, with the very configuration it had, into a run folder of its own."""
     if not job.is_run:
         raise BenchError(
             f"job {job.job_id} ({job.what}) is not a run of train.py: "
