@@ -21,6 +21,7 @@ from nemo_bench.report.runs import (
     device,
     log_warnings,
     measured,
+    network_remarks,
     options,
     peak,
 )
@@ -83,6 +84,7 @@ def load_log(path: Path, given: Given, total_tokens: float) -> Run:
         run,
         state=state,
         why_not_final=why,
+        remarks=(*run.remarks, *network_remarks(log, run)),
         invalid=contradiction(replace(run, architecture=sizes), log),
         gpu_reported=log.printed.get("gpu"),
         architecture=sizes,

@@ -81,7 +81,7 @@ FORMATS = (NEMO, MEGATRON)
 BRIDGE = b"MODEL_TFLOP/s/GPU"
 BRIDGE_STEP = re.compile(rf"Step Time : *({_NUMBER})s GPU utilization: *({_NUMBER})MODEL_TFLOP/s/GPU")
 # Parts of what tells of something beside the steps
-SIGNS = (b"alidation", b"heckpoint", b"nsys profiling", b"STRAGGLER DETECTION")
+SIGNS = (b"alidation", b"heckpoint", b"nsys profiling", b"STRAGGLER DETECTION", b"Using network Socket")
 
 ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
 BAR = re.compile(r"\| *(\d{1,12})/(\d{1,12}|\?) \[|\b(\d{1,12})(?:it|/\?) \[")

@@ -48,6 +48,7 @@ class Log:
     rates: dict[str, float] = field(default_factory=dict)  # tokens_per_s_per_gpu, tflops_per_gpu: median as printed
     rank_times_s: dict[int, float] = field(default_factory=dict)  # median of each labelled rank, of several
     stragglers: list[int] = field(default_factory=list)  # ranks that NVIDIA's straggler detection warned of
+    sockets: bool = False  # NCCL takes TCP sockets between nodes
     last_error: str | None = None  # the last line near the end that tells of an error or a cancelled job
     ends_in_error: bool = False  # that line follows the last step
     framework: str | None = None  # of a log without steps, where another program's is recognised
@@ -187,6 +188,8 @@ class _Reader:
             self.bridge.append((float(match[1]), float(match[2])))
         elif "STRAGGLER DETECTION" in line:
             self.log.stragglers += [int(rank) for rank in formats.STRAGGLER.findall(line)]
+        elif "Using network Socket" in line:
+            self.log.sockets = True
         else:
             profile = "nsys profiling" in line
             validation = "Validation" in line or "validation loss at" in line

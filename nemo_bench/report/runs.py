@@ -26,6 +26,7 @@ from nemo_bench.report.statistics import CHECKPOINT, MIN_STEADY_STEPS, VALIDATIO
 from nemo_bench.report.statistics import PROFILE as PROFILED
 
 DEFAULT_TOTAL_TOKENS = 1e12
+GPUS_A_NODE = 8  # at most: a bare log does not tell its nodes
 
 _CONF = PROJECT / "conf"
 _SHORT = {
@@ -108,6 +109,7 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
         run,
         state=state,
         why_not_final=why,
+        remarks=(*run.remarks, *network_remarks(log, run)),
         gpu_reported=", ".join({str(gpu["name"]): None for gpu in node.get("gpus") or () if gpu.get("name")})
         or log.printed.get("gpu"),
         invalid=contradiction(run, log),
@@ -341,6 +343,16 @@ def contradiction(run: Run, log: Log) -> str | None:
             f"vocab_size={run.architecture.vocab_size} is given, and the log has {theirs['padded_vocab_size']}, padded"
         )
     return None
+
+
+def network_remarks(log: Log, run: Run) -> list[str]:
+    """Return that NCCL found no fast network between the nodes, if it says so."""
+    if not log.sockets or ((run.nodes or 1) == 1 and (run.gpus or 1) <= GPUS_A_NODE):
+        return []
+    return [
+        'NCCL takes TCP sockets between the nodes ("Using network Socket"), which is slow: NCCL_DEBUG=INFO says why it '
+        "finds no InfiniBand or RoCE; NCCL_IB_HCA names the adapters"
+    ]
 
 
 def log_warnings(log: Log) -> list[str]:

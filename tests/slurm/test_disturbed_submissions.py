@@ -68,7 +68,7 @@ class Submitter:
     def check(self) -> tuple[int, int]:
         """Hold the listing to what Slurm has; return how many jobs there are, and how many interrupted submissions."""
         wait_for(lambda: "sbatch" not in map(process_name, processes_of(self.cluster.folder)), "sbatch to end", 30)
-        rows = self.cluster.run("squeue", "-h", "-t", "all", "-o", "%i|%o", check=True).stdout.splitlines()
+        rows = self.cluster.run("squeue", "-h", "-o", "%i|%o", check=True).stdout.splitlines()
         real = {row.partition("|")[0] for row in rows if f"{self.stage}/" in row}
         listed = jobs.submitted(self.stage)
         known = [job for job in listed if job.job_id != "?"]
@@ -93,7 +93,7 @@ def test_kills_at_random_moments_leave_no_orphan_and_invent_no_job(submitter: Su
     moments, signalled = random.Random(1), (os.kill, os.killpg)  # as kill -9, or as the end of a session
     for number in range(KILLS):
         pid = submitter.start()
-        time.sleep(moments.uniform(0, 1.2 * seconds))
+        time.sleep(moments.uniform(0, seconds))
         with contextlib.suppress(ProcessLookupError):
             signalled[number % 2](pid, signal.SIGKILL)
         os.waitpid(pid, 0)
