@@ -49,7 +49,9 @@ def recipe_profile_ranks(model: str, num_nodes: int, devices: int) -> list[int]:
 
 def first_set(*variables: str) -> str | None:
     """Return the first of these environment variables that is not empty; the recipe's "null" is no value."""
-    value = next(filter(None, map(os.environ.get, variables)), None)
+    # In a job, Slurm sets this one to what that job has.
+    of_a_job = "SLURM_GPUS_PER_NODE" if "SLURM_JOB_ID" in os.environ else None
+    value = next((os.environ[name] for name in variables if name != of_a_job and os.environ.get(name)), None)
     return None if value == "null" else value
 
 

@@ -41,7 +41,9 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a new file, "w" (UTF-8) or "wb", that replaces `path` in one step when the block ends, unless it raises."""
     temporary = temporary_path(path)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        # A path in the text may hold bytes that are no text in this locale.
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "surrogateescape")
+        with open(temporary, mode, encoding=encoding, errors=errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

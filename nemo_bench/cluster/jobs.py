@@ -147,7 +147,8 @@ def table(jobs: Sequence[Job]) -> Group:
     for name in ("step", "step time (s)", "ETA"):
         listing.add_column(name, justify="right", no_wrap=True)
     above = Path(os.path.commonpath([job.folder.parent for job in jobs]))
-    notes = [f"folders, in {above}:"]
+    notes = [] if Job.watcher.answered else ["Slurm does not answer: the states are what the jobs have left"]
+    notes.append(f"folders, in {above}:")
     for job in jobs:
         listing.add_row(*map(Text, _cells(job)))  # plain: an error may hold square brackets, rich's own markup
         notes.append(f"{job.job_id}  {job.folder.relative_to(above)}")

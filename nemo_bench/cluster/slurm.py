@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -178,7 +179,11 @@ def _run(*command: str, input: str | None = None) -> subprocess.CompletedProcess
     # here is not what a node has. SLURM_CONF says which cluster is meant; cli.py sets HYDRA_FULL_ERROR for itself.
     hidden = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "HYDRA_", "PMI_", "PMIX_", "CUDA_VISIBLE_DEVICES")
     env = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(hidden)}
-    return subprocess.run(command, input=input, capture_output=True, text=True, timeout=TIMEOUT_S, env=env, check=False)
+    # As paths are read, which may hold bytes that are no text in this locale.
+    encoding, errors = sys.getfilesystemencoding(), "surrogateescape"
+    return subprocess.run(
+        command, input=input, capture_output=True, timeout=TIMEOUT_S, env=env, encoding=encoding, errors=errors
+    )
 
 
 def _answer(*command: str) -> str | None:

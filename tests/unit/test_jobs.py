@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from nemo_bench.cluster import job, jobs, slurm
 from nemo_bench.cluster.job import Job
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.record.folder import RunFolder, timestamp
+
+from ..composing import PROJECT
 
 
 class Cluster:
@@ -229,6 +233,30 @@ def test_commands_are_followed_to_the_ends_of_their_logs(cluster: Cluster, capsy
     assert failure.value.exit_code == 2 and "job 9 (fill): UNKNOWN" in str(failure.value)
     shown = capsys.readouterr().out
     assert f"==> {good}/slurm-7.out <==\nimage: made\n" in shown and "no enroot" in shown
+
+
+@pytest.mark.parametrize("squeue", ["exec /bin/sleep 60", "exit 1"])
+def test_a_slurm_that_does_not_answer_is_said_in_time(
+    cluster: Cluster, squeue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "TIMEOUT_S", 0.5)
+    cluster.has("squeue", squeue)
+    left(cluster.job("7"), "7", exit_code=0)
+    shown = cluster.listing()
+    assert "Slurm does not answer" in shown and "COMPLETED" in shown
+
+
+def test_an_ascii_locale_submits_from_a_stage_folder_with_other_letters(cluster: Cluster) -> None:
+    cluster.says("sbatch", "12")
+    stage = cluster.stage / "é 你好"
+    stage.mkdir(parents=True)
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": str(cluster.bin)}
+    submit = ("train.py", "scale=64gpu", "data=mock", "cluster.container=null", "hydra/launcher=submitit_slurm")
+    for script, *arguments in (submit, ("jobs.py",)):
+        command = [sys.executable, str(PROJECT / script), *arguments]
+        done = subprocess.run(command, env={**locale, "STAGE_PATH": str(stage)}, cwd=stage, capture_output=True)
+        assert done.returncode == 0 and done.stderr == b"" and b"12  " in done.stdout, done.stderr
+    assert f"RUN='{stage}/" in next(stage.glob("results/*/*/*/*/*/job.sbatch")).read_text()
 
 
 def test_a_thousand_runs_are_listed_with_one_question_to_slurm(cluster: Cluster) -> None:

@@ -83,6 +83,7 @@ def test_the_recipes_request() -> None:
         ("SLURM_GPUS_PER_NODE=h100:8", "", {"gpus-per-node": "h100:8"}),
         ("SLURM_GPUS_PER_NODE=null", "", {"gpus-per-node": None}),  # as in the recipe
         ("SLURM_GPUS_PER_NODE=", "", {"gpus-per-node": None}),
+        ("SLURM_JOB_ID=5 SLURM_GPUS_PER_NODE=4 SBATCH_GPUS_PER_NODE=8", "", {"gpus-per-node": "8"}),  # of an outer job
         ("SBATCH_QOS=high", "", {"qos": "high"}),
         ("SBATCH_RESERVATION=tonight", "", {"reservation": "tonight"}),
         ("SBATCH_CONSTRAINT=h100", "", {"constraint": "h100"}),
