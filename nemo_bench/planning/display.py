@@ -71,7 +71,7 @@ def remarks(answer: Answer) -> list[str]:
     if rates.derived_from:
         lines.append(f"{rates.gpu}: derived from {rates.derived_from} by its memory's speed; never measured.")
     if not estimate.measured_shape:
-        lines.append("The layer's shape was not measured: interpolated by product size (docs/estimate.md: up to 4%).")
+        lines.append("The layer's shape was not measured: interpolated by product size (docs/estimate.md: up to 3%).")
     if estimate.layer_host_ms is not None:
         host = f"A layer: {estimate.layer_gpu_ms:.1f} ms on the GPU, about {estimate.layer_host_ms:.1f} ms to launch"
         lines.append(f"{host}{': the host may be the limit' if estimate.host_is_limit else ''}.")
