@@ -18,21 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.files import write_json, write_text
-from nemo_bench.record.first_error import by_number, first_ending, first_error, read_end
+from nemo_bench.record.first_error import first_ending, first_error, read_end
 from nemo_bench.record.node import git_revision
 
-CONFIG = "config.yaml"
-RUN = "run.json"
-JOB = "job.json"
-STEPS = "steps.jsonl"
-EVENTS = "events.jsonl"
-CHECKPOINTS = "checkpoints"
-PROFILE = "profile"
+CONFIG, RUN, JOB = "config.yaml", "run.json", "job.json"
+STEPS, EVENTS = "steps.jsonl", "events.jsonl"
+CHECKPOINTS, PROFILE = "checkpoints", "profile"
 REQUEUE = "requeue"  # by rank 0 once a last checkpoint is safe; its batch script then asks for the requeue
 EXIT = "exit.json"  # of a Slurm job, by its batch script
 
-# No step for so many step times, and so long, is worth a word.
-STALL_STEPS, STALL_S = 10, 60
 # A progress bar's count of finished steps, in logs of programs that write no record of ours.
 _BAR = re.compile(r"(\d+)/(?:\d+|\?) \[[^\]]*train_step_timing in s[=:] ?([\d.]+)")
 # Slurm's last words about a job, in its log.
@@ -64,8 +58,8 @@ class Progress:
 
     @property
     def stall(self) -> str | None:
-        """That a run which should be making steps makes none."""
-        if self.step_time_s is None or self.age_s < max(STALL_STEPS * self.step_time_s, STALL_S):
+        """That steps have stopped: no step for ten step times, and a minute, is worth a word."""
+        if self.step_time_s is None or self.age_s < max(10 * self.step_time_s, 60):
             return None
         return f"no step for {self.age_s / 60:,.0f} min, and the last took {self.step_time_s:.3g} s"
 
@@ -196,19 +190,6 @@ class RunFolder:
     def write_peak(self, rank: int, peak: dict[str, object]) -> None:
         """Record the matrix rate that `rank` measured."""
         write_json(self.path / f"peak_rank{rank}.json", peak)
-
-    def peaks(self) -> list[dict[str, Any]]:
-        """Return the matrix rates that the ranks measured; empty where the peak is a published one."""
-        return [read_object(path) for path in sorted(self.path.glob("peak_rank*.json"))]
-
-    def profiles(self) -> dict[str, dict[str, Any]]:
-        """Return the time by kernel class of each profiled rank: file name -> content; {} where it is damaged."""
-        profiles: dict[str, dict[str, Any]] = {}
-        for path in by_number((self.path / PROFILE).glob("rank*.json")):
-            profiles[path.name] = {}
-            with contextlib.suppress(OSError, ValueError):
-                profiles[path.name] = read_object(path)
-        return profiles
 
     def last_checkpoint(self) -> Path | None:
         """Return the last finished checkpoint, or this folder itself where it is one; None if there is none.

@@ -14,6 +14,7 @@ import yaml
 from nemo_bench import flops
 from nemo_bench.errors import BenchError
 from nemo_bench.project import PROJECT
+from nemo_bench.record.first_error import by_number
 from nemo_bench.record.folder import CONFIG, EVENTS, PROFILE, STEPS, RunFolder, Status, read_lines
 from nemo_bench.record.node import NODE, kept_environment
 from nemo_bench.record.redaction import redact, redact_values
@@ -204,11 +205,11 @@ def _software(run: Run, node: dict[str, Any]) -> str | None:
 
 def _profiles(folder: RunFolder, warnings: list[str]) -> tuple[step_profile.StepProfile, ...]:
     profiles = []
-    for name, content in folder.profiles().items():
+    for path in by_number((folder.path / PROFILE).glob("rank*.json")):
         try:
-            profiles.append(step_profile.from_dict(content))
+            profiles.append(step_profile.from_dict(ranks.read_json(path)))
         except (KeyError, TypeError, ValueError, AttributeError):
-            warnings.append(f"{PROFILE}/{name} is damaged and left out")
+            warnings.append(f"{PROFILE}/{path.name} is damaged and left out")
     return tuple(profiles)
 
 

@@ -14,6 +14,7 @@ from nemo_bench.record.folder import EventLog, RunFolder
 from nemo_bench.record.ranks import gathered, write_ranks
 from nemo_bench.report import statistics
 from nemo_bench.report.numbers import rates_of_step
+from nemo_bench.report.ranks import measured_peaks
 from nemo_bench.training.gpu import GpuSampler, log, open_sampler
 
 
@@ -57,7 +58,7 @@ class RunRecorder(Hooks):
     def train_start(self, first_step: int) -> None:
         self.events.write("training", first_step=first_step)
         # By now every rank has measured its peak, where it is not a published one.
-        self.peaks = [float(peak["tflops"]) for peak in self.run.peaks()]
+        self.peaks = [float(peak["tflops"]) for peak in measured_peaks(self.run).values()]
         self._announce(first_step)
 
     def step_end(self, step: Step) -> None:

@@ -1,10 +1,12 @@
-"""Failed runs by their logs: the first error and its file, and the known causes that a user can add to."""
+"""Failed runs by their logs (failures.yaml): the first error and its file, and known causes that a user can add to."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.launch.diagnosis import CAUSES, Diagnosis, diagnose, explain, read_causes
@@ -15,124 +17,15 @@ from ..composing import composed
 
 BOOST = "[NeMo W 2026-11-18 20:22:20 nemo_logging:393] error_if_no_checkpoint: false\n"
 TRACEBACK = 'Traceback (most recent call last):\n  File "rank.py", line 3, in <module>\n    train(cfg)\n'
-# What srun adds once a rank has failed.
 AFTER = (
     "srun: error: n1: task 0: Exited with exit code 1\nsrun: Terminating StepId=12.0\n"
     "slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-11-28T10:00:00 ***\n"
 )
+FAILURES: dict[str, list[dict[str, Any]]] = yaml.safe_load(Path(__file__).with_name("failures.yaml").read_text())
 
-# What a job's log says, and a part of the cause that is named for it.
-IN_THE_JOBS_LOG = [
-    # Debian's Slurm, which can run several nodes on a machine, adds the node's name.
-    ("slurmstepd-n1: error: execve(): /opt/venv/bin/python: No such file or directory", "/opt/venv/bin/python"),
-    ("slurmstepd: error: pyxis: failed to import docker image: nvcr.io/x:1", "imported: nvcr.io/x:1"),
-    ("slurmstepd: error: pyxis: failed to create container filesystem for image: /a.sqsh", "imported: /a.sqsh"),
-    ("slurmstepd: error: pyxis: --container-mounts: source path does not exist: /data", "the node does not have /data"),
-    (
-        "slurmstepd: error: pyxis: child 77 failed with error code: 1\n"
-        "slurmstepd: error: pyxis: failed to create container filesystem for image: /lustre/b.sqsh",
-        "imported: /lustre/b.sqsh",
-    ),
-    ("slurmstepd: error: pyxis: container start failed with error code: 1", "could not be started"),
-    ("srun: unrecognized option '--container-image=/lustre/a.sqsh'", "starts no containers"),
-    (
-        "srun: error: Unable to create step for job 12: Invalid generic resource (gres) specification",
-        "srun asks for other GPUs than the job has",
-    ),
-    (
-        "srun: error: Unable to create step for job 12: Requested node configuration is not available",
-        "could not start the ranks: Requested node",
-    ),
-    ("srun: error: Couldn't find the specified plugin name for mpi/pmix looking at all files", "no MPI plugin pmix"),
-    ("PMIX ERROR: UNREACHABLE in file client/pmix_client.c at line 224", "PMIx"),
-    (
-        "slurmstepd: error: Detected 2 oom_kill events in StepId=12.0. Some of the step tasks have been OOM Killed.",
-        "out of the node's memory",
-    ),
-    ("srun: error: n1: tasks 1-3: Out Of Memory", "out of the node's memory"),
-    ("srun: error: n2: task 1: Killed", "rank 1 on n2 was killed"),
-    ("slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-11-28T10:00:00 DUE TO TIME LIMIT ***", "time limit"),
-    (
-        "slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-11-28T10:00:00 DUE TO NODE FAILURE, SEE SLURMCTLD LOG",
-        "a node of the job failed",
-    ),
-]
-IN_A_RANKS_LOG = [
-    (
-        "AssertionError: Device compute capability 8.9 or higher required for FP8 execution.",
-        "cannot compute in this fp8",
-    ),
-    (
-        "/usr/bin/python3: Error while finding module specification for 'nemo_bench.training.rank' "
-        "(ModuleNotFoundError: No module named 'nemo_bench')",
-        "no module nemo_bench",
-    ),
-    (
-        TRACEBACK + "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network "
-        "address. port: 10012, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use",
-        "port where the ranks meet is taken",
-    ),
-    (
-        TRACEBACK + "FileNotFoundError: [Errno 2] No such file or directory: "
-        "'/tmp/index/0f3a-GPTDataset-train-document_index.npy'",
-        "cannot see the index that rank 0 wrote: /tmp/index/0f3a",
-    ),
-    (TRACEBACK + "OSError: [Errno 30] Read-only file system: '/opt/x'", "cannot write '/opt/x'"),
-    (
-        TRACEBACK + "RuntimeError: Unexpected result nan (message='found NaN in local grad norm for bucket #1 in "
-        "backward pass before data-parallel communication collective')",
-        "a gradient was NaN",
-    ),
-    (
-        TRACEBACK + "RuntimeError: /TransformerEngine/common/gemm/cublaslt_gemm.cu:321 in function cublas_gemm: "
-        "Assertion failed: ret.lda % 16 == 0",
-        "a size that fp8 does not take",
-    ),
-    ("SM 1 [7]:expecting 1 got 0", "user buffers"),
-    (TRACEBACK + "RuntimeError: CUDA error: device-side assert triggered", "outside the vocabulary"),
-    (
-        "[rank1]:[E1111 17:10:53.1 ProcessGroupNCCL.cpp:1536] [PG ID 0 PG GUID 0(default_pg) Rank 1] "
-        "ProcessGroupNCCL's watchdog got stuck for 480 seconds without making progress",
-        "hangs on rank 1: NCCL's watchdog stood still for 480 s",
-    ),
-]
-KNOWN = [("slurm-12.out", *row) for row in IN_THE_JOBS_LOG] + [("rank0.out", *row) for row in IN_A_RANKS_LOG]
 
-# An exception's message, and the start of its cause.
-EXCEPTIONS = [
-    (
-        "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be",
-        "torch, Transformer Engine or another library has no kernels for this GPU",
-    ),
-    (
-        "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver",
-        "the GPU driver is too old for this torch: it offers CUDA 12.4",
-    ),
-    (
-        "CUDA error: CUDA driver version is insufficient for CUDA runtime version",
-        "the GPU driver is too old for a library's CUDA",
-    ),
-    ("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU", "CUDA sees no GPU"),
-    ("CUDA error: uncorrectable ECC error encountered", "the GPU's memory has an uncorrectable error"),
-    ("CUDA error: an illegal memory access was encountered", "a kernel read or wrote outside its memory"),
-    (
-        "CUDA error: device-side assert triggered",
-        "a kernel's assertion failed: often a token id outside the vocabulary; this model has 128,256 of them",
-    ),
-    (
-        "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1970, remote process exited or there was a "
-        "network error, NCCL version 2.19.3\n"
-        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
-        "Last error:\nNET/IB : Got completion from peer 10.42.0.2<47534> with error 5, opcode 48, vendor err 244",
-        "NCCL lost the connection to another rank: that rank ended, or the network did (ncclRemoteError): NET/IB : ",
-    ),
-    ("index out of range in self", "a token id outside the vocabulary; this model has 128,256 of them"),
-    ("ncclInvalidUsage: This usually reflects invalid usage of NCCL library.", "NCCL was used in a wrong way"),
-    ("AssertionError: an unspecified launch failure of ours", None),
-    ("ValueError: no", None),
-    ("", None),
-    ("[NeMo W] NCCL 2.28", None),
-]
+def expanded(text: str) -> str:
+    return text.replace("TRACEBACK\n", TRACEBACK).replace("AFTER", AFTER)
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +33,13 @@ def cfg() -> TrainConfig:
     return composed("scale=8gpu", "model=8b", "data=mock")
 
 
-@pytest.mark.parametrize(("text", "cause"), EXCEPTIONS, ids=[str(cause) for _, cause in EXCEPTIONS])
-def test_a_known_exception_is_explained(text: str, cause: str | None, cfg: TrainConfig) -> None:
-    lines = explain(cfg, text, {0: text})
-    if cause is None:
+@pytest.mark.parametrize("row", FAILURES["exceptions"], ids=lambda row: str(row["cause"]))
+def test_a_known_exception_is_explained(row: dict[str, Any], cfg: TrainConfig) -> None:
+    lines = explain(cfg, row["says"], {0: row["says"]})
+    if row["cause"] is None:
         assert lines is None
     else:
-        assert lines is not None and len(lines) == 2 and lines[0].startswith(cause) and not lines[0].endswith(":")
+        assert lines is not None and len(lines) == 2 and lines[0].startswith(row["cause"]) and lines[0][-1] != ":"
 
 
 def diagnosed(cfg: TrainConfig, folder: Path) -> Diagnosis:
@@ -154,60 +47,28 @@ def diagnosed(cfg: TrainConfig, folder: Path) -> Diagnosis:
     return diagnose(cfg, RunFolder(folder), None, None)
 
 
-@pytest.mark.parametrize(("log", "text", "cause"), KNOWN, ids=[cause for _, _, cause in KNOWN])
+@pytest.mark.parametrize("row", FAILURES["logs"], ids=lambda row: str(row["cause"]))
 def test_a_known_cause_is_named_with_the_first_errors_line_and_file(
-    log: str, text: str, cause: str, cfg: TrainConfig, tmp_path: Path
+    row: dict[str, Any], cfg: TrainConfig, tmp_path: Path
 ) -> None:
+    log, text = tmp_path / row["log"], expanded(row["says"])
     (tmp_path / "rank0.out").write_text(BOOST)
-    (tmp_path / log).write_text(BOOST + text + "\n")
+    log.write_text(f"{BOOST}{text}\n")
     with open(tmp_path / "slurm-12.out", "a") as job_log:
         job_log.write(AFTER)
     diagnosis = diagnosed(cfg, tmp_path)
-    assert diagnosis.cause is not None and cause in diagnosis.cause and "$" not in diagnosis.cause
+    assert diagnosis.cause is not None and row["cause"] in diagnosis.cause and "$" not in diagnosis.cause
     assert len(diagnosis.advice) >= 2 and "$" not in diagnosis.advice[0]
-    assert diagnosis.advice[-1] == f"first error, in {tmp_path / log}: {text.splitlines()[-1].removeprefix('[rank1]:')}"
+    assert diagnosis.advice[-1] == f"first error, in {log}: {text.splitlines()[-1].removeprefix('[rank1]:')}"
 
 
-@pytest.mark.parametrize(
-    ("logs", "line"),
-    [
-        ({"rank3.out": TRACEBACK + "ValueError: odd\n", "slurm-12.out": AFTER}, "ValueError: odd"),
-        ({"slurm-12.out": "slurm_script: line 20: module: command not found\n" + AFTER}, "command not"),
-        ({"rank0.out": "/opt/python3: 2: exec: /venv/bin/python: not found\n", "slurm-12.out": AFTER}, "not found"),
-        ({"slurm-12.out": AFTER}, "srun: error: n1: task 0: Exited with exit code 1"),
-        (
-            {
-                "rank0.out": TRACEBACK + "KeyError: 'a'\n\nDuring handling of the above exception, another exception "
-                "occurred:\n\n" + TRACEBACK + "ValueError: second\n"
-            },
-            "KeyError: 'a'",
-        ),
-        (
-            {"rank0.out": TRACEBACK + "KeyError: handled\nstep 1\n" + TRACEBACK + "ValueError: fatal\n"},
-            "ValueError: fatal",
-        ),
-        (
-            {"rank1.out": "".join(f"[rank1]: {line}\n" for line in (TRACEBACK + "ValueError: odd").splitlines())},
-            "ValueError: odd",
-        ),
-        # Of the start before a requeue nothing counts.
-        (
-            {
-                "slurm-12.out": "srun: error: n1: task 0: Killed\nslurmstepd: error: *** JOB 12 ON n1 CANCELLED AT "
-                "2026-11-28T10:00:00 DUE TO PREEMPTION ***\nsrun: error: n2: task 5: Aborted\n"
-            },
-            "srun: error: n2: task 5: Aborted",
-        ),
-    ],
-)
-def test_an_unknown_cause_keeps_its_own_words(
-    logs: dict[str, str], line: str, cfg: TrainConfig, tmp_path: Path
-) -> None:
-    for name, text in logs.items():
-        (tmp_path / name).write_text(BOOST + text)
+@pytest.mark.parametrize("row", FAILURES["first_errors"], ids=lambda row: str(row["line"]))
+def test_an_unknown_cause_keeps_its_own_words(row: dict[str, Any], cfg: TrainConfig, tmp_path: Path) -> None:
+    for name, text in row["logs"].items():
+        (tmp_path / name).write_text(BOOST + expanded(text))
     diagnosis = diagnosed(cfg, tmp_path)
-    assert diagnosis.cause is None and line in diagnosis.error_line
-    assert diagnosis.advice == [f"first error, in {tmp_path / next(iter(logs))}: {diagnosis.error_line}"]
+    assert diagnosis.cause is None and row["line"] in diagnosis.error_line
+    assert diagnosis.advice == [f"first error, in {tmp_path / next(iter(row['logs']))}: {diagnosis.error_line}"]
 
 
 def test_a_killed_rank_comes_before_the_exceptions_that_it_caused(cfg: TrainConfig, tmp_path: Path) -> None:
