@@ -185,7 +185,7 @@ def test_ctrl_c_while_waiting_leaves_the_jobs(scripts: Scripts, slurm: SlurmClus
     wait = "hydra.launcher.wait=true"
     process = scripts.start("train.py", *SUBMIT, "scale=64gpu", "data=mock", *CLOSED, wait)
     assert process.stdout is not None
-    while not re.search("PENDING .* 0/50", process.stdout.readline()):
+    while not re.search(r":\d\d  job \d+  PENDING", process.stdout.readline()):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=30)
