@@ -23,12 +23,14 @@ import sysconfig
 import tempfile
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
+from nemo_bench.data.manifest import manifest_path  # noqa: E402
 from nemo_bench.data.shard import Shard  # noqa: E402
 from nemo_bench.data.tokenizer import LLAMA3_SPLIT  # noqa: E402
 
@@ -87,14 +89,12 @@ def llama3_tokenizer(folder: Path) -> None:
 def run_ours(source: Path, tokenizer: Path, folder: Path, cores: set[int]) -> dict[str, Any]:
     """One shard through `python -m nemo_bench.data.shard` on these cores."""
     folder.mkdir()
-    shard = Shard(
-        str(source), str(folder / "shard_text_document"), str(tokenizer), threads=len(cores), folder=str(folder)
-    )
-    shard.save()
-    measured = run([sys.executable, "-m", "nemo_bench.data.shard", str(folder)], cores)
-    made = Shard.load(folder)
-    seconds = {"seconds": made.seconds["tokenising"], "verify_s": made.seconds["verifying"]}
-    return {**measured, **seconds, "documents": made.documents, "tokens": made.tokens}
+    prefix = folder / "shard_text_document"
+    shard = Shard(str(source), str(prefix), str(tokenizer), threads=len(cores))
+    measured = run([sys.executable, "-m", "nemo_bench.data.shard"], cores, json.dumps(asdict(shard)))
+    made = json.loads(manifest_path(prefix).read_bytes())
+    seconds = {"seconds": made["seconds"]["tokenising"], "verify_s": made["seconds"]["verifying"]}
+    return {**measured, **seconds, "documents": made["documents"], "tokens": made["tokens"]}
 
 
 def run_megatron(source: Path, tokenizer: Path, prefix: Path, cores: set[int]) -> dict[str, Any]:
@@ -104,12 +104,15 @@ def run_megatron(source: Path, tokenizer: Path, prefix: Path, cores: set[int]) -
     return {**measured, **json.loads(measured.pop("stdout").splitlines()[-1])}
 
 
-def run(command: list[str], cores: set[int]) -> dict[str, Any]:
+def run(command: list[str], cores: set[int], standard_input: str = "") -> dict[str, Any]:
     """Runs it on these cores; whole-process seconds, and the peak memory of the process itself."""
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as given:
+        given.write(standard_input.encode())
+        given.seek(0)
         started = time.perf_counter()
         process = subprocess.Popen(
             command,
+            stdin=given,
             stdout=output,
             env={**os.environ, "PYTHONPATH": str(PROJECT), "TOKENIZERS_PARALLELISM": "false"},
             preexec_fn=lambda: os.sched_setaffinity(0, cores),

@@ -12,9 +12,9 @@ import time
 import zipfile
 from pathlib import Path
 
-from tests.squashfs import squashfs
+from tests.conftest import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[1]
+IMAGE = b"the layers of an image"
 # Records its arguments, and copies a prepared image. $FAKE says how it goes wrong.
 ENROOT = """#!/bin/sh
 here=$(dirname "$0")
@@ -23,7 +23,7 @@ echo "$@" >> "$here/calls"
 case "$FAKE" in
   full) head -c 8000000 /dev/zero > "$3" || exit 1 ;;
   slow)
-    head -c 100 "$here/prepared.sqsh" > "$3"; echo $$ > "$here/started"
+    head -c 10 "$here/prepared.sqsh" > "$3"; echo $$ > "$here/started"
     while [ ! -e "$here/release" ]; do sleep 0.02; done ;;
 esac
 cp "$here/prepared.sqsh" "$3"
@@ -63,7 +63,7 @@ class Setup:
         self.bin = tmp_path / "bin"
         self.bin.mkdir()
         self.put("enroot", ENROOT)
-        (self.bin / "prepared.sqsh").write_bytes(squashfs())
+        (self.bin / "prepared.sqsh").write_bytes(IMAGE)
         dropped = ("SLURM_", "SBATCH_", "HYDRA_", "HF_", "ENROOT_", "XDG_", "PIP_")
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(dropped)},

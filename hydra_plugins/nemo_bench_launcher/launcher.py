@@ -17,7 +17,7 @@ from omegaconf import DictConfig, open_dict
 SUBMITTERS = {
     "train": ("nemo_bench.launch.submission", "submit_points"),
     "prepare_data": ("nemo_bench.data.jobs", "submit_preparations"),
-    "setup_stage": ("nemo_bench.stage.submission", "submit_stage"),
+    "setup_stage": ("nemo_bench.stage.command", "submit_stage"),
 }
 
 

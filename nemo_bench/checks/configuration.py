@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from nemo_bench.checks.slurm import slurm_rules
+from nemo_bench.cluster.request import slurm_rules
 from nemo_bench.config import TrainConfig
 from nemo_bench.data.split import split_shares
 from nemo_bench.errors import Need, Problem, text_of, value_of

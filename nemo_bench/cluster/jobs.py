@@ -20,11 +20,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from nemo_bench.cli import quoted_path
 from nemo_bench.cluster import slurm
 from nemo_bench.cluster.job import Job
+from nemo_bench.cluster.request import slurm_rules
 from nemo_bench.config import ClusterConfig
-from nemo_bench.errors import BenchError, RunFailed
-from nemo_bench.files import write_json
+from nemo_bench.errors import BenchError, ConfigurationRefused, Need, RunFailed
+from nemo_bench.files import explained_disk_errors, write_json
+from nemo_bench.project import PROJECT
 from nemo_bench.record import folder as record
 from nemo_bench.report.runs import load_run
 from nemo_bench.report.terminal import print_summary
@@ -37,6 +40,15 @@ SHOWN_IDS = 12
 def require_slurm(cluster: ClusterConfig) -> None:
     if cluster.scheduler != "slurm":
         raise BenchError(f"cluster={cluster.name}: hydra/launcher=submitit_slurm needs cluster=slurm")
+
+
+def check_command(cfg: Any) -> None:
+    """Raise BenchError if the configuration of a command, not of a run, asks Slurm for what it cannot give."""
+    require_slurm(cfg.cluster)
+    need = Need(cfg)
+    slurm_rules(cfg, need)
+    if need.problems:
+        raise ConfigurationRefused(need.problems)
 
 
 def require_sbatch() -> None:
@@ -55,6 +67,35 @@ def show(script: str, *files: str) -> bool:
     accepted, words = slurm.test_only(script)
     print(f"sbatch --test-only: {words}")
     return accepted
+
+
+def repeated_command(script: str, overrides: list[str], stage: str, *more: str) -> list[str]:
+    """Return the command that does in a job what these overrides, and more, ask of a script of this project.
+
+    Slurm runs it in our working folder, where relative paths mean the same.
+    """
+    # These concern the submission alone, or are given as this process sees them.
+    dropped = ("cluster", "launch", "stage_path", "wait")
+    kept = [text for text in overrides if text.lstrip("+").partition("=")[0].partition(".")[0] not in dropped]
+    arguments = ["cluster=local", *kept, *more, f"stage_path={quoted_path(stage)}"]
+    return [sys.executable, "-u", str(PROJECT / script), *arguments]
+
+
+def submit_command(script: str, folder: Path, **details: Any) -> Job:
+    """Submit the batch script of a command as the job of a new folder, and say so. `details`: see `submit`."""
+    with explained_disk_errors(folder.parents[1], "choose another stage folder (STAGE_PATH, or stage_path=...)"):
+        folder.mkdir(parents=True)
+        job = submit(script, folder, **details)
+    print(f"job {job.job_id}: {job.name}, log {job.log}", flush=True)
+    return job
+
+
+def show_commands(scripts: Sequence[str]) -> None:
+    """Print the batch scripts that launch=dry does not submit; raise BenchError if Slurm would refuse one."""
+    accepted = [show(script) for script in scripts]
+    print("launch=dry: nothing was submitted.")
+    if not all(accepted):
+        raise BenchError(f"Slurm refuses {accepted.count(False)} of {len(scripts)} jobs, as sbatch says above")
 
 
 def submit(script: str, folder: Path, **details: Any) -> Job:

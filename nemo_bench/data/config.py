@@ -9,8 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from nemo_bench.config import ClusterConfig, DataConfig, Launch, ModelConfig
-from nemo_bench.data.encoder import Backend
-from nemo_bench.fields import PATH, number
+from nemo_bench.fields import PATH, choice, number
 
 
 class Action(Enum):
@@ -33,23 +32,16 @@ class PreparationConfig:
     url: str = MISSING  # of shard {shard}
     shards: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)  # URLs or files instead of the shards; one dataset for each
+    only: int | None = number(None, least=0)  # of the shards or sources: one alone, as in a job of its own
     output_prefix: str = MISSING  # <data.folder>/<output_prefix>_<number>_<text_key>_document.bin and .idx
     tokenizer_folder: str | None = field(default=None, metadata=PATH)
     text_key: str = "text"  # the text's key in a JSON document, or column in a Parquet file
-    append_eod: bool = True  # end each document with an end-of-document token
-    encoder: Backend = Backend.auto
+    encoder: str = choice("auto", "tokenizers")  # auto: gigatoken where it can be used
     max_bad_share: float = number(1e-4, least=0, most=1)  # of the documents may be broken; left out, counted and shown
     keep_downloads: bool = True  # false: delete a download once its dataset is verified and in place
-    download_folder: str = field(default=MISSING, metadata=PATH)
-    at_once: int = number(4, least=1)  # shards downloaded or tokenised at the same time
-    threads: int | None = number(None, least=1)  # for each shard; null: a share of this machine's cores
+    threads: int | None = number(None, least=1)  # null: as many as serve
     overwrite: bool = False  # make existing datasets again
     wait: bool = True  # for submitted jobs, and show what they made
 
 
-def register() -> None:
-    """Make the schema known to Hydra."""
-    ConfigStore.instance().store(name="preparation_schema", node=PreparationConfig)
-
-
-register()
+ConfigStore.instance().store(name="preparation_schema", node=PreparationConfig)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_bench.errors import BenchError
 
-#: With less text than this, a tokenizer and a train/validation split stop being meaningful. A caller may ask for less.
+#: With less text than this, a tokenizer and a split stop being meaningful. A caller may ask for less.
 MINIMUM_BYTES = 1_000_000
 
 # Installed packages, tests and caches; then generated tables: character maps, and the language reference as one escaped
@@ -23,19 +23,15 @@ _SKIPPED_FILES = {"html/entities.py", "stringprep.py"}  # more generated tables
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One document: its path in the library, with "/" between the parts, and its UTF-8 bytes."""
+    """One document: its path in the library, with "/" between the parts, its text, and the size of that in UTF-8."""
 
     name: str
-    data: bytes
-
-    @property
-    def text(self) -> str:
-        """The document, with its newlines as they are."""
-        return self.data.decode("utf-8")
+    text: str
+    size_bytes: int
 
 
 def library_folder() -> Path:
-    """Return the folder of this Python's standard library; inside a virtual environment, of the base installation."""
+    """Return the folder of this Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
@@ -50,14 +46,10 @@ def _names(root: Path) -> Iterator[str]:
 
 
 def collect(corpus_bytes: int, *, root: Path | None = None) -> list[CorpusFile]:
-    """Return library files of `corpus_bytes` bytes in all, the last file whole, or all there are below `root`.
+    """Return library files of `corpus_bytes` bytes in all, or all there are; raise BenchError if that is too little.
 
-    The files come in the order of the SHA-256 of their names: the same on each run, and mixed. Megatron splits
-    train/validation/test by ranges of documents, so that sorted names would make the validation split one package.
-    Empty files and files that are not UTF-8 are left out.
-
-    Raises:
-        BenchError: the library holds less than both `corpus_bytes` and MINIMUM_BYTES.
+    They come in the order of the SHA-256 of their names: Megatron splits by ranges of documents, and sorted names would
+    make the validation split one package.
     """
     root = library_folder() if root is None else root
     chosen: list[CorpusFile] = []
@@ -65,13 +57,12 @@ def collect(corpus_bytes: int, *, root: Path | None = None) -> list[CorpusFile]:
     for name in sorted(_names(root), key=lambda name: (hashlib.sha256(name.encode()).digest(), name)):
         try:
             data = (root / name).read_bytes()
-            if not data.decode("utf-8").strip():
-                continue
-        except (OSError, UnicodeDecodeError):
-            # A dangling link, an unreadable file, or one in an old encoding.
+            text = data.decode("utf-8")
+        except (OSError, UnicodeDecodeError):  # a dangling link, or an old encoding
             continue
-        chosen.append(CorpusFile(name, data))
-        total += len(data)
+        if text.strip():
+            chosen.append(CorpusFile(name, text, len(data)))
+            total += len(data)
         if total >= corpus_bytes:
             return chosen
     if total < MINIMUM_BYTES:

@@ -1,61 +1,51 @@
-"""What the user sees while shards are made: a bar for each on a terminal, else a line now and then."""
+"""What the user sees while something takes long: a bar on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from nemo_bench.data.shard import Shard
+from nemo_bench.report.terminal import make_console
 
-LINE_EVERY_S = 10.0
+REFRESH_S, LINE_EVERY_S = 0.2, 10.0
 
 
-class ShardDisplay:
-    """Shows shards by the records that their processes keep, and so serves jobs too."""
+class Phase:
+    """Shows, while its `with` block runs, how many bytes are done of `total_bytes` (None: unknown)."""
 
-    def __init__(self, console: Console, shards: list[Shard]) -> None:
-        self.console = console
+    def __init__(self, title: str, done_bytes: Callable[[], int], total_bytes: int | None = None) -> None:
+        self.title, self.done_bytes, self.total_bytes = title, done_bytes, total_bytes
+        self.console = make_console()
         columns = [TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn()]
-        counts = TextColumn("{task.fields[counts]}")
-        # Without a terminal it draws nothing and only measures the speeds.
-        self.bars = Progress(*columns, TimeRemainingColumn(), counts, console=console, disable=not console.is_terminal)
-        self.rows = [(shard, self.bars.add_task(shard.name, total=None, counts="")) for shard in shards]
-        self.shown: dict[str, tuple[str, str]] = {}  # phase and note of each shard
-        self.last_lines = time.monotonic()
+        # Without a terminal it draws nothing and only measures the speed.
+        hidden = not self.console.is_terminal
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True, disable=hidden)
+        self.row = self.bar.add_task(title, total=None)
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._show, daemon=True)
 
-    def __enter__(self) -> ShardDisplay:
-        self.bars.start()
+    def __enter__(self) -> Phase:
+        self._print(self.title)
+        self.bar.start()
+        self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.update()
-        self.bars.stop()
+        self.ended.set()
+        self.thread.join()
+        self.bar.stop()
 
-    def update(self) -> None:
-        """Show the shards as they are now."""
-        due = time.monotonic() - self.last_lines > LINE_EVERY_S
-        if due:
-            self.last_lines = time.monotonic()
-        for shard, row in self.rows:
-            phase = shard.phase if shard.state == "running" else shard.state
-            if shard.job_id and not shard.ended:
-                phase = f"job {shard.job_id} {shard.state.lower()}" + (f": {shard.phase}" if shard.phase_began else "")
-            shown_phase, shown_note = self.shown.get(shard.name, ("", ""))
-            self.shown[shard.name] = (phase, shard.note)
-            if shard.note != shown_note:
-                self._print(f"{shard.name}: {shard.note}")
-            if phase != shown_phase:
-                self.bars.reset(row, description=f"{shard.name} {phase}", total=None)
-            counts = f"{shard.documents:,} documents, {shard.tokens:,} tokens" if shard.documents else ""
-            self.bars.update(row, total=shard.total_bytes, completed=shard.done_bytes, counts=counts)
-            if self.bars.disable and (phase != shown_phase or (due and shard.state == "running")):
-                line = f"{time.strftime('%H:%M:%S')} {shard.name}: {phase}"
-                if shard.total_bytes and not shard.ended:
-                    speed = (self.bars.tasks[row].speed or 0) / 1e6
-                    line += f", {shard.done_bytes / 1e6:,.0f} of {shard.total_bytes / 1e6:,.0f} MB, {speed:,.0f} MB/s"
-                self._print(f"{line}, {counts}" if counts else line)
+    def _show(self) -> None:
+        while not self.ended.wait(LINE_EVERY_S if self.bar.disable else REFRESH_S):
+            done, total = self.done_bytes(), self.total_bytes
+            self.bar.update(self.row, completed=done, total=total)
+            if self.bar.disable:
+                of = f" of {total / 1e6:,.0f}" if total else ""
+                speed = (self.bar.tasks[self.row].speed or 0) / 1e6
+                self._print(f"{self.title}: {done / 1e6:,.0f}{of} MB, {speed:,.0f} MB/s")
 
     def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, soft_wrap=True)

@@ -1,18 +1,14 @@
-"""Documents out of shards: JSON Lines (plain, zstd, gzip) and Parquet, a block at a time, from the stored file.
-
-A block is raw; the thread that encodes it also decodes it (`Block.texts`). Documents that cannot be used are named by
-their line and never end the reading by themselves: the caller decides how many are too many.
-"""
+"""Documents out of shards: JSON Lines (plain, zstd, gzip) and Parquet, a block at a time, from the stored file."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nemo_bench.errors import BenchError
 
@@ -26,35 +22,76 @@ _PARQUET_ROWS = 64
 
 
 @dataclass(frozen=True)
-class BadDocument:
-    """A document that cannot be used: `line` counts from 1 (in Parquet, rows), `reason` is a clause."""
+class Block:
+    """Consecutive documents, not yet decoded: whole lines of JSON, or rows of a Parquet column."""
 
-    line: int
-    reason: str
+    rows: bytes | Any
+    before: int  # lines or rows that precede it in the file
+
+    @property
+    def lines(self) -> int:
+        if not isinstance(self.rows, bytes):
+            return len(self.rows)
+        return self.rows.count(b"\n") + (not self.rows.endswith(b"\n") and bool(self.rows))
+
+    def texts(self, text_key: str) -> tuple[list[str], list[tuple[int, str]]]:
+        """Return the usable documents in order, and of the others the line, which counts from 1, and the reason."""
+        texts: list[str] = []
+        bad: list[tuple[int, str]] = []
+        is_json = isinstance(self.rows, bytes)
+        rows: Iterable[Any] = self.rows.split(b"\n") if is_json else self.rows
+        for number, row in enumerate(rows, start=self.before + 1):
+            try:
+                text = _text_of_line(row, text_key) if is_json else _checked(row.as_py(), text_key)
+                if text is not None:
+                    texts.append(text)
+            except UnicodeError as error:
+                bad.append((number, f"{text_key!r} is not Unicode text ({error})"))
+            except ValueError as reason:
+                bad.append((number, str(reason)))
+        return texts, bad
 
 
-class CutShort(Exception):
-    """The file ends, or is damaged, in the middle of its data: what comes after `line` is missing."""
+def _text_of_line(line: bytes, text_key: str) -> str | None:
+    """Return the text of a JSON line, None for a blank one; raise ValueError with the reason if it has none."""
+    import orjson
 
-    def __init__(self, line: int, reason: str) -> None:
-        super().__init__(f"after line {line:,}: {reason}")
-        self.line = line
-        self.reason = reason
+    try:
+        text = orjson.loads(line)[text_key]
+        if type(text) is str:
+            return text
+    except (ValueError, KeyError, TypeError):
+        if not line or line.isspace():
+            return None
+    try:  # Python's own json, which Megatron reads with, takes more than the standard allows.
+        document = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken JSON ({error})") from None
+    return _checked(document.get(text_key) if isinstance(document, dict) else None, text_key)
 
 
-class _Damaged(Exception):
-    """The compressed data cannot be read any further."""
+def _checked(value: object, text_key: str) -> str:
+    if value is None:
+        raise ValueError(f"no {text_key!r}")
+    text = value.decode("utf-8") if isinstance(value, bytes) else value
+    if not isinstance(text, str):
+        raise ValueError(f"{text_key!r} is not a string but {type(text).__name__}")
+    text.encode("utf-8")  # UnicodeError: half of a surrogate pair
+    return text
 
 
 class Reader:
-    """The blocks of one file. `bytes_read`, of `size_bytes`, says how far the reading is in the stored file."""
+    """The blocks of one file.
+
+    `bytes_read`, of `size_bytes`, says how far the reading is in the stored file; `cut_short`, at its end, why the rest
+    of the file cannot be read, as a clause ("": it was read to its end).
+    """
 
     def __init__(self, path: Path, text_key: str = "text") -> None:
         """Raise BenchError if the file's format is unknown or the file cannot be read."""
-        self.path = path
-        self.text_key = text_key
+        self.path, self.text_key = path, text_key
         self.format = format_of(path.name)
-        self.bytes_read = 0
+        self.bytes_read, self.cut_short = 0, ""
         try:
             with open(path, "rb"):
                 self.size_bytes = path.stat().st_size
@@ -62,63 +99,53 @@ class Reader:
             raise BenchError(f"Cannot read {path}: {error.strerror}. Correct the path or its permissions.") from error
 
     def blocks(self) -> Iterator[Block]:
-        """Give all blocks in order.
-
-        Raises:
-            CutShort: after the last whole document of a truncated or damaged file.
-            OSError: the disk.
-        """
+        """Give all blocks in order, up to the last whole document that can be read; raise OSError for the disk."""
         return self._parquet() if self.format == ".parquet" else self._json_lines()
 
     def _json_lines(self) -> Iterator[Block]:
-        line = 0  # lines given out
-        data = bytearray()  # of the next block
-        try:
-            for piece in self._pieces():
-                data += piece
-                if len(data) > _LONGEST_LINE:
-                    raise BenchError(
-                        f"{self.path}: line {line + 1:,} is longer than {_LONGEST_LINE >> 20} MiB: is this a file of "
-                        f"JSON Lines, one document a line? Known formats: {', '.join(FORMATS)}"
-                    )
-                if len(data) >= BLOCK_BYTES and b"\n" in piece:
-                    block = _take_lines(data, line)
-                    line += block.lines
-                    yield block
-        except _Damaged as error:
-            block = _take_lines(data, line)  # the line that was cut through is lost with the rest
-            if block.data:
-                yield block
-            raise CutShort(line + block.lines, str(error)) from None
-        if data:
-            yield JsonLines(bytes(data), line)
-
-    def _pieces(self) -> Iterator[bytes]:
         from backports import zstd
 
+        before = 0
+        data = bytearray()  # of the next block
         with open(self.path, "rb") as stored:
-            stream: Any = stored
-            if self.format == ".jsonl.gz":
-                stream = gzip.GzipFile(fileobj=stored)
-            elif self.format == ".jsonl.zst":
-                # Some shards are written with long windows, which are refused unless asked for.
-                stream = zstd.ZstdFile(stored, options={zstd.DecompressionParameter.window_log_max: 31})
             try:
+                stream = self._decompressed(stored)
                 # `read` would lose what it has already decompressed when it meets the end of a truncated file.
                 while piece := stream.read1(BLOCK_BYTES):
                     self.bytes_read = stored.tell()
-                    yield piece
+                    data += piece
+                    if len(data) > _LONGEST_LINE:
+                        long = f"line {before + 1:,} is longer than {_LONGEST_LINE >> 20} MiB"
+                        raise BenchError(f"{self.path}: {long}: is this a file of JSON Lines, one document a line?")
+                    if len(data) >= BLOCK_BYTES and b"\n" in piece:
+                        block = _take_lines(data, before)
+                        before += block.lines
+                        yield block
             except EOFError:
-                raise _Damaged("the compressed data end in the middle: the file is truncated") from None
+                self.cut_short = "the compressed data end in the middle: the file is truncated"
             except (zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
-                raise _Damaged(f"the compressed data are damaged ({error})") from None
+                self.cut_short = f"the compressed data are damaged ({error})"
             self.bytes_read = stored.tell()
+        # A line that was cut through is lost with the rest.
+        last = _take_lines(data, before) if self.cut_short else Block(bytes(data), before)
+        if last.rows:
+            yield last
+
+    def _decompressed(self, stored: IO[bytes]) -> Any:
+        from backports import zstd
+
+        if self.format == ".jsonl.gz":
+            return gzip.GzipFile(fileobj=stored)
+        if self.format == ".jsonl.zst":
+            # Some shards are written with long windows, which are refused unless asked for.
+            return zstd.ZstdFile(stored, options={zstd.DecompressionParameter.window_log_max: 31})
+        return stored
 
     def _parquet(self) -> Iterator[Block]:
         import pyarrow
         import pyarrow.parquet
 
-        line = 0
+        before = 0
         try:
             # In small pieces: by itself the library holds a whole row group in memory, which may be a gigabyte.
             with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20) as file:
@@ -128,13 +155,13 @@ class Reader:
                         f"text; the columns are {', '.join(file.schema_arrow.names)}"
                     )
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[self.text_key]):
-                    yield ParquetRows(batch.column(0), line)
-                    line += batch.num_rows
-                    self.bytes_read = self.size_bytes * line // file.metadata.num_rows
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowException, OSError) as error:
+                    yield Block(batch.column(0), before)
+                    before += batch.num_rows
+                    self.bytes_read = self.size_bytes * before // file.metadata.num_rows
+        except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's, not the file's
-            raise CutShort(line, f"the Parquet file is damaged or truncated ({str(error).splitlines()[0]})") from None
+            self.cut_short = f"the Parquet file is damaged or truncated ({str(error).splitlines()[0]})"
 
 
 def format_of(name: str) -> str:
@@ -145,99 +172,9 @@ def format_of(name: str) -> str:
     raise BenchError(f"{name}: unknown format; valid: {', '.join(FORMATS)}")
 
 
-def _take_lines(data: bytearray, before: int) -> JsonLines:
+def _take_lines(data: bytearray, before: int) -> Block:
     """Take the whole lines out of `data`, which keeps the beginning of the next line."""
     end = data.rfind(b"\n") + 1
-    block = JsonLines(bytes(data[:end]), before)
+    block = Block(bytes(data[:end]), before)
     del data[:end]
     return block
-
-
-@dataclass(frozen=True)
-class JsonLines:
-    """Whole lines, each a JSON object with the text under a key; `before` lines precede them in the file."""
-
-    data: bytes
-    before: int
-
-    @property
-    def lines(self) -> int:
-        return self.data.count(b"\n") + (not self.data.endswith(b"\n") and bool(self.data))
-
-    def texts(self, text_key: str) -> tuple[list[str], list[BadDocument]]:
-        """Return the usable documents in order, and the unusable ones."""
-        import orjson
-
-        texts: list[str] = []
-        bad: list[BadDocument] = []
-        loads = orjson.loads
-        for number, line in enumerate(self.data.split(b"\n"), start=self.before + 1):
-            try:
-                text = loads(line)[text_key]
-                if type(text) is str:
-                    texts.append(text)
-                    continue
-            except (ValueError, KeyError, TypeError):
-                pass
-            if line and not line.isspace():
-                try:
-                    texts.append(_text_of(line, text_key))
-                except ValueError as reason:
-                    bad.append(BadDocument(number, str(reason)))
-        return texts, bad
-
-
-def _text_of(line: bytes, text_key: str) -> str:
-    """Return the text of a line that orjson refused: Python's own json, which Megatron reads with, takes more.
-
-    Raises:
-        ValueError: the line has no text; the reason is a clause.
-    """
-    try:
-        document = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON ({error})") from None
-    text = _checked(document.get(text_key) if isinstance(document, dict) else None, text_key)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of a surrogate pair
-        raise ValueError(f"{text_key!r} is not Unicode text ({error})") from None
-    return text
-
-
-def _checked(text: object, text_key: str) -> str:
-    if text is None:
-        raise ValueError(f"no {text_key!r}")
-    if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} is not a string but {type(text).__name__}")
-    return text
-
-
-@dataclass(frozen=True)
-class ParquetRows:
-    """A column of text, string or binary; `before` rows precede it in the file."""
-
-    column: Any
-    before: int
-
-    @property
-    def lines(self) -> int:
-        return len(self.column)
-
-    def texts(self, text_key: str) -> tuple[list[str], list[BadDocument]]:
-        """Return the usable documents in order, and the unusable ones."""
-        texts: list[str] = []
-        bad: list[BadDocument] = []
-        for number, row in enumerate(self.column, start=self.before + 1):
-            try:
-                value = row.as_py()
-                texts.append(_checked(value.decode() if isinstance(value, bytes) else value, text_key))
-            except UnicodeDecodeError as error:
-                bad.append(BadDocument(number, f"{text_key!r} is not Unicode text ({error})"))
-            except ValueError as reason:
-                bad.append(BadDocument(number, str(reason)))
-        return texts, bad
-
-
-#: Consecutive documents, not yet decoded.
-Block = JsonLines | ParquetRows

@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,44 +48,30 @@ _CHANGED: list[tuple[int, int]] = [
 _NEWER = _character_class(_CHANGED)
 _SUSPECT = _character_class([*(pair for pair in _CHANGED if pair[1] < 0x10000), (0x10000, 0x10FFFF)])
 
-#: The first 16 documents of each shard, and then one in 8192, are encoded by the reference too.
-SAMPLE_FIRST = 16
-SAMPLE_EVERY = 8192
-#: Characters; longer documents are not sampled, since the reference needs a second for a million characters.
-SAMPLE_LONGEST = 50_000
-
-
-class Backend(Enum):
-    """Which library encodes."""
-
-    auto = "auto"  # gigatoken where it can, else tokenizers
-    gigatoken = "gigatoken"
-    tokenizers = "tokenizers"
+#: The first 16 documents of each shard, and then one in 8192, are encoded by the reference too, but none of more than
+#: 50,000 characters: it needs a second for a million.
+SAMPLE_FIRST, SAMPLE_EVERY, SAMPLE_LONGEST = 16, 8192, 50_000
 
 
 class Encoder:
     """The tokenizer of a Hugging Face folder.
 
     `vocab_size` counts added tokens too, as Hugging Face's `len(tokenizer)`; `eod` is the id of the folder's
-    `eos_token`; `fingerprint` is the SHA-256 of tokenizer.json.
+    `eos_token`, which Megatron's --append-eod appends; `fingerprint` is the SHA-256 of tokenizer.json; `library` is the
+    one that encodes, gigatoken where it can.
     """
 
-    def __init__(
-        self, folder: Path, *, backend: Backend = Backend.auto, report: Callable[[str], None] = lambda line: None
-    ) -> None:
-        """Raise BenchError if the folder holds no usable tokenizer, or gigatoken was asked for and cannot be used."""
+    def __init__(self, folder: Path, library: str = "auto", report: Callable[[str], None] = lambda line: None) -> None:
+        """Raise BenchError if the folder holds no usable tokenizer."""
         content, self.fingerprint = read_tokenizer(folder)
         self._reference = _reference(folder, content)
         self.vocab_size: int = self._reference.get_vocab_size(with_added_tokens=True)
         self.eod = _end_of_document(folder, self._reference)
-        self.backend = Backend.tokenizers
-        if backend is not Backend.tokenizers:
+        self.library = library
+        if library == "auto":
             reason = self._load_gigatoken(content)
-            if not reason:
-                self.backend = Backend.gigatoken
-            elif backend is Backend.gigatoken:
-                raise BenchError(f"gigatoken cannot be used: {reason}. Use encoder=tokenizers, which is slower.")
-            else:
+            self.library = "tokenizers" if reason else "gigatoken"
+            if reason:
                 report(f"encoding with Hugging Face tokenizers, which is slower: {reason}")
 
     def _load_gigatoken(self, content: bytes) -> str:
@@ -114,7 +99,7 @@ class Encoder:
         """
         import numpy as np
 
-        if self.backend is Backend.tokenizers:
+        if self.library == "tokenizers":
             encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
             return _joined([encoding.ids for encoding in encodings])
         ids, lengths = self._encode_fast(texts)
@@ -131,7 +116,7 @@ class Encoder:
 
         `before` documents of the shard preceded these.
         """
-        if self.backend is Backend.tokenizers:
+        if self.library == "tokenizers":
             return
         first = range(max(0, min(SAMPLE_FIRST - before, len(texts))))
         sample = sorted({*first, *range(-before % SAMPLE_EVERY, len(texts), SAMPLE_EVERY)})
@@ -185,14 +170,13 @@ def _may_differ(text: str) -> bool:
 def read_tokenizer(folder: Path) -> tuple[bytes, str]:
     """Return the folder's tokenizer.json and its SHA-256; raise BenchError if there is none."""
     path = folder / "tokenizer.json"
-    try:
-        content = path.read_bytes()
-    except OSError as error:
+    if not path.is_file():
         raise BenchError(
-            f"There is no tokenizer: {path}: {error.strerror}.\n"
+            f"There is no tokenizer: {path} does not exist.\n"
             "`python setup_stage.py 'parts=[tokenizer]'` downloads Llama's; with tokenizer=local it trains one that "
             "needs no account; tokenizer_folder=... names another folder"
-        ) from None
+        )
+    content = path.read_bytes()
     return content, hashlib.sha256(content).hexdigest()
 
 
@@ -210,15 +194,13 @@ def _reference(folder: Path, content: bytes) -> Any:
 
 
 def _end_of_document(folder: Path, reference: Any) -> int:
-    """Return the id of `eos_token`, which Megatron's --append-eod appends."""
     names = ("tokenizer_config.json", "special_tokens_map.json")
     for path in [folder / name for name in names if (folder / name).exists()]:
         try:
             token = json.loads(path.read_bytes()).get("eos_token")
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise BenchError(f"Cannot read {path}: {error}. Download the tokenizer's files again.") from None
-        if isinstance(token, dict):
-            token = token.get("content")
+        token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
             if (number := reference.token_to_id(token)) is None:
                 raise BenchError(f"{path} names {token!r} as eos_token, but tokenizer.json has no such token.")

@@ -12,9 +12,8 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from nemo_bench.errors import BenchError
@@ -33,46 +32,22 @@ _CURL += ["--connect-timeout", "30", "--speed-time", "60"]
 _BROKEN = (5, 6, 7, 16, 18, 28, 35, 52, 55, 56, 92)
 _BUSY = re.compile(r"returned error: (408|425|429|5\d\d)")
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file downloaded from the Hub, the commit it belongs to, and its SHA-256."""
-
-    path: Path
-    commit: str
-    sha256: str
+Report = Callable[[str], None]  # told a line each time a transfer breaks off
+Announce = Callable[[int | None], None]  # told the size in bytes once it is known
 
 
 class _Interrupted(Exception):
     """The transfer broke off; another attempt may work."""
 
 
-def _ignore(*_: object) -> None:
-    """Report nothing."""
-
-
-def fetch(
-    url: str,
-    destination: Path,
-    *,
-    sha256: str | None = None,
-    announce: Callable[[int | None], None] = _ignore,
-    report: Callable[[str], None] = _ignore,
-) -> str:
+def fetch(url: str, destination: Path, sha256: str, report: Report, announce: Announce = lambda size: None) -> str:
     """Download `url` to `destination`, unless that file exists, and return its SHA-256.
 
     The bytes so far lie in `.<name>.part/` next to it; however a call ends, the next one continues from them.
-
-    Args:
-        sha256: the checksum to expect. Checksums that the Hub knows are always compared.
-        announce: called with the size in bytes (None: unknown) once it is known.
-        report: called with one line each time the transfer breaks off.
+    `sha256` is the checksum to expect ("": any); one that the Hub knows is always compared.
 
     Raises:
-        BenchError: the server refuses the file or does not have it, the transfer keeps breaking off, or the checksum
-            differs.
+        BenchError: the server refuses the file, the transfer keeps breaking off, or the checksum differs.
         OSError: the disk is full or cannot be written.
     """
     part = _part(destination)
@@ -82,14 +57,13 @@ def fetch(
         if destination.exists():
             actual = sha256_of(destination)
         elif hub := hub_address(url):
-            repo, name, revision, repo_type = hub
-            file = hub_file(repo, name, part, revision=revision, repo_type=repo_type, announce=announce, report=report)
-            path, actual = file.path, file.sha256
+            repo, name, revision, kind = hub
+            path, _, actual = hub_file(repo, name, part, revision, report, repo_type=kind, announce=announce)
         else:
             part.mkdir(exist_ok=True)
             path = _retried(lambda: _curl_file(url, part, announce, lock), part, shown(url), report)
             actual = sha256_of(path)
-        if sha256 not in (None, actual):
+        if sha256 not in ("", actual):
             raise BenchError(
                 f"{shown(url)} has the SHA-256 {actual} instead of {sha256}: correct the checksum or delete {path}"
             )
@@ -119,7 +93,7 @@ def _bytes_in(folder: Path) -> int:
     return 0
 
 
-def _retried(transfer: Callable[[], T], folder: Path, source: str, report: Callable[[str], None]) -> T:
+def _retried(transfer: Callable[[], Any], folder: Path, source: str, report: Report) -> Any:
     """Call `transfer`, which writes into `folder`, until it completes or ATTEMPTS in a row brought nothing new."""
     failures, most = 0, _bytes_in(folder)
     while True:
@@ -138,12 +112,13 @@ def _retried(transfer: Callable[[], T], folder: Path, source: str, report: Calla
             time.sleep(pause_s)
 
 
-# --- any server, with curl --------------------------------------------------------------------------------------------
-
-
-def _curl_file(url: str, part: Path, announce: Callable[[int | None], None], lock: int) -> Path:
+def _curl_file(url: str, part: Path, announce: Announce, lock: int) -> Path:
     """Download the rest of `url` into a file in `part`, in one request."""
-    headers = _headers(url)
+    try:
+        answer = _curl(url, "--head").strip().split("\r\n\r\n")[-1]
+    except BenchError:  # signed URLs may allow only GET
+        answer = ""
+    headers = {name.lower(): value for name, value in re.findall(r"^([\w-]+): *(.*?)\r?$", answer, re.MULTILINE)}
     size = int(headers["content-length"]) if "content-length" in headers else None
     announce(size)
     # A file that has changed on the server gets another name here, and so starts from its beginning.
@@ -157,27 +132,13 @@ def _curl_file(url: str, part: Path, announce: Callable[[int | None], None], loc
     return path
 
 
-def _headers(url: str) -> dict[str, str]:
-    """Return what the server says about the file; {} if it answers no HEAD request (signed URLs may allow only GET)."""
-    try:
-        answer = _curl(url, "--head").strip().split("\r\n\r\n")[-1]
-    except BenchError:
-        return {}
-    rows = (line.partition(":") for line in answer.splitlines()[1:])
-    return {name.lower(): value.strip() for name, _, value in rows}
-
-
 def _curl(url: str, *options: str, pass_fds: Sequence[int] = ()) -> str:
     """Run curl on `url` and return what it printed; raise _Interrupted if another attempt may work."""
-    escaped = url.replace("\\", "%5C").replace('"', "%22")
+    config = 'url = "{}"'.format(url.replace("\\", "%5C").replace('"', "%22"))
+    command = [*_CURL, *options]
     try:
         done = subprocess.run(
-            [*_CURL, *options],
-            input=f'url = "{escaped}"',
-            capture_output=True,
-            text=True,
-            errors="replace",
-            pass_fds=pass_fds,
+            command, input=config, capture_output=True, text=True, errors="replace", pass_fds=pass_fds
         )
     except FileNotFoundError:
         raise BenchError("curl is not installed, but downloads from URLs need it") from None
@@ -194,9 +155,6 @@ def _curl(url: str, *options: str, pass_fds: Sequence[int] = ()) -> str:
     raise BenchError(f"{shown(url)} cannot be downloaded: {cause}")
 
 
-# --- the Hugging Face Hub ---------------------------------------------------------------------------------------------
-
-
 def hub_address(url: str) -> tuple[str, str, str, str] | None:
     """Return repository, file, revision and repository type of a URL on the Hub or its mirror (HF_ENDPOINT)."""
     parts = urlsplit(url)
@@ -210,18 +168,18 @@ def hub_file(
     repo: str,
     name: str,
     folder: Path,
+    revision: str,
+    report: Report,
     *,
-    revision: str = "main",
     repo_type: str = "model",
-    announce: Callable[[int | None], None] = _ignore,
-    report: Callable[[str], None] = _ignore,
-) -> HubFile:
-    """Download one file of a Hub repository into `folder` and compare its checksum with the Hub's.
+    announce: Announce = lambda size: None,
+) -> tuple[Path, str, str]:
+    """Download a file of a Hub repository into `folder`; return its path, the commit it belongs to, and its SHA-256.
 
     Token, endpoint and time limits are huggingface_hub's: HF_TOKEN or its stored login, HF_ENDPOINT, HF_HUB_*.
 
     Raises:
-        BenchError: the Hub refuses or does not have the file, cannot be reached, or the checksum differs.
+        BenchError: the Hub refuses or does not have the file, cannot be reached, or has another checksum.
         OSError: the disk is full or cannot be written.
     """
     # Read at the import: transfers over Xet cannot be resumed by another process, those over HTTP can.
@@ -243,32 +201,27 @@ def hub_file(
             return Path(path), commit, about.etag or ""
         except (OSError, ValueError) as error:
             # The client itself retries all but these. It reports a body of the wrong length as a bare OSError.
+            status = getattr(getattr(error, "response", None), "status_code", None)
             short = type(error) is OSError and error.errno is None
-            if short or isinstance(error, requests.exceptions.ChunkedEncodingError):
-                raise _Interrupted("the connection broke off") from None
-            if _status(error) == 429:
-                raise _Interrupted("the Hub is busy") from None
+            if short or status == 429 or isinstance(error, requests.exceptions.ChunkedEncodingError):
+                raise _Interrupted("the Hub is busy" if status else "the connection broke off") from None
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's
-            raise BenchError(_explained(error, repo, name, revision, repo_type)) from error
+            page = f"{HUB}/{'datasets/' if repo_type == 'dataset' else ''}{repo}"
+            raise BenchError(_explained(error, status, repo, page, f"{name} in revision {revision}")) from error
 
     path, commit, etag = _retried(transfer, folder, f"{name} of {repo}", report)
     sha256 = sha256_of(path)
     if len(etag) == 64 and etag != sha256:  # the Hub knows the SHA-256 of large files
         path.unlink()
         raise BenchError(f"{name} of {repo} was damaged on its way (checksum): run the same command again")
-    return HubFile(path, commit, sha256)
+    return path, commit, sha256
 
 
-def _status(error: Exception) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _explained(error: Exception, repo: str, name: str, revision: str, repo_type: str) -> str:
+def _explained(error: Exception, status: int | None, repo: str, page: str, file: str) -> str:
     """Say what an error of huggingface_hub means for the user, without its own text, which may quote signed URLs."""
     from huggingface_hub import constants, errors, get_token
 
-    page, status = f"{HUB}/{'datasets/' if repo_type == 'dataset' else ''}{repo}", _status(error)
     if isinstance(error, errors.HFValidationError):
         return f"{repo} is not the name of a repository, ORGANISATION/NAME"
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -278,11 +231,10 @@ def _explained(error: Exception, repo: str, name: str, revision: str, repo_type:
         return (
             f"{repo}: access refused or no such repository ({status}), {token}.\n"
             f"  1. access: log in, open {page}, accept the licence. Approval can take a day or more.\n"
-            "  2. token: https://huggingface.co/settings/tokens, of the same account, with read access to gated "
-            "repositories\n"
+            "  2. token: https://huggingface.co/settings/tokens, with read access to gated repositories\n"
             "  3. export HF_TOKEN=<token>, and run the same command again"
         )
     if status == 404:
-        return f"{repo} has no {name} in revision {revision}: {page}/tree/main lists its files and revisions"
+        return f"{repo} has no {file}: {page}/tree/main lists its files and revisions"
     cause = f"status {status}" if status is not None else type(error.__cause__ or error).__name__
     return f"{shown(constants.ENDPOINT)} cannot be reached for {repo} ({cause}).\n{_NETWORK}"

@@ -8,8 +8,7 @@ on a login node, which has no torch. All numbers are little-endian:
           document boundaries D (uint64), lengths in tokens (int32[S]), offsets in .bin in bytes (int64[S]),
           and the sequence at which each document begins, with S at the end (int64[D])
 
-A document is written as one sequence, or as none if it has no tokens, as by Megatron's preprocess_data.py; `inspect`
-reads documents of any number of sequences.
+A document is written as one sequence, or as none if it has no tokens, as by Megatron's preprocess_data.py.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import os
 import struct
 from array import array
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +34,12 @@ _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 # Megatron's type codes. 6 and 7 are floating-point types, which hold no token ids.
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-# Elements read at once: 8 MiB of int64, whatever the size of the file.
+# Token ids read at once.
 _CHUNK = 1 << 20
 
 
 def bin_path(prefix: Path) -> Path:
-    """Return the token file of `prefix`. Not `with_suffix`, which would replace a part of a name such as "wiki.en"."""
+    """Return the token file of `prefix` (`with_suffix` would replace a part of a name such as "wiki.en")."""
     return Path(f"{prefix}.bin")
 
 
@@ -48,19 +48,18 @@ def idx_path(prefix: Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
-def optimal_dtype(vocab_size: int | None) -> str:
-    """Return the numpy name of the type in which Megatron stores ids of a vocabulary of this size (None: unknown)."""
-    return "uint16" if vocab_size is not None and vocab_size < 65500 else "int32"
+def optimal_dtype(vocab_size: int) -> str:
+    """Return the numpy name of the type in which Megatron stores ids of a vocabulary of this size."""
+    return "uint16" if vocab_size < 65500 else "int32"
 
 
 class IndexedDatasetWriter:
     """Stream documents of token ids into `prefix`.bin; the end of the `with` block writes `prefix`.idx.
 
-    A block that raises, or a killed process, leaves a .bin without an .idx. The index stays in memory (4 bytes a
-    document). `vocab_size` decides the stored type.
+    A block that raises, or a killed process, leaves a .bin without an .idx. The vocabulary's size decides the type.
     """
 
-    def __init__(self, prefix: Path, *, vocab_size: int | None) -> None:
+    def __init__(self, prefix: Path, *, vocab_size: int) -> None:
         self.prefix = prefix
         self.dtype = optimal_dtype(vocab_size)
         self.tokens = 0
@@ -126,11 +125,10 @@ class DatasetInfo:
 
 
 def inspect(prefix: Path, *, vocab_size: int | None = None, read_tokens: bool = False) -> DatasetInfo:
-    """Check the dataset `prefix` (a path without suffix) as far as possible before training on it.
+    """Check the dataset `prefix` (a path without suffix), in some 24 bytes of memory a document.
 
     The whole index is read, and must agree with itself and with the size of .bin. With `read_tokens` all tokens are
-    read too: each id must be at least 0, and below `vocab_size` if that is given. Memory stays at a few MiB whatever
-    the size of the files.
+    read too: each id must be at least 0, and below `vocab_size` if that is given.
 
     Raises:
         BenchError: a file is missing, unreadable, truncated or damaged, the dataset holds no token, or an id does not
@@ -150,11 +148,10 @@ def _inspect(prefix: Path, vocab_size: int | None, read_tokens: bool) -> Dataset
     import numpy as np
 
     index, data = idx_path(prefix), bin_path(prefix)
-    with open(index, "rb") as file:
-        header = file.read(_HEADER.size)
+    header = _header(index)
     if header[: len(_MAGIC)] != _MAGIC[: len(header)]:
         raise BenchError(f"{index} is no Megatron dataset index (it does not begin with MMIDIDX): correct the path.")
-    _require_size(index, _HEADER.size, at_least=True)
+    _require_size(index, max(_HEADER.size, index.stat().st_size))
     _, version, code, sequences, boundaries = _HEADER.unpack(header)
     _require(version == _VERSION, index, f"it has format version {version}, and Megatron reads version {_VERSION}")
     _require(code in _DTYPES, index, f"its type code {code} is not an integer type of Megatron's")
@@ -162,44 +159,53 @@ def _inspect(prefix: Path, vocab_size: int | None, read_tokens: bool) -> Dataset
     _require_size(index, _HEADER.size + 12 * sequences + 8 * boundaries)
 
     dtype = np.dtype(_DTYPES[code]).newbyteorder("<")
-    tokens = _check_index(index, sequences, boundaries, dtype.itemsize)
+    tokens = _check_index(index, dtype.itemsize)
     _require_size(data, tokens * dtype.itemsize)
     if tokens == 0:
         raise BenchError(f"The dataset {prefix} holds no tokens: prepare it again from text that is not empty.")
-    largest = _check_tokens(data, dtype, vocab_size) if read_tokens else None
+    largest = _largest_id(data, dtype) if read_tokens else None
+    if largest is not None and vocab_size is not None and largest >= vocab_size:
+        raise BenchError(
+            f"{data} has token id {largest:,}, but the tokenizer has only {vocab_size:,} tokens: the dataset was "
+            "prepared with another tokenizer. Set that tokenizer, or prepare the dataset again with this one."
+        )
     return DatasetInfo(prefix, boundaries - 1, tokens, _DTYPES[code], largest)
 
 
-def _check_index(index: Path, sequences: int, boundaries: int, itemsize: int) -> int:
+def _header(index: Path) -> bytes:
+    with open(index, "rb") as file:
+        return file.read(_HEADER.size)
+
+
+def _columns(index: Path) -> list[npt.NDArray[Any]]:
+    """Return lengths, offsets and document boundaries of an index file of the right size, mapped."""
+    import numpy as np
+
+    *_, sequences, boundaries = _HEADER.unpack(_header(index))
+    columns, offset = [], _HEADER.size
+    for dtype, count in (("<i4", sequences), ("<i8", sequences), ("<i8", boundaries)):
+        # memmap refuses an empty range.
+        columns.append(np.memmap(index, dtype, "r", offset, (count,)) if count else np.empty(0, dtype))
+        offset += np.dtype(dtype).itemsize * count
+    return columns
+
+
+def _check_index(index: Path, itemsize: int) -> int:
     """Check the arrays of an index file of the right size, and return the number of tokens it describes."""
     import numpy as np
 
-    def column(dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
-        # memmap refuses an empty range.
-        return np.memmap(index, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
-
-    lengths = column("<i4", _HEADER.size, sequences)
-    offsets = column("<i8", _HEADER.size + 4 * sequences, sequences)
-    starts = column("<i8", _HEADER.size + 12 * sequences, boundaries)
-    tokens = 0
-    for begin in range(0, sequences, _CHUNK):
-        part = np.asarray(lengths[begin : begin + _CHUNK], dtype=np.int64)
-        _require(part.min() >= 0, index, "it has a sequence of negative length")
-        ends = tokens + np.cumsum(part)
-        expected = (ends - part) * itemsize
-        agree = np.array_equal(offsets[begin : begin + _CHUNK], expected)
-        _require(agree, index, "its sequence offsets do not agree with its sequence lengths")
-        tokens = int(ends[-1])
-    whole = starts[0] == 0 and starts[-1] == sequences
-    _require(whole, index, f"its document boundaries do not run from 0 to its {sequences:,} sequences")
-    for begin in range(0, boundaries - 1, _CHUNK):
-        # One more than the chunk, so that the step from each chunk to the next is checked too.
-        steps = np.diff(starts[begin : begin + _CHUNK + 1])
-        _require(steps.min() >= 0, index, "its document boundaries are out of order")
-    return tokens
+    lengths, offsets, starts = _columns(index)
+    _require(not len(lengths) or lengths.min() >= 0, index, "it has a sequence of negative length")
+    ends = np.cumsum(lengths, dtype=np.int64)
+    agree = np.array_equal(offsets, (ends - lengths) * itemsize)
+    _require(agree, index, "its sequence offsets do not agree with its sequence lengths")
+    whole = starts[0] == 0 and starts[-1] == len(lengths)
+    _require(whole, index, f"its document boundaries do not run from 0 to its {len(lengths):,} sequences")
+    _require(bool(np.all(np.diff(starts) >= 0)), index, "its document boundaries are out of order")
+    return int(ends[-1]) if len(ends) else 0
 
 
-def _check_tokens(data: Path, dtype: np.dtype[Any], vocab_size: int | None) -> int:
+def _largest_id(data: Path, dtype: np.dtype[Any]) -> int:
     """Read all ids and return the largest."""
     import numpy as np
 
@@ -209,12 +215,17 @@ def _check_tokens(data: Path, dtype: np.dtype[Any], vocab_size: int | None) -> i
         part = ids[begin : begin + _CHUNK]
         _require(part.min() >= 0, data, "it has negative token ids")
         largest = max(largest, int(part.max()))
-    if vocab_size is not None and largest >= vocab_size:
-        raise BenchError(
-            f"{data} has token id {largest:,}, but the tokenizer has only {vocab_size:,} tokens: the dataset was "
-            "prepared with another tokenizer. Set that tokenizer, or prepare the dataset again with this one."
-        )
     return largest
+
+
+def last_ids(info: DatasetInfo, documents: int) -> list[int]:
+    """Return the last token id of each of the first `documents` documents of a checked dataset, empty ones left out."""
+    import numpy as np
+
+    lengths, offsets, starts = _columns(idx_path(info.prefix))
+    ids = np.memmap(bin_path(info.prefix), np.dtype(info.dtype).newbyteorder("<"), "r")
+    last = [int(end) - 1 for begin, end in pairwise(starts[: documents + 1]) if end > begin]  # their last sequences
+    return [int(ids[offsets[sequence] // ids.itemsize + lengths[sequence] - 1]) for sequence in last]
 
 
 def _require(condition: bool, path: Path, damage: str) -> None:
@@ -222,7 +233,7 @@ def _require(condition: bool, path: Path, damage: str) -> None:
         raise BenchError(f"{path} is damaged: {damage}. Prepare the dataset again, or copy both of its files again.")
 
 
-def _require_size(path: Path, size_bytes: int, *, at_least: bool = False) -> None:
+def _require_size(path: Path, size_bytes: int) -> None:
     actual = path.stat().st_size
-    right = actual >= size_bytes if at_least else actual == size_bytes
-    _require(right, path, f"it should have {size_bytes:,} bytes and has {actual:,} (an interrupted copy?)")
+    rule = f"it should have {size_bytes:,} bytes and has {actual:,} (an interrupted copy?)"
+    _require(actual == size_bytes, path, rule)

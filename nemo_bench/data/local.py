@@ -1,11 +1,9 @@
 """The local dataset: a tokenizer and a Megatron dataset made from text that this machine already has.
 
-`prepare_local` makes this folder, named by a hash of everything that decides its contents, or finds it:
-
     <parent>/local-<hash>/my-llama_00_text_document.bin/.idx/.json  one document for each source file
     <parent>/local-<hash>/tokenizer/                                a Hugging Face tokenizer folder
 
-A folder is built aside and renamed, so one that exists is complete; other inputs make another folder.
+The hash is of everything that decides the contents. A folder is built aside and renamed: one that exists is complete.
 """
 
 from __future__ import annotations
@@ -43,18 +41,13 @@ class LocalDataset:
 def prepare_local(
     parent: Path, *, vocab_size: int, corpus_bytes: int, report: Callable[[str], None] = lambda line: None
 ) -> LocalDataset:
-    """Make the local dataset of these inputs in a folder of `parent`, or return the one that is there.
+    """Make the local dataset of about `corpus_bytes` of text in a folder of `parent`, or return the one that is there.
 
-    Several processes may call this at once: one builds, the others wait for it.
-
-    Args:
-        vocab_size: number of tokens of the tokenizer, including special ones; a small corpus may give fewer.
-        corpus_bytes: about how many bytes of text to use.
-        report: called with one line for each thing that a waiting user wants to know.
+    Several processes may call this at once: one builds, the others wait for it. A small corpus may give fewer tokens
+    than `vocab_size`.
 
     Raises:
-        BenchError: the folder is damaged or cannot be written or locked, the disk is full, the vocabulary is too
-            small, or there is too little text.
+        BenchError: the folder is damaged or cannot be written, the vocabulary too small, or there is too little text.
     """
     files = corpus.collect(corpus_bytes)
     folder = _folder(parent, files, vocab_size)
@@ -65,7 +58,12 @@ def prepare_local(
                 if not folder.exists():
                     with atomic_folder(folder) as building:
                         _build(building, files, vocab_size, report)
-    return _described(folder)
+    prefix = folder / DATASET_NAME
+    manifest = read_manifest(prefix)
+    problem = "it has no description" if manifest is None else damage(prefix, manifest)
+    if problem or manifest is None:
+        raise BenchError(f"the local dataset {folder} is damaged ({problem}): delete that folder, and it is made again")
+    return LocalDataset(prefix, folder / "tokenizer", manifest["vocab_size"], manifest["documents"], manifest["tokens"])
 
 
 def local_prefix(parent: Path, *, vocab_size: int, corpus_bytes: int) -> Path:
@@ -77,23 +75,14 @@ def _folder(parent: Path, files: list[CorpusFile], vocab_size: int) -> Path:
     inputs = [
         _FORMAT_VERSION,
         f"{platform.python_implementation()} {platform.python_version()}",
-        tokenizer.settings(vocab_size),
-        [(file.name, hashlib.sha256(file.data).hexdigest()) for file in files],
+        [tokenizer.LLAMA3_SPLIT, tokenizer.SPECIAL_TOKENS, tokenizer.MIN_FREQUENCY, vocab_size],
+        [(file.name, hashlib.sha256(file.text.encode()).hexdigest()) for file in files],
     ]
     return parent.absolute() / f"local-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]}"
 
 
-def _described(folder: Path) -> LocalDataset:
-    prefix = folder / DATASET_NAME
-    manifest = read_manifest(prefix)
-    problem = "it has no description" if manifest is None else damage(prefix, manifest)
-    if problem or manifest is None:
-        raise BenchError(f"the local dataset {folder} is damaged ({problem}): delete that folder, and it is made again")
-    return LocalDataset(prefix, folder / "tokenizer", manifest["vocab_size"], manifest["documents"], manifest["tokens"])
-
-
 def _build(folder: Path, files: list[CorpusFile], vocab_size: int, report: Callable[[str], None]) -> None:
-    size = sum(len(file.data) for file in files)
+    size = sum(file.size_bytes for file in files)
     report(f"Training a tokenizer of {vocab_size:,} tokens on {len(files):,} files ({size / 1e6:.1f} MB).")
     trained = tokenizer.train((file.text for file in files), vocab_size=vocab_size)
     if trained.get_vocab_size() < vocab_size:
@@ -104,7 +93,6 @@ def _build(folder: Path, files: list[CorpusFile], vocab_size: int, report: Calla
     # From here on it is a shard like any other.
     lines = folder / "corpus.jsonl"
     lines.write_text("".join(json.dumps({"text": file.text}) + "\n" for file in files))
-    shard = Shard(str(lines), str(folder / DATASET_NAME), str(folder / "tokenizer"))
-    prepare(shard, report)
+    prepare(Shard(str(lines), str(folder / DATASET_NAME), str(folder / "tokenizer")), report)
     lines.unlink()
-    report(f"Prepared {shard.documents:,} documents, {shard.tokens:,} tokens.")
+    report("Prepared.")

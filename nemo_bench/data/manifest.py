@@ -34,9 +34,9 @@ def read_manifest(prefix: Path) -> dict[str, Any] | None:
 
 
 def datasets_in(folder: Path) -> list[Path]:
-    """Return the prefixes of all datasets in a folder, including incomplete ones."""
-    paths = [path for path in folder.glob("*.*") if path.suffix in (".bin", ".idx") and path.name[0] != "."]
-    return sorted({path.with_suffix("") for path in paths})
+    """Return the prefixes of the datasets in a folder that prepare_data.py made, including incomplete ones."""
+    prefixes = {path.with_suffix("") for path in folder.glob("*.*") if path.suffix in (".bin", ".idx")}
+    return sorted(prefix for prefix in prefixes if manifest_path(prefix).exists())
 
 
 def damage(prefix: Path, manifest: dict[str, Any]) -> str:
@@ -50,12 +50,13 @@ def damage(prefix: Path, manifest: dict[str, Any]) -> str:
     return ""
 
 
-def verify(prefix: Path) -> DatasetInfo:
-    """Read the whole dataset and compare it with its description; raise BenchError if it is not whole."""
+def verify(prefix: Path) -> tuple[DatasetInfo, dict[str, Any]]:
+    """Read a whole dataset and return it with its description; raise BenchError if it is not as it was made."""
     manifest = read_manifest(prefix)
     info = inspect(prefix, vocab_size=manifest["vocab_size"] if manifest else None, read_tokens=True)
-    if manifest is not None:
-        for path in (bin_path(prefix), idx_path(prefix)):
-            if sha256_of(path) != manifest["products"][path.suffix]["sha256"]:
-                raise BenchError(f"{path} has changed since it was made: overwrite=true makes it again")
-    return info
+    if manifest is None:
+        raise BenchError(f"{prefix} was not made by prepare_data.py")
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if sha256_of(path) != manifest["products"][path.suffix]["sha256"]:
+            raise BenchError(f"{path} has changed since it was made: overwrite=true makes it again")
+    return info, manifest

@@ -1,4 +1,4 @@
-"""Megatron's split of a dataset's documents into train, validation and test."""
+"""Megatron's split of a dataset into training, validation and test, by whole documents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PARTS = ("train", "validation", "test")
 
 
 def split_shares(split: str) -> list[float] | None:
-    """Return the shares of `data.split`; None if they are not three numbers, the first above 0."""
+    """Return the shares of train, validation and test; None if they are not three numbers, the first above 0."""
     try:
         shares = [float(part) for part in split.split(",")]
     except ValueError:
@@ -18,8 +18,14 @@ def split_shares(split: str) -> list[float] | None:
     return shares if usable else None
 
 
-def empty_parts(split: str, documents: int) -> list[str]:
-    """Return the parts whose share rounds to none of the documents: megatron-core counts their epochs for ever."""
-    shares = split_shares(split) or []
+def split_documents(split: str, documents: int) -> dict[str, int]:
+    """Return how many of a dataset's documents each of PARTS gets by a valid split, rounded as in megatron-core."""
+    shares = split_shares(split) or [1.0, 0.0, 0.0]
     ends = [round(end * documents) for end in accumulate(share / sum(shares) for share in shares)]
-    return [part for part, share, begin, end in zip(PARTS, shares, [0, *ends], ends) if share > 0 and end == begin]
+    return {part: end - begin for part, begin, end in zip(PARTS, [0, *ends], ends)}
+
+
+def empty_parts(split: str, documents: int) -> list[str]:
+    """Return the parts whose share rounds to no document: megatron-core would count their epochs for ever."""
+    counts = split_documents(split, documents)
+    return [part for part, share in zip(PARTS, split_shares(split) or []) if share > 0 and counts[part] == 0]

@@ -1,21 +1,21 @@
 """One file of documents to one Megatron dataset: read, decode, encode and write at the same time, in bounded memory.
 
 The calling thread reads and decompresses blocks and writes what comes back, in the order of the file; other threads
-decode and encode. Everything but decoding JSON runs without the interpreter lock, so that one process can feed a few
-threads; each shard has a process of its own.
+decode and encode. Everything but decoding JSON runs without the interpreter lock, so that one process can feed a few.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_bench.data.documents import BadDocument, Block, CutShort, Reader
+from nemo_bench.data.documents import Block, Reader
 from nemo_bench.data.encoder import Encoder
 from nemo_bench.data.indexed_dataset import IndexedDatasetWriter
 from nemo_bench.errors import BenchError
@@ -28,13 +28,11 @@ if TYPE_CHECKING:
 MAX_THREADS = 8
 #: Bad documents that are listed one by one.
 EXAMPLES = 20
-#: This many bad documents, if their share is too large already, end a run before its end.
-_HOPELESS = 10_000
 
 
 @dataclass
 class Counts:
-    """What went through so far."""
+    """What went through."""
 
     documents: int = 0  # written
     tokens: int = 0  # written, those that end documents included
@@ -58,116 +56,93 @@ class _Encoded:
     tokens: npt.NDArray[np.integer[Any]]
     lengths: npt.NDArray[np.int64]
     text_bytes: int
-    bad: list[BadDocument]
+    bad: list[tuple[int, str]]
 
 
-def usable_cores() -> int:
-    """Return the cores that this process may run on: a job's share of the node, not the whole node."""
-    return len(os.sched_getaffinity(0))
+def usable_threads() -> int:
+    """Return how many threads serve: of this process's share of the machine, no more than the lock lets work."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
 def tokenize(
-    reader: Reader,
-    encoder: Encoder,
-    prefix: Path,
-    *,
-    threads: int,
-    append_eod: bool = True,
-    max_bad_share: float = 0.0,
-    progress: Callable[[Counts], None] = lambda counts: None,
+    reader: Reader, encoder: Encoder, prefix: Path, *, threads: int | None = None, max_bad_share: float = 0.0
 ) -> Counts:
     """Write the dataset `prefix` (.bin and .idx) from all documents of `reader`.
 
-    The files are those of Megatron-LM's tools/preprocess_data.py with `--append-eod`, byte for byte. `progress` is
-    called after each block.
+    The files are those of Megatron-LM's tools/preprocess_data.py with `--append-eod`, byte for byte.
 
     Args:
-        threads: threads that decode and encode, besides the calling one.
+        threads: threads that decode and encode, besides the calling one; None: as many as serve.
         max_bad_share: the share of bad documents that may be left out; 1 lets all pass, and the missing rest of a
             truncated file.
 
     Raises:
-        BenchError: too many bad documents, or a truncated file; nothing was written.
+        BenchError: too many bad documents, or a truncated file; no index was written.
         RunFailed: the encoder's libraries disagree.
         OSError: the disk.
     """
-    counts = Counts()
+    # Threads that release the interpreter lock thousands of times a second wait less for it.
+    sys.setswitchinterval(0.0005)
+    counts, threads = Counts(), threads or usable_threads()
     with (
         IndexedDatasetWriter(prefix, vocab_size=encoder.vocab_size) as writer,
         ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool,
     ):
         try:
-            for encoded in _encoded_blocks(reader, encoder, pool, threads, append_eod, writer.dtype):
+            for encoded in _encoded_blocks(reader, encoder, pool, threads, writer.dtype):
                 writer.extend(encoded.tokens, encoded.lengths)
-                counts.documents, counts.tokens = writer.documents, writer.tokens
                 counts.text_bytes += encoded.text_bytes
-                for document in encoded.bad:
-                    counts.add_bad(document.line, document.reason)
-                if counts.bad.total() > _HOPELESS:
-                    _refuse_bad(reader, counts, max_bad_share)
-                progress(counts)
-        except CutShort as cut:
-            counts.add_bad(cut.line, cut.reason)
-            if max_bad_share < 1:
-                raise BenchError(
-                    f"{reader.path} {cut}.\nDownload or copy it again (max_bad_share=1 uses what there is of it)"
-                ) from None
+                for line, reason in encoded.bad:
+                    counts.add_bad(line, reason)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        counts.documents, counts.tokens = writer.documents, writer.tokens
         _refuse_bad(reader, counts, max_bad_share)
-        if writer.tokens == 0:
-            raise BenchError(f"{reader.path} holds no document with text: nothing was written.{counts.listed()}")
     return counts
 
 
 def _encoded_blocks(
-    reader: Reader, encoder: Encoder, pool: ThreadPoolExecutor, threads: int, append_eod: bool, dtype: str
+    reader: Reader, encoder: Encoder, pool: ThreadPoolExecutor, threads: int, dtype: str
 ) -> Iterator[_Encoded]:
     """Give the encoded blocks in order, while the threads encode the next ones."""
     pending: deque[Future[_Encoded]] = deque()
-    lines = 0
-    cut: CutShort | None = None
-    try:
-        for block in reader.blocks():
-            # Documents are checked against the reference by their number; before the block is decoded only the number
-            # of its first line is known, which serves as well.
-            pending.append(pool.submit(_encode, block, reader.text_key, encoder, lines, append_eod, dtype))
-            lines += block.lines
-            while len(pending) >= threads + 2 or (pending and pending[0].done()):
-                yield pending.popleft().result()
-    except CutShort as error:
-        cut = error
+    for block in reader.blocks():
+        pending.append(pool.submit(_encode, block, reader.text_key, encoder, dtype))
+        while len(pending) >= threads + 2 or (pending and pending[0].done()):
+            yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-    if cut is not None:
-        raise cut
 
 
-def _encode(block: Block, text_key: str, encoder: Encoder, lines_before: int, append_eod: bool, dtype: str) -> _Encoded:
+def _encode(block: Block, text_key: str, encoder: Encoder, dtype: str) -> _Encoded:
     import numpy as np
 
     texts, bad = block.texts(text_key)
     ids, lengths = encoder.encode(texts)
-    encoder.check(texts, lines_before, ids, lengths)
+    # Of its documents' numbers only those of the lines before are known here, which serve as well.
+    encoder.check(texts, block.before, ids, lengths)
     if ids.size and int(ids.max()) >= encoder.vocab_size:
-        raise BenchError(
-            f"the tokenizer returned the id {ids.max():,}, but its vocabulary has {encoder.vocab_size:,} tokens"
-        )
-    stored: npt.NDArray[np.integer[Any]] = ids.astype(dtype)
-    if append_eod:
-        holding = lengths > 0
-        stored = np.insert(stored, np.cumsum(lengths)[holding], np.dtype(dtype).type(encoder.eod))
-        lengths = lengths + holding
+        raise BenchError(f"the tokenizer returned the id {ids.max():,}, and its vocabulary has {encoder.vocab_size:,}")
+    holding = lengths > 0
+    tokens = np.insert(ids.astype(dtype), np.cumsum(lengths)[holding], np.dtype(dtype).type(encoder.eod))
     text_bytes = sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)
-    return _Encoded(stored, lengths, text_bytes, bad)
+    return _Encoded(tokens, lengths + holding, text_bytes, bad)
 
 
 def _refuse_bad(reader: Reader, counts: Counts, max_bad_share: float) -> None:
-    bad = counts.bad.total()
-    documents = counts.documents + bad
+    bad, documents = counts.bad.total(), counts.documents + counts.bad.total()
+    if reader.cut_short:
+        if max_bad_share < 1:
+            raise BenchError(
+                f"{reader.path} after {documents:,} documents: {reader.cut_short}.\n"
+                "Download or copy it again (max_bad_share=1 uses what there is of it)"
+            )
+        counts.add_bad(documents + 1, reader.cut_short)
     if bad > max_bad_share * documents:
         raise BenchError(
-            f"{reader.path}: {bad:,} of {documents:,} documents cannot "
-            f"be used, more than max_bad_share={max_bad_share:g} allows; nothing was written.{counts.listed()}\n"
+            f"{reader.path}: {bad:,} of {documents:,} documents cannot be used, more than "
+            f"max_bad_share={max_bad_share:g} allows; nothing was written.{counts.listed()}\n"
             "Repair or replace the file, name the key that holds the text (text_key=...), or raise max_bad_share."
         )
+    if counts.tokens == 0:
+        raise BenchError(f"{reader.path} holds no document with text: nothing was written.{counts.listed()}")

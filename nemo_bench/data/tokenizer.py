@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_bench.errors import BenchError
 
@@ -28,25 +28,12 @@ LLAMA3_SPLIT = (
 #: The bytes and the special tokens: no byte-level tokenizer can be smaller.
 MINIMUM_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
-# A pair seen once teaches nothing about the text.
-_MIN_FREQUENCY = 2
-
-
-def settings(vocab_size: int) -> dict[str, Any]:
-    """Return everything besides the corpus that decides what `train` makes."""
-    return {
-        "kind": "byte-level BPE",
-        "split": LLAMA3_SPLIT,
-        "special_tokens": list(SPECIAL_TOKENS),
-        "min_frequency": _MIN_FREQUENCY,
-        "vocab_size": vocab_size,
-    }
+#: Of a pair of tokens that is merged: one seen once teaches nothing about the text.
+MIN_FREQUENCY = 2
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Train on `texts` and return the tokenizer; the same texts in the same order give the same one.
-
-    It has `vocab_size` tokens, the special ones last, or fewer if the texts have no pair left to merge.
+    """Train on `texts` a tokenizer of `vocab_size` tokens, the special ones last; fewer if no pair is left to merge.
 
     Raises:
         BenchError: `vocab_size` has no room for the 256 bytes and the special tokens.
@@ -59,41 +46,30 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of_words])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        min_frequency=_MIN_FREQUENCY,
+        min_frequency=MIN_FREQUENCY,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     # Given to the trainer, they would take the first ids; Llama 3 has them after the ordinary tokens.
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    bos_id = tokenizer.token_to_id(BOS_TOKEN)
-    tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=True),
-            processors.TemplateProcessing(
-                single=f"{BOS_TOKEN} $A",
-                pair=f"{BOS_TOKEN} $A {BOS_TOKEN}:1 $B:1",
-                special_tokens=[(BOS_TOKEN, bos_id)],
-            ),
-        ]
+    template = processors.TemplateProcessing(
+        single=f"{BOS_TOKEN} $A",
+        pair=f"{BOS_TOKEN} $A {BOS_TOKEN}:1 $B:1",
+        special_tokens=[(BOS_TOKEN, tokenizer.token_to_id(BOS_TOKEN))],
     )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
     return tokenizer
 
 
 def render(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the files of the tokenizer's Hugging Face folder, by name.
-
-    It saves nothing itself: `tokenizers` would turn a full disk into a bare Exception.
-    """
+    """Return the files of its Hugging Face folder by name (`tokenizers` makes of a full disk a bare Exception)."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     added = {str(tokenizer.token_to_id(token)): {"content": token, **flags} for token in SPECIAL_TOKENS}
     config = {

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from backports.zstd import tarfile
 
@@ -26,6 +25,7 @@ from nemo_bench.stage.stage import (
     NAME,
     REMEDY,
     Entry,
+    FileRecord,
     Part,
     Stage,
     describe,
@@ -33,16 +33,15 @@ from nemo_bench.stage.stage import (
     manifest_json,
     print_line,
     read_manifest,
-    require_space,
 )
 
 _DATASETS = "llama3.1-dataset"
-# In the order in which they are installed: an index means a complete dataset.
+# In the order in which they are installed: an index with its description means a complete dataset.
 _SUFFIXES = (".json", ".bin", ".idx")
 
 
 def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
-    """Pack the parts, and all datasets of the stage folder, into the new file `bundle`.
+    """Pack the parts, and the datasets that prepare_data.py made in the stage folder, into the new file `bundle`.
 
     Raises BenchError if a part or dataset is not complete, or `bundle` exists or cannot be written.
     """
@@ -51,22 +50,20 @@ def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
     if bundle.exists():
         raise BenchError(f"{bundle} exists: remove it, or give the bundle another name")
     for part in parts:
-        if problem := stage.state(part.place, part.settings, contents=True).problem:
+        if problem := stage.problem(part.place, part.settings, contents=True):
             raise BenchError(
                 f"{part.name.value}: {stage.folder / part.place} {problem}; nothing was packed. "
                 "`python setup_stage.py check` names the command that repairs it"
             )
     recorded = stage.entries()
     entries = {part.place: recorded[part.place] for part in parts} | _datasets(stage)
-    size_bytes = sum(entry.size_bytes for entry in entries.values())
-    print_line(f"packing {size_text(size_bytes)} into {bundle}")
+    print_line(f"packing {size_text(sum(entry.size_bytes for entry in entries.values()))} into {bundle}")
     with explained_disk_errors(bundle.parent, "free some space, or choose another folder (bundle=FILE)"):
         bundle.parent.mkdir(parents=True, exist_ok=True)
-        require_space(bundle.parent, size_bytes, "the bundle")
+        packing = bundle.with_name(f".packing.{bundle.name}")
         with locked(bundle.with_name(f".{bundle.name}.lock"), f"packs {bundle}", print_line):
-            packing = bundle.with_name(f".{bundle.name}.packing")
             try:
-                _write(stage, entries, packing, "w:zst" if bundle.suffix == ".zst" else "w")
+                _write(stage, entries, packing)
                 fsync(packing)
                 os.replace(packing, bundle)
             finally:
@@ -75,19 +72,20 @@ def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
 
 
 def _datasets(stage: Stage) -> dict[str, Entry]:
-    """Verify the datasets of the stage folder and return an entry for each of their files."""
+    """Verify the datasets of the stage folder and return an entry for each."""
     entries = {}
     for prefix in datasets_in(stage.folder / _DATASETS):
         verify(prefix)
+        place = prefix.relative_to(stage.folder).as_posix()
+        files: dict[str, FileRecord] = {}
         for suffix in _SUFFIXES:
-            if (path := Path(f"{prefix}{suffix}")).exists():
-                place = path.relative_to(stage.folder).as_posix()
-                entries[place] = Entry(DATASET, timestamp(), {}, "", describe(path, place))
+            files |= describe(Path(f"{prefix}{suffix}"), f"{place}{suffix}")
+        entries[place] = Entry(DATASET, timestamp(), {}, "", files)
     return entries
 
 
-def _write(stage: Stage, entries: dict[str, Entry], path: Path, mode: Literal["w", "w:zst"]) -> None:
-    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as tar:
+def _write(stage: Stage, entries: dict[str, Entry], path: Path) -> None:
+    with tarfile.open(path, "w:zst" if path.suffix == ".zst" else "w", format=tarfile.PAX_FORMAT) as tar:
         text = json.dumps(manifest_json(entries), indent=1).encode()
         member = tarfile.TarInfo(NAME)
         member.size = len(text)
@@ -96,14 +94,13 @@ def _write(stage: Stage, entries: dict[str, Entry], path: Path, mode: Literal["w
             with open(stage.folder / name, "rb") as file:
                 member = tarfile.TarInfo(name)
                 member.size = os.fstat(file.fileno()).st_size
-                member.mtime = int(os.fstat(file.fileno()).st_mtime)
                 tar.addfile(member, file)
 
 
 def install(stage: Stage, bundle: Path, *, dry: bool) -> None:
-    """Install what the stage folder lacks of the bundle: all of it, or nothing.
+    """Install what the stage folder lacks of the bundle: all of it, or nothing. What exists stays as it is.
 
-    Raises BenchError if the bundle is damaged, or the folder holds something else in a place of the bundle.
+    Raises BenchError if the bundle is damaged.
     """
     with explained_disk_errors(stage.folder, REMEDY), ExitStack() as stack:
         tar = stack.enter_context(_open(bundle))
@@ -113,39 +110,33 @@ def install(stage: Stage, bundle: Path, *, dry: bool) -> None:
             for name in PartName:
                 stack.enter_context(stage.lock(name))
             folder = stack.enter_context(hidden_folder(stage.folder / "bundle"))
-        lacking = {place: entry for place, entry in entries.items() if _is_lacking(stage, place, entry)}
-        if dry:
-            print_line(f"install from {bundle} in {stage.folder}:")
-            for place in entries:
-                print_line(f"  {place}{'' if place in lacking else ' (already there)'}")
-        elif not lacking:
-            print_line(f"everything in {bundle} is already in {stage.folder}")
-        else:
-            size_bytes = sum(entry.size_bytes for entry in lacking.values())
-            require_space(stage.folder, size_bytes, "the bundle's files")
-            print_line(f"installing {size_text(size_bytes)} from {bundle}")
+        lacking = {place: entry for place, entry in entries.items() if not _exists(stage.folder, place, entry)}
+        for place, entry in entries.items():
+            state = (
+                f"to be installed ({size_text(entry.size_bytes)})" if place in lacking else "there already, and kept"
+            )
+            print_line(f"{stage.folder / place}: {state}")
+        if lacking and not dry:
             _extract(bundle, tar, lacking, folder)
             for place, entry in lacking.items():
-                stage.put(folder / place, place, entry)
+                if entry.part == DATASET:
+                    _put_dataset(stage.folder, folder, list(entry.files))
+                else:
+                    stage.put(folder / place, place, entry)
             print_line(f"installed {', '.join(lacking)}")
 
 
-def _is_lacking(stage: Stage, place: str, entry: Entry) -> bool:
-    """Return whether `place` has to be installed; raise BenchError if something else lies there."""
-    if entry.part == DATASET:  # not recorded: prepare_data.py may make it anew
-        changed, absent = differences(stage.folder, entry.files, contents=True)
-        lacking, in_the_way = bool(absent), "differs from the bundle's" if changed else ""
-    else:
-        state = stage.state(place, contents=False)
-        differs = not state.problem and stage.entries()[place].files != entry.files
-        lacking = bool(state.problem) or (differs and entry.part == PartName.code.value)
-        in_the_way = state.problem if state.blocked else "differs from the bundle's" if differs and not lacking else ""
-    if in_the_way:
-        raise BenchError(
-            f"{stage.folder / place} {in_the_way}; nothing was installed. Move it away, or install into another stage "
-            "folder (stage_path=...)"
-        )
-    return lacking
+def _exists(folder: Path, place: str, entry: Entry) -> bool:
+    return os.path.lexists(folder / (f"{place}.idx" if entry.part == DATASET else place))
+
+
+def _put_dataset(stage_folder: Path, folder: Path, names: list[str]) -> None:
+    """Move the files of a dataset into place, its index last, as prepare_data.py does."""
+    for name in names:
+        fsync(folder / name)
+        (stage_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder / name, stage_folder / name)
+    fsync((stage_folder / names[0]).parent)
 
 
 @contextmanager
@@ -173,7 +164,7 @@ def _read_entries(bundle: Path, tar: tarfile.TarFile) -> dict[str, Entry]:
             for name in (place, *entry.files):
                 path = PurePosixPath(name)
                 outside = not place or place.startswith((".", "/", NAME)) or ".." in path.parts
-                if outside or not path.is_relative_to(place):
+                if outside or not str(path).startswith(place):
                     raise ValueError(f"{name!r} is not a path of a stage folder")
         return entries
     except ValueError as error:
@@ -186,9 +177,5 @@ def _extract(bundle: Path, tar: tarfile.TarFile, entries: dict[str, Entry], fold
     while member := tar.next():
         if member.name in files and member.isreg():
             tar.extract(member, folder, filter="data")
-    changed, absent = differences(folder, files, contents=True)
-    if changed or absent:
-        raise BenchError(
-            f"{bundle} is damaged or cut off: {(changed + absent)[0]} is not as its {NAME} says. Copy it again; "
-            "nothing was installed"
-        )
+    for difference in differences(folder, files, contents=True):
+        raise BenchError(f"{bundle} is damaged or cut off: it {difference}. Copy it again; nothing was installed")

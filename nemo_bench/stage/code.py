@@ -14,8 +14,8 @@ from nemo_bench.project import PROJECT
 from nemo_bench.stage.config import PartName
 from nemo_bench.stage.stage import Part, print_line
 
-_FOLDERS = ("nemo_bench", "hydra_plugins", "conf")
-_TOP_LEVEL = ("*.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
+_PATTERNS = ["*.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"]
+_PATTERNS += ["nemo_bench/**/*", "hydra_plugins/**/*", "conf/**/*"]
 
 
 def code_part() -> Part:
@@ -50,10 +50,8 @@ def _make(folder: Path, _lock: int) -> str:
 
 
 def _project_files() -> Iterator[Path]:
-    for pattern in _TOP_LEVEL:
-        yield from sorted(PROJECT.glob(pattern))
-    for folder in _FOLDERS:
-        files = (path for path in (PROJECT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    for pattern in _PATTERNS:
+        files = (path for path in PROJECT.glob(pattern) if path.is_file() and "__pycache__" not in path.parts)
         yield from sorted(files)
 
 

@@ -1,4 +1,4 @@
-"""`setup_stage.py`'s verbs on a composed configuration."""
+"""`setup_stage.py`'s verbs on a composed configuration, here or as a Slurm job."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.table import Table
 
+from nemo_bench.cluster import jobs, slurm
 from nemo_bench.cluster.processes import Terminated, termination_raises
-from nemo_bench.config import Launch, typed_as
+from nemo_bench.config import ComposedPoint, Launch, typed_as
 from nemo_bench.errors import BenchError, RunFailed
-from nemo_bench.files import explained_disk_errors, size_text
+from nemo_bench.files import dated_name, explained_disk_errors, size_text
 from nemo_bench.report.terminal import make_console
 from nemo_bench.stage.bundle import install, pack
 from nemo_bench.stage.code import code_part
@@ -20,6 +20,8 @@ from nemo_bench.stage.config import Action, PartName, StageConfig
 from nemo_bench.stage.image import image_part
 from nemo_bench.stage.stage import REMEDY, Part, Stage, fill, print_line
 from nemo_bench.stage.tokenizer import tokenizer_part
+
+LOGS = "results.stage_setup"
 
 
 def run_stage(raw: DictConfig) -> None:
@@ -36,23 +38,51 @@ def run_stage(raw: DictConfig) -> None:
         raise RunFailed(message, 128 + ended.signum) from None
 
 
-def _run(cfg: StageConfig, stage: Stage) -> None:
-    bundle = None if cfg.bundle is None else Path(cfg.bundle)
-    if cfg.action in (Action.pack, Action.install) and bundle is None:
-        raise BenchError(f"{cfg.action.value} needs a file: bundle=stage.tar, or bundle=stage.tar.zst (compressed)")
-    if bundle is not None and (cfg.action is Action.install or (cfg.action is Action.fill and bundle.exists())):
-        install(stage, bundle, dry=cfg.launch is Launch.dry)
+def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
+    """Submit the command of each point, for login nodes without enroot or room, and with `wait` follow the jobs.
+
+    HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.
+
+    Raises:
+        BenchError: it cannot be submitted, or the scheduler refuses.
+        RunFailed: a job failed.
+    """
+    configs = [typed_as(StageConfig, point.config) for point in points]
+    scripts: dict[Path, str] = {}
+    for cfg, point in zip(configs, points):
+        jobs.check_command(cfg)
+        folder = Path(cfg.stage_path) / LOGS / dated_name()
+        command = jobs.repeated_command("setup_stage.py", point.overrides, cfg.stage_path)
+        name = f"nemo-bench-setup-stage-{cfg.action.value}"
+        scripts[folder] = slurm.command_script(cfg.cluster, name, command, folder)
+    if any(cfg.launch is Launch.dry for cfg in configs):
+        jobs.show_commands(list(scripts.values()))
         return
+    jobs.require_sbatch()
+    submitted = [jobs.submit_command(script, folder) for folder, script in scripts.items()]
+    if wait:
+        jobs.follow(make_console(), submitted)
+    else:
+        print("`python setup_stage.py check` shows what exists; `python jobs.py` lists the jobs")
+
+
+def _run(cfg: StageConfig, stage: Stage) -> None:
+    dry = cfg.launch is Launch.dry
+    if cfg.action in (Action.pack, Action.install):
+        if cfg.bundle is None:
+            raise BenchError(f"{cfg.action.value} needs a file: bundle=stage.tar, or bundle=stage.tar.zst (compressed)")
+        if cfg.action is Action.install:
+            install(stage, Path(cfg.bundle), dry=dry)
+            return
     parts = _parts(cfg, stage.folder)
     if cfg.action is Action.check:
         _check(stage, parts)
-    elif cfg.launch is Launch.dry:
-        _print_plan(stage, parts if cfg.action is Action.fill else [], bundle)
+    elif dry:
+        _print_plan(stage, parts)
+    elif cfg.action is Action.fill:
+        _fill(stage, parts)
     else:
-        if cfg.action is Action.fill:
-            _fill(stage, parts)
-        if bundle is not None:
-            pack(stage, parts, bundle)
+        pack(stage, parts, Path(cfg.bundle or ""))
 
 
 def _parts(cfg: StageConfig, stage_folder: Path) -> list[Part]:
@@ -84,39 +114,32 @@ def _fill(stage: Stage, parts: list[Part]) -> None:
     print_line(f"stage folder {stage.folder}: {', '.join(part.name.value for part in parts)} complete")
 
 
-def _print_plan(stage: Stage, parts: list[Part], bundle: Path | None) -> None:
+def _print_plan(stage: Stage, parts: list[Part]) -> None:
     print_line(f"stage folder: {stage.folder}")
     for part in parts:
-        state, path = stage.state(part.place, part.settings, contents=False), stage.folder / part.place
-        text = f"complete ({path})"
-        if state.problem:
-            text = f"REFUSED: {path} {state.problem}" if state.blocked else part.plan
-        print_line(f"{part.name.value}: {text}")
-    if bundle is not None:
-        print_line(f"then pack all of it into {bundle}")
+        path, problem = stage.folder / part.place, stage.problem(part.place, part.settings, contents=False)
+        state = f"REFUSED: {path} {problem}" if path.exists() else part.plan
+        print_line(f"{part.name.value}: {state if problem else f'complete ({path})'}")
     print_line("launch=dry: nothing was done.")
 
 
 def _check(stage: Stage, parts: list[Part]) -> None:
-    """Read every byte of the parts, print a table, and name the commands that repair them."""
-    table = Table(title=f"stage folder {stage.folder}", title_justify="left")
-    for name in ("part", "state", "size", "version", "made at", "place"):
-        table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
-    entries, problems, moves, wrong = stage.entries(), [], [], []
+    """Read every byte of the parts, say how each is, and name the commands that repair them."""
+    wrong, commands = [], []
     for part in parts:
-        state, path = stage.state(part.place, part.settings, contents=True), stage.folder / part.place
-        entry = entries.get(part.place)
-        facts = (size_text(entry.size_bytes), entry.version, entry.made_at) if entry else ("", "", "")
-        table.add_row(part.name.value, "wrong" if state.problem else "ok", *facts, part.place)
-        if state.problem:
-            problems.append(f"{part.name.value}: {path} {state.problem}")
+        path, problem = stage.folder / part.place, stage.problem(part.place, part.settings, contents=True)
+        if problem:
+            print_line(f"{part.name.value}: WRONG: {path} {problem}")
             wrong.append(part.name.value)
-        if state.blocked:
-            moves.append(shlex.join(["mv", str(path), f"{path}.old"]))
-    make_console().print(table)
+            commands += [shlex.join(["mv", str(path), f"{path}.old"])] if path.exists() else []
+        else:
+            entry = stage.entries()[part.place]
+            print_line(
+                f"{part.name.value}: ok: {path}, {size_text(entry.size_bytes)}, {entry.version}, {entry.made_at}"
+            )
     print_line("python prepare_data.py check verifies the datasets")
-    if problems:
+    if wrong:
         chosen = HydraConfig.get().overrides.task
-        overrides = [text for text in chosen if not text.startswith(("action=", "parts=", "bundle=", "launch="))]
-        command = shlex.join(["python", "setup_stage.py", *overrides, f"parts=[{','.join(wrong)}]"])
-        raise BenchError("\n".join([*problems, "these commands make it as the options ask:", *moves, command]))
+        overrides = [text for text in chosen if not text.startswith(("action=", "parts=", "launch="))]
+        commands.append(shlex.join(["python", "setup_stage.py", *overrides, f"parts=[{','.join(wrong)}]"]))
+        raise BenchError("\n".join(["these commands make it as the options ask:", *commands]))

@@ -15,7 +15,7 @@ from nemo_bench.fields import PATH, number
 class Action(Enum):
     """What `setup_stage.py` does."""
 
-    fill = "fill"  # make what is missing; with bundle=FILE: install it if it exists, else pack it afterwards
+    fill = "fill"  # make what is missing
     check = "check"
     pack = "pack"
     install = "install"
@@ -61,7 +61,7 @@ class StageConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # of the Slurm job, with its launcher
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     parts: list[PartName] = field(default_factory=lambda: list(PartName))
-    bundle: str | None = field(default=None, metadata=PATH)  # a .tar or .tar.zst file
+    bundle: str | None = field(default=None, metadata=PATH)  # of pack and install: a .tar or .tar.zst file
     enroot: str = "enroot"  # the executable
     image_gib: float = number(25.0, least=0, most=10**6)  # free space required before an image is imported: an estimate
     launch: Launch = Launch.run

@@ -1,15 +1,14 @@
 """A stage folder and its manifest, stage.json: the settings each part was made with, and its files' sizes and SHA-256.
 
 A part is made in a hidden folder next to its place, recorded, and renamed into its place, in this order: a kill at any
-moment leaves the old part, none or the new one, and never a part that its record does not describe.
+moment leaves no part or a whole one, which its record describes. What exists is never replaced.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -65,23 +64,15 @@ class Entry:
 class Part:
     """A part as the configuration asks for it.
 
-    `make` makes and verifies it at a path that does not exist yet, and returns its version, for people. It also gets
-    the lock's descriptor: a child process that inherits it keeps the lock if this process dies.
+    `make` makes and verifies it at a path that does not exist yet, and returns its version. A child process that
+    inherits the descriptor, of the part's lock, keeps the lock if this process dies.
     """
 
     name: PartName
     place: str  # relative to the stage folder
-    settings: dict[str, Any]  # those that decide its contents, by key of the configuration
+    settings: dict[str, Any]
     plan: str  # what `make` does, for launch=dry
     make: Callable[[Path, int], str]
-
-
-@dataclass(frozen=True)
-class State:
-    """What is wrong with a part ("": nothing), and whether it is not all ours, so that it is not replaced."""
-
-    problem: str = ""
-    blocked: bool = False
 
 
 class Stage:
@@ -103,56 +94,48 @@ class Stage:
                 f"`mv {self.manifest} {self.manifest}.old`, and run this again"
             ) from None
 
-    def record(self, place: str, entry: Entry) -> None:
-        """Add an entry to stage.json; entries that other processes write at the same time are kept."""
-        with locked(self.folder / ".stage.lock", "writes stage.json", print_line):
-            for leftover in self.folder.glob(f".{NAME}.*.tmp"):  # of a process that was killed
-                leftover.unlink()
-            write_json(self.manifest, manifest_json({**self.entries(), place: entry}))
-
     def lock(self, name: PartName) -> AbstractContextManager[int]:
         """Hold the lock of whoever makes this part."""
         return locked(self.folder / f".stage-{name.value}.lock", f"fills the part {name.value}", print_line)
 
-    def state(self, place: str, settings: dict[str, Any] | None = None, *, contents: bool) -> State:
-        """Compare what lies at `place` with its record (by size, or all `contents`), and the record with `settings`."""
-        path, entry = self.folder / place, self.entries().get(place)
-        if not os.path.lexists(path):
-            return State("does not exist")
+    def problem(self, place: str, settings: dict[str, Any], *, contents: bool) -> str:
+        """Compare what lies at `place` with its record (by size, or all `contents`), and the record with `settings`.
+
+        Return what is wrong, as a predicate; "" if nothing is.
+        """
+        entry = self.entries().get(place)
+        if not os.path.lexists(self.folder / place):
+            return "does not exist"
         if entry is None:
-            return State("was not made by setup_stage.py", blocked=True)
-        changed, absent = differences(self.folder, entry.files, contents=contents)
-        if changed:
-            return State(f"has changed since it was recorded: {changed[0]}", blocked=True)
-        unknown = not files_of(path, place).keys() <= entry.files.keys()
-        for key, value in (settings or {}).items():
+            return "was not made by setup_stage.py"
+        for key, value in settings.items():
             if entry.settings.get(key) != value:
-                replaced = entry.part == PartName.code.value and not unknown
-                return State(f"was made with {key}={entry.settings.get(key)}, not {value}", blocked=not replaced)
-        return State(f"lacks {absent[0]}", blocked=unknown) if absent else State()
+                return f"was made with {key}={entry.settings.get(key)}, not {value}"
+        return next(differences(self.folder, entry.files, contents=contents), "")
 
     def put(self, new: Path, place: str, entry: Entry) -> None:
         """Record the file or folder `new`, which lies in a hidden folder, and move it to `place`."""
         destination = self.folder / place
         fsync_tree(new)
-        if destination.exists():
-            os.replace(destination, new.with_name(f"{new.name}.old"))
-        if entry.part != DATASET:
-            self.record(place, entry)
+        # Entries that other processes write at the same time are kept.
+        with locked(self.folder / ".stage.lock", "writes stage.json", print_line):
+            for leftover in self.folder.glob(f".{NAME}.*.tmp"):  # of a process that was killed
+                leftover.unlink()
+            write_json(self.manifest, manifest_json({**self.entries(), place: entry}))
         destination.parent.mkdir(parents=True, exist_ok=True)
         os.replace(new, destination)
         fsync(destination.parent)
 
 
 def fill(stage: Stage, part: Part) -> None:
-    """Make the part unless it is complete; raise BenchError if that fails, or something else is in its place."""
+    """Make the part unless it is there; raise BenchError if that fails, or what is there is not what is asked for."""
     destination = stage.folder / part.place
-    if _complete(stage, part) and not hidden_path(destination).exists():
+    if _is_complete(stage, part) and not hidden_path(destination).exists():
         return
     with explained_disk_errors(stage.folder, REMEDY):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with stage.lock(part.name) as lock, hidden_folder(destination) as folder:
-            if _complete(stage, part):  # another process made it
+            if _is_complete(stage, part):  # another process made it
                 return
             new = folder / destination.name
             version = part.make(new, lock)
@@ -161,29 +144,23 @@ def fill(stage: Stage, part: Part) -> None:
     print_line(f"{part.name.value}: made ({destination}, {size_text(entry.size_bytes)})")
 
 
-def _complete(stage: Stage, part: Part) -> bool:
-    state, destination = stage.state(part.place, part.settings, contents=False), stage.folder / part.place
-    if state.blocked:
-        raise BenchError(
-            f"{destination} {state.problem}\nIt is left alone: move it away, or choose another stage folder "
-            "(stage_path=...), and run this again"
-        )
-    if not state.problem:
+def _is_complete(stage: Stage, part: Part) -> bool:
+    destination = stage.folder / part.place
+    problem = stage.problem(part.place, part.settings, contents=False)
+    if not problem:
         print_line(f"{part.name.value}: complete ({destination})")
-    return not state.problem
-
-
-# --- stage.json ---------------------------------------------------------------------------------------------
+    elif os.path.lexists(destination):
+        raise BenchError(
+            f"{destination} {problem}\nIt is left alone: move it away (`mv {destination} {destination}.old`), or "
+            "choose another stage folder (stage_path=...), and run this again"
+        )
+    return not problem
 
 
 def manifest_json(entries: dict[str, Entry]) -> dict[str, Any]:
     """Return the content of stage.json."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "updated_at": timestamp(),
-        "entries": {place: asdict(entry) for place, entry in entries.items()},
-    }
+    places = {place: asdict(entry) for place, entry in entries.items()}
+    return {"format": FORMAT, "version": VERSION, "updated_at": timestamp(), "entries": places}
 
 
 def read_manifest(text: bytes) -> dict[str, Entry]:
@@ -201,39 +178,23 @@ def read_manifest(text: bytes) -> dict[str, Entry]:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
-def files_of(path: Path, place: str) -> dict[str, Path]:
-    """Return the file `path`, or all files below the folder `path`, by their names as parts of `place`."""
-    if not path.is_dir():
-        return {place: path}
-    files = sorted(file for file in path.rglob("*") if not file.is_dir() and "__pycache__" not in file.parts)
-    return {f"{place}/{file.relative_to(path).as_posix()}": file for file in files}
-
-
 def describe(path: Path, place: str) -> dict[str, FileRecord]:
-    """Return size and SHA-256 of the files of `path` by their names as parts of `place`."""
-    return {name: FileRecord(file.stat().st_size, sha256_of(file)) for name, file in files_of(path, place).items()}
+    """Return size and SHA-256 of the file `path`, or of all files below it, by their names as parts of `place`."""
+    files = {place: path}
+    if path.is_dir():
+        paths = sorted(file for file in path.rglob("*") if not file.is_dir())
+        files = {f"{place}/{file.relative_to(path).as_posix()}": file for file in paths}
+    return {name: FileRecord(file.stat().st_size, sha256_of(file)) for name, file in files.items()}
 
 
-def differences(folder: Path, files: dict[str, FileRecord], *, contents: bool) -> tuple[list[str], list[str]]:
-    """Return which of these files in `folder` are not as recorded, and which do not exist."""
-    changed, absent = [], []
+def differences(folder: Path, files: dict[str, FileRecord], *, contents: bool) -> Iterator[str]:
+    """Give what is wrong with these files in `folder`, as predicates: "lacks a.txt"."""
     for name, recorded in files.items():
         path = folder / name
         if not path.exists():
-            absent.append(name)
+            yield f"lacks {name}"
         elif path.stat().st_size != recorded.size_bytes or (contents and sha256_of(path) != recorded.sha256):
-            changed.append(name)
-    return changed, absent
-
-
-def require_space(folder: Path, size_bytes: int, what: str) -> None:
-    """Raise BenchError if the file system of `folder` has less free space than that."""
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < size_bytes:
-        raise BenchError(
-            f"not enough disk space in {folder}: {size_text(free_bytes)} free, {size_text(size_bytes)} needed "
-            f"for {what}"
-        )
+            yield f"has changed since it was recorded: {name}"
 
 
 def place_inside(stage_folder: Path, value: str, key: str) -> str:

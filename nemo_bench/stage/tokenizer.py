@@ -40,18 +40,13 @@ def _make(cfg: TokenizerConfig, folder: Path, _lock: int) -> str:
     folder.mkdir()
     if cfg.source is TokenizerSource.local:
         _train(folder, cfg)
-        tokens = verify(folder, None)  # a small corpus gives fewer tokens than asked for
-        return f"trained here, {tokens:,} tokens"
+        return f"trained here, {verify(folder, None):,} tokens"  # a small corpus gives fewer than asked for
     commit = _download(folder, cfg)
     return f"{cfg.repo} {commit}, {verify(folder, cfg.vocab_size):,} tokens"
 
 
 def verify(folder: Path, vocab_size: int | None) -> int:
-    """Return the number of tokens of the tokenizer in `folder`.
-
-    Raises:
-        BenchError: it cannot be used, or does not have `vocab_size` tokens.
-    """
+    """Return the number of tokens of the tokenizer in `folder`; raise BenchError if it is not `vocab_size`."""
     from tokenizers import Tokenizer
 
     try:
@@ -74,10 +69,8 @@ def _train(folder: Path, cfg: TokenizerConfig) -> None:
     assert cfg.vocab_size is not None and cfg.corpus_bytes is not None
     print_line(f"tokenizer: training one of {cfg.vocab_size:,} tokens on the sources of this Python's standard library")
     trained = tokenizer.train((file.text for file in corpus.collect(cfg.corpus_bytes)), vocab_size=cfg.vocab_size)
-    ids = {
-        "bos_token_id": trained.token_to_id(tokenizer.BOS_TOKEN),
-        "eos_token_id": trained.token_to_id(tokenizer.EOS_TOKEN),
-    }
+    names = {"bos_token_id": tokenizer.BOS_TOKEN, "eos_token_id": tokenizer.EOS_TOKEN}
+    ids = {key: trained.token_to_id(token) for key, token in names.items()}
     for name, text in tokenizer.render(trained).items():
         write_text(folder / name, text)
     write_json(folder / "config.json", {**ids, "model_type": "llama", "vocab_size": trained.get_vocab_size()})
@@ -89,20 +82,19 @@ def _download(folder: Path, cfg: TokenizerConfig) -> str:
     from nemo_bench.data.fetch import HUB, hub_file, shown
 
     assert cfg.repo is not None
-    revision = cfg.revision
-    endpoint = shown(os.environ.get("HF_ENDPOINT", HUB))
+    commit, endpoint = cfg.revision, shown(os.environ.get("HF_ENDPOINT", HUB))
     print_line(
-        f"tokenizer: downloading {cfg.repo} ({revision}) from {endpoint}; without a connection this gives up after "
+        f"tokenizer: downloading {cfg.repo} ({commit}) from {endpoint}; without a connection this gives up after "
         "half a minute"
     )
     try:
         for name in cfg.files:
             # The first file's commit holds for the others, whatever is pushed meanwhile.
-            revision = hub_file(cfg.repo, name, folder, revision=revision, report=print_line).commit
+            _, commit, _ = hub_file(cfg.repo, name, folder, commit, print_line)
     except BenchError as error:
         raise BenchError(
-            f"{error}\ntokenizer=local needs no account and no network; bundle=FILE installs a bundle from another "
-            "cluster; tokenizer.repo, .revision and .files choose other files"
+            f"{error}\ntokenizer=local needs no account and no network; `install bundle=FILE` brings a bundle from "
+            "another cluster; tokenizer.repo, .revision and .files choose other files"
         ) from error
     shutil.rmtree(folder / ".cache")  # the Hub's notes
-    return revision
+    return commit

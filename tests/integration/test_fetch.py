@@ -25,7 +25,7 @@ REPO, NAME = "org/pile", "train/00.jsonl.zst"
 CHILD = """
 import pathlib, sys
 from nemo_bench.data.fetch import fetch
-print(fetch(sys.argv[1], pathlib.Path(sys.argv[2]), report=lambda line: print(line, flush=True)))
+print(fetch(sys.argv[1], pathlib.Path(sys.argv[2]), "", lambda line: print(line, flush=True)))
 """
 
 
@@ -47,6 +47,10 @@ def url(request: pytest.FixtureRequest, server: FileServer) -> str:
 def body_path(url: str) -> str:
     """The path whose GET sends the bytes."""
     return f"/cdn/{SHA256}" if "resolve" in url else "/00.jsonl.zst"
+
+
+def fetched(server: FileServer, destination: Path, path: str = "/a", sha256: str = "") -> str:
+    return fetch.fetch(server.url(path), destination, sha256, lambda line: None)
 
 
 def start(url: str, destination: Path, server: FileServer, **environment: str) -> subprocess.Popen[str]:
@@ -113,7 +117,7 @@ def test_a_file_that_changed_starts_from_its_beginning(server: FileServer, tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fetch, "PAUSE_S", 0.0)
         patch.setattr("time.sleep", lambda _: server.put("/a", changed))
-        assert fetch.fetch(server.url("/a"), tmp_path / "file") == hashlib.sha256(changed).hexdigest()
+        assert fetched(server, tmp_path / "file") == hashlib.sha256(changed).hexdigest()
     assert (tmp_path / "file").read_bytes() == changed
 
 
@@ -121,16 +125,16 @@ def test_a_server_that_answers_no_head_request(server: FileServer, tmp_path: Pat
     """Signed URLs may allow only GET: the size is unknown, and the download still continues."""
     server.put("/a", DATA)
     server.script("/a", *[Twist(method="HEAD", status=403)] * 2, Twist(cut_after=1_000_000))
-    assert fetch.fetch(server.url("/a"), tmp_path / "file") == SHA256
+    assert fetched(server, tmp_path / "file") == SHA256
     assert "range" not in server.seen("GET")[0].headers
     assert "range" in server.seen("GET")[1].headers
 
 
 def test_a_checksum_that_differs(server: FileServer, tmp_path: Path) -> None:
     server.put("/a", DATA)
-    assert fetch.fetch(server.url("/a"), tmp_path / "good", sha256=SHA256) == SHA256
+    assert fetched(server, tmp_path / "good", sha256=SHA256) == SHA256
     with pytest.raises(BenchError, match=f"/a has the SHA-256 {SHA256} instead of 000"):
-        fetch.fetch(server.url("/a"), tmp_path / "file", sha256="0" * 64)
+        fetched(server, tmp_path / "file", sha256="0" * 64)
     assert not (tmp_path / "file").exists()
 
 
@@ -147,7 +151,7 @@ def test_refusals_of_any_server(server: FileServer, tmp_path: Path, status: int)
     server.script("/a", Twist(method="HEAD", status=status), Twist(status=status))
     url = server.url("/a").replace("//", "//user:passw0rd@") + "?signature=s3cret"
     with pytest.raises(BenchError) as caught:
-        fetch.fetch(url, tmp_path / "file")
+        fetch.fetch(url, tmp_path / "file", "", lambda line: None)
     assert str(caught.value) == f"{server.url('/a')} cannot be downloaded: The requested URL returned error: {status}"
 
 
@@ -191,8 +195,8 @@ def test_giving_up(server: FileServer, tmp_path: Path, monkeypatch: pytest.Monke
     server.put("/a", DATA)
     server.script("/a", Twist(cut_after=1000), *[Twist(drop=True)] * fetch.ATTEMPTS)
     with pytest.raises(BenchError, match=r"7 attempts in a row brought nothing new .*1\.0 kB are here"):
-        fetch.fetch(server.url("/a"), tmp_path / "file")
-    assert fetch.fetch(server.url("/a"), tmp_path / "file") == SHA256
+        fetched(server, tmp_path / "file")
+    assert fetched(server, tmp_path / "file") == SHA256
 
 
 @pytest.mark.parametrize(

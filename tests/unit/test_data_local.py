@@ -54,7 +54,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_corpus_is_library_text() -> None:
     files = corpus.collect(1_500_000)
-    assert 1_500_000 <= sum(len(file.data) for file in files) < 2_000_000
+    assert 1_500_000 <= sum(file.size_bytes for file in files) < 2_000_000
     assert files == corpus.collect(1_500_000)
     fewer = corpus.collect(10_000)
     assert files[: len(fewer)] == fewer

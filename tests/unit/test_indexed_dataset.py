@@ -23,14 +23,14 @@ from nemo_bench.errors import BenchError
 DOCUMENTS = [[1, 2, 3], [4], [999, 0], [5, 6]]
 
 
-def write(prefix: Path, documents: list[list[int]], vocab_size: int | None = 1000) -> None:
+def write(prefix: Path, documents: list[list[int]], vocab_size: int = 1000) -> None:
     """Write `documents` at `prefix`."""
     with IndexedDatasetWriter(prefix, vocab_size=vocab_size) as writer:
         for document in documents:
             writer.extend(np.asarray(document, dtype=writer.dtype), np.asarray([len(document)]))
 
 
-def write_with_megatron(prefix: Path, documents: list[list[int]], vocab_size: int | None) -> None:
+def write_with_megatron(prefix: Path, documents: list[list[int]], vocab_size: int) -> None:
     """The same with Megatron's builder, in the manner of its preprocess_data.py."""
     torch = pytest.importorskip("torch")
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
@@ -163,19 +163,6 @@ def test_corrupt_index(prefix: Path, offset: int, value: bytes, message: str) ->
         inspect(prefix)
 
 
-def test_boundaries_between_chunks(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for chunk in (1, 2, 3):
-        monkeypatch.setattr("nemo_bench.data.indexed_dataset._CHUNK", chunk)
-        assert inspect(prefix, read_tokens=True) == DatasetInfo(prefix, 4, 8, "uint16", 999)
-    good = idx_path(prefix).read_bytes()
-    for chunk in (1, 2, 3):
-        monkeypatch.setattr("nemo_bench.data.indexed_dataset._CHUNK", chunk)
-        idx_path(prefix).write_bytes(good[:98] + struct.pack("<q", 0) + good[106:])
-        with pytest.raises(BenchError, match="out of order"):
-            inspect(prefix)
-        idx_path(prefix).write_bytes(good)
-
-
 def test_ids_of_another_vocabulary(prefix: Path) -> None:
     assert inspect(prefix, vocab_size=1000, read_tokens=True).max_token_id == 999
     assert inspect(prefix, vocab_size=999).max_token_id is None
@@ -185,7 +172,7 @@ def test_ids_of_another_vocabulary(prefix: Path) -> None:
 
 def test_negative_ids(tmp_path: Path) -> None:
     prefix = tmp_path / "a"
-    write(prefix, [[1, 2]], None)
+    write(prefix, [[1, 2]], 70_000)
     bin_path(prefix).write_bytes(struct.pack("<ii", 1, -1))
     with pytest.raises(BenchError, match="negative token ids"):
         inspect(prefix, read_tokens=True)

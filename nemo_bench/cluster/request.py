@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import Need
@@ -24,8 +25,8 @@ RANK_VARIABLES = (
 UNLIMITED = ("INFINITE", "UNLIMITED", "-1")
 
 
-def slurm_rules(cfg: TrainConfig, need: Need) -> None:
-    """Check what is asked of Slurm."""
+def slurm_rules(cfg: Any, need: Need) -> None:
+    """Check what is asked of Slurm by any configuration that has a `cluster`."""
     c = cfg.cluster
     for key, owner, setting in settings(c, "cluster."):
         value = getattr(owner, setting.name)
@@ -38,11 +39,11 @@ def slurm_rules(cfg: TrainConfig, need: Need) -> None:
     limit = math.inf if c.time is None else _limit_s(c.time)
     rule, fix = "must be a time limit in sbatch's words", "such as 90 (minutes), 01:30:00, 2-12 or null"
     need(limit, "cluster.time", rule, fix)
-    rule = f"must be less than the time limit, cluster.time={c.time}: the job would only checkpoint and requeue"
-    in_time = not limit or cfg.checkpoint.every_n_steps is None or c.signal_s < limit
-    need(in_time, "cluster.signal_s", rule, "use a longer limit, or signal later")
-    if cfg.gpu.device == "cuda":
-        _gpus(cfg, need)
+    if isinstance(cfg, TrainConfig):
+        rule = f"must be less than the time limit, cluster.time={c.time}: the job would only checkpoint and requeue"
+        in_time = not limit or cfg.checkpoint.every_n_steps is None or c.signal_s < limit
+        need(in_time, "cluster.signal_s", rule, "use a longer limit, or signal later")
+    _gpus(cfg, need)
     for name, value in c.additional_parameters.items():
         option, rule = name.replace("_", "-"), "follows from other settings of the configuration"
         ours = option in OURS or (option in ("mem-per-cpu", "mem-per-gpu") and c.mem is not None)
@@ -70,8 +71,9 @@ def _limit_s(time: str) -> float | None:
     return seconds or math.inf
 
 
-def _gpus(cfg: TrainConfig, need: Need) -> None:
-    c, devices = cfg.cluster, cfg.trainer.devices
+def _gpus(cfg: Any, need: Need) -> None:
+    c = cfg.cluster
+    devices = cfg.trainer.devices if isinstance(cfg, TrainConfig) and cfg.gpu.device == "cuda" else 0
     if c.gres is not None:
         counts = [int(count or 1) for count in re.findall(r"\bgpu(?::[A-Za-z]\w*)?(?::(\d+))?(?=,|\(|$)", c.gres)]
         rule = f"gives a node {sum(counts)} GPUs, and it has trainer.devices={devices} ranks"
@@ -80,13 +82,14 @@ def _gpus(cfg: TrainConfig, need: Need) -> None:
         count = re.fullmatch(r"(?:\w+:)?([1-9]\d{0,3})", c.gpus_per_node)
         rule = "must be a number of GPUs, with or without a type"
         need(count, "cluster.gpus_per_node", rule, "such as 8, h100:8 or null")
-        per_node = int(count[1]) if count else devices
-        rule = f"ranks on a node, and a node has cluster.gpus_per_node={c.gpus_per_node} GPUs"
-        fix = f"as many GPUs: trainer.devices={per_node} trainer.num_nodes={math.ceil(cfg.world_size / per_node)}"
-        need(per_node >= devices, "trainer.devices", rule, fix)
+        if count and devices > int(count[1]):
+            rule = f"ranks on a node, and a node has cluster.gpus_per_node={c.gpus_per_node} GPUs"
+            nodes = math.ceil(cfg.world_size / int(count[1]))
+            fix = f"as many GPUs: trainer.devices={count[1]} trainer.num_nodes={nodes}"
+            need(False, "trainer.devices", rule, fix)
 
 
-def _paths(cfg: TrainConfig, need: Need) -> None:
+def _paths(cfg: Any, need: Need) -> None:
     """Check the paths that the batch script and the container's mounts hold."""
     paths = [("this project's folder", str(PROJECT))]
     for key, owner, setting in settings(cfg):
