@@ -172,7 +172,7 @@ def read_tokenizer(folder: Path) -> tuple[bytes, str]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise BenchError(
-            f"There is no tokenizer: {path} does not exist.\n"
+            f"There is no tokenizer: {path}: No such file or directory.\n"
             "`python setup_stage.py 'parts=[tokenizer]'` downloads Llama's; with tokenizer=local it trains one that "
             "needs no account; tokenizer_folder=... names another folder"
         )
