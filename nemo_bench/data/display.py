@@ -38,6 +38,9 @@ class Phase:
         self.thread.join()
         self.bar.stop()
 
+    def set_total(self, total_bytes: int | None) -> None:
+        self.total_bytes = total_bytes
+
     def _show(self) -> None:
         while not self.ended.wait(LINE_EVERY_S if self.bar.disable else REFRESH_S):
             done, total = self.done_bytes(), self.total_bytes

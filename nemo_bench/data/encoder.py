@@ -127,9 +127,8 @@ class Encoder:
                 f"({texts[number][:40]!r}...): nothing was written. Use encoder=tokenizers, which is slower."
             )
 
-    def _reference_ids(self, text: str) -> list[int]:
-        ids: list[int] = self._reference.encode(text, add_special_tokens=False).ids
-        return ids
+    def _reference_ids(self, text: str) -> Any:
+        return self._reference.encode(text, add_special_tokens=False).ids
 
     def _differing(self, texts: Sequence[str], ids: Any, lengths: Any, numbers: Iterable[int]) -> list[int]:
         """Return which of the documents `numbers` the reference encodes differently."""
@@ -160,10 +159,8 @@ def _joined(rows: Sequence[Any]) -> Encoded:
 
 def _may_differ(text: str) -> bool:
     """Return whether the two libraries' versions of Unicode disagree about a character of the text."""
-    if text.isascii():
-        return False
-    suspect = _SUSPECT.search(text)
     # A quick look first: the expression of all ranges tries every range on every character.
+    suspect = None if text.isascii() else _SUSPECT.search(text)
     return suspect is not None and _NEWER.search(text, suspect.start()) is not None
 
 
@@ -187,8 +184,7 @@ def _reference(folder: Path, content: bytes) -> Any:
         reference = Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # tokenizers raises a bare Exception
         raise BenchError(f"{folder / 'tokenizer.json'} is not a Hugging Face tokenizer: {error}") from None
-    # A document keeps all its tokens.
-    reference.no_truncation()
+    reference.no_truncation()  # a document keeps all its tokens
     reference.no_padding()
     return reference
 

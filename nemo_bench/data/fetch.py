@@ -33,7 +33,7 @@ _BROKEN = (5, 6, 7, 16, 18, 28, 35, 52, 55, 56, 92)
 _BUSY = re.compile(r"returned error: (408|425|429|5\d\d)")
 
 Report = Callable[[str], None]  # told a line each time a transfer breaks off
-Announce = Callable[[int | None], None]  # told the size in bytes once it is known
+Announce = Callable[[int | None], None]  # told the size in bytes once it is known (None: it is not)
 
 
 class _Interrupted(Exception):
@@ -45,12 +45,9 @@ def fetch(url: str, destination: Path, sha256: str, report: Report, announce: An
 
     The bytes so far lie in `.<name>.part/` next to it; however a call ends, the next one continues from them.
     `sha256` is the checksum to expect ("": any); one that the Hub knows is always compared.
-
-    Raises:
-        BenchError: the server refuses the file, the transfer keeps breaking off, or the checksum differs.
-        OSError: the disk is full or cannot be written.
+    Raises BenchError if the server refuses, the transfer keeps breaking off, or the checksum differs.
     """
-    part = _part(destination)
+    part = part_of(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with locked(destination.with_name(f".{destination.name}.lock"), f"downloads {destination.name}", report) as lock:
         path = destination
@@ -78,16 +75,13 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def received_bytes(destination: Path) -> int:
-    """Return how much of an unfinished download is here."""
-    return _bytes_in(_part(destination))
-
-
-def _part(destination: Path) -> Path:
+def part_of(destination: Path) -> Path:
+    """Return the folder of what has come of an unfinished download."""
     return destination.with_name(f".{destination.name}.part")
 
 
-def _bytes_in(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
+    """Return the size of all files in a folder; 0 if there is none."""
     with suppress(FileNotFoundError):  # a file was renamed meanwhile
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return 0
@@ -95,12 +89,12 @@ def _bytes_in(folder: Path) -> int:
 
 def _retried(transfer: Callable[[], Any], folder: Path, source: str, report: Report) -> Any:
     """Call `transfer`, which writes into `folder`, until it completes or ATTEMPTS in a row brought nothing new."""
-    failures, most = 0, _bytes_in(folder)
+    failures, most = 0, bytes_in(folder)
     while True:
         try:
             return transfer()
         except _Interrupted as error:
-            there = _bytes_in(folder)
+            there = bytes_in(folder)
             failures, most = (0 if there > most else failures + 1), max(there, most)
             if failures == ATTEMPTS:
                 raise BenchError(
@@ -177,10 +171,7 @@ def hub_file(
     """Download a file of a Hub repository into `folder`; return its path, the commit it belongs to, and its SHA-256.
 
     Token, endpoint and time limits are huggingface_hub's: HF_TOKEN or its stored login, HF_ENDPOINT, HF_HUB_*.
-
-    Raises:
-        BenchError: the Hub refuses or does not have the file, cannot be reached, or has another checksum.
-        OSError: the disk is full or cannot be written.
+    Raises BenchError if the Hub refuses or does not have the file, cannot be reached, or has another checksum.
     """
     # Read at the import: transfers over Xet cannot be resumed by another process, those over HTTP can.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")

@@ -128,11 +128,7 @@ def inspect(prefix: Path, *, vocab_size: int | None = None, read_tokens: bool = 
     """Check the dataset `prefix` (a path without suffix), in some 24 bytes of memory a document.
 
     The whole index is read, and must agree with itself and with the size of .bin. With `read_tokens` all tokens are
-    read too: each id must be at least 0, and below `vocab_size` if that is given.
-
-    Raises:
-        BenchError: a file is missing, unreadable, truncated or damaged, the dataset holds no token, or an id does not
-            belong to the vocabulary.
+    read too: each id must be at least 0, and below `vocab_size` if that is given. Raises BenchError.
     """
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():

@@ -20,9 +20,7 @@ LOGS = "results.data_preparation"
 def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
     """Submit what is missing of all points, once all have been checked, and with `wait` follow the jobs.
 
-    Raises:
-        BenchError: a point cannot work (then nothing was submitted), or the scheduler refuses.
-        RunFailed: a job did not complete.
+    Raises BenchError if a point cannot work or the scheduler refuses, RunFailed if a job did not complete.
     """
     configs = [_checked(point) for point in points]
     groups = [prepare.shards_of(cfg) for cfg in configs]

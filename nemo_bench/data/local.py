@@ -43,11 +43,8 @@ def prepare_local(
 ) -> LocalDataset:
     """Make the local dataset of about `corpus_bytes` of text in a folder of `parent`, or return the one that is there.
 
-    Several processes may call this at once: one builds, the others wait for it. A small corpus may give fewer tokens
-    than `vocab_size`.
-
-    Raises:
-        BenchError: the folder is damaged or cannot be written, the vocabulary too small, or there is too little text.
+    Of several processes at once one builds, and the others wait. A small corpus gives fewer tokens than `vocab_size`.
+    Raises BenchError if the folder is damaged or cannot be written, or vocabulary or text are too small.
     """
     files = corpus.collect(corpus_bytes)
     folder = _folder(parent, files, vocab_size)

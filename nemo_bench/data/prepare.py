@@ -22,11 +22,7 @@ from nemo_bench.errors import BenchError, RunFailed
 
 
 def run_preparation(raw: DictConfig) -> None:
-    """Do what the configuration asks for, on this machine.
-
-    Raises:
-        BenchError: the configuration cannot work, or a shard failed.
-    """
+    """Do what the configuration asks for, here; raise BenchError if it cannot work, or a shard failed."""
     cfg = checked(typed_as(PreparationConfig, raw))
     if cfg.data.kind == "mock":
         print("data=mock is random tokens: there is nothing to prepare.")
@@ -182,11 +178,7 @@ def _prepare_local(cfg: PreparationConfig) -> None:
 
 
 def check(cfg: PreparationConfig) -> None:
-    """Read back every dataset of the configuration, and every other one in the folder; print how each is.
-
-    Raises:
-        BenchError: one is missing or damaged.
-    """
+    """Read back every dataset named or in the folder, and print how it is; raise BenchError if one is not whole."""
     from nemo_bench.data.local import local_prefix
 
     if cfg.data.kind == "local":

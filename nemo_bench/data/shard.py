@@ -82,11 +82,7 @@ def is_url(source: str) -> bool:
 
 
 def why_missing(shard: Shard, tokenizer_sha256: str) -> str:
-    """Return why the dataset has to be made; "" if it exists.
-
-    Raises:
-        BenchError: it was made from other inputs, or not by this program.
-    """
+    """Return why the dataset has to be made ("": it exists); raise BenchError if another one is in its place."""
     prefix = Path(shard.prefix)
     manifest = read_manifest(prefix)
     exist = [path.exists() for path in (bin_path(prefix), idx_path(prefix))]
@@ -117,15 +113,11 @@ def _differences(manifest: dict[str, Any], shard: Shard, tokenizer_sha256: str) 
 def prepare(shard: Shard, report: Callable[[str], None]) -> None:
     """Make the dataset of `shard`, or find it made. Of two processes at once, one makes it and the other waits.
 
-    Raises:
-        BenchError: nothing was put in place; downloads stay, and the next attempt continues from them.
+    Raises BenchError if nothing was put in place; downloads stay, and the next attempt continues from them.
     """
     prefix = Path(shard.prefix)
     encoder = Encoder(Path(shard.tokenizer_folder), shard.encoder, report)
-    remedy = (
-        f"{shard.name} was not made, and nothing half-made is left. A shard needs about as much as its uncompressed "
-        "text, besides the download: free it, and run the same command again"
-    )
+    remedy = f"{shard.name} needs about as much as its uncompressed text: free it, and run the same command again"
     with explained_disk_errors(prefix.parent, remedy):
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with locked(prefix.with_name(f".{shard.name}.lock"), f"makes {shard.name}", report):
@@ -173,22 +165,15 @@ def _download(shard: Shard, report: Callable[[str], None]) -> tuple[Path, str]:
     """Return the downloaded file and its SHA-256."""
     path, (url, fragment) = shard.download_path, urldefrag(shard.source)
     sha256 = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else ""
-    with Phase(f"{shard.name}: downloading", lambda: fetch.received_bytes(path)) as phase:
-
-        def announce(size_bytes: int | None) -> None:
-            phase.total_bytes = size_bytes
-
-        return path, fetch.fetch(url, path, sha256, report, announce)
+    with Phase(f"{shard.name}: downloading", lambda: fetch.bytes_in(fetch.part_of(path))) as phase:
+        return path, fetch.fetch(url, path, sha256, report, phase.set_total)
 
 
 def _read_back(building: Path, encoder: Encoder, counts: Counts) -> dict[str, Any]:
     """Read everything that was written from the files again; return their sizes and SHA-256."""
     info = inspect(building, vocab_size=encoder.vocab_size, read_tokens=True)
     if (info.documents, info.tokens) != (counts.documents, counts.tokens):
-        raise BenchError(
-            f"{building} reads back as {info.documents:,} documents and {info.tokens:,} tokens, but "
-            f"{counts.documents:,} and {counts.tokens:,} were written: the disk or its driver loses data"
-        )
+        raise BenchError(f"{building} does not read back as it was written: the disk or its driver loses data")
     paths = (bin_path(building), idx_path(building))
     return {path.suffix: {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
 

@@ -59,11 +59,6 @@ class _Encoded:
     bad: list[tuple[int, str]]
 
 
-def usable_threads() -> int:
-    """Return how many threads serve: of this process's share of the machine, no more than the lock lets work."""
-    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
-
-
 def tokenize(
     reader: Reader, encoder: Encoder, prefix: Path, *, threads: int | None = None, max_bad_share: float = 0.0
 ) -> Counts:
@@ -73,17 +68,15 @@ def tokenize(
 
     Args:
         threads: threads that decode and encode, besides the calling one; None: as many as serve.
-        max_bad_share: the share of bad documents that may be left out; 1 lets all pass, and the missing rest of a
-            truncated file.
+        max_bad_share: the share of bad documents that may be left out; 1 lets all pass, and a truncated file.
 
     Raises:
         BenchError: too many bad documents, or a truncated file; no index was written.
         RunFailed: the encoder's libraries disagree.
-        OSError: the disk.
     """
     # Threads that release the interpreter lock thousands of times a second wait less for it.
     sys.setswitchinterval(0.0005)
-    counts, threads = Counts(), threads or usable_threads()
+    counts, threads = Counts(), threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
     with (
         IndexedDatasetWriter(prefix, vocab_size=encoder.vocab_size) as writer,
         ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool,

@@ -41,10 +41,7 @@ _SUFFIXES = (".json", ".bin", ".idx")
 
 
 def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
-    """Pack the parts, and the datasets that prepare_data.py made in the stage folder, into the new file `bundle`.
-
-    Raises BenchError if a part or dataset is not complete, or `bundle` exists or cannot be written.
-    """
+    """Pack the parts, and the datasets that prepare_data.py made, into the new file `bundle`, or raise BenchError."""
     if not bundle.name.endswith((".tar", ".tar.zst")):
         raise BenchError(f"bundle={bundle} must end in .tar, or .tar.zst (compressed)")
     if bundle.exists():
@@ -98,10 +95,7 @@ def _write(stage: Stage, entries: dict[str, Entry], path: Path) -> None:
 
 
 def install(stage: Stage, bundle: Path, *, dry: bool) -> None:
-    """Install what the stage folder lacks of the bundle: all of it, or nothing. What exists stays as it is.
-
-    Raises BenchError if the bundle is damaged.
-    """
+    """Install what the stage folder lacks of the bundle; if the bundle is damaged, nothing (BenchError)."""
     with explained_disk_errors(stage.folder, REMEDY), ExitStack() as stack:
         tar = stack.enter_context(_open(bundle))
         entries = _read_entries(bundle, tar)

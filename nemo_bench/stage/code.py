@@ -11,22 +11,17 @@ from pathlib import Path
 
 from nemo_bench.errors import BenchError
 from nemo_bench.project import PROJECT
-from nemo_bench.stage.config import PartName
+from nemo_bench.stage.config import PartName, StageConfig
 from nemo_bench.stage.stage import Part, print_line
 
 _PATTERNS = ["*.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"]
 _PATTERNS += ["nemo_bench/**/*", "hydra_plugins/**/*", "conf/**/*"]
 
 
-def code_part() -> Part:
+def code_part(_cfg: StageConfig, _stage_folder: Path) -> Part:
     """Return the part `<stage>/nemo_bench`."""
-    return Part(
-        name=PartName.code,
-        place="nemo_bench",
-        settings={"project": _fingerprint()},
-        plan=f"copy {PROJECT}, and download the packages it needs (pip wheel)",
-        make=_make,
-    )
+    plan = f"copy {PROJECT}, and download the packages it needs (pip wheel)"
+    return Part(PartName.code, "nemo_bench", {"project": _fingerprint()}, plan, _make)
 
 
 def _make(folder: Path, _lock: int) -> str:

@@ -42,10 +42,7 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
     """Submit the command of each point, for login nodes without enroot or room, and with `wait` follow the jobs.
 
     HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.
-
-    Raises:
-        BenchError: it cannot be submitted, or the scheduler refuses.
-        RunFailed: a job failed.
+    Raises BenchError if one cannot be submitted, RunFailed if a job failed.
     """
     configs = [typed_as(StageConfig, point.config) for point in points]
     scripts: dict[Path, str] = {}
@@ -89,14 +86,8 @@ def _parts(cfg: StageConfig, stage_folder: Path) -> list[Part]:
     """Return the parts that the configuration names; the one that takes longest comes last."""
     if not cfg.parts:
         raise BenchError(f"parts=[] is empty: choose from {', '.join(name.value for name in PartName)}")
-    parts = []
-    if PartName.tokenizer in cfg.parts:
-        parts.append(tokenizer_part(cfg, stage_folder))
-    if PartName.code in cfg.parts:
-        parts.append(code_part())
-    if PartName.image in cfg.parts:
-        parts.append(image_part(cfg, stage_folder))
-    return parts
+    makers = {PartName.tokenizer: tokenizer_part, PartName.code: code_part, PartName.image: image_part}
+    return [part_of(cfg, stage_folder) for name, part_of in makers.items() if name in cfg.parts]
 
 
 def _fill(stage: Stage, parts: list[Part]) -> None:

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from nemo_bench.config import ClusterConfig, EntrypointConfig, Launch
-from nemo_bench.fields import PATH, number
+from nemo_bench.fields import PATH, choice, number
 
 
 class Action(Enum):
@@ -29,26 +29,19 @@ class PartName(Enum):
     code = "code"
 
 
-class TokenizerSource(Enum):
-    """Where a tokenizer comes from."""
-
-    huggingface = "huggingface"
-    local = "local"  # trained here, on the sources of this Python's standard library
-
-
 @dataclass
 class TokenizerConfig:
     """A tokenizer folder."""
 
     name: str = MISSING
-    source: TokenizerSource = MISSING
+    source: str = choice(MISSING, "huggingface", "local")  # local: trained on the sources of this Python's library
     folder: str = field(default=MISSING, metadata=PATH)  # inside the stage folder
-    repo: str | None = None  # source=huggingface
+    repo: str = ""  # source=huggingface
     revision: str = "main"  # source=huggingface: branch, tag or commit
     files: list[str] = field(default_factory=list)  # source=huggingface
     # Tokens, added ones included; source=huggingface: the expected number (null: any).
     vocab_size: int | None = number(None, least=1, most=2**24)
-    corpus_bytes: int | None = number(None, least=1, most=10**12)  # source=local: about this much text
+    corpus_bytes: int = number(6_000_000, least=1, most=10**12)  # source=local: about this much text
 
 
 @dataclass

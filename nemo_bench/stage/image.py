@@ -23,13 +23,9 @@ _GRACE_S = 10.0
 def image_part(cfg: StageConfig, stage_folder: Path) -> Part:
     """Return the part `<stage>/<entrypoint.image>`."""
     place = place_inside(stage_folder, cfg.entrypoint.image, "entrypoint.image")
-    return Part(
-        name=PartName.image,
-        place=place,
-        settings={"entrypoint.container": cfg.entrypoint.container},
-        plan=f"{shlex.join(_command(cfg, stage_folder / place))}\n  about {size_text(_size_bytes(cfg))} (image_gib)",
-        make=partial(_import, cfg),
-    )
+    plan = f"{shlex.join(_command(cfg, stage_folder / place))}\n  about {size_text(_size_bytes(cfg))} (image_gib)"
+    settings = {"entrypoint.container": cfg.entrypoint.container}
+    return Part(PartName.image, place, settings, plan, partial(_import, cfg))
 
 
 def enroot_uri(reference: str) -> str:

@@ -15,18 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nemo_bench import files as disk
 from nemo_bench.errors import BenchError
-from nemo_bench.files import (
-    explained_disk_errors,
-    fsync,
-    fsync_tree,
-    hidden_folder,
-    hidden_path,
-    locked,
-    sha256_of,
-    size_text,
-    write_json,
-)
 from nemo_bench.record.folder import timestamp
 from nemo_bench.stage.config import PartName
 
@@ -96,7 +86,7 @@ class Stage:
 
     def lock(self, name: PartName) -> AbstractContextManager[int]:
         """Hold the lock of whoever makes this part."""
-        return locked(self.folder / f".stage-{name.value}.lock", f"fills the part {name.value}", print_line)
+        return disk.locked(self.folder / f".stage-{name.value}.lock", f"fills the part {name.value}", print_line)
 
     def problem(self, place: str, settings: dict[str, Any], *, contents: bool) -> str:
         """Compare what lies at `place` with its record (by size, or all `contents`), and the record with `settings`.
@@ -116,32 +106,32 @@ class Stage:
     def put(self, new: Path, place: str, entry: Entry) -> None:
         """Record the file or folder `new`, which lies in a hidden folder, and move it to `place`."""
         destination = self.folder / place
-        fsync_tree(new)
+        disk.fsync_tree(new)
         # Entries that other processes write at the same time are kept.
-        with locked(self.folder / ".stage.lock", "writes stage.json", print_line):
+        with disk.locked(self.folder / ".stage.lock", "writes stage.json", print_line):
             for leftover in self.folder.glob(f".{NAME}.*.tmp"):  # of a process that was killed
                 leftover.unlink()
-            write_json(self.manifest, manifest_json({**self.entries(), place: entry}))
+            disk.write_json(self.manifest, manifest_json({**self.entries(), place: entry}))
         destination.parent.mkdir(parents=True, exist_ok=True)
         os.replace(new, destination)
-        fsync(destination.parent)
+        disk.fsync(destination.parent)
 
 
 def fill(stage: Stage, part: Part) -> None:
     """Make the part unless it is there; raise BenchError if that fails, or what is there is not what is asked for."""
     destination = stage.folder / part.place
-    if _is_complete(stage, part) and not hidden_path(destination).exists():
+    if _is_complete(stage, part) and not disk.hidden_path(destination).exists():
         return
-    with explained_disk_errors(stage.folder, REMEDY):
+    with disk.explained_disk_errors(stage.folder, REMEDY):
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with stage.lock(part.name) as lock, hidden_folder(destination) as folder:
+        with stage.lock(part.name) as lock, disk.hidden_folder(destination) as folder:
             if _is_complete(stage, part):  # another process made it
                 return
             new = folder / destination.name
             version = part.make(new, lock)
             entry = Entry(part.name.value, timestamp(), part.settings, version, describe(new, part.place))
             stage.put(new, part.place, entry)
-    print_line(f"{part.name.value}: made ({destination}, {size_text(entry.size_bytes)})")
+    print_line(f"{part.name.value}: made ({destination}, {disk.size_text(entry.size_bytes)})")
 
 
 def _is_complete(stage: Stage, part: Part) -> bool:
@@ -184,7 +174,7 @@ def describe(path: Path, place: str) -> dict[str, FileRecord]:
     if path.is_dir():
         paths = sorted(file for file in path.rglob("*") if not file.is_dir())
         files = {f"{place}/{file.relative_to(path).as_posix()}": file for file in paths}
-    return {name: FileRecord(file.stat().st_size, sha256_of(file)) for name, file in files.items()}
+    return {name: FileRecord(file.stat().st_size, disk.sha256_of(file)) for name, file in files.items()}
 
 
 def differences(folder: Path, files: dict[str, FileRecord], *, contents: bool) -> Iterator[str]:
@@ -193,7 +183,7 @@ def differences(folder: Path, files: dict[str, FileRecord], *, contents: bool) -
         path = folder / name
         if not path.exists():
             yield f"lacks {name}"
-        elif path.stat().st_size != recorded.size_bytes or (contents and sha256_of(path) != recorded.sha256):
+        elif path.stat().st_size != recorded.size_bytes or (contents and disk.sha256_of(path) != recorded.sha256):
             yield f"has changed since it was recorded: {name}"
 
 

@@ -27,11 +27,8 @@ IMAGE = "nvidia+nemo+25.11.sqsh"
 LLAMA = "meta-llama/Meta-Llama-3-8B"
 TOKENIZER = "llama3.1-dataset/llama"
 LOCAL = ("tokenizer=local", "tokenizer.corpus_bytes=60000", "image_gib=0.001")
-LLAMA_ONLY = ("parts=[tokenizer]", "tokenizer.vocab_size=384")
-FILES = {
-    *("config.json", "generation_config.json", "special_tokens_map.json"),
-    *("tokenizer.json", "tokenizer_config.json"),
-}
+FILES = {"special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
+LLAMA_ONLY = ("parts=[tokenizer]", "tokenizer.vocab_size=384", f"tokenizer.files=[{','.join(sorted(FILES))}]")
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +102,6 @@ def test_the_local_tokenizer_is_the_one_that_train_uses(filled: Setup) -> None:
     trained = local_tokenizer.train((file.text for file in corpus.collect(60000)), vocab_size=384)
     folder = filled.stage / TOKENIZER
     assert (folder / "tokenizer.json").read_text() == local_tokenizer.render(trained)["tokenizer.json"]
-    config = json.loads((folder / "config.json").read_text())
-    assert config["vocab_size"] == 384 and trained.id_to_token(config["eos_token_id"]) == "<|end_of_text|>"
 
 
 def test_the_code_runs_from_its_folder_with_the_pinned_wheels(filled: Setup) -> None:
@@ -205,7 +200,7 @@ def test_check_compares_every_byte_with_the_record_and_the_settings(copied: Setu
 
 
 def test_check_names_what_is_wrong_and_the_commands_that_repair_it(copied: Setup) -> None:
-    (copied.stage / TOKENIZER / "config.json").unlink()
+    (copied.stage / TOKENIZER / "tokenizer_config.json").unlink()
     (copied.stage / "nemo_bench" / "train.py").unlink()
     image = copied.stage / IMAGE
     image.write_bytes(image.read_bytes()[:-1] + b"!")  # only its contents tell
@@ -246,7 +241,7 @@ def test_no_access_to_the_tokenizer(setup: Setup, hub: FileServer) -> None:
     token = "hf_" + "secret" * 5
     printed = [*setup(*LLAMA_ONLY, HF_ENDPOINT=hub.endpoint, HF_TOKEN=token, code=2)]
     elsewhere = {"Location": hub.url("/nowhere?token=signature")}
-    hub.script(f"/{LLAMA}/resolve/main/config.json", Twist(method="HEAD", status=302, headers=elsewhere))
+    hub.script(f"/{LLAMA}/resolve/main/special_tokens_map.json", Twist(method="HEAD", status=302, headers=elsewhere))
     printed += setup(*LLAMA_ONLY, HF_ENDPOINT=hub.endpoint, HF_TOKEN=token, code=2)
     assert token not in "".join(printed) and "signature" not in "".join(printed)
     for path in setup.tmp_path.rglob("*"):

@@ -13,7 +13,7 @@ import pytest
 
 from nemo_bench.config import EntrypointConfig
 from nemo_bench.stage import bundle, code
-from nemo_bench.stage.config import StageConfig, TokenizerConfig, TokenizerSource
+from nemo_bench.stage.config import StageConfig, TokenizerConfig
 from nemo_bench.stage.image import image_part
 from nemo_bench.stage.stage import NAME, Stage, fill
 from nemo_bench.stage.tokenizer import tokenizer_part
@@ -79,7 +79,7 @@ def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageConfig:
         (tmp_path / name).chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     tokenizer = TokenizerConfig(
-        source=TokenizerSource.local, folder=str(tmp_path / "stage" / "llama"), vocab_size=300, corpus_bytes=9999
+        source="local", folder=str(tmp_path / "stage" / "llama"), vocab_size=300, corpus_bytes=9999
     )
     image = EntrypointConfig(container="nvcr.io/nvidia/nemo:25.11", image="nemo.sqsh")
     return StageConfig(entrypoint=image, tokenizer=tokenizer, enroot=str(tmp_path / "enroot"), image_gib=0.001)
@@ -100,7 +100,7 @@ def test_killed_at_every_change(
     task: str, places: list[str], fewest: int, cfg: StageConfig, tmp_path: Path, small_tokenizer: Path
 ) -> None:
     stage, packed = Stage(tmp_path / "stage"), tmp_path / "out" / "stage.tar.zst"
-    image, made_code = image_part(cfg, stage.folder), code.code_part()
+    image, made_code = image_part(cfg, stage.folder), code.code_part(cfg, stage.folder)
     if task in ("pack", "install"):
         make_dataset(stage.folder / DATASET, small_tokenizer)
         fill(stage, image)
