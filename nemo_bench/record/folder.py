@@ -27,6 +27,8 @@ CHECKPOINTS, PROFILE = "checkpoints", "profile"
 REQUEUE = "requeue"  # by rank 0 once a last checkpoint is safe; its batch script then asks for the requeue
 EXIT = "exit.json"  # of a Slurm job, by its batch script
 
+SILENCE_S = 300  # then rank 0 prints where it stands; a first step may take minutes
+
 # A progress bar's count of finished steps, in logs of programs that write no record of ours.
 _BAR = re.compile(r"(\d+)/(?:\d+|\?) \[[^\]]*train_step_timing in s[=:] ?([\d.]+)")
 # Slurm's last words about a job, in its log.
@@ -54,12 +56,15 @@ class Progress:
 
     steps: int = 0  # finished
     step_time_s: float | None = None  # of the last
-    age_s: float = 0.0  # since the last
+    age_s: float = 0.0  # since the last, or since the run's last event
 
     @property
     def stall(self) -> str | None:
         """That steps have stopped: no step for ten step times, and a minute, is worth a word."""
-        if self.step_time_s is None or self.age_s < max(10 * self.step_time_s, 60):
+        if self.step_time_s is None:
+            text = f"no first step for {self.age_s / 60:,.0f} min: the end of rank 0's log says where it stands"
+            return text if self.age_s > SILENCE_S else None
+        if self.age_s < max(10 * self.step_time_s, 60):
             return None
         return f"no step for {self.age_s / 60:,.0f} min, and the last took {self.step_time_s:.3g} s"
 
@@ -147,7 +152,8 @@ class RunFolder:
                 return Progress(int(row["step"]) + 1, float(row["train_step_timing_s"]), _age_s(steps))
         if log.exists() and (bars := _BAR.findall(read_end(log))):
             return Progress(int(bars[-1][0]), float(bars[-1][1]), _age_s(log))
-        return Progress()
+        events = self.path / EVENTS
+        return Progress(age_s=_age_s(events) if events.exists() else 0)
 
     def set_status(self, status: Status) -> None:
         """Record in `run.json` how the run ended."""

@@ -66,6 +66,15 @@ def git_revision() -> dict[str, Any] | None:
     return {"revision": revision.strip(), "modified": bool(changes and changes.strip())}
 
 
+def cpu_wait_share() -> float | None:
+    """Return the share of its time in which this process's first thread waited for a core; None if unknown."""
+    try:
+        ran_ns, waited_ns, _ = map(int, Path("/proc/self/schedstat").read_text().split())
+    except OSError:
+        return None
+    return round(waited_ns / (ran_ns + waited_ns), 4)
+
+
 def _package_versions() -> dict[str, str]:
     versions = {}
     for name in _PACKAGES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,8 @@ _SHORT = {
     "MBS": "micro_batch_size",
 }
 # The Python YAML loader reads a configuration in 25 ms, this one in 2.
+# Share of its time that rank 0 waited for a core, beyond which its steps tell of the machine's load.
+LOADED = 0.25
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -110,7 +113,7 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
         run,
         state=state,
         why_not_final=why,
-        remarks=(*run.remarks, *network_remarks(log, run)),
+        remarks=(*run.remarks, *network_remarks(log, run), *_load_remarks(events)),
         gpu_reported=", ".join({str(gpu["name"]): None for gpu in node.get("gpus") or () if gpu.get("name")})
         or log.printed.get("gpu"),
         invalid=contradiction(run, log),
@@ -129,6 +132,13 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     )
     tokens = float(config.get("total_tokens", DEFAULT_TOTAL_TOKENS)) if total_tokens is None else total_tokens
     return measured(run, *peak(config["gpu"], str(run.precision), peaks), tokens, log.rates)
+
+
+def _load_remarks(events: list[dict[str, Any]]) -> Iterator[str]:
+    share = max((float(event.get("cpu_wait_share") or 0) for event in events), default=0)
+    if share > LOADED:
+        remedy = "leave it alone, or set OMP_WAIT_POLICY=PASSIVE beside other trainings"
+        yield f"this machine was loaded: rank 0 waited for a core in {share:.0%} of its time; {remedy}"
 
 
 def _averaged(config: dict[str, Any]) -> list[str]:

@@ -58,6 +58,7 @@ class Follower:
         self.offsets = {record.STEPS: 0, record.EVENTS: 0}
         self.total = cfg.trainer.max_steps
         self.times: list[float] = []
+        self.stalled = False
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn())
         step = TextColumn("{task.fields[step]}")
         self.bar = Progress(*columns, step, console=console, disable=not console.is_terminal)
@@ -82,6 +83,10 @@ class Follower:
             elif text := _PHASES.get(row["event"]):
                 self.bar.update(self.task, description=text, step="")
                 self._line(f"{time.strftime('%H:%M:%S')} {text}")
+        stall = record.RunFolder(self.run_dir).progress().stall
+        if stall and not self.stalled:
+            self.console.print(stall, highlight=False)
+        self.stalled = bool(stall)
 
     def _step(self, row: dict[str, Any]) -> None:
         step, seconds, loss = int(row["step"]), float(row["train_step_timing_s"]), float(row["loss"])
@@ -116,7 +121,7 @@ def print_summary(console: Console, run: Run) -> None:
 def summary_rows(run: Run) -> list[tuple[str, str, str]]:
     """Return (name, value, remark) of each number; of a run that is not final, why."""
     why = [("no result", "", run.why_not_final)] if run.why_not_final else []
-    return [*_result_rows(run), *_device_rows(run), *why]
+    return [*_result_rows(run), *_device_rows(run), *(("remark", "", text) for text in run.remarks), *why]
 
 
 def _result_rows(run: Run) -> Iterator[tuple[str, str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.record.folder import EventLog, RunFolder
+from nemo_bench.record.folder import SILENCE_S, EventLog, RunFolder
 from nemo_bench.record.ranks import gathered, write_ranks
 from nemo_bench.report import statistics
 from nemo_bench.report.numbers import rates_of_step
@@ -60,6 +61,7 @@ class RunRecorder(Hooks):
         # By now every rank has measured its peak, where it is not a published one.
         self.peaks = [float(peak["tflops"]) for peak in measured_peaks(self.run).values()]
         self._announce(first_step)
+        faulthandler.dump_traceback_later(SILENCE_S)
 
     def step_end(self, step: Step) -> None:
         row = {
@@ -73,6 +75,10 @@ class RunRecorder(Hooks):
             row["grad_norm"] = float(step.grad_norm)
         self.run.write_step({**row, **rates_of_step(self.cfg, self.peaks, step.seconds), **self.telemetry.step})
         self._announce(step.number + 1)
+        faulthandler.dump_traceback_later(SILENCE_S)  # starts anew
+
+    def train_end(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
 
     def _announce(self, step: int) -> None:
         if step in self.disturbed:

@@ -15,7 +15,7 @@ from nemo_bench.cluster import lifeline, nsys
 from nemo_bench.config import TrainConfig, load
 from nemo_bench.errors import BenchError
 from nemo_bench.record.folder import CONFIG, REQUEUE, EventLog, RunFolder
-from nemo_bench.record.node import write_node
+from nemo_bench.record.node import cpu_wait_share, write_node
 from nemo_bench.training import preemption
 
 # torch's variables, and those in which srun tells a task its place.
@@ -46,7 +46,7 @@ def main(run_dir: Path) -> None:
             write_node(run_dir)
         events.write("importing")
         train(cfg, run, rank, events)
-        events.write("requeue" if (run_dir / REQUEUE).exists() else "done")
+        events.write("requeue" if (run_dir / REQUEUE).exists() else "done", cpu_wait_share=cpu_wait_share())
         status = 0
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk: the launching process looks for that itself

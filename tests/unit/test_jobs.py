@@ -111,6 +111,7 @@ def test_a_jobs_state(
 
 
 STOPPED = "no step for 60 min, and the last took 11 s"
+NOT_BEGUN = "no first step for 60 min: the end of rank 0's log says where it stands"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,8 @@ STOPPED = "no step for 60 min, and the last took 11 s"
         ("7|RUNNING||fill", None, None, 12, 100, "RUNNING", None),
         ("7|RUNNING||fill", None, None, 12, 3600, "RUNNING", STOPPED),
         ("7|RUNNING||fill", None, None, 50, 3600, "RUNNING", None),
+        ("7|RUNNING||fill", None, None, 0, 3600, "RUNNING", NOT_BEGUN),
+        ("7|RUNNING||fill", None, None, 0, 100, "RUNNING", None),
         ("", 0, None, 50, 3600, "COMPLETED", None),
         # A rank, or the whole step, that ends with 0 too early.
         ("", 0, None, 4, 0, "INCOMPLETE", "its ranks ended with exit status 0 at step 4 of 50"),
@@ -140,8 +143,9 @@ def test_a_runs_state_and_the_reason_for_it(
     cluster.says("squeue", squeue)
     folder = cluster.job("7", run=True, steps=steps)
     left(folder, "7", exit_code=exit_code, log=log)
-    if steps:
-        os.utime(folder / "steps.jsonl", (time.time() - age_s,) * 2)
+    newest = folder / ("steps.jsonl" if steps else "events.jsonl")
+    newest.touch()
+    os.utime(newest, (time.time() - age_s,) * 2)
     (job,) = cluster.jobs()
     assert (job.state, job.reason, job.progress.steps) == (state, reason, steps)
 

@@ -165,7 +165,8 @@ def test_a_requeued_run_counts_the_later_steps(copy: Path) -> None:
     again = [{**row, "train_step_timing_s": 9.0 if row["step"] == 10 else 0.5} for row in steps[10:]]
     rewrite_steps(copy, steps[:15] + again)
     events = [{"event": "training", "first_step": 0}, {"event": "validation", "after_step": 12}]
-    events += [{"event": "checkpoint", "after_step": 9}, {"event": "training", "first_step": 10}, {"event": "done"}]
+    events += [{"event": "checkpoint", "after_step": 9}, {"event": "training", "first_step": 10}]
+    events += [{"event": "done", "cpu_wait_share": 0.6}]
     (copy / record.EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events))
     run = load_run(copy)
     assert run.final and run.steps.step == [*range(30)]
@@ -173,6 +174,8 @@ def test_a_requeued_run_counts_the_later_steps(copy: Path) -> None:
     # the validation after step 12 belongs to the steps that were lost
     assert run.steps.excluded[10] == "checkpoint" and run.steps.excluded[13] is None
     assert any("5 steps were done again" in text for text in run.warnings)
+    (remark,) = run.remarks
+    assert "rank 0 waited for a core in 60% of its time" in remark and ("remark", "", remark) in summary_rows(run)
 
 
 def test_damaged_lines_are_left_out_and_said(copy: Path) -> None:
