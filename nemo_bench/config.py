@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import nemo_bench.composition  # noqa: F401  registers the resolvers that conf/ uses
-from nemo_bench.errors import ConfigurationRefused
+from nemo_bench.errors import BenchError, ConfigurationRefused
 from nemo_bench.fields import PATH, choice, field_problems, has_unknown_keys, kernel, normalise, number
 from nemo_bench.flops import Architecture
 
@@ -356,8 +358,11 @@ def typed_as(schema: type[T], cfg: DictConfig) -> T:
 
 
 def load(path: Any) -> TrainConfig:
-    """Return the configuration in a run folder (`config.yaml`)."""
-    return typed(DictConfig(OmegaConf.load(path)))
+    """Return the configuration in a run folder (`config.yaml`); raise BenchError if the file is damaged."""
+    try:
+        return typed(DictConfig(OmegaConf.load(path)))
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise BenchError(f"{path} holds no configuration: {str(error).splitlines()[0]}") from None
 
 
 def _object(schema: type[T], cfg: DictConfig) -> T:

@@ -89,7 +89,7 @@ def failure_text(run_dir: Path) -> str:
     try:
         error = next(iter(run.rank_errors()), None)
         diagnosis = diagnose(load(run_dir / CONFIG), run, int(error["rank"]) if error else None, error)
-    except (OSError, ValueError) as problem:  # a full disk may have cut the record off
+    except (BenchError, OSError, ValueError) as problem:  # a full disk may have cut the record off
         return f"unreadable record: {problem}"
     own_words = [f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}"] if error else []
     if diagnosis.refused:

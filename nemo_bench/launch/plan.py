@@ -75,11 +75,8 @@ def profile_plan(cfg: TrainConfig) -> list[str]:
     p = cfg.profile
     if p.kind == "none":
         return []
-    steps = f"step {p.start_step}" if p.start_step == p.end_step else f"steps {p.start_step} to {p.end_step}"
-    ranks = f"rank{'s' if len(p.ranks) > 1 else ''} {', '.join(map(str, p.ranks))}"
-    lines = [
-        f"  profile    {p.kind}: {steps} of {ranks}, to <run>/profile/; these and the steps next to them do not count"
-    ]
+    where = f"steps {p.start_step} to {p.end_step} of ranks {', '.join(map(str, p.ranks))}, to <run>/profile/"
+    lines = [f"  profile    {p.kind}: {where}; these and the steps next to them do not count"]
     if p.kind == "nsys":
         command = nsys.command(p, Path("<run>"), p.ranks[0])
         lines.append(f"             around the rank's command: {shlex.join(command)}")

@@ -184,7 +184,10 @@ class RunFolder:
 
     def rank_errors(self) -> list[dict[str, Any]]:
         """Return all ranks' exceptions, the earliest first: by srun's word, else by the hosts' clocks."""
-        errors = [read_object(path) for path in self.path.glob("rank*.error.json")]
+        errors = []
+        for path in self.path.glob("rank*.error.json"):
+            with contextlib.suppress(OSError, ValueError):  # a full disk may have cut it off
+                errors.append(read_object(path))
         ending = first_ending(self.path)
         first = ending.rank if ending else None
         return sorted(errors, key=lambda error: (error["rank"] != first, float(error["time"])))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from jobs import run as run_command
 from nemo_bench.cluster import job, jobs, slurm
 from nemo_bench.cluster.job import Job
 from nemo_bench.errors import BenchError, RunFailed
@@ -169,6 +170,20 @@ def test_a_damaged_file_does_not_end_the_listing(cluster: Cluster, name: str, da
     left(cluster.job("8"), "8", exit_code=0)
     shown = cluster.listing()
     assert "COMPLETED" in shown and "UNKNOWN" in shown
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("name", ["config.yaml", "exit.json", "run.json", "rank3.error.json"])
+def test_a_damaged_record_shows_its_logs_and_is_no_traceback_when_submitted_again(
+    cluster: Cluster, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cluster.job("7", run=True)
+    left(folder, "7", exit_code=1, log="srun: error: n2: task 1: Killed\n")
+    (folder / name).write_text(damage)
+    run_command("log", cluster.stage, ["7"])
+    assert "task 1: Killed" in capsys.readouterr().out
+    with pytest.raises(BenchError):
+        run_command("resubmit", cluster.stage, ["7"])
 
 
 def test_at_80_columns_no_value_breaks_and_square_brackets_are_printed(cluster: Cluster) -> None:
