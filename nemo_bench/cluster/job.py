@@ -67,6 +67,8 @@ class Job(SlurmJob[None]):
 
     def done(self, force_check: bool = False) -> bool:
         """Ask Slurm, if the last time is long enough ago, read what the job has left, and return whether it is over."""
+        if self._ended_at and self.over:
+            return True
         info = self.watcher.get_info(self.job_id) if self.registered else {}
         end = job_end(self.folder)
         self.exit_code = end.exit_code if end else None

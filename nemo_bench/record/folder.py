@@ -29,6 +29,7 @@ EXIT = "exit.json"  # of a Slurm job, by its batch script
 
 SILENCE_S = 300  # then rank 0 prints where it stands; a first step may take minutes
 
+KILL_S = 60  # Slurm kills ranks within this time of saying so
 # A progress bar's count of finished steps, in logs of programs that write no record of ours.
 _BAR = re.compile(r"(\d+)/(?:\d+|\?) \[[^\]]*train_step_timing in s[=:] ?([\d.]+)")
 # Slurm's last words about a job, in its log.
@@ -75,8 +76,11 @@ def job_end(folder: Path) -> Status | None:
         end = read_object(folder / EXIT)
         code = int(end["exit_code"])
         return Status("failed" if code else "completed", code, ended_at=end["ended_at"])
+    steps = folder / STEPS
     for log in folder.glob("slurm-*.out"):
-        if words := _CANCELLED.findall(read_end(log)):
+        # A requeued job makes steps again, and may print nothing into this log.
+        again = steps.exists() and _age_s(log) - _age_s(steps) > KILL_S
+        if (words := _CANCELLED.findall(read_end(log))) and not again:
             return Status("killed", reason=words[-1])
     return None
 

@@ -28,6 +28,7 @@ WORDS = "CANCELLED AT 2026-11-24T10:00:00"
         (12, 3600, None, None, "submitted", "submitted at step 12 of 30: no step for 60 min, and the last took", None),
         (12, 3600, None, ENDED, "killed", f"killed at step 12 of 30: {WORDS} DUE TO TIME LIMIT", None),
         (12, 0, None, CANCELLED, "killed", f"killed at step 12 of 30: {WORDS}", None),
+        (12, -90, None, ENDED.replace("TIME LIMIT", "JOB REQUEUE"), "submitted", "submitted at step 12 of 30", None),
         (30, 0, None, ENDED, "killed", None, f"killed after its last step, 30 of 30: {WORDS} DUE TO TIME LIMIT"),
         (4, 0, 0, "", "failed", "failed at step 4 of 30: its ranks ended with exit status 0 at step 4 of 30", None),
         (30, 0, 0, "", "completed", None, None),
