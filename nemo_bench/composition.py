@@ -133,4 +133,4 @@ def _unknown_key(key: str, schema: type) -> str:
     if close:
         return f"unknown key: {key}\n  did you mean: {', '.join(difflib.get_close_matches(key, close, cutoff=0))}"
     siblings = [other for other in valid if other.rpartition(".")[0] == parent]
-    return f"unknown key: {key}\n  valid here: {', '.join(siblings or [other for other in valid if '.' not in other])}"
+    return f"unknown key: {key}\n  valid here: {', '.join(siblings)}"

@@ -244,12 +244,10 @@ class ProfileConfig:
     start_step: int = number(10, least=0, most=10**9)  # from 0; the step before it warms the profiler up
     end_step: int = number(12, least=0, most=10**9)  # last profiled step
     ranks: list[int] = field(default_factory=lambda: [0], metadata={"least": 0, "most": 10**9})
-    # kind=torch; each makes the trace larger and the profiled steps slower
-    record_shapes: bool = False
+    record_shapes: bool = False  # kind=torch; these three make the trace larger and the profiled steps slower
     with_stack: bool = False  # Python's call stacks
     profile_memory: bool = False
-    # kind=nsys
-    trace: str = "cuda,nvtx"  # nsys --trace
+    trace: str = "cuda,nvtx"  # kind=nsys: its --trace
     nsys_args: list[str] = field(default_factory=list)  # further options of `nsys profile`
 
 
@@ -301,10 +299,9 @@ class TrainConfig:
         lose what is deferred (github.com/NVIDIA/Megatron-LM/issues/1012); `true` measures the recipe's timing.
         """
         m, wanted = self.model, self.model.defer_embedding_wgrad_compute
-        if m.pipeline_model_parallel_size == 1 or not m.gradient_accumulation_fusion:
-            return False
         reduced_meanwhile = m.optim.overlap_grad_reduce and self.data_parallel_size * m.context_parallel_size > 1
-        return not reduced_meanwhile if wanted is None else wanted
+        possible = m.pipeline_model_parallel_size > 1 and m.gradient_accumulation_fusion
+        return possible and (not reduced_meanwhile if wanted is None else wanted)
 
     @property
     def precision_aware_optimizer(self) -> bool:

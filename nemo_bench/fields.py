@@ -88,9 +88,8 @@ def _number_problems(key: str, value: float, setting: Field[Any]) -> list[Proble
 
 
 def has_unknown_keys(config: Any) -> bool:
-    """Return whether an object of the configuration holds more than its fields."""
-    sections = [config, *(getattr(owner, setting.name) for _, owner, setting in settings(config))]
-    return any(is_dataclass(section) and len(vars(section)) > len(fields(section)) for section in sections)
+    """Return whether a section of the configuration holds more than its fields."""
+    return any(len(vars(owner)) > len(fields(owner)) for _, owner, _ in settings(config))
 
 
 def absolute(path: str) -> str:
@@ -107,14 +106,13 @@ def normalise(config: Any) -> None:
     problems = []
     for key, owner, setting in settings(config):
         value, kind = getattr(owner, setting.name), str(setting.type).partition("[")[0]
-        if kind in ("list", "dict"):
-            nested = kind == "list" and any(isinstance(item, (list, dict)) for item in value)
-            fits = type(value).__name__ == kind and not nested
-        else:
-            fits = "Config" not in kind or value is None or is_dataclass(value)
+        fits = type(value).__name__ == kind or kind not in ("list", "dict")
+        if "Config" in kind:
+            kind, fits = "section", value is None or is_dataclass(value)
+        elif kind == "list":
+            fits = fits and not any(isinstance(item, (list, dict)) for item in value)
         if not fits:
-            shape = kind if kind in ("list", "dict") else "section"
-            problems.append(Problem(key, value, f"is not a {shape} of plain values", "write them out"))
+            problems.append(Problem(key, value, f"is not a {kind} of plain values", "write them out"))
         elif setting.metadata.get("path") and value:
             setattr(owner, setting.name, absolute(value) if isinstance(value, str) else [*map(absolute, value)])
     if problems:

@@ -52,13 +52,10 @@ def _stage(cfg: TrainConfig, stage: int) -> MemoryEstimate:
     matrices = layers * (h * h * (2 + 2 * key_values) + 3 * h * m.ffn_hidden_size) / tp
     embedding = cfg.padded_vocab_size * h / tp
     others = layers * 2 * h + (embedding if stage == 0 else 0) + (embedding + h if last else 0)
-    of_matrix, of_other = _weight_bytes(cfg, matrix=True), _weight_bytes(cfg, matrix=False)
-    parameters, gradients, optimizer, optimizer_step = (
-        matrices * bytes_of_matrix + others * bytes_of_other
-        for bytes_of_matrix, bytes_of_other in zip(of_matrix, of_other)
-    )
+    sizes = zip(_weight_bytes(cfg, matrix=True), _weight_bytes(cfg, matrix=False))
+    parameters, gradients, optimizer, step = (matrices * of_matrix + others * of_other for of_matrix, of_other in sizes)
     activations, logits = _activations(cfg, stage, layers), _logits(cfg) if last else 0.0
-    return MemoryEstimate(stage, parameters, gradients, optimizer, activations, logits, optimizer_step)
+    return MemoryEstimate(stage, parameters, gradients, optimizer, activations, logits, step)
 
 
 def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, float, float]:
@@ -77,7 +74,7 @@ def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, floa
     # In fp8 a weight is kept twice, as it is and transposed, next to its bf16 form unless the parameter itself is fp8.
     weight = (2 if not in_fp8 or not p.fp8_param_gather else 0) + (2 if in_fp8 else 0)
     main, step = 4, 0 if o.grad_reduce_in_fp32 else 4  # the step reads gradients in fp32
-    moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (o.exp_avg_dtype, o.exp_avg_sq_dtype))
+    moments = sum(4 if dtype == "fp32" else 2 for dtype in (o.exp_avg_dtype, o.exp_avg_sq_dtype))
     if cfg.precision_aware_optimizer and (p.fp8 is None or p.fp8_recipe == "delayed"):
         # Gradients are read as they are, and of a main weight only what its bf16 weight lacks may be kept. With other
         # fp8 recipes megatron-core takes its usual way.
@@ -123,11 +120,10 @@ def _logits(cfg: TrainConfig) -> float:
     in_place = m.cross_entropy_loss_fusion and m.cross_entropy_fusion_impl == "te"
     logit = (2 if in_place else 6) if cfg.precision.trainer_precision == "bf16-mixed" else (4 if in_place else 8)
     tokens = m.seq_length / m.context_parallel_size * m.micro_batch_size
-    split = m.tensor_model_parallel_size
-    vocabulary = cfg.padded_vocab_size / split
+    vocabulary = cfg.padded_vocab_size / m.tensor_model_parallel_size
     if not cfg.defers_embedding_wgrad:
         return tokens * vocabulary * logit
     # Until the weight gradients are computed, the logits' gradients and the output layer's inputs stay.
-    inputs = m.hidden_size / (split if m.sequence_parallel else 1)
+    inputs = m.hidden_size / (m.tensor_model_parallel_size if m.sequence_parallel else 1)
     kept = min(m.wgrad_deferral_limit or cfg.num_micro_batches, cfg.num_micro_batches)
     return tokens * (vocabulary * logit + kept * 2 * (vocabulary + inputs))

@@ -15,52 +15,41 @@ from nemo_bench.record.folder import CONFIG, RunFolder
 
 
 def machine_problems(cfg: TrainConfig) -> list[Problem]:
-    """Return what this machine lacks to run `cfg` itself."""
+    """Return what this machine lacks to run `cfg` itself, or the stage folder for a job on a cluster."""
     need = Need(cfg, missing=True)
-    fix = "install NVIDIA Nsight Systems, or add its folder to PATH; profile=torch needs nothing"
-    profiler = cfg.profile.kind != "nsys" or shutil.which("nsys")
-    need(profiler, "profile.kind", "there is no `nsys` on PATH here", fix)
-    if cfg.gpu.device == "cuda":
-        present = count_gpus()
-        rule = f"this machine has {present} NVIDIA GPU{'' if present == 1 else 's'}"
-        fix = "scale=local runs without a GPU; launch=dry checks a point and runs nothing"
-        need(present >= cfg.trainer.devices, "trainer.devices", rule, fix)
-    return need.problems + _file_problems(cfg)
-
-
-def stage_problems(cfg: TrainConfig) -> list[Problem]:
-    """Return what the stage folder lacks for a job on a cluster."""
-    need = Need(cfg, missing=True)
-    container = cfg.cluster.container
-    if container is not None and container.image.endswith(".sqsh"):
+    if cfg.cluster.scheduler == "slurm":
+        container = cfg.cluster.container
+        present = container is None or not container.image.endswith(".sqsh") or Path(container.image).is_file()
         fix = f"`python setup_stage.py entrypoint={cfg.entrypoint.name} 'parts=[image]'` imports it; "
         fix += "cluster.container=null runs without a container"
-        need(Path(container.image).is_file(), "cluster.container.image", "the container image is not there", fix)
+        need(present, "cluster.container.image", "the container image is not there", fix)
+    else:
+        fix = "install NVIDIA Nsight Systems, or add its folder to PATH; profile=torch needs nothing"
+        profiler = cfg.profile.kind != "nsys" or shutil.which("nsys")
+        need(profiler, "profile.kind", "there is no `nsys` on PATH here", fix)
+        gpus = count_gpus()
+        rule = f"this machine has {gpus} NVIDIA GPU{'' if gpus == 1 else 's'}"
+        fix = "scale=local runs without a GPU; launch=dry checks a point and runs nothing"
+        need(cfg.gpu.device == "cpu" or gpus >= cfg.trainer.devices, "trainer.devices", rule, fix)
     stage = Path(cfg.stage_path)
     existing = next(folder for folder in (stage, *stage.parents) if folder.exists())
     rule = f"{existing} cannot be written, and results go there"
-    fix = "set STAGE_PATH to a folder of the shared file system that you can write"
+    fix = "set STAGE_PATH to a folder that you can write; for jobs, of the shared file system"
     need(existing.is_dir() and os.access(existing, os.W_OK), "stage_path", rule, fix)
-    return need.problems + _file_problems(cfg)
+    need.problems += dataset_problems(cfg)
+    tokenizer = cfg.data.tokenizer if cfg.data.kind == "megatron" else None
+    present = tokenizer is None or (Path(tokenizer) / "tokenizer.json").is_file()
+    fix = f"`python setup_stage.py 'parts=[tokenizer]'` brings it; {NO_FILES}"
+    need(present, "data.tokenizer", "holds no tokenizer.json (Hugging Face's format)", fix)
+    for name in ("resume_from", "weights_from"):
+        if (folder := getattr(cfg.checkpoint, name)) is not None:
+            _checkpoint(cfg, need, f"checkpoint.{name}", Path(folder))
+    return need.problems
 
 
 def count_gpus() -> int:
     """Return how many NVIDIA GPUs this machine has, without loading CUDA."""
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def _file_problems(cfg: TrainConfig) -> list[Problem]:
-    need = Need(cfg, missing=True)
-    need.problems += dataset_problems(cfg)
-    if cfg.data.kind == "megatron":
-        tokenizer = cfg.data.tokenizer
-        present = tokenizer is None or (Path(tokenizer) / "tokenizer.json").is_file()
-        fix = f"`python setup_stage.py 'parts=[tokenizer]'` brings it; {NO_FILES}"
-        need(present, "data.tokenizer", "holds no tokenizer.json (Hugging Face's format)", fix)
-    for name in ("resume_from", "weights_from"):
-        if (folder := getattr(cfg.checkpoint, name)) is not None:
-            _checkpoint(cfg, need, f"checkpoint.{name}", Path(folder))
-    return need.problems
 
 
 def _checkpoint(cfg: TrainConfig, need: Need, key: str, folder: Path) -> None:

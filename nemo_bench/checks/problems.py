@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from nemo_bench.checks.configuration import configuration_problems
-from nemo_bench.checks.machine import machine_problems, stage_problems
+from nemo_bench.checks.machine import machine_problems
 from nemo_bench.checks.smaller import smaller_configurations
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
@@ -17,17 +17,11 @@ MEMORY_ERROR = 0.05
 
 
 def problems(cfg: TrainConfig) -> list[Problem]:
-    """Return all that is wrong with a point, and what is missing (`Problem.missing`) where it is to be run.
-
-    That is the stage folder for a job of a scheduler, else this machine.
-    """
+    """Return all that is wrong with a point, and what is missing (`Problem.missing`) where it is to be run."""
     entrypoint = entrypoint_of(cfg)
-    everywhere = configuration_problems(cfg) + entrypoint.problems(cfg)
-    if not everywhere:
-        everywhere = _memory_problems(cfg)
-    if cfg.cluster.scheduler == "slurm":
-        return everywhere + stage_problems(cfg)
-    return everywhere + machine_problems(cfg) + entrypoint.machine_problems(cfg)
+    everywhere = configuration_problems(cfg) + entrypoint.problems(cfg) or _memory_problems(cfg)
+    here = entrypoint.machine_problems(cfg) if cfg.cluster.scheduler == "none" else []
+    return everywhere + machine_problems(cfg) + here
 
 
 def _memory_problems(cfg: TrainConfig) -> list[Problem]:

@@ -76,6 +76,7 @@ PLACES = f"""
 scale=64gpu data=mock model.num_layers=81 | model.num_layers | cluster.container.image
 scale=64gpu data=mock stage_path=STAGE/file | | cluster.container.image stage_path
 scale=64gpu data=mock cluster.container=null | |
+data=mock stage_path=STAGE/file/stage | | stage_path
 scale=64gpu cluster.container=null | | data.paths data.paths data.tokenizer
 {EIGHT} data=mock checkpoint.resume_from=STAGE | | trainer.devices checkpoint.resume_from
 {EIGHT} data=mock checkpoint.weights_from=/nowhere | | trainer.devices checkpoint.weights_from

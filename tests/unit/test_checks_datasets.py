@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_bench.checks.machine import stage_problems
+from nemo_bench.checks.problems import problems
 from nemo_bench.data.indexed_dataset import IndexedDatasetWriter
 
 from ..composing import composed
@@ -16,9 +16,9 @@ from ..datasets import make_dataset
 
 def rules_broken(key: str, overrides: str) -> list[str]:
     """Return the broken rules of a key, which are wrong and not missing."""
-    problems = stage_problems(composed("scale=64gpu", "data.weights=[]", *overrides.split()))
-    assert not any(problem.missing for problem in problems if problem.key == key)
-    return [problem.rule for problem in problems if problem.key == key]
+    broken = problems(composed("scale=64gpu", "data.weights=[]", *overrides.split()))
+    assert not any(problem.missing for problem in broken if problem.key == key)
+    return [problem.rule for problem in broken if problem.key == key]
 
 
 def write_dataset(prefix: Path, documents: int, *, vocab_size: int = 128256, token: int = 3) -> None:
