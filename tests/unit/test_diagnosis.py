@@ -121,20 +121,6 @@ def test_what_takes_less_is_what_the_checks_let_through() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nFailed to CUDA calloc 6291456 bytes",
-        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "node07:11:99 [0] include/alloc.h:228 NCCL WARN Cuda failure 2 'out of memory'",
-    ],
-)
-def test_memory_asked_for_outside_of_pytorch(text: str, four_layers: TrainConfig) -> None:
-    headline = "out of GPU memory (asked for outside PyTorch: by NCCL, cuBLAS, cuDNN or CUDA itself)"
-    assert explained(four_layers, text)[0] == headline
-
-
-@pytest.mark.parametrize(
     ("logs", "lines"),
     [
         (

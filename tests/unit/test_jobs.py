@@ -242,6 +242,19 @@ def test_without_a_clear_answer_the_job_is_looked_for(
     assert jobs.submit(SCRIPT, tmp_path).job_id == "13"
 
 
+def test_what_an_outer_job_and_mpi_have_set_does_not_reach_the_job(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = ("SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_EXCLUSIVE", "SRUN_DEBUG", "PMIX_RANK", "PMI_SIZE")
+    for name in (*outer, "CUDA_VISIBLE_DEVICES", "HYDRA_FULL_ERROR", "SLURM_CONF", "HF_TOKEN"):
+        monkeypatch.setenv(name, "5")
+    cluster.has("sbatch", f"/usr/bin/env > {tmp_path}/environment; echo 12")
+    jobs.submit(SCRIPT, tmp_path)
+    given = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
+    assert {"SLURM_CONF", "HF_TOKEN"} <= given
+    assert not {*outer, "CUDA_VISIBLE_DEVICES", "HYDRA_FULL_ERROR"} & given
+
+
 def test_commands_are_followed_to_the_ends_of_their_logs(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = cluster.job("7"), cluster.job("8")
     cluster.job("9")  # left nothing, and Slurm does not know it: it is not waited for
