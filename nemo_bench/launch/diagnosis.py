@@ -61,12 +61,7 @@ class Cause:
 
 
 def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[str, Any] | None) -> Diagnosis:
-    """Return why a run failed.
-
-    Args:
-        rank: the rank that failed first; None if that is not known.
-        error: its exception as RunFolder.write_rank_error wrote it; None if it left none.
-    """
+    """Return why a run failed, of which `rank` failed first, if that is known, and left `error` (write_rank_error)."""
     if error is not None and error["type"] == BenchError.__name__:
         refusal, *remedies = str(error["message"]).splitlines()
         return Diagnosis(refusal, remedies, refused=True)
@@ -100,12 +95,8 @@ def failure_text(run_dir: Path) -> str:
 def explain(cfg: TrainConfig, text: str, logs: Mapping[int, str]) -> list[str] | None:
     """Return a line about the cause and lines about what to do; None if the cause is not known.
 
-    The entries of the stage folder's own `causes.yaml` come first. In an entry, `$name` is a named group of its pattern
-    or `vocab_size`.
-
-    Args:
-        text: the exception's message; without one, the log from the first error on.
-        logs: the end of each rank's log, by rank.
+    `text` is the exception's message or, without one, the log from the first error on; `logs` has each rank's end. The
+    entries of the stage folder's own `causes.yaml` come first.
     """
     if _TOLD in text:
         text = next((log for log in logs.values() if _TIMEOUT in log), text)

@@ -60,10 +60,9 @@ def first_ending(run_dir: Path) -> FirstError | None:
 
 
 def first_error(run_dir: Path, rank: int | None = None) -> FirstError | None:
-    """Return the first error in the logs of a failed run; None if they have none.
+    """Return the first error in the logs of a failed run, of which `rank` failed first; None if they have none.
 
-    A rank that was killed before any other ended comes first: the exceptions of others are consequences. Then comes
-    the log of `rank`, the one that failed first; if that is not known, Slurm's log and after it those of all ranks.
+    A rank that was killed comes before all: the exceptions of others are consequences.
     """
     ending = first_ending(run_dir)
     if ending and ending.killed:
