@@ -10,7 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from nemo_bench.config import TrainConfig
 from nemo_bench.errors import BenchError
 
 FOLDER = Path(__file__).parent / "rates"
-FORWARD_PRODUCTS = ("qkv", "proj", "fc1", "fc2")
 DIRECTIONS = ("forward", "backward")
 
 
@@ -73,6 +72,11 @@ class LayerShape:
         return self.tokens, inner, columns
 
     @property
+    def sizes(self) -> tuple[float, ...]:
+        """What tells shapes apart where norms, activations and casts are concerned."""
+        return self.hidden_size, self.ffn_width, self.tokens, 4**self.context_parallel
+
+    @property
     def attention_work(self) -> float:
         """Query-key pairs of the shard's heads, up to a factor that all shapes share."""
         sequence = self.tokens * self.context_parallel / self.sequences
@@ -96,9 +100,9 @@ class LayerShape:
 class Pass:
     """Times of a layer's forward or backward pass (ms), at the matrix rate of an average GPU."""
 
-    products_ms: Mapping[str, float]
+    products_ms: dict[str, float]
     attention_ms: float
-    kernels_ms: Mapping[str, float]
+    kernels_ms: dict[str, float]
 
     @property
     def total_ms(self) -> float:
@@ -107,19 +111,19 @@ class Pass:
 
 @dataclass(frozen=True)
 class LayerRates:
-    """Times of a layer of one shape."""
+    """Times of a layer of one shape, by direction."""
 
     shape: LayerShape
-    forward: Pass
-    backward: Pass
+    passes: dict[str, Pass]
     measured: bool = True  # else interpolated
-
-    def of(self, direction: str) -> Pass:
-        return self.forward if direction == "forward" else self.backward
 
     @property
     def total_ms(self) -> float:
-        return self.forward.total_ms + self.backward.total_ms
+        return sum(one_pass.total_ms for one_pass in self.passes.values())
+
+    @property
+    def products_ms(self) -> dict[str, float]:
+        return {name: ms for one_pass in self.passes.values() for name, ms in one_pass.products_ms.items()}
 
 
 @dataclass(frozen=True)
@@ -128,31 +132,22 @@ class Rates:
 
     gpu: str
     hardware: str
-    date: str
-    versions: dict[str, str]
     layers: tuple[LayerRates, ...]
     tables: dict[str, Any]  # as in the file
+    matrix_tflops: float  # sustained, bf16, of an average GPU
     # Of a GPU whose rates are another's but for the memory: what it streams, and how much slower it is at most.
     streaming_gb_s: float = math.inf
     most_slowdown: float = 1.0
     derived_from: str | None = None
-    cache: dict[LayerShape, LayerRates] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def matrix_tflops(self) -> float:
-        """Sustained bf16 matrix rate of an average GPU."""
-        return float(constant("fleet_matrix_tflops").get(self.gpu) or self.tables["layers"][0]["matrix_tflops"])
 
     def layer(self, shape: LayerShape) -> LayerRates:
         """Return the times of a layer, measured or interpolated."""
-        if shape not in self.cache:
-            exact = next((rates for rates in self.layers if rates.shape == shape), None)
-            self.cache[shape] = exact or interpolated(self.layers, shape)
-        return self.cache[shape]
+        measured = next((rates for rates in self.layers if rates.shape == shape), None)
+        return measured or interpolated(self.layers, shape)
 
     def memory_slowdown(self, moved_bytes: float, time_ms: float) -> float:
         """Return how much slower a kernel is that moves so many bytes in so long on the GPU that was measured."""
-        return min(self.most_slowdown, max(1.0, moved_bytes / time_ms / 1e6 / self.streaming_gb_s)) if time_ms else 1.0
+        return min(self.most_slowdown, max(1.0, moved_bytes / time_ms / 1e6 / self.streaming_gb_s))
 
     def gb_s(self, name: str) -> float:
         """Return the rate of a large kernel that only moves memory: adam, fill, add, copy."""
@@ -161,11 +156,7 @@ class Rates:
 
 @functools.cache
 def load_rates(gpu: str) -> Rates:
-    """Return the rates of a GPU kind.
-
-    Raises:
-        BenchError: they were never measured.
-    """
+    """Return the rates of a GPU kind; BenchError where they were never measured."""
     path = FOLDER / f"{gpu}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
@@ -175,67 +166,58 @@ def load_rates(gpu: str) -> Rates:
             f"  to measure them, on one such GPU: python benchmarks/operators.py gpu={gpu}"
         )
     data = json.loads(path.read_text())
-    if derived_from := data.get("derived_from"):
-        base = load_rates(derived_from)
+    if base := data.get("derived_from"):
+        changes = {"hardware": data["hardware"], "streaming_gb_s": data["streaming_gb_s"], "derived_from": base}
         slowdown = data["measured_memory_gb_s"] / data["memory_gb_s"]
-        return replace(
-            base,
-            gpu=gpu,
-            hardware=data["hardware"],
-            streaming_gb_s=data["streaming_gb_s"],
-            most_slowdown=slowdown,
-            derived_from=derived_from,
-        )
+        return replace(load_rates(base), gpu=gpu, most_slowdown=slowdown, **changes)
     fleet = constant("fleet_matrix_tflops").get(gpu) or data["layers"][0]["matrix_tflops"]
     layers = tuple(_layer(entry, entry["matrix_tflops"] / fleet) for entry in data["layers"])
-    return Rates(gpu, data["hardware"], data["date"], data["versions"], layers, data)
+    return Rates(gpu, data["hardware"], layers, data, fleet)
 
 
 def _layer(entry: Mapping[str, Any], to_fleet: float) -> LayerRates:
     sizes = {name: entry[name] for name in LayerShape.__dataclass_fields__ if name != "sequences"}
-    passes = []
+    passes = {}
     for direction in DIRECTIONS:
         times = entry[direction]
         products = {name: ms * to_fleet for name, ms in times["products_ms"].items()}
-        passes.append(Pass(products, times["attention_ms"] * to_fleet, times["kernels_ms"]))
-    return LayerRates(LayerShape(**sizes), passes[0], passes[1])
+        passes[direction] = Pass(products, times["attention_ms"] * to_fleet, times["kernels_ms"])
+    return LayerRates(LayerShape(**sizes), passes)
 
 
 def interpolated(layers: Sequence[LayerRates], shape: LayerShape) -> LayerRates:
     """Return the times of a shape that was not measured, from those that were."""
     same = [rates for rates in layers if rates.shape.precision == shape.precision]
-    near = min(same, key=lambda rates: _distance(rates.shape, shape))
+    near = min(same, key=lambda rates: apart(rates.shape.sizes, shape.sizes))
     # Attention runs in bf16 in every precision here.
     attention = min(layers, key=lambda rates: _attention_distance(rates.shape, shape))
-    passes = []
-    for direction in DIRECTIONS:
-        nearest = near.of(direction)
-        products = {name: _product_ms(same, shape, name, direction) for name in nearest.products_ms}
-        work = shape.attention_work / attention.shape.attention_work
+    work, passes = shape.attention_work / attention.shape.attention_work, {}
+    for direction, nearest_pass in near.passes.items():
+        products = {name: _product_ms(same, shape, name) for name in nearest_pass.products_ms}
         kernels = {
             kernel: ms * shape.traffic_bytes(kernel, direction) / near.shape.traffic_bytes(kernel, direction)
-            for kernel, ms in nearest.kernels_ms.items()
+            for kernel, ms in nearest_pass.kernels_ms.items()
         }
-        passes.append(Pass(products, attention.of(direction).attention_ms * work, kernels))
-    return LayerRates(shape, passes[0], passes[1], measured=False)
+        passes[direction] = Pass(products, attention.passes[direction].attention_ms * work, kernels)
+    return LayerRates(shape, passes, measured=False)
 
 
-def _distance(one: LayerShape, other: LayerShape) -> float:
-    sizes = ((s.hidden_size, s.ffn_width, s.tokens, 4**s.context_parallel) for s in (one, other))
-    return sum(abs(math.log(a / b)) for a, b in zip(*sizes))
+def apart(one: Iterable[float], other: Iterable[float]) -> float:
+    """Return how far sizes are from others, by their ratios."""
+    return sum(abs(math.log(a / b)) for a, b in zip(one, other))
 
 
 def _attention_distance(one: LayerShape, other: LayerShape) -> float:
-    apart = abs(math.log(one.attention_work / other.attention_work))
-    return apart + 2 * abs(one.context_parallel - other.context_parallel) + (one.precision != other.precision) * 0.1
+    parts = 2 * abs(one.context_parallel - other.context_parallel)
+    return apart([one.attention_work], [other.attention_work]) + parts + (one.precision != other.precision) * 0.1
 
 
-def _product_ms(layers: Iterable[LayerRates], shape: LayerShape, name: str, direction: str) -> float:
+def _product_ms(layers: Iterable[LayerRates], shape: LayerShape, name: str) -> float:
     size = math.prod(shape.product(name))
     known: dict[float, list[float]] = {}
     for rates in layers:
         own = math.prod(rates.shape.product(name))
-        known.setdefault(own, []).append(own / rates.of(direction).products_ms[name])
+        known.setdefault(own, []).append(own / rates.products_ms[name])
     points = [(math.log(own), sum(speeds) / len(speeds)) for own, speeds in sorted(known.items())]
     return size / piecewise(points, math.log(size))
 
@@ -252,25 +234,23 @@ def piecewise(points: Sequence[Sequence[float]], x: float) -> float:
 
 def nearest(entries: Iterable[Mapping[str, Any]], name: str, shape: LayerShape) -> Mapping[str, Any]:
     """Return the entry of a table of products that is nearest to the product `name` of a layer of this shape."""
-    sizes = shape.product(name)
     precision = "bf16" if shape.precision == "bf16" else "fp8"
-    fitting = [entry for entry in entries if entry["product"] == name and entry["precision"] == precision]
-    return min(fitting, key=lambda entry: sum(abs(math.log(a / b)) for a, b in zip(entry["shape"], sizes)))
+    fitting = [entry for entry in entries if (entry["product"], entry["precision"]) == (name, precision)]
+    return min(fitting, key=lambda entry: apart(entry["shape"], shape.product(name)))
 
 
 def layer_shape(cfg: TrainConfig) -> LayerShape:
     """Return the shape of one rank's layers."""
     m, p = cfg.model, cfg.precision
-    delayed = p.fp8_recipe == "delayed"
     return LayerShape(
-        hidden_size=m.hidden_size,
-        ffn_hidden_size=m.ffn_hidden_size,
-        num_attention_heads=m.num_attention_heads,
-        num_query_groups=m.num_query_groups,
+        m.hidden_size,
+        m.ffn_hidden_size,
+        m.num_attention_heads,
+        m.num_query_groups,
         tensor_parallel=m.tensor_model_parallel_size,
         context_parallel=m.context_parallel_size,
         tokens=m.seq_length // m.context_parallel_size * m.micro_batch_size,
-        precision="bf16" if p.fp8 is None else "fp8" if delayed else "fp8_tensorwise",
+        precision="bf16" if p.fp8 is None else "fp8" if p.fp8_recipe == "delayed" else "fp8_tensorwise",
         sequences=m.micro_batch_size,
     )
 

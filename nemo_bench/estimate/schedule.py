@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """A pass of one micro-batch through one chunk of layers."""
 
     stage: int
@@ -36,17 +36,17 @@ class Pipeline:
     def run(self) -> Timeline:
         """Return when each pass ends."""
         program = _program(self.stages, self.chunks, self.micro_batches, self.deferred)
-        kinds = [time for times in (self.forward_ms, self.backward_ms) for stage in times for time in stage]
-        kinds.append(self.backward_ms[-1][-1] - self.deferred_ms)
+        times = [time for direction in (self.forward_ms, self.backward_ms) for stage in direction for time in stage]
+        times.append(times[-1] - self.deferred_ms)
         free, ends, p2p = [0.0] * self.stages, [0.0], self.p2p_ms
-        for stage, kind, needs, sent in program.steps:
+        for stage, time, needs, sent in program.steps:
             start = ends[needs] + p2p if sent else ends[needs]
             if start < free[stage]:
                 start = free[stage]
-            free[stage] = end = start + kinds[kind]
+            free[stage] = end = start + times[time]
             ends.append(end)
         free[-1] += self.deferred * self.deferred_ms
-        return Timeline(self, tuple(free), ends)
+        return Timeline(self, program, times, free, ends)
 
     def busy_ms(self, stage: int) -> float:
         """Return the work of a stage in a step."""
@@ -58,8 +58,10 @@ class Timeline:
     """A pipeline's passes in time."""
 
     pipeline: Pipeline
-    stage_ends_ms: tuple[float, ...]  # with deferred weight gradients
-    ends_ms: list[float]  # by event of the program, from the second
+    program: _Program
+    times_ms: list[float]  # each kind of pass
+    stage_ends_ms: list[float]  # with deferred weight gradients
+    ends_ms: list[float]  # of each pass of the program, from the second on
 
     @property
     def end_ms(self) -> float:
@@ -67,29 +69,19 @@ class Timeline:
 
     def last_backward_ms(self, stage: int) -> list[float]:
         """Return when each chunk's gradients are complete."""
-        p = self.pipeline
-        program = _program(p.stages, p.chunks, p.micro_batches, p.deferred)
-        return [self.ends_ms[event] for event in program.last_backward[stage]]
+        return [self.ends_ms[event] for event in self.program.last_backward[stage]]
 
     def events(self) -> list[Event]:
-        """Return every pass, in the order in which its inputs are there."""
-        p = self.pipeline
-        passes = _program(p.stages, p.chunks, p.micro_batches, p.deferred).passes
-        result = []
-        for (stage, forward, chunk, micro_batch), end in zip(passes, self.ends_ms[1:]):
-            time = (p.forward_ms if forward else p.backward_ms)[stage][chunk]
-            if not forward and stage == p.stages - 1 and chunk == p.chunks - 1 and micro_batch < p.deferred:
-                time -= p.deferred_ms
-            result.append(Event(stage, forward, chunk, micro_batch, end - time, end))
-        return result
+        """Return every pass, in an order in which its inputs are there."""
+        steps = zip(self.program.passes, self.program.steps, self.ends_ms[1:])
+        return [Event(*which, end - self.times_ms[step[1]], end) for which, step, end in steps]
 
 
-@dataclass(frozen=True)
-class _Program:
-    # Each step: stage, index of its time, the event that it needs (0: none), whether that one is on another stage.
+class _Program(NamedTuple):
+    # Each step: stage, index of its time, the step that it needs (0: none), whether that one is on another stage.
     steps: list[tuple[int, int, int, bool]]
     passes: list[tuple[int, bool, int, int]]  # stage, forward, chunk, micro-batch
-    last_backward: list[list[int]]  # event, by stage and chunk
+    last_backward: list[list[int]]  # step, by stage and chunk
 
 
 def stage_order(stages: int, chunks: int, micro_batches: int, stage: int) -> list[tuple[bool, int, int]]:
@@ -97,16 +89,14 @@ def stage_order(stages: int, chunks: int, micro_batches: int, stage: int) -> lis
 
     Source: megatron-core 0.15.3, `pipeline_parallel/schedules.py`: `get_pp_rank_microbatches`, `get_schedule_table`.
     """
+    group = stages if chunks > 1 else micro_batches
     table = [
         (chunk, micro_batch)
-        for first in range(0, micro_batches, stages)
+        for first in range(0, micro_batches, group)
         for chunk in range(chunks)
-        for micro_batch in range(first, min(first + stages, micro_batches))
+        for micro_batch in range(first, min(first + group, micro_batches))
     ]
-    if chunks > 1:
-        warm_up = (stages - stage - 1) * 2 + (chunks - 1) * stages
-    else:
-        table, warm_up = [(0, micro_batch) for micro_batch in range(micro_batches)], stages - stage - 1
+    warm_up = (stages - stage - 1) * 2 + (chunks - 1) * stages if chunks > 1 else stages - stage - 1
     warm_up = min(warm_up, len(table))
     forward = [(True, chunk, micro_batch) for chunk, micro_batch in table]
     backward = [(False, chunks - 1 - chunk, micro_batch) for chunk, micro_batch in table]
@@ -117,40 +107,28 @@ def stage_order(stages: int, chunks: int, micro_batches: int, stage: int) -> lis
 @functools.lru_cache(maxsize=64)
 def _program(stages: int, chunks: int, micro_batches: int, deferred: int) -> _Program:
     """Return the passes of all stages in an order in which each comes after the one that it needs."""
-    orders = [stage_order(stages, chunks, micro_batches, stage) for stage in range(stages)]
-    position = [0] * stages
+    orders = [iter(stage_order(stages, chunks, micro_batches, stage)) for stage in range(stages)]
     slots = stages * chunks
-    # The event that ended a micro-batch's forward (backward) pass in each chunk of the whole model, 0: not yet.
-    done_forward = [[0] * micro_batches for _ in range(slots)]
-    done_backward = [[0] * micro_batches for _ in range(slots)]
-    steps: list[tuple[int, int, int, bool]] = []
-    passes: list[tuple[int, bool, int, int]] = []
-    last_backward = [[0] * chunks for _ in range(stages)]
-    waiting = list(range(stages))
-    while waiting:
-        for stage in waiting:
-            order = orders[stage]
-            while position[stage] < len(order):
-                forward, chunk, micro_batch = order[position[stage]]
-                slot = chunk * stages + stage
-                sent = True
-                if forward:
-                    needs = done_forward[slot - 1][micro_batch] if slot else 0
-                    sent = slot > 0
-                elif slot == slots - 1:
-                    needs, sent = done_forward[slot][micro_batch], False
-                else:
-                    needs = done_backward[slot + 1][micro_batch]
-                if not needs and (slot or not forward):
+    # The step that passed a micro-batch through each chunk of the whole model, by direction; 0: not yet.
+    done = {forward: [[0] * micro_batches for _ in range(slots)] for forward in (True, False)}
+    program = _Program([], [], [[0] * chunks for _ in range(stages)])
+    following = [next(order, None) for order in orders]
+    while any(following):
+        for stage in range(stages):
+            while step := following[stage]:
+                forward, chunk, micro_batch = step
+                slot, last = chunk * stages + stage, not forward and chunk * stages + stage == slots - 1
+                before = slot - 1 if forward else slot + 1
+                needs = (
+                    done[True][slot][micro_batch] if last else done[forward][before][micro_batch] if before >= 0 else 0
+                )
+                if not needs and before >= 0:
                     break
-                kind = stage * chunks + chunk + (0 if forward else slots)
-                if not forward and slot == slots - 1 and micro_batch < deferred:
-                    kind = 2 * slots
-                steps.append((stage, kind, needs, sent and stages > 1))
-                passes.append((stage, forward, chunk, micro_batch))
-                (done_forward if forward else done_backward)[slot][micro_batch] = len(steps)
+                time = 2 * slots if last and micro_batch < deferred else stage * chunks + chunk + (not forward) * slots
+                program.steps.append((stage, time, needs, stages > 1 and needs > 0 and not last))
+                program.passes.append((stage, *step))
+                done[forward][slot][micro_batch] = len(program.steps)
                 if not forward:
-                    last_backward[stage][chunk] = len(steps)
-                position[stage] += 1
-        waiting = [stage for stage in waiting if position[stage] < len(orders[stage])]
-    return _Program(steps, passes, last_backward)
+                    program.last_backward[stage][chunk] = len(program.steps)
+                following[stage] = next(orders[stage], None)
+    return program

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.estimate.data_parallel import DataParallel, StepEnd
-from nemo_bench.estimate.layer import HeadTime, LayerTime, head_time, layer_times
+from nemo_bench.estimate.layer import head_time, layer_times
 from nemo_bench.estimate.network import Network
 from nemo_bench.estimate.rates import Rates, constant, layer_shape, load_rates, piecewise
 from nemo_bench.estimate.schedule import Pipeline, Timeline
@@ -75,100 +76,80 @@ class _Point:
     """A configuration, and all that its estimate is made of."""
 
     def __init__(self, cfg: TrainConfig, rates: Rates) -> None:
-        self.cfg, self.rates, self.network = cfg, rates, Network.of(cfg)
+        m, shape, network = cfg.model, layer_shape(cfg), Network.of(cfg)
+        self.cfg, self.rates, self.rate = cfg, rates, rates.layer(shape)
         self.lag: float = constant("gpu_spread") * slowest_of(cfg.world_size)
-        self.layers = layers_of_chunks(cfg)
-        shape = layer_shape(cfg)
-        self.rate = rates.layer(shape)
-        self.forward, self.backward = layer_times(cfg, rates, self.rate, self.network, self.lag)
-        self.head = head_time(cfg, rates, self.network, shape.tokens)
-        self.data_parallel = DataParallel(cfg, rates, self.network, self.layers)
-        self.amax = 0.0
-        if shape.precision == "fp8":
-            self.amax = self.network.amax_ms(cfg.world_size // cfg.model.pipeline_model_parallel_size)
-        m, micro_batches = cfg.model, cfg.num_micro_batches
-        limit = m.wgrad_deferral_limit or micro_batches
-        self.deferred = min(limit, micro_batches) if cfg.defers_embedding_wgrad else 0
-        stride = cfg.world_size // m.pipeline_model_parallel_size
-        size = shape.tokens * m.hidden_size * 2 / (m.tensor_model_parallel_size if m.sequence_parallel else 1)
-        self.p2p = self.network.p2p_ms(size, stride) if m.pipeline_model_parallel_size > 1 else 0.0
+        self.layers, self.number = layers_of_chunks(cfg), cfg.num_micro_batches
+        self.passes = layer_times(cfg, rates, self.rate, network, self.lag)
+        self.head = head_time(cfg, rates, network, shape.tokens)
+        self.data_parallel = DataParallel(cfg, rates, network, self.layers)
+        stride = cfg.world_size // m.pipeline_model_parallel_size  # between neighbours in the pipeline
+        self.amax = network.amax_ms(stride) if shape.precision == "fp8" else 0.0
+        deferred = min(m.wgrad_deferral_limit or self.number, self.number)
+        self.deferred = deferred if cfg.defers_embedding_wgrad else 0
+        sent = shape.tokens * m.hidden_size * 2 / (m.tensor_model_parallel_size if m.sequence_parallel else 1)
+        self.p2p = network.p2p_ms(sent, stride) if m.pipeline_model_parallel_size > 1 else 0.0
 
     @property
     def stages(self) -> int:
         return len(self.layers)
 
     def estimate(self) -> Estimate:
+        curve = self.rates.tables["power"]["fp8" if self.cfg.precision.fp8 else "bf16"]
         speed = [1.0] * self.stages  # of kernels, over their time at the power limit: less where GPUs idle
-        for number in range(_ROUNDS):
+        for round_number in range(_ROUNDS):
             timeline = self.pipeline(speed).run()
             end = self.data_parallel.step_end(timeline)
             step = timeline.end_ms + end.total + constant("step_idle_ms")
             busy = [(self._working_ms(stage, speed[stage]) + end.total) / step for stage in range(self.stages)]
-            curve = self.rates.tables["power"]["fp8" if self.cfg.precision.fp8 else "bf16"]
             following = [piecewise(curve, share) for share in busy]
-            if number == _ROUNDS - 1 or max(abs(a - b) for a, b in zip(following, speed)) < _CONVERGED:
+            moved = max(abs(a - b) for a, b in zip(following, speed))
+            if moved < _CONVERGED or round_number == _ROUNDS - 1:
                 break
             speed = following
         return self._result(timeline, end, speed, busy)
 
     def pipeline(self, speed: Sequence[float]) -> Pipeline:
-        chunks = len(self.layers[0])
-        forward = [[self._pass_ms(self.forward, s, c, speed[s]) for c in range(chunks)] for s in range(self.stages)]
-        backward = [[self._pass_ms(self.backward, s, c, speed[s]) for c in range(chunks)] for s in range(self.stages)]
-        forward[0][0] += self._embedding(self.head.embedding_forward, speed[0])
-        backward[0][0] += self._embedding(self.head.embedding_backward, speed[0])
-        forward[-1][-1] += self._output(self.head.forward, speed[-1]) + self.head.exchange
-        backward[-1][-1] += self._output(self.head.backward, speed[-1])
-        return Pipeline(
-            self.stages,
-            chunks,
-            self.cfg.num_micro_batches,
-            forward,
-            backward,
-            self.p2p,
-            self.deferred,
-            self._output(self.head.weight_gradient, speed[-1]),
+        slow, head = [one * (1 + self.lag) for one in speed], self.head
+        forward, backward = (
+            [
+                [layers * (time.kernels * slow[stage] + time.communication) + self.amax for layers in chunks]
+                for stage, chunks in enumerate(self.layers)
+            ]
+            for time in self.passes
         )
+        forward[0][0] += head.embedding_forward * slow[0] + head.exchange
+        backward[0][0] += head.embedding_backward * slow[0] + head.exchange
+        forward[-1][-1] += head.forward * slow[-1] + head.exchange
+        backward[-1][-1] += head.backward * slow[-1]
+        deferred_ms = head.weight_gradient * slow[-1]
+        chunks = len(self.layers[0])
+        return Pipeline(self.stages, chunks, self.number, forward, backward, self.p2p, self.deferred, deferred_ms)
 
-    def _pass_ms(self, time: LayerTime, stage: int, chunk: int, speed: float) -> float:
-        return self.layers[stage][chunk] * (time.kernels * speed * (1 + self.lag) + time.communication) + self.amax
+    def _of_layers(self, stage: int, name: str) -> float:
+        """Return the time of a part of a layer (LayerTime), of all layers of a stage in a step (ms)."""
+        return self.number * sum(self.layers[stage]) * sum(float(getattr(time, name)) for time in self.passes)
 
-    def _embedding(self, time_ms: float, speed: float) -> float:
-        return time_ms * speed * (1 + self.lag) + self.head.exchange
-
-    def _output(self, time_ms: float, speed: float) -> float:
-        return time_ms * speed * (1 + self.lag)
-
-    def _head_ms(self, stage: int) -> float:
-        """Return the work of the model's ends on a stage, in one micro-batch."""
-        head, total = self.head, 0.0
-        if stage == 0:
-            total += head.embedding_forward + head.embedding_backward
-        if stage == self.stages - 1:
-            total += head.forward + head.backward
-        return total
+    def _of_head(self, stage: int) -> float:
+        """Return the work of the model's ends on a stage in a step (ms)."""
+        head = self.head
+        embedding = (head.embedding_forward + head.embedding_backward) * (stage == 0)
+        return self.number * (embedding + (head.forward + head.backward) * (stage == self.stages - 1))
 
     def _working_ms(self, stage: int, speed: float) -> float:
         """Return how long a stage's passes draw power: collectives and waits in lockstep leave none to spare."""
-        layers = sum(self.layers[stage])
-        kernels = layers * (self.forward.kernels + self.backward.kernels) + self._head_ms(stage)
-        communication = layers * (self.forward.communication + self.backward.communication)
-        return self.cfg.num_micro_batches * (kernels * speed * (1 + self.lag) + communication)
+        kernels = self._of_layers(stage, "kernels") + self._of_head(stage)
+        return kernels * speed * (1 + self.lag) + self._of_layers(stage, "communication")
 
     def _result(self, timeline: Timeline, end: StepEnd, speed: Sequence[float], busy: Sequence[float]) -> Estimate:
         stage = max(range(self.stages), key=timeline.pipeline.busy_ms)
         breakdown = self._breakdown(stage, speed[stage])
         # A sum of differences in floating point: without a pipeline it is nothing, or a little less.
         breakdown["pipeline bubble and p2p"] = max(0.0, timeline.end_ms - sum(breakdown.values()))
-        breakdown |= {
-            "gradient reduction": end.reduction,
-            "parameter gathering": end.gathering,
-            "optimizer": end.optimizer,
-            "host": constant("step_idle_ms"),
-        }
+        breakdown |= {"gradient reduction": end.reduction, "parameter gathering": end.gathering}
+        breakdown |= {"optimizer": end.optimizer, "host": constant("step_idle_ms")}
         step_s = sum(breakdown.values()) / 1e3
         error = constant("error")["fp8" if self.cfg.precision.fp8 else "bf16"]
-        layer = [time.kernels * speed[stage] + time.communication for time in (self.forward, self.backward)]
         return Estimate(
             step_time_s=step_s,
             low_s=step_s * (1 - error),
@@ -176,7 +157,7 @@ class _Point:
             breakdown_s={name: ms / 1e3 for name, ms in breakdown.items()},
             critical_stage=stage,
             stage_busy=tuple(busy),
-            layer_gpu_ms=sum(layer),
+            layer_gpu_ms=sum(time.kernels * speed[stage] + time.communication for time in self.passes),
             layer_host_ms=self._host_ms(),
             measured_shape=self.rate.measured,
             rates=self.rates,
@@ -185,31 +166,25 @@ class _Point:
 
     def _breakdown(self, stage: int, speed: float) -> dict[str, float]:
         """Return a stage's work in a step (ms); the slowest GPU's lag counts as waits, since all others wait for it."""
-        number = self.cfg.num_micro_batches
-        passes = number * sum(self.layers[stage])
-
-        def of_layers(name: str) -> float:
-            return passes * float(getattr(self.forward, name) + getattr(self.backward, name))
-
-        head: HeadTime = self.head
-        exchanges = 2 * (stage == 0) + (stage == self.stages - 1)
-        kernels = of_layers("kernels") + number * self._head_ms(stage)
+        of_layers, of_head = functools.partial(self._of_layers, stage), self._of_head(stage)
+        exchanges = self.number * (2 * (stage == 0) + (stage == self.stages - 1))
         return {
             "matrix products": of_layers("products") * speed,
             "attention": of_layers("attention") * speed,
             "other kernels": of_layers("other") * speed,
             "recomputation": of_layers("recomputed") * speed,
-            "embedding, output layer, loss": number * (self._head_ms(stage) * speed + exchanges * head.exchange),
+            "embedding, output layer, loss": of_head * speed + exchanges * self.head.exchange,
             "tensor parallel": of_layers("tensor_parallel"),
-            "waits in lockstep": of_layers("wait") + kernels * speed * self.lag,
+            "waits in lockstep": of_layers("wait") + (of_layers("kernels") + of_head) * speed * self.lag,
             "context parallel": of_layers("context_parallel"),
-            "fp8 scaling factors": 2 * number * len(self.layers[stage]) * self.amax,
+            "fp8 scaling factors": 2 * self.number * len(self.layers[stage]) * self.amax,
         }
 
     def _host_ms(self) -> float | None:
-        if self.cfg.model.cuda_graph_impl != "none":
-            return None
         shape = self.rate.shape
-        entries = [entry for entry in self.rates.tables["host_ms_a_layer"] if entry["precision"] == shape.precision]
-        parts = min(shape.context_parallel, 2)
-        return next(float(entry["ms"]) for entry in entries if entry["context_parallel"] == parts)
+        known = {
+            (entry["precision"], entry["context_parallel"]): entry["ms"]
+            for entry in self.rates.tables["host_ms_a_layer"]
+        }
+        launched = self.cfg.model.cuda_graph_impl == "none"
+        return float(known[shape.precision, min(shape.context_parallel, 2)]) if launched else None

@@ -27,44 +27,34 @@ class TensorParallel:
     layer: LayerRates
     network: Network
 
-    @property
-    def size(self) -> int:
-        return self.cfg.model.tensor_model_parallel_size
-
-    @property
-    def activation_bytes(self) -> float:
-        """A micro-batch's activations between the layers, in bf16."""
-        return self.layer.shape.tokens * self.layer.shape.hidden_size * 2.0
-
-    @property
-    def gathered_bytes(self) -> float:
-        """The same, in the format that products read."""
-        return self.activation_bytes / (1 if self.layer.shape.precision == "bf16" else 2)
-
     def added_ms(self) -> dict[str, dict[str, float]]:
         """Return what each direction takes longer, by product (ms)."""
-        if self.size == 1:
+        m = self.cfg.model
+        if m.tensor_model_parallel_size == 1:
             return {"forward": {}, "backward": {}}
-        if not self.cfg.model.sequence_parallel:
-            return self._reduced()
-        return self._user_buffers() if self.cfg.model.tp_comm_overlap else self._exposed()
+        if m.sequence_parallel and m.tp_comm_overlap:
+            return self._user_buffers()
+        return self._collectives(m.sequence_parallel)
 
-    def _nccl_ms(self, collective: str, size_bytes: float) -> float:
+    def _moved_bytes(self, number_bytes: int = 2) -> float:
+        """Return what a rank sends or receives of a micro-batch's activations between the layers."""
+        size, shape = self.cfg.model.tensor_model_parallel_size, self.layer.shape
+        return shape.tokens * shape.hidden_size * number_bytes * (size - 1) / size
+
+    def _nccl_ms(self, collective: str, number_bytes: int = 2) -> float:
         measured = self.rates.tables["nccl"][collective]
-        moved = size_bytes * (self.size - 1) / self.size
-        return float(measured["latency_ms"] + moved / (measured["gb_s"] * self.network.nvlink_factor * 1e6))
+        speed = measured["gb_s"] * self.network.nvlink_factor * 1e6
+        return float(measured["latency_ms"] + self._moved_bytes(number_bytes) / speed)
 
-    def _reduced(self) -> dict[str, dict[str, float]]:
-        """Without sequence parallelism: two all-reduces forward, and two behind weight gradients backward."""
-        all_reduce = self._nccl_ms("all_gather", self.activation_bytes)
-        all_reduce += self._nccl_ms("reduce_scatter", self.activation_bytes)
-        backward = {op: self._beside(op, all_reduce) for op in ("fc1 wgrad", "qkv wgrad")}
-        return {"forward": {"proj": all_reduce, "fc2": all_reduce}, "backward": backward}
-
-    def _exposed(self) -> dict[str, dict[str, float]]:
-        """NCCL between the products; four collectives of the backward pass run beside products."""
-        gather = self._nccl_ms("all_gather", self.gathered_bytes)
-        scatter = self._nccl_ms("reduce_scatter", self.activation_bytes)
+    def _collectives(self, sequence_parallel: bool) -> dict[str, dict[str, float]]:
+        """NCCL between the products, but for those of the backward pass that run beside products."""
+        if not sequence_parallel:
+            all_reduce = self._nccl_ms("all_gather") + self._nccl_ms("reduce_scatter")
+            backward = {op: self._beside(op, all_reduce) for op in ("fc1 wgrad", "qkv wgrad")}
+            return {"forward": {"proj": all_reduce, "fc2": all_reduce}, "backward": backward}
+        # Gathered in the format that products read.
+        gather = self._nccl_ms("all_gather", 2 if self.layer.shape.precision == "bf16" else 1)
+        scatter = self._nccl_ms("reduce_scatter")
         backward = {"fc2 dgrad": gather, "proj dgrad": gather}
         for op in ("fc1", "qkv"):
             backward[f"{op} dgrad"] = self._beside(f"{op} dgrad", gather)
@@ -73,45 +63,34 @@ class TensorParallel:
 
     def _beside(self, op: str, collective_ms: float) -> float:
         """Return how much longer a product and a collective take together than the product alone."""
-        alone = self._product_ms(op)
+        alone = self.layer.products_ms[op]
         held = nearest(self.rates.tables["beside_held_sms"], op, self.layer.shape)
         slowdown = piecewise(list(zip(held["sms"], held["slowdown"])), constant("gather_sms")["tensor_parallel"])
         return max(alone * (1 + slowdown * min(1.0, collective_ms / alone)), collective_ms) - alone
 
-    def _product_ms(self, op: str) -> float:
-        return {**self.layer.forward.products_ms, **self.layer.backward.products_ms}[op]
-
     def _user_buffers(self) -> dict[str, dict[str, float]]:
         """Transformer Engine's user buffers: rings of copies, pipelined reduce-scatters, and bulk collectives."""
-        forward = {"qkv": self._ring("qkv"), "proj": self._pipelined("proj")}
-        forward |= {"fc1": self._ring("fc1"), "fc2": self._pipelined("fc2")}
-        backward = {op: self._ring(op) for op in ("fc2 dgrad", "proj dgrad")}
-        backward |= {op: self._bulk(op, sms) for op, sms in _BULK_SMS.items()}
-        if self.layer.shape.precision == "fp8_tensorwise":
-            for added in (forward, backward):
-                added["amax"] = 2 * constant("tensorwise_amax_ms")
-        return {"forward": forward, "backward": backward}
+        tables, shape, products = self.rates.tables["user_buffers"], self.layer.shape, self.layer.products_ms
 
-    def _table(self, kind: str, op: str) -> list[dict[str, object]]:
-        return [entry for entry in self.rates.tables["user_buffers"][kind] if entry["product"] == op]
+        def ring(op: str) -> float:
+            return float(products[op] * (nearest(tables["ring"], op, shape)["ratio"] - 1))
 
-    def _ring(self, op: str) -> float:
-        ratio = nearest(self._table("ring", op), op, self.layer.shape)["ratio"]
-        return float(self._product_ms(op) * (ratio - 1))
+        def pipelined(op: str) -> float:
+            speed = constant("nvlink_reduce_scatter_gb_s") * self.network.nvlink_factor * 1e6
+            held = constant("nvlink_latency_ms") / 2 + self._moved_bytes() / _PIPELINE_PARTS / speed
+            entry = nearest(tables["pipeline"], op, shape)
+            return products[op] * (piecewise(list(zip(entry["held_ms"], entry["ratio"])), held) - 1)
 
-    def _pipelined(self, op: str) -> float:
-        speed = constant("nvlink_reduce_scatter_gb_s") * self.network.nvlink_factor * 1e6
-        part = self.activation_bytes / _PIPELINE_PARTS * (self.size - 1) / self.size
-        held = constant("nvlink_latency_ms") / 2 + part / speed
-        entry = nearest(self._table("pipeline", op), op, self.layer.shape)
-        return self._product_ms(op) * (piecewise(list(zip(entry["held_ms"], entry["ratio"])), held) - 1)
+        def bulk(op: str, sms: int) -> float:
+            entry = nearest([entry for entry in tables["bulk"] if entry["sms"] == sms], op, shape)
+            # As long as the collective lasts; the table's moved 3/4 of 4,096 tokens of hidden size 8,192.
+            return float(entry["added_ms"] * self._moved_bytes() / (4096 * 8192 * 2 * 3 / 4))
 
-    def _bulk(self, op: str, sms: int) -> float:
-        fitting = [entry for entry in self._table("bulk", op) if entry["sms"] == sms]
-        entry = nearest(fitting, op, self.layer.shape)
-        # As long as the collective lasts. The table's: 4,096 tokens of hidden size 8,192, three of four parts moved.
-        moved = self.activation_bytes * (self.size - 1) / self.size
-        return float(entry["added_ms"] * moved / (4096 * 8192 * 2 * 3 / 4))
+        forward = {"qkv": ring("qkv"), "proj": pipelined("proj"), "fc1": ring("fc1"), "fc2": pipelined("fc2")}
+        backward = {op: ring(op) for op in ("fc2 dgrad", "proj dgrad")}
+        backward |= {op: bulk(op, sms) for op, sms in _BULK_SMS.items()}
+        amax = 2 * constant("tensorwise_amax_ms") if shape.precision == "fp8_tensorwise" else 0.0
+        return {"forward": {**forward, "amax": amax}, "backward": {**backward, "amax": amax}}
 
 
 def slowest_of(number: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -15,7 +14,7 @@ from nemo_bench.config import typed_as
 from nemo_bench.errors import BenchError, ConfigurationRefused
 from nemo_bench.files import write_text
 from nemo_bench.planning import display
-from nemo_bench.planning.answer import Calibration, answer_of, calibration_by_run, calibration_by_seconds
+from nemo_bench.planning.answer import Calibration, answer_of, calibration_by
 from nemo_bench.planning.config import EstimateConfig
 from nemo_bench.planning.schedule_page import render
 from nemo_bench.planning.search import search
@@ -66,10 +65,5 @@ def _calibration(cfg: EstimateConfig) -> Calibration | None:
         return None
     key = str(cfg.calibrate)
     if key not in _calibrations:
-        if re.fullmatch(r"\d+(\.\d+)?", key):
-            if float(key) == 0:
-                raise BenchError("calibrate=0: give the seconds of a step, or a run folder")
-            _calibrations[key] = calibration_by_seconds(cfg, float(key))
-        else:
-            _calibrations[key] = calibration_by_run(Path(key))
+        _calibrations[key] = calibration_by(cfg, key)
     return _calibrations[key]

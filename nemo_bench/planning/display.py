@@ -38,8 +38,7 @@ def print_answer(console: Console, answer: Answer) -> None:
         has = "" if answer.gpu_memory_gib is None else f" of {answer.gpu_memory_gib:g}"
         facts.add_row("memory", f"{answer.memory_gib:.0f}{has} GiB a GPU")
     for row in answer.published:
-        difference = answer.step_time_s / row.step_time_s - 1
-        facts.add_row("published", f"{row.step_time_s:g} s, {row.reference}: the estimate is {difference:+.1%}")
+        facts.add_row("published", f"{row.step_time_s:g} s, {row.reference}: the estimate is {answer.error(row):+.1%}")
     console.print(facts)
     console.print(_breakdown(answer))
     for line in remarks(answer):
@@ -66,8 +65,8 @@ def _breakdown(answer: Answer) -> Table:
 def remarks(answer: Answer) -> list[str]:
     """Return what an estimate rests on, and what it leaves open."""
     estimate, rates = answer.estimate, answer.estimate.rates
-    versions = ", ".join(f"{name} {rates.versions[name]}" for name in ("torch", "transformer_engine"))
-    lines = [f"Rates: {rates.derived_from or rates.gpu}, {rates.date}, {versions}. Other software differs."]
+    versions = ", ".join(f"{name} {rates.tables['versions'][name]}" for name in ("torch", "transformer_engine"))
+    lines = [f"Rates: {rates.derived_from or rates.gpu}, {rates.tables['date']}, {versions}. Other software differs."]
     if rates.derived_from:
         lines.append(f"{rates.gpu}: derived from {rates.derived_from} by its memory's speed; never measured.")
     if not estimate.measured_shape:
@@ -85,7 +84,7 @@ def print_row(console: Console, answer: Answer, *, first: bool) -> None:
     published = "-"
     if answer.published:
         row = answer.published[0]
-        published = f"{row.step_time_s:g} {answer.step_time_s / row.step_time_s - 1:+.1%}"
+        published = f"{row.step_time_s:g} {answer.error(row):+.1%}"
     low, high = answer.range_s
     cells = (
         f"{answer.name}{' *' if answer.estimate.host_is_limit else ''}",
