@@ -24,8 +24,7 @@ class Estimate:
     """What a point should take."""
 
     step_time_s: float
-    low_s: float  # the range that the errors of published rows give
-    high_s: float
+    error: float  # half of the range that the errors of published rows give, as a share
     breakdown_s: dict[str, float]  # sums to the step time
     critical_stage: int  # whose work the breakdown is
     stage_busy: tuple[float, ...]  # share of the step in which each stage works
@@ -149,11 +148,9 @@ class _Point:
         breakdown |= {"gradient reduction": end.reduction, "parameter gathering": end.gathering}
         breakdown |= {"optimizer": end.optimizer, "host": constant("step_idle_ms")}
         step_s = sum(breakdown.values()) / 1e3
-        error = constant("error")["fp8" if self.cfg.precision.fp8 else "bf16"]
         return Estimate(
             step_time_s=step_s,
-            low_s=step_s * (1 - error),
-            high_s=step_s * (1 + error),
+            error=constant("error")["fp8" if self.cfg.precision.fp8 else "bf16"],
             breakdown_s={name: ms / 1e3 for name, ms in breakdown.items()},
             critical_stage=stage,
             stage_busy=tuple(busy),

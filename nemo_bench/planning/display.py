@@ -8,11 +8,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nemo_bench.flops import FlopsConvention
 from nemo_bench.planning.answer import Answer
 from nemo_bench.planning.search import Found
 
 WIDTH = 80
-_GREATEST_SHARE_BAR = 20  # characters
+_BAR = 20  # characters of the greatest share
+_SWEEP = {"point": -24, "step s": 7, "from": 7, "to": 7, "tokens/s": 10, "MFU": 6, "GiB": 4, "published": 13}
 
 
 def make_console() -> Console:
@@ -23,25 +25,25 @@ def make_console() -> Console:
 
 def print_answer(console: Console, answer: Answer) -> None:
     """Print a point's estimate, what it is made of, and what it rests on."""
-    estimate, (low, high) = answer.estimate, answer.range_s
+    low, high = map(_digits, answer.range_s)
+    facts = {"step time": f"[bold]{_digits(answer.step_time_s)} s[/bold]   {low} to {high}"}
+    if calibration := answer.calibration:
+        facts["uncalibrated"] = f"{_digits(answer.estimate.step_time_s)} s"
+        facts["calibrated by"] = f"{calibration.source}: factor {calibration.factor:.4f}"
+    facts["tokens/s"] = f"{answer.tokens_per_s:,.0f}"
+    facts["MFU"] = f"{_share(answer.mfu(FlopsConvention.RECIPE))}"
+    facts["MFU, causal attention"] = f"{_share(answer.mfu(FlopsConvention.CAUSAL))}"
+    facts["days"] = f"{answer.days:.1f} for {answer.cfg.total_tokens:.3g} tokens"
+    facts["memory"] = f"{_gib(answer)} of {answer.cfg.gpu.memory_gib or 0:g} GiB a GPU"
+    for row, error in answer.published():
+        facts[f"published, {row.reference}"] = f"{row.step_time_s:g} s: the estimate is {error:+.1%}"
     console.print(f"[bold]{answer.name}[/bold]   {answer.layout}")
-    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    facts.add_row("step time", f"[bold]{seconds(answer.step_time_s)} s[/bold]   {seconds(low)} to {seconds(high)}")
-    if answer.calibration is not None:
-        facts.add_row("uncalibrated", f"{seconds(estimate.step_time_s)} s")
-        facts.add_row("calibrated by", f"{answer.calibration.source}: factor {answer.calibration.factor:.4f}")
-    facts.add_row("tokens/s", f"{answer.tokens_per_s:,.0f}")
-    if answer.mfu is not None and answer.mfu_causal is not None:
-        facts.add_row("MFU", f"{answer.mfu:.2%} (causal attention: {answer.mfu_causal:.2%})")
-    facts.add_row("days", f"{answer.days:.1f} for {answer.total_tokens:.3g} tokens")
-    if answer.memory_gib is not None:
-        has = "" if answer.gpu_memory_gib is None else f" of {answer.gpu_memory_gib:g}"
-        facts.add_row("memory", f"{answer.memory_gib:.0f}{has} GiB a GPU")
-    for row in answer.published:
-        facts.add_row("published", f"{row.step_time_s:g} s, {row.reference}: the estimate is {answer.error(row):+.1%}")
-    console.print(facts)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for fact in facts.items():
+        table.add_row(*fact)
+    console.print(table)
     console.print(_breakdown(answer))
-    for line in remarks(answer):
+    for line in _remarks(answer):
         console.print(line)
 
 
@@ -49,20 +51,20 @@ def _breakdown(answer: Answer) -> Table:
     estimate = answer.estimate
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(f"of stage {estimate.critical_stage}, which has most work", min_width=32)
-    table.add_column("s", justify="right")
-    table.add_column("share", justify="right")
+    for name in ("s", "share"):
+        table.add_column(name, justify="right")
     table.add_column("")
     greatest = max(estimate.breakdown_s.values())
     for name, part in estimate.breakdown_s.items():
         if part:
-            bar = "▇" * round(part / greatest * _GREATEST_SHARE_BAR)
+            bar = "▇" * round(part / greatest * _BAR)
             table.add_row(name, f"{part:.3f}", f"{part / estimate.step_time_s:.1%}", bar)
     table.add_section()
     table.add_row("sum", f"{estimate.step_time_s:.3f}", "100.0%")
     return table
 
 
-def remarks(answer: Answer) -> list[str]:
+def _remarks(answer: Answer) -> list[str]:
     """Return what an estimate rests on, and what it leaves open."""
     estimate, rates = answer.estimate, answer.estimate.rates
     versions = ", ".join(f"{name} {rates.tables['versions'][name]}" for name in ("torch", "transformer_engine"))
@@ -72,59 +74,57 @@ def remarks(answer: Answer) -> list[str]:
     if not estimate.measured_shape:
         lines.append("The layer's shape was not measured: interpolated by product size (docs/estimate.md: up to 3%).")
     if estimate.layer_host_ms is not None:
-        host = f"A layer: {estimate.layer_gpu_ms:.1f} ms on the GPU, about {estimate.layer_host_ms:.1f} ms to launch"
-        lines.append(f"{host}{': the host may be the limit' if estimate.host_is_limit else ''}.")
+        limit = ": the host may be the limit" if estimate.host_is_limit else ""
+        host = f"about {estimate.layer_host_ms:.1f} ms to launch{limit}."
+        lines.append(f"A layer: {estimate.layer_gpu_ms:.1f} ms on the GPU, {host}")
     return lines
 
 
 def print_row(console: Console, answer: Answer, *, first: bool) -> None:
-    """Print a point of a sweep as a row, below the header if it is the first."""
-    columns = ("point", "step s", "from", "to", "tokens/s", "MFU", "GiB", "published")
-    widths = (-24, 7, 7, 7, 10, 6, 4, 13)
-    published = "-"
-    if answer.published:
-        row = answer.published[0]
-        published = f"{row.step_time_s:g} {answer.error(row):+.1%}"
-    low, high = answer.range_s
-    cells = (
+    """Print a point of a sweep as a row, below the header if it is the first; `*`: the host may be the limit."""
+    mfu, published = answer.mfu(FlopsConvention.RECIPE), answer.published()
+    cells = [
         f"{answer.name}{' *' if answer.estimate.host_is_limit else ''}",
-        seconds(answer.step_time_s),
-        seconds(low),
-        seconds(high),
+        *map(_digits, (answer.step_time_s, *answer.range_s)),
         f"{answer.tokens_per_s:,.0f}",
-        "-" if answer.mfu is None else f"{answer.mfu:.1%}",
-        "-" if answer.memory_gib is None else f"{answer.memory_gib:.0f}",
-        published,
-    )
-    for line in (columns, cells) if first else (cells,):
-        text = "".join(cell.ljust(-width) if width < 0 else cell.rjust(width) for cell, width in zip(line, widths))
+        "-" if mfu is None else f"{mfu:.1%}",
+        _gib(answer),
+        f"{published[0][0].step_time_s:g} {published[0][1]:+.1%}" if published else "-",
+    ]
+    for line in [[*_SWEEP], cells] if first else [cells]:
+        widths = zip(line, _SWEEP.values())
+        text = "".join(cell.ljust(-width) if width < 0 else cell.rjust(width) for cell, width in widths)
         console.print(text, soft_wrap=True)
 
 
 def print_search(console: Console, layouts: Sequence[Found]) -> None:
     """Print the fastest layouts, each with the parts that tell them apart and the line that chooses it."""
+    groups = {
+        "products": ("matrix products", "attention"),
+        "parallel": ("tensor parallel", "waits in lockstep", "context parallel"),
+        "bubble": ("pipeline bubble and p2p",),
+        "reduction": ("gradient reduction", "parameter gathering"),
+    }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "step s", "GiB", "products", "parallel", "bubble", "reduction", "rest"):
+    for name in ("", "step s", "GiB", *groups, "rest"):
         table.add_column(name, justify="right")
     for number, layout in enumerate(layouts, 1):
-        parts = dict(layout.answer.estimate.breakdown_s)
-        step = sum(parts.values())
-        groups = {
-            "products": parts.pop("matrix products") + parts.pop("attention"),
-            "parallel": parts.pop("tensor parallel") + parts.pop("waits in lockstep") + parts.pop("context parallel"),
-            "bubble": parts.pop("pipeline bubble and p2p"),
-            "reduction": parts.pop("gradient reduction") + parts.pop("parameter gathering"),
-        }
-        groups["rest"] = sum(parts.values())
-        shares = [f"{part / step:.1%}" for part in groups.values()]
-        memory = layout.answer.memory_gib
-        cells = (seconds(layout.answer.step_time_s), "-" if memory is None else f"{memory:.0f}")
-        table.add_row(str(number), *cells, *shares)
+        estimate = layout.answer.estimate
+        shares = [sum(estimate.breakdown_s[part] for part in parts) / estimate.step_time_s for parts in groups.values()]
+        cells = [str(number), _digits(layout.answer.step_time_s), _gib(layout.answer)]
+        table.add_row(*cells, *(f"{share:.1%}" for share in [*shares, 1 - sum(shares)]))
     console.print(table)
     for number, layout in enumerate(layouts, 1):
         console.print(f"{number:2}  {layout.answer.layout}\n    {' '.join(layout.overrides)}", soft_wrap=True)
 
 
-def seconds(time_s: float) -> str:
-    """Return seconds with four digits."""
+def _digits(time_s: float) -> str:
     return f"{time_s:.4g}" if time_s < 1000 else f"{time_s:.0f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
+def _gib(answer: Answer) -> str:
+    return "-" if answer.memory_gib is None else f"{answer.memory_gib:.0f}"

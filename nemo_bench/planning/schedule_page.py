@@ -9,58 +9,41 @@ from typing import Any
 from nemo_bench.planning.answer import Answer
 from nemo_bench.report.page import plotly_script
 
-_COLOURS = {True: "#2f7fd1", False: "#cf6a12"}
-# More passes than this make the page slow: the first and the last are shown.
-_SHOWN = 4000
+_COLOURS = {"forward": "#2f7fd1", "backward": "#cf6a12"}
+_SHOWN = 4000  # passes; of more, which would make the page slow, the first and the last
 
 
 def render(answer: Answer) -> str:
     """Return the page as text."""
-    title = html.escape(f"{answer.name}: {answer.layout}")
-    figure = json.dumps(schedule_figure(answer)).replace("</", "<\\/")
-    step = f"step {answer.estimate.step_time_s:.4g} s by rates and constants"
+    title, estimate = html.escape(f"{answer.name}: {answer.layout}"), answer.estimate
+    figure = json.dumps(_figure(answer)).replace("</", "<\\/")
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f"<style>body {{ font-family: sans-serif; margin: 2rem }}</style></head>\n"
-        f"<body><h1>{title}</h1><p>{step}; stage {answer.estimate.critical_stage} has most work.</p>\n"
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>\n'
+        f'<body style="font-family: sans-serif"><h1>{title}</h1>\n'
+        f"<p>Step {estimate.step_time_s:.4g} s by rates and constants.</p>\n"
         f'<div id="schedule"></div>\n<script>{plotly_script()}</script>\n'
         f'<script>const figure = {figure}; Plotly.newPlot("schedule", figure.data, figure.layout)</script>\n'
         "</body></html>\n"
     )
 
 
-def schedule_figure(answer: Answer) -> dict[str, Any]:
-    """Return each pass of a micro-batch as a bar on its stage's line, forward and backward."""
-    timeline = answer.estimate.timeline
-    events = timeline.events()
+def _figure(answer: Answer) -> dict[str, Any]:
+    """Return each pass of a micro-batch as a bar on its stage's line."""
+    events = sorted(answer.estimate.timeline.events(), key=lambda event: event.start_ms)
     if len(events) > _SHOWN:
-        events = sorted(events, key=lambda event: event.start_ms)
         events = events[: _SHOWN // 2] + events[-_SHOWN // 2 :]
     traces = []
-    for forward, name in ((True, "forward"), (False, "backward")):
-        shown = [event for event in events if event.forward is forward]
-        traces.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": name,
-                "base": [round(event.start_ms / 1e3, 5) for event in shown],
-                "x": [round((event.end_ms - event.start_ms) / 1e3, 5) for event in shown],
-                "y": [f"stage {event.stage}" for event in shown],
-                "text": [f"{event.micro_batch}" for event in shown],
-                "hovertext": [f"micro-batch {event.micro_batch}, chunk {event.chunk}" for event in shown],
-                "textposition": "inside",
-                "insidetextanchor": "middle",
-                "marker": {"color": _COLOURS[forward], "line": {"width": 0.5, "color": "white"}},
-            }
-        )
-    stages = timeline.pipeline.stages
-    names = [f"stage {stage}" for stage in reversed(range(stages))]
-    layout = {
-        "barmode": "overlay",
-        "height": 140 + 60 * stages,
-        "xaxis": {"title": {"text": "s"}},
-        "yaxis": {"type": "category", "categoryorder": "array", "categoryarray": names},
-        "margin": {"t": 20},
-    }
+    for name, colour in _COLOURS.items():
+        shown = [event for event in events if event.forward == (name == "forward")]
+        times = {
+            "base": [round(event.start_ms / 1e3, 5) for event in shown],
+            "x": [round((event.end_ms - event.start_ms) / 1e3, 5) for event in shown],
+            "y": [f"stage {event.stage}" for event in shown],
+            "hovertext": [f"micro-batch {event.micro_batch}, chunk {event.chunk}" for event in shown],
+        }
+        marker = {"color": colour, "line": {"width": 0.5, "color": "white"}}
+        traces.append({"type": "bar", "orientation": "h", "name": name, "marker": marker, **times})
+    stages = {"categoryorder": "category descending", "type": "category"}
+    height = 140 + 60 * answer.estimate.timeline.pipeline.stages
+    layout = {"barmode": "overlay", "height": height, "xaxis": {"title": {"text": "s"}}, "yaxis": stages}
     return {"data": traces, "layout": layout}

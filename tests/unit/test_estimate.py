@@ -85,7 +85,6 @@ def test_the_breakdown_sums_to_the_step_and_no_part_is_negative(overrides: tuple
     estimate = estimate_of(composed(*overrides, "data=mock"))
     assert sum(estimate.breakdown_s.values()) == pytest.approx(estimate.step_time_s, rel=1e-9)
     assert min(estimate.breakdown_s.values()) >= 0
-    assert estimate.low_s < estimate.step_time_s < estimate.high_s
 
 
 @pytest.mark.parametrize(
