@@ -23,7 +23,7 @@ from nemo_bench.files import dated_name
 from nemo_bench.launch.diagnosis import Diagnosis, diagnose
 from nemo_bench.launch.plan import plan, rank_plan, results_dir
 from nemo_bench.project import python_path
-from nemo_bench.record.folder import PROFILE, RunFolder, Status, tail
+from nemo_bench.record.folder import RunFolder, Status, tail
 
 LOG_TAIL_LINES = 15
 # With less than this free, a run ended for want of disk space.
@@ -67,10 +67,6 @@ def _run_here(cfg: TrainConfig) -> None:
     with Follower(cfg, run.path, console) as follower:
         execute(cfg, run, follower.tick)
     print_summary(console, load_run(run.path))
-    profile = run.path / PROFILE
-    if profile.is_dir():
-        names = ", ".join(sorted(path.name for path in profile.iterdir()))
-        console.print(f"profile:  {profile}: {names}", soft_wrap=True, highlight=False)
 
 
 def prepare_data(cfg: TrainConfig) -> TrainConfig:

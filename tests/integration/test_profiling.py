@@ -31,7 +31,6 @@ def test_profiled_steps_leave_a_trace_and_a_table_and_do_not_count(train: Callab
     ran = train("profile=torch", *window, "trainer.max_steps=12", "trainer.devices=2")
     folder = ran.run_dir / record.PROFILE
     assert sorted(path.name for path in folder.iterdir()) == ["rank1.trace.json.gz", "rank1.txt"]
-    assert f"profile:  {folder}: rank1.trace.json.gz, rank1.txt" in ran.stdout
     table = (folder / "rank1.txt").read_text()
     for operation in ("Self CPU", "aten::mm", "c10d::allreduce_", f"{step_profile.STEP_MARK}5", "optimizer"):
         assert operation in table, operation
