@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -36,6 +37,9 @@ class Application:
         """Run a script's main function and exit: 0 done, 1 a run failed, 2 the user can fix it, 130 interrupted."""
         os.environ[FULL_ERROR] = "1"  # else Hydra prints errors itself, with a part of the traceback, and ends with 1
         interrupt.raises()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a terminal may not know every character of a name
         with self._messages():
             if self.schema is not None:
                 prepare_hydra()

@@ -34,6 +34,7 @@ class SlurmLauncher(Launcher):
         from importlib import import_module
 
         from nemo_bench.config import ComposedPoint
+        from nemo_bench.errors import BenchError
 
         points = []
         for overrides in job_overrides:
@@ -43,6 +44,9 @@ class SlurmLauncher(Launcher):
                 task_overrides = list(config.hydra.overrides.task)
                 del config["hydra"]
             points.append(ComposedPoint(config, task_overrides))
-        module, submit = SUBMITTERS[self.config.hydra.job.name]
+        script = self.config.hydra.job.name
+        if script not in SUBMITTERS:
+            raise BenchError(f"{script}.py runs here: leave hydra/launcher out")
+        module, submit = SUBMITTERS[script]
         getattr(import_module(module), submit)(points, wait=self.wait)
         return [JobReturn(overrides=point.overrides, status=JobStatus.COMPLETED) for point in points]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nemo_bench.report.runs import (
     peak,
 )
 
+_SIZES = {size.name for size in fields(flops.Architecture)} - {"vocab_size"}
 _PRECISION = re.compile(r"(?:bf16|fp8|fp16|fp32|mxfp8|nvfp4)(?:_\w+)?$")
 
 
@@ -40,6 +42,7 @@ class Given:
     gpus: int | None = None  # in the whole job
     global_batch_size: int | None = None  # sequences
     seq_length: int | None = None  # tokens
+    max_steps: int | None = None  # meant
     architecture: flops.Architecture | None = None  # the model's sizes; None: those of conf/model/<model>.yaml
 
 
@@ -49,24 +52,33 @@ def check(given: Given) -> None:
         name = getattr(given, group)
         if name is not None and name not in options(group):
             raise BenchError(f"{group}={name}: there is no such {group}\n  valid: {', '.join(options(group))}")
-    for key in ("gpus", "global_batch_size", "seq_length"):
+    for key in ("gpus", "global_batch_size", "seq_length", "max_steps"):
         value = getattr(given, key)
         if value is not None and value < 1:
             raise BenchError(f"{key}={value}: must be at least 1")
 
 
-def load_log(path: Path, given: Given, total_tokens: float) -> Run:
-    """Return the run that a log file tells of, as far as it, its path and `given` go; OSError if it cannot be read."""
-    log = read_log(path)
+def load_log(path: Path, others: Sequence[Path], given: Given, total_tokens: float) -> Run:
+    """Return the run that a log file tells of, as far as it, its path and `given` go; OSError if it cannot be read.
+
+    `others` are the files of the job's other ranks: the slowest ends each step.
+    """
+    logs = [read_log(file) for file in (path, *others)]
+    log = max(logs, key=lambda log: (len(log.steps), log.steps.loss.count(None) == 0))
+    for other in logs:
+        if len(other.steps) == len(log.steps):
+            log.steps.time_s = [*map(max, log.steps.time_s, other.steps.time_s)]
     run, warnings = _identified(path, given, log), log_warnings(log)
     sizes = given.architecture
     if run.model in options("model"):
         conf = choice("model", str(run.model))
         recipes = architecture_in_recipe(run.version, run.model, run.precision, run.gpus)
-        sizes = sizes or recipes or architecture_of(conf)
+        printed = {key: int(text) for key, text in log.printed.items() if key in _SIZES and text.isdecimal()}
+        sizes = sizes or replace(recipes or architecture_of(conf), **printed)
         if run.seq_length is None:
             source = {"seq_length": f"conf/model/{run.model}.yaml"}
-            run = replace(run, seq_length=conf["seq_length"], identified={**run.identified, **source})
+            seq_length = int(log.printed.get("seq_length", conf["seq_length"]))
+            run = replace(run, seq_length=seq_length, identified={**run.identified, **source})
     peak_tflops, peak_source = None, None
     if run.gpu is not None and run.precision is not None:
         peak_tflops, peak_source = peak(device(run.gpu), run.precision, {})
@@ -76,7 +88,7 @@ def load_log(path: Path, given: Given, total_tokens: float) -> Run:
         warnings.append(f"not known from its path or content: name it with {' '.join(f'{key}=...' for key in missing)}")
     elif log.steps and run.gpu is None:
         warnings.append(f"no MFU: name the device with gpu=... ({', '.join(options('gpu'))})")
-    max_steps = log.max_steps if log.max_steps is not None else log.total
+    max_steps = given.max_steps or (log.max_steps if log.max_steps is not None else log.total)
     state, why = _log_state(log, max_steps)
     if state == "completed" and log.ends_in_error:
         warnings.append(f"after its last step, the log ends in an error: {redact(log.last_error or '')}")
@@ -104,7 +116,7 @@ def _identified(path: Path, given: Given, log: Log) -> Run:
     # <version>/<precision>/<model>/<gpus>/..., the recipe's layout
     parts = path.absolute().parent.parts
     for i in range(len(parts) - 3, 0, -1):
-        if _PRECISION.match(parts[i].lower()) and parts[i + 2].isdigit():
+        if _PRECISION.match(parts[i].lower()) and re.fullmatch(r"[0-9]{1,7}", parts[i + 2]):
             named = {"version": parts[i - 1], "precision": parts[i].lower(), "model": parts[i + 1].lower()}
             # Releases of 2024 are NeMo 1's: of another program's log the folder's name tells no software.
             software = log.program if log.program and parts[i - 1].startswith("24.") else parts[i - 1]
@@ -124,13 +136,13 @@ def _identified(path: Path, given: Given, log: Log) -> Run:
 
 
 def _log_state(log: Log, max_steps: int | None) -> tuple[str, str | None]:
-    because = f": {redact(log.last_error)}" if log.last_error else ""
+    because = f": {redact(log.last_error)}" if log.last_error and (log.ends_in_error or not log.steps) else ""
     if not log.steps:
         framework = f"; it looks like {log.framework}'s, which is not read" if log.framework else ""
         return "unknown", f"no line with train_step_timing and a step{framework}{because}"
     if log.unreadable_end:
         return "incomplete", f"the log is unreadable after step {log.steps.step[-1]}{because}"
-    if log.reached or (log.done is not None and log.done == log.total):
+    if log.reached or (log.done is not None and log.done == max_steps):
         return "completed", None
     if max_steps is None and not log.ends_in_error:
         return "unknown", None

@@ -21,6 +21,7 @@ DEFAULT_TOLERANCE = 0.05
 
 _LOG_SUFFIXES = (".out", ".log", ".txt", ".err", ".out.gz", ".log.gz", ".txt.gz")
 _DATASET_SUFFIX = "-description.txt"  # Megatron's description of a dataset that it cached
+_RANK = re.compile(r"(?<![a-z])rank[_-]?\d+")
 # The gravest first.
 _GRAVITY = (model.FAIL, model.INVALID, model.UNDECIDED, model.INCOMPLETE, model.NOT_COMPARABLE)
 
@@ -53,8 +54,8 @@ def build_report(
         raise BenchError(f"tolerance={tolerance}: a fraction from 0 to below 1; 0.05 is 5%")
     if not 0 < total_tokens < math.inf:
         raise BenchError(f"total_tokens={total_tokens}: must be a number above 0")
-    names = [reference] if isinstance(reference, str) else reference or ()
-    tables = [references.load(name) for name in (references.names() if reference == "auto" else names)]
+    names = [*reference] if isinstance(reference, (list, tuple)) else [] if reference is None else [reference]
+    tables = [references.load(str(name)) for name in (references.names() if reference == "auto" else names)]
     all_runs, warnings = _load(paths, "runs", given, total_tokens)
     old_runs, old_warnings = _load(baseline, "baseline", given, total_tokens) if baseline else ([], [])
     groups, old_groups = ([*points.gather(side, tables, tolerance)] for side in (all_runs, old_runs))
@@ -64,7 +65,9 @@ def build_report(
     comparisons, unmatched = comparison.compare(groups, old_groups, tolerance) if baseline else ([], [])
     all_points = tuple(group.point for group in groups)
     values = {point.verdict.value for point in all_points}
-    good = bool(values) and values <= {*model.SUCCESSES} and not any(item.regression for item in comparisons)
+    known = all(run.identity_known for run in all_runs) and all(point.gpu for point in all_points)
+    regressed = any(item.regression for item in comparisons)
+    good = bool(values) and values <= {*model.SUCCESSES} and known and not regressed
     return Report(
         generated_at=record.timestamp(),
         generator=_generator(),
@@ -115,15 +118,22 @@ def _load(paths: Sequence[Path], key: str, given: Given, total_tokens: float) ->
     named = {path.resolve() for path in paths}
     loaded: list[tuple[Path, Run]] = []
     stepless: list[str] = []
+    jobs: dict[Path, list[Path]] = {}  # the logs of one job, a file a rank
     for path in candidates:
+        jobs.setdefault(path.with_name(_RANK.sub("rank", path.name)), []).append(path)
+    first_of: dict[str, Path] = {}
+    for path, *others in jobs.values():
         try:
-            run = runs.load_run(path, total_tokens) if path.is_dir() else load_log(path, given, total_tokens)
+            run = runs.load_run(path, total_tokens) if path.is_dir() else load_log(path, others, given, total_tokens)
         except BenchError as error:
             warnings.append(str(error))
         except OSError as error:
             warnings.append(f"{path}: cannot be read ({error.strerror})")
         else:
-            if run.source == "run folder" or run.steps or (path in named and run.gpus is not None):
+            identity = repr((run.point, run.record, run.steps))
+            if len(run.steps) > 1 and first_of.setdefault(identity, path) != path:
+                warnings.append(f"{path}: has the same steps as {first_of[identity]}: counts once")
+            elif run.source == "run folder" or run.steps or (path in named and run.gpus is not None):
                 loaded.append((path, run))
             elif path in named:
                 warnings.append(f"{path}: {run.why_not_final}")  # nothing tells that it is a run's log

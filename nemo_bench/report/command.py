@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import write_text
+from nemo_bench.flops import Architecture
 from nemo_bench.report import archive, model, page, tables
 from nemo_bench.report.bare_logs import Given
 from nemo_bench.report.build import build_report
@@ -76,9 +78,17 @@ def _given(cfg: ReportConfig) -> Given:
         **chosen,
         gpus=cfg.gpus,
         global_batch_size=cfg.global_batch_size,
-        seq_length=cfg.seq_length or (cfg.model["seq_length"] if chosen["model"] else None),
-        architecture=architecture_of(cfg.model) if chosen["model"] else None,
+        max_steps=cfg.max_steps,
+        seq_length=cfg.model["seq_length"] if cfg.seq_length is None and chosen["model"] else cfg.seq_length,
+        architecture=_architecture(cfg.model) if chosen["model"] else None,
     )
+
+
+def _architecture(sizes: dict[str, Any]) -> Architecture:
+    for size in fields(Architecture):
+        if not isinstance(sizes.get(size.name), int) or not 0 < sizes[size.name] < 10**9:
+            raise BenchError(f"model.{size.name}={sizes.get(size.name)}: must be a whole number above 0")
+    return architecture_of(sizes)
 
 
 def _paths(key: str, value: Any) -> list[Path]:
@@ -89,6 +99,7 @@ def _paths(key: str, value: Any) -> list[Path]:
     for text in map(str, values):
         text = os.path.expanduser(text)
         matches = sorted(glob.glob(text)) if glob.has_magic(text) and not Path(text).exists() else []
+        matches = [match for match in matches if Path(match).is_file() or Path(match).is_dir()] or matches
         paths += [Path(match) for match in matches or [text]]
     return paths
 
@@ -110,4 +121,7 @@ def _failure(report: Report) -> str:
     bad += [f"{each.point}: slower than the baseline" for each in report.comparisons if each.regression]
     if not report.points:
         return "it is not known what was run: name it with model=... precision=... gpus=... gpu=..."
-    return "\n".join([f"{report.verdict}: {len(bad)} of {len(report.points)} points", *(f"  {text}" for text in bad)])
+    bad += [f"{point.name}: GPU not known; name it with gpu=..." for point in report.points if point.gpu is None]
+    bad += [f"{run.name}: not known what was run" for run in report.runs if not run.identity_known]
+    head = "no success" if report.verdict in SUCCESSES else report.verdict
+    return "\n".join([f"{head}: {len(bad)} of {len(report.points)} points", *(f"  {text}" for text in bad)])

@@ -12,6 +12,8 @@ from nemo_bench.report.statistics import ratio_of
 
 KINDS = ("configuration", "packages", "environment", "hardware")
 
+# What a log without a configuration tells of it
+_OF_A_LOG = ("global_batch_size", "seq_length")
 # Another one in every job, and without a word on speed.
 _VOLATILE = re.compile(
     r"^(MASTER_ADDR|MASTER_PORT|RANK|LOCAL_RANK|NODE_RANK|STAGE_PATH|SLURM_(?!CPU|GPU|MEM|NTASKS|NNODES|TRES).*|PMIX?_.*)$"
@@ -76,7 +78,7 @@ def recorded(run: Run) -> dict[str, dict[str, str]]:
     Variables that are other ones in every job (a port, the job's id) are left out: they are no difference.
     """
     return {
-        "configuration": flatten(run.record.config or {}),
+        "configuration": flatten(run.record.config or {key: getattr(run, key) for key in _OF_A_LOG}),
         "packages": _software(run),
         "environment": {key: value for key, value in run.record.environment.items() if not _VOLATILE.match(key)},
         "hardware": _hardware(run),

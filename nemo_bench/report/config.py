@@ -32,6 +32,7 @@ class ReportConfig:
     gpus: int | None = None
     global_batch_size: int | None = None
     seq_length: int | None = None
+    max_steps: int | None = None
 
 
 ConfigStore.instance().store(name="report_schema", node=ReportConfig)
@@ -46,11 +47,11 @@ _PATHS = ("runs", "baseline", "output", "archive", "reference")
 
 def quoted(arguments: list[str]) -> list[str]:
     """Return the command line with its paths in Hydra's quotes; a plain path, `job.out`, means `runs=job.out`."""
-    plain, others = [], []
+    plain, options, others = [], [], []
     for i, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
-        if i and arguments[i - 1] in _TAKES_A_VALUE:
-            others.append(argument)
+        if argument.startswith("-") or (i and arguments[i - 1] in _TAKES_A_VALUE):
+            options.append(argument)
         elif (
             equals
             and key in _PATHS
@@ -60,13 +61,13 @@ def quoted(arguments: list[str]) -> list[str]:
         ):
             # A list without brackets is Hydra's to refuse.
             others.append(argument if "," in value and not Path(value).exists() else f"{key}={_quote(value)}")
-        elif argument.startswith(("-", "+", "~")) or (
+        elif argument.startswith(("+", "~")) or (
             equals and re.fullmatch(r"[\w.@/]+", key) and not Path(argument).exists()
         ):
             others.append(argument)
         else:
             plain.append(argument)
-    return [*([f"runs=[{','.join(map(_quote, plain))}]"] if plain else []), *others]
+    return [*options, *([f"runs=[{','.join(map(_quote, plain))}]"] if plain else []), *others]
 
 
 def _quote(path: str) -> str:

@@ -92,7 +92,7 @@ ARGUMENT = re.compile(
     r"|seq_length|fp8) \.{3,} (\w+)"
 )
 PROCESSES = re.compile(r"Starting with (\d{1,7}) processes")
-GPU = re.compile(r"NVIDIA (?:A|B|GB|GH|H)\d{2,3}\b(?:[ -]\w+)*")
+GPU = re.compile(r"(?:GPU \d+: |\|\s+\d+\s+)(NVIDIA [\w -]*?)(?: \(UUID|\s{2,})")  # as nvidia-smi lists them
 # "3: ", "[rank3]: ", torchrun's "[default3]:", and NeMo-Run's "llama/0 [default3]:" with the node's number before it
 LABEL = re.compile(
     r"\s*(?:\S*/(?P<node>\d{1,6}) +)?(?:(\d{1,6}):\s|\[?rank[ :]?(\d{1,6})\]?:|\[default(\d{1,6})\]:)\s*"
@@ -102,7 +102,7 @@ ALL_TIMES = re.compile(rf"train_step_timing in s: \[({_NUMBER}(?:, {_NUMBER})*)\
 STRAGGLER = re.compile(r"StragglerId\(rank=(\d{1,6})\b")
 REACHED = re.compile(r"`?Trainer\.fit`? stopped: `?max_(steps|epochs)=(\d{1,12})`? reached|\[after training is done\]")
 ERROR = re.compile(
-    r"^.*(?:CANCELLED|DUE TO|Killed|OutOfMemory|[A-Za-z]Error\b|srun: error|Segmentation fault).*$", re.M
+    r"^(?!.*Warning).*(?:CANCELLED|DUE TO|Killed|OutOfMemory|[A-Za-z]Error\b|srun: error|Segmentation fault).*$", re.M
 )
 OTHER_FRAMEWORKS = {
     "Hugging Face Trainer": re.compile(r"\{'loss': [\d.]+, .*'epoch': "),

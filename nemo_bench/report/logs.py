@@ -26,7 +26,7 @@ BLOCK_BYTES = 1 << 18  # stays in a core's cache
 _TAIL_BYTES = 1 << 20
 # A "line" longer than this is no text: only its end is looked at.
 _MAX_LINE_BYTES = 1 << 16
-_MAX_STEP_NUMBER = 10**9
+MAX_STEP_NUMBER = 10**9
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
@@ -70,7 +70,7 @@ def read_log(path: Path) -> Log:
     openers = [opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)]
     with (openers or [open])[0](path, "rb") as file:
         try:
-            while block := file.read(BLOCK_BYTES):
+            while block := file.read1(BLOCK_BYTES):  # what is there of compressed data that ends early
                 head = head if len(head) > _TAIL_BYTES else head + block
                 tail = (tail + block)[-_TAIL_BYTES:]
                 block = (rest + block).replace(b"\r", b"\n")
@@ -98,7 +98,7 @@ class _Rank:
         self.samples: tuple[int, int] | None = None  # the last step, and the samples consumed with it
         self.batches: dict[int, int] = {}  # step -> its global batch size
         self.rates: dict[str, list[float]] = {}
-        self.samples_a_step: int | None = None  # where that is not the printed batch
+        self.growth: list[int] = []  # of the samples consumed, a step, where a batch is printed too
 
     def add(self, step: int, time_s: float, fields: dict[str, str], *, redrawn: bool = False) -> None:
         """Take in one step; `redrawn` by a bar, which may have shown the values of the step before."""
@@ -129,7 +129,7 @@ class _Rank:
             if before < step and (self.samples or not step):
                 size, rest = divmod(samples - consumed, step - before)
                 if size > 0 and not rest:
-                    self.samples_a_step = size if batch not in (None, size) else self.samples_a_step
+                    self.growth += [size] if batch else []
                     batch = batch or size
             self.samples = step, samples
         if batch:
@@ -262,7 +262,7 @@ class _Reader:
             number = progress[0] - ((1 if self.bar_offset is None else self.bar_offset) if bar else 0)
         else:
             return None
-        if not (0 <= number <= _MAX_STEP_NUMBER) or number != int(number):
+        if not (0 <= number <= MAX_STEP_NUMBER) or number != int(number):
             return None
         if bar and progress:
             # The smaller one: it is drawn ahead, too, with the values of the step before.
@@ -291,7 +291,10 @@ class _Reader:
             log.highest_rank = max(log.rank_times_s)
             rank.wait_for(self.ranks[label] for label in labels)
         log.steps, log.repeated, log.several = rank.steps, rank.repeated, rank.several
-        log.global_batch_size, log.samples_a_step = rank.mark_other_batches(), rank.samples_a_step
+        log.global_batch_size = rank.mark_other_batches()
+        if rank.growth:
+            usual = statistics.mode(reversed(rank.growth[len(rank.growth) // 2 :]))
+            log.samples_a_step = usual if usual != log.global_batch_size else None
         log.rates = {name: statistics.median(values) for name, values in rank.rates.items()}
         if self.bridge and any(tflops for _, tflops in self.bridge):
             log.rates.setdefault("tflops_per_gpu", statistics.median(tflops for _, tflops in self.bridge))
@@ -308,11 +311,10 @@ class _Reader:
         if self.bridge:
             self.log.program = "Megatron-Bridge"
         self.log.printed = dict(formats.ARGUMENT.findall(head))
-        processes, gpu = formats.PROCESSES.search(head), formats.GPU.search(head)
-        if processes:
+        if processes := formats.PROCESSES.search(head):
             self.log.printed["world_size"] = processes[1]
-        if gpu:
-            self.log.printed["gpu"] = gpu[0]
+        if gpus := formats.GPU.findall(head):
+            self.log.printed["gpu"] = ", ".join(dict.fromkeys(gpus))
 
     def _read_progress(self, rank: _Rank) -> None:
         """Note how far the run came."""

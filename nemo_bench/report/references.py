@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nemo_bench.errors import BenchError
+from nemo_bench.files import plain_yaml
 from nemo_bench.flops import Architecture
 
 _FOLDER = Path(__file__).parent / "published"
@@ -100,7 +103,8 @@ def load(name: str) -> Reference:
                 f"  valid: auto, {', '.join(names())}, null, or a YAML file of the form of {_FOLDER}/{names()[0]}.yaml"
             )
     try:
-        table = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Reference), OmegaConf.load(path)))
+        content = OmegaConf.create(plain_yaml(path))
+        table = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Reference), content))
         assert isinstance(table, Reference)
         table.name = path.stem
         for point in table.points:
@@ -120,9 +124,13 @@ def _complete(point: ReferencePoint, table: Reference) -> None:
             setattr(point, key, getattr(table, key))
     layers = {"num_layers": point.layout["layers"]} if "layers" in point.layout else {}
     point.architecture = {**table.architecture[point.model], **point.architecture, **layers}
+    steps = re.fullmatch(r"mean of steps (\d+) to (\d+)", point.statistic)
+    if point.statistic not in ("last step", "mean") and not (steps and 1 <= int(steps[1]) <= int(steps[2])):
+        raise ValueError(f"statistic: {point.statistic}; valid: last step, mean, mean of steps 11 to 44")
+    numbers = [*point.layout.values(), point.gpus, point.global_batch_size, point.seq_length, point.step_time_s]
+    if not all(0 < number < math.inf for number in numbers):
+        raise ValueError(f"{point.model} {point.precision} {point.gpus}: every number must be positive and finite")
     sizes = {size.name for size in fields(Architecture)}
-    if point.architecture.keys() != sizes or not (point.gpu and point.seq_length > 0 and point.step_time_s > 0):
-        raise ValueError(
-            f"{point.model} {point.precision} {point.gpus}: needs gpu, seq_length, a positive step_time_s, and as "
-            f"architecture {', '.join(sorted(sizes))}"
-        )
+    if point.architecture.keys() != sizes or not point.gpu:
+        needed = f"needs gpu, and as architecture {', '.join(sorted(sizes))}"
+        raise ValueError(f"{point.model} {point.precision} {point.gpus}: {needed}")

@@ -41,8 +41,6 @@ def of_runs(runs: Sequence[Run]) -> list[str]:
 
 def _of_run(run: Run) -> Iterator[str]:
     yield from run.remarks
-    if run.state == "unknown":
-        yield "whether its log is complete is not known"
     if run.source == "run folder" and run.gpu not in (None, "cpu") and run.gpu_reported is None:
         yield f"no driver names its GPU, which is {run.gpu} by its configuration"
     times = run.times
@@ -53,7 +51,8 @@ def _of_run(run: Run) -> Iterator[str]:
             yield f"steps left out: {', '.join(f'{number} ({reason})' for reason, number in pauses.items())}"
         if times.excluded.get("restart"):
             yield "the run was restarted"
-        if abs(times.drift) > _DRIFT:
+        noise = 2 * times.mean.margin / times.mean_s if times.mean else 1.0
+        if abs(times.drift) > max(_DRIFT, noise):
             yield f"steps became {abs(times.drift):.1%} {'slower' if times.drift > 0 else 'faster'} during the run"
         if times.spread > _SPREAD:
             yield f"steps spread by {times.spread:.0%} of their median (5% to 95% quantile)"

@@ -14,6 +14,7 @@ import yaml
 
 from nemo_bench import flops
 from nemo_bench.errors import BenchError
+from nemo_bench.files import plain_yaml
 from nemo_bench.project import PROJECT
 from nemo_bench.record.first_error import by_number
 from nemo_bench.record.folder import CONFIG, EVENTS, PROFILE, STEPS, RunFolder, Status, read_lines
@@ -21,7 +22,7 @@ from nemo_bench.record.node import NODE, kept_environment
 from nemo_bench.record.redaction import redact, redact_values
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report import ranks, remarks
-from nemo_bench.report.logs import Log, read_log
+from nemo_bench.report.logs import MAX_STEP_NUMBER, Log, read_log
 from nemo_bench.report.model import Record, Run
 from nemo_bench.report.numbers import LAST_LOSSES, counted, numbers_at
 from nemo_bench.report.statistics import CHECKPOINT, MIN_STEADY_STEPS, VALIDATION, Steps, step_times
@@ -42,8 +43,7 @@ _SHORT = {
 # Share of its time that rank 0 waited for a core, beyond which its steps tell of the machine's load.
 LOADED = 0.25
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
+_STATES = ("submitted", "running", "completed", "failed", "killed", "interrupted")
 _DAMAGE = (ValueError, KeyError, TypeError, OverflowError)
 
 
@@ -78,7 +78,7 @@ def load_run(run_dir: Path, total_tokens: float | None = None) -> Run:
     Raises:
         BenchError: config.yaml or run.json is missing or damaged.
     """
-    if odd := [path.name for path in run_dir.iterdir() if not path.is_file() and not path.is_dir()]:
+    if odd := [path.name for path in run_dir.iterdir() if path.exists() and not path.is_file() and not path.is_dir()]:
         raise BenchError(f"{run_dir}: the record cannot be read ({', '.join(odd)}: neither a file nor a folder)")
     try:
         return _load(RunFolder(run_dir), total_tokens)
@@ -149,10 +149,7 @@ def _averaged(config: dict[str, Any]) -> list[str]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    text = path.read_text()
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _Loader)):
-        raise ValueError(f"{CONFIG} has aliases, which train.py never writes: they can grow without bound")
-    config = yaml.load(text, _Loader)
+    config = yaml.load(plain_yaml(path), _Loader)
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} holds no configuration")
     return config
@@ -233,6 +230,8 @@ def _recorded_steps(
             loss, norm = (None if row.get(key) is None else float(row[key]) for key in ("loss", "grad_norm"))
             step, time_s = int(row["step"]), float(row["train_step_timing_s"])
             peak_gib = max(peak_gib, float(row.get("peak_memory_gib", 0)))
+            if not 0 <= step < MAX_STEP_NUMBER:
+                raise ValueError("no step")
         except _DAMAGE:
             damaged += 1
             continue
@@ -287,6 +286,8 @@ def _state(
 ) -> tuple[str, str | None]:
     """Return the run's state, and why its steps are not all there; an end after the last step is only worth a word."""
     state = status.state
+    if state not in _STATES:
+        raise ValueError(f"unknown state {state}")
     if state in ("submitted", "running") and events and events[-1].get("event") == "done":
         state = "completed"  # rank 0 saw the end of training; who started it has not written so, or cannot
     done = steps.last + 1
@@ -344,7 +345,7 @@ def contradiction(run: Run, log: Log) -> str | None:
         return f"gpus={run.gpus} is given, and the log has lines of rank {log.highest_rank}"
     if log.samples_a_step:
         return f"the log prints a batch of {log.global_batch_size}, and consumes {log.samples_a_step} samples a step"
-    if run.precision and "fp8" in theirs and ("fp8" in run.precision) != (theirs["fp8"] != "None"):
+    if run.precision and "fp8" in theirs and ("fp8" in run.precision) != (theirs["fp8"] not in ("None", "False")):
         return f"precision={run.precision} is given, and the log has fp8 {theirs['fp8']}"
     if (
         run.architecture
@@ -376,10 +377,6 @@ def log_warnings(log: Log) -> list[str]:
         (log.repeated, f"{log.repeated} steps were done again after a restart; the later ones count"),
         (log.several, f"{log.several} times a step has another time: several ranks in one log; the slowest counts"),
         (batches, f"{batches} steps have another global batch size than {log.global_batch_size}, and are left out"),
-        (
-            number and log.total is None and not log.reached,
-            "the log does not say how many steps were meant: whether it is complete is not known",
-        ),
         (stride > 1, f"one line every {stride:g} steps: it prints the mean of their times"),
     ]
     return [text for applies, text in texts if applies]

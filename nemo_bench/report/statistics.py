@@ -109,7 +109,7 @@ class StepTimes:
     warmup_steps: int  # leading ones left out
     unsteady_steps: int  # leading ones slower than the rest; as many as warmup_steps, unless too many for a warm-up
     excluded: dict[str, int]  # others left out: reason -> number of steps
-    drift: float  # median of the second half over that of the first, less 1: 0.02 is a run that became 2% slower
+    drift: float  # mean of the second half over that of the first, less 1: 0.02 is a run that became 2% slower
     mean: Mean | None  # with its error, by batches of steps; None of a single step
 
     @property
@@ -182,7 +182,7 @@ def step_times(steps: Steps) -> StepTimes | None:
     reasons = [why for why in steps.excluded if why not in (None, NO_TIME)]
     half = len(counted) // 2
     return StepTimes(
-        last_s=timed[-1],
+        last_s=[time for time, why in zip(steps.time_s, steps.excluded) if why not in (NO_TIME, OTHER_BATCH)][-1],
         median_s=statistics.median(counted),
         mean_s=statistics.fmean(counted),
         p5_s=twentieths[0],
@@ -193,7 +193,7 @@ def step_times(steps: Steps) -> StepTimes | None:
         warmup_steps=reasons.count(WARM_UP),
         unsteady_steps=unsteady_steps,
         excluded={why: reasons.count(why) for why in sorted({*reasons} - {WARM_UP}) if why},
-        drift=statistics.median(counted[half:]) / statistics.median(counted[:half]) - 1 if half else 0.0,
+        drift=statistics.fmean(counted[half:]) / statistics.fmean(counted[:half]) - 1 if half else 0.0,
         mean=mean_of_steps(counted),
     )
 

@@ -209,9 +209,10 @@ def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
     row: dict[str, object] = {
         "run": run.name,
         "point": point.name if point else None,
-        "verdict": verdict.value if verdict else None,
+        "verdict": verdict.text if verdict else None,
         "why": verdict.why if verdict else None,
         "differences": "; ".join(verdict.differences) if verdict else None,
+        "remarks": "; ".join(verdict.remarks) if verdict else None,
         "final": run.final,
         **{name: getattr(run, name) for name in _OF_A_RUN},
         **run.layout,

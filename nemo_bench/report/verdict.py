@@ -72,8 +72,8 @@ def differences(run: Run, row: ReferencePoint) -> list[str]:
 
 
 def _other_software(run: Run, row: ReferencePoint) -> bool:
-    if run.container and row.container:
-        return run.container != row.container
+    if run.software == row.software or (run.container and run.container == row.container):
+        return False
     if run.source == "log" and run.software in row.recipes:
         return False
     return run.software != row.software and (run.software is not None or run.source == "run folder")
@@ -91,14 +91,21 @@ def published(run: Run, references: Sequence[Reference]) -> ReferencePoint | Non
     Of several: one that it is comparable with, of its own software and layout, of its software, of what its program
     stands for, of its layout, of the first table.
     """
-    wanted = (run.model, run.precision, run.gpus)
-    rows = [row for table in references for row in table.points if (row.model, row.precision, row.gpus) == wanted]
+    sizes = {name: getattr(run.architecture, name, None) for name in _SIZES}
+    rows = [
+        row
+        for table in references
+        for row in table.points
+        if (row.precision, row.gpus) == (run.precision, run.gpus)
+        and (row.model == run.model or all(row.architecture[name] == size for name, size in sizes.items()))
+    ]
 
-    def likeness(row: ReferencePoint) -> tuple[int, bool, bool, bool, bool]:
+    def likeness(row: ReferencePoint) -> tuple[int, bool, bool, bool, bool, bool]:
         agreeing = sum(change.before == change.after for change in must_agree(run, row))
         software = not _other_software(run, row)
         same_layout = all(run.layout.get(key) == size for key, size in row.layout.items() if key != "layers")
-        return agreeing, software and same_layout, software, run.entrypoint == row.entrypoint, same_layout
+        named = run.version in (row.software, *row.recipes)
+        return agreeing, software and same_layout, software, run.entrypoint == row.entrypoint, named, same_layout
 
     return max(rows, key=likeness, default=None)
 
@@ -118,14 +125,16 @@ def judge(point: Point, runs: Sequence[Run], references: Sequence[Reference], to
             remarks=(*verdict.remarks, *choice, *row.notes),
         )
     if not final:
-        reasons = "; ".join(dict.fromkeys(run.why_not_final or "its batch or sequence is not known" for run in runs))
+        unknown = "global_batch_size or seq_length is not known: name it with global_batch_size=... or seq_length=..."
+        reasons = "; ".join(dict.fromkeys(run.why_not_final or unknown for run in runs))
         if any(run.invalid for run in runs):
             return replace(verdict, value=model.INVALID, why=f"no valid run: {reasons}")
         return replace(verdict, value=model.INCOMPLETE, why=f"no finished run: {reasons}")
     if row is None:
         return verdict
     if obstacles := _obstacles(verdict.must_agree):
-        return replace(verdict, value=model.NOT_COMPARABLE, why=f"another run than the published: {obstacles}")
+        why = f"another run than the published, of {row.step_time_s:g} s: {obstacles}"
+        return replace(verdict, value=model.NOT_COMPARABLE, why=why)
     return _judged(verdict, point, final, row, tolerance)
 
 
@@ -205,6 +214,8 @@ def _doubts(tolerance: float, point: Point, final: Sequence[Run], row: Reference
     if mean_s > (1 + tolerance) * point.median_s:
         doubts.append(f"the mean exceeds the median by {mean_s / point.median_s - 1:.0%}")
     starts = [(times.unsteady_steps, times.steps) for run in final if (times := run.times)]
+    if any(run.state == "unknown" for run in final):
+        doubts.append("the log does not say how many steps were meant; max_steps=... does")
     left_out = [(_disturbed(run), len(run.steps)) for run in final]
     if many := [pair for pair in left_out if pair[0] > LONGEST_WARM_UP * pair[1]]:
         doubts.append(f"{many[0][0]} of {many[0][1]} steps are left out")

@@ -100,16 +100,26 @@ OUT_OF_MEMORY, REACHED = (
     ("text", "given_", "verdict", "words"),
     [
         # whether it came to its end
-        (UNKNOWN, H100, "PASS", "whether its log is complete is not known"),
+        (UNKNOWN, H100, "UNDECIDED", "does not say how many steps were meant"),
+        (UNKNOWN, replace(H100, max_steps=50), "PASS", ""),
+        (UNKNOWN, replace(H100, max_steps=100), "INCOMPLETE", "step 50 of 100"),
         (UNKNOWN + OUT_OF_MEMORY, H100, "INCOMPLETE", "torch.OutOfMemoryError"),
         (WHOLE + REACHED + HALF + OUT_OF_MEMORY, H100, "INCOMPLETE", "step 25 of 50"),
         # what it prints of itself against its path and the command line
-        ("num_layers ............ 40\n" + lines(WHOLE, "Megatron-LM"), H100, "INVALID", "num_layers=80 is given"),
+        ("num_layers ............ 40\n" + WHOLE, H100, "NOT COMPARABLE", "num_layers=40, published 80"),
         ("world_size ............ 64\n" + lines(WHOLE, "Megatron-LM"), H100, "PASS", "software: Megatron-LM"),
         ("fp8 ............ None\n" + WHOLE, H100, "INVALID", "precision=fp8 is given, and the log has fp8 None"),
         ("Starting with 8 processes\n" + WHOLE, H100, "INVALID", "gpus=64 is given, and the log has 8"),
-        ("0  NVIDIA A100-SXM4-80GB  On |\n" + WHOLE, H100, "NOT COMPARABLE", "gpu=NVIDIA A100-SXM4-80GB"),
-        ("0  NVIDIA H100 80GB HBM3  On |\n" + WHOLE, H100, "PASS", ""),
+        ("|  0  NVIDIA A100-SXM4-80GB  On |\n" + WHOLE, H100, "NOT COMPARABLE", "gpu=NVIDIA A100-SXM4-80GB"),
+        ("|  0  NVIDIA H100 80GB HBM3  On |\nFP8 needs at least NVIDIA H100 GPUs\n" + WHOLE, H100, "PASS", ""),
+        (
+            "GPU 0: NVIDIA H100 80GB HBM3 (UUID: x)\nGPU 1: NVIDIA A100-SXM4-80GB (UUID: y)\n" + WHOLE,
+            H100,
+            "NOT COMPARABLE",
+            "A100",
+        ),
+        ("seq_length ............ 4096\n" + WHOLE, H100, "NOT COMPARABLE", "seq_length=4096, published 8192"),
+        ("seq_length ............ 4096\n" + WHOLE, replace(H100, seq_length=8192), "INVALID", "the log has 4096"),
         ("".join(f"127: {line}\n0: {line}\n" for line in WHOLE.splitlines()), H100, "INVALID", "lines of rank 127"),
         (WHOLE, replace(H100, model="8b"), "NOT COMPARABLE", "model=8b is given, and its path says 70b"),
         (lines(WHOLE), H100, "PASS", "software: NeMo 2, published with 24.09"),
@@ -141,6 +151,17 @@ def test_what_misleads_in_a_log(tmp_path: Path, text: str, given_: Given, verdic
     report, point = judged(tmp_path, text, given_)
     assert point.verdict.value == verdict, point.verdict.line
     assert words in f"{point.verdict.line} {point.verdict.remarks} {report.runs[0].warnings}"
+
+
+def test_the_files_of_one_jobs_ranks_are_one_run_and_a_copy_counts_once(tmp_path: Path) -> None:
+    for rank in range(4):
+        write(tmp_path, log_text([12.5 if rank == 3 else 11.0] * 50), name=f"rank{rank}")
+    report = build_report([tmp_path], given=H100)
+    assert [(len(point.runs), point.verdict.value) for point in report.points] == [(1, "FAIL")]
+    write(tmp_path / "other", log_text([11.0] * 50), name="a")
+    write(tmp_path / "other", log_text([11.0] * 50), name="b")
+    report = build_report([tmp_path / "other"], given=H100)
+    assert len(report.runs) == 1 and "counts once" in report.warnings[0]
 
 
 def test_steps_of_a_batch_ramp_up_do_not_count(tmp_path: Path) -> None:

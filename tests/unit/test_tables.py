@@ -37,7 +37,7 @@ def test_all_outputs_tell_the_same_story(report: Report) -> None:
     in_json = {point["name"]: point for point in json.loads(model.to_json(report))["points"]}
     for point in report.points:
         verdict, row, as_json = point.verdict, rows[point.name], in_json[point.name]["verdict"]
-        assert row["verdict"] == verdict.value == as_json["value"]
+        assert row["verdict"] == verdict.text and verdict.value == as_json["value"]
         assert row["differences"] == "; ".join(verdict.differences) == "; ".join(as_json["differences"])
         if verdict.value == model.NO_REFERENCE:
             continue
