@@ -253,12 +253,3 @@ def layer_shape(cfg: TrainConfig) -> LayerShape:
         precision="bf16" if p.fp8 is None else "fp8" if p.fp8_recipe == "delayed" else "fp8_tensorwise",
         sequences=m.micro_batch_size,
     )
-
-
-def leave_one_out(rates: Rates) -> dict[LayerShape, float]:
-    """Return the error of interpolation at each measured shape, from the others: 0.02 is 2% too slow."""
-    errors = {}
-    for left_out in rates.layers:
-        others = [other for other in rates.layers if other is not left_out]
-        errors[left_out.shape] = interpolated(others, left_out.shape).total_ms / left_out.total_ms - 1
-    return errors

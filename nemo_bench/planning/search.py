@@ -39,7 +39,9 @@ def search(cfg: TrainConfig, calibration: Calibration | None = None) -> list[Fou
     """
     fitting = [candidate for candidate in _candidates(cfg) if _works(candidate)]
     if not fitting:
-        raise BenchError(f"no layout of {cfg.model.name} fits {cfg.world_size} x {cfg.gpu.name}: use more GPUs")
+        raise BenchError(
+            f"no layout of {cfg.model.name} works on {cfg.world_size} x {cfg.gpu.name}: use another number"
+        )
     fitting.sort(key=bound_s)
     answers = [answer_of(candidate, calibration) for candidate in fitting[:_SIMULATED]]
     fastest: dict[str, Found] = {}  # of each layout

@@ -84,7 +84,7 @@ def test_files_hold_the_estimate_and_the_schedule(estimate: Estimate, tmp_path: 
         (("serch",), "serch: not a verb of this command; its verbs: search"),
         (("scale=64gpu", "model.num_layers=81"), "must be a multiple of 20"),
         (("model.tensor_parallel_size=2",), "did you mean: model.tensor_model_parallel_size"),
-        (("search", "scale=1gpu"), "no layout of 70b fits 1 x h100"),
+        (("search", "scale=1gpu"), "no layout of 70b works on 1 x h100"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
