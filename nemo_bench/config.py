@@ -45,6 +45,8 @@ class OptimConfig:
     use_distributed_optimizer: bool = True  # shard optimizer state over the data-parallel ranks
     overlap_grad_reduce: bool = True  # reduce gradients while the backward pass goes on
     overlap_param_gather: bool = True  # gather parameters while the next forward pass goes on
+    # Gather the first chunk's parameters while the optimizer works on the others; null: where NVIDIA does so
+    overlap_param_gather_with_optimizer_step: bool | None = kernel(None)
     grad_reduce_in_fp32: bool = False  # the recipe reduces gradients in bf16
     use_precision_aware_optimizer: bool | None = kernel(None)  # null: see TrainConfig.precision_aware_optimizer
     store_param_remainders: bool = False  # with it: of a main weight only the 16 bits that the bf16 parameter lacks
@@ -92,6 +94,10 @@ class ModelConfig:
     gradient_accumulation_fusion: bool = kernel(True)  # the weight gradient's product adds to the step's gradient
     # communication and the pipeline
     defer_embedding_wgrad_compute: bool | None = None  # null: see TrainConfig.defers_embedding_wgrad
+    # The embedding, or the loss, stands in the place of a layer on its stage: 126 layers on 8 stages of 8 chunks.
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
+    pipeline_model_parallel_layout: str | None = None  # every layer's chunk, in Megatron's grammar: "Et*2|(t*2|)*3,tL"
     wgrad_deferral_limit: int = number(22, least=0, most=2**24)  # micro-batches deferred at most; 0: all
     tp_comm_overlap: bool = kernel(False)  # tensor-parallel communication under the matrix products (user buffers)
     tp_comm_overlap_cfg: str | None = "auto"  # NeMo's table of user buffers; auto: by sizes; null: the defaults
@@ -113,7 +119,8 @@ class PrecisionConfig:
     name: str = MISSING  # fp32, bf16 or fp8
     trainer_precision: str = choice(MISSING, "32", "bf16-mixed")  # Lightning's words
     fp8: str | None = choice(None, "hybrid", "e4m3")  # Transformer Engine's; hybrid: e4m3 forward, e5m2 backward
-    fp8_recipe: str = choice("delayed", "tensorwise", "blockwise")  # scaling factors
+    fp8_recipe: str = choice("delayed", "tensorwise", "blockwise", "mxfp8")  # scaling factors
+    fp4: str | None = choice(None, "e2m1")  # matrix products in NVFP4, in place of fp8
     fp8_margin: int = number(0, least=0, most=64)
     fp8_amax_history_len: int = number(1024, least=1, most=2**20)
     fp8_amax_compute_algo: str = choice("max", "most_recent")
@@ -313,6 +320,15 @@ class TrainConfig:
         if o.use_precision_aware_optimizer is not None:
             return o.use_precision_aware_optimizer
         return self.gpu.device == "cuda" and o.use_distributed_optimizer and not self.precision.fp8_param_gather
+
+    @property
+    def gathers_with_optimizer_step(self) -> bool:
+        """Whether parameters are gathered during the optimizer's step (`overlap_param_gather_with_optimizer_step`)."""
+        o, wanted = self.model.optim, self.model.optim.overlap_param_gather_with_optimizer_step
+        chunks = self.model.virtual_pipeline_model_parallel_size or 1
+        possible = o.overlap_param_gather and chunks > 1 and self.checkpoint.every_n_steps is None
+        usual = possible and self.gpu.device == "cuda" and self.data_parallel_size > 1
+        return usual if wanted is None else wanted
 
     @property
     def architecture(self) -> Architecture:

@@ -10,10 +10,10 @@ Not included: what CUDA, cuDNN and NCCL take outside of PyTorch, workspaces, fra
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from nemo_bench.config import TrainConfig
+from nemo_bench.pipeline import layers_of_stage
 
 GIB = 1 << 30
 
@@ -47,7 +47,7 @@ def _stage(cfg: TrainConfig, stage: int) -> MemoryEstimate:
     m = cfg.model
     tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
     h, key_values = m.hidden_size, m.num_query_groups / m.num_attention_heads
-    layers = math.ceil(m.num_layers / pp)
+    layers = layers_of_stage(m, stage)
     last = stage == pp - 1
     matrices = layers * (h * h * (2 + 2 * key_values) + 3 * h * m.ffn_hidden_size) / tp
     embedding = cfg.padded_vocab_size * h / tp
@@ -72,7 +72,8 @@ def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, floa
     gradient = 4 if o.grad_reduce_in_fp32 else 2
     in_fp8 = matrix and p.fp8 is not None
     # In fp8 a weight is kept twice, as it is and transposed, next to its bf16 form unless the parameter itself is fp8.
-    weight = (2 if not in_fp8 or not p.fp8_param_gather else 0) + (2 if in_fp8 else 0)
+    in_fp4 = matrix and p.fp4 is not None  # 4 bits and a scaling factor for each block, twice as well
+    weight = (2 if not in_fp8 or not p.fp8_param_gather else 0) + (2 if in_fp8 else 1.125 if in_fp4 else 0)
     main, step = 4, 0 if o.grad_reduce_in_fp32 else 4  # the step reads gradients in fp32
     moments = sum(4 if dtype == "fp32" else 2 for dtype in (o.exp_avg_dtype, o.exp_avg_sq_dtype))
     if cfg.precision_aware_optimizer and (p.fp8 is None or p.fp8_recipe == "delayed"):
@@ -91,7 +92,9 @@ def _activations(cfg: TrainConfig, stage: int, layers: int) -> float:
     h, f, kv = m.hidden_size, m.ffn_hidden_size, m.num_query_groups / m.num_attention_heads
     tokens = m.seq_length / m.context_parallel_size * m.micro_batch_size
     size = 2 if cfg.precision.trainer_precision == "bf16-mixed" else 4
-    product = 1 if cfg.precision.fp8 else size  # a matrix product keeps its input in its own format
+    product = (
+        1 if cfg.precision.fp8 or cfg.precision.fp4 else size
+    )  # a matrix product keeps its input in its own format
     # Both norms' inputs and the products' inputs behind them: whole on every GPU without sequence parallelism.
     outside = tokens * 2 * h * (size + product) / (tp if m.sequence_parallel else 1)
     attention = (1 + 2 * kv) * size + size + (product if cfg.precision.fp8 else 0)  # q, k, v; its output, and in fp8

@@ -14,9 +14,11 @@ from nemo_bench.config import TrainConfig
 from nemo_bench.data.split import split_shares
 from nemo_bench.errors import Need, Problem, text_of, value_of
 from nemo_bench.fields import field_problems, settings
+from nemo_bench.pipeline import chunks_of
 
 # Sizes of Transformer Engine's fp8 matrix products must be multiples of this.
 FP8_ALIGNMENT = 16
+MX_ALIGNMENT = 32  # with a scaling factor for each block
 _CONFLICTS = [
     (re.findall(r"(\S+?)(!?=)(\S+)", conflict["when"]), conflict["why"], conflict["fix"])
     for conflict in yaml.safe_load(Path(__file__).with_name("conflicts.yaml").read_text())
@@ -64,7 +66,7 @@ def _divisors(value: int, of: int) -> str:
 def _layout(cfg: TrainConfig, need: Need) -> None:
     m, gpus, per_model = cfg.model, cfg.world_size, cfg.model_parallel_size
     tp, pp, cp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size
-    vp, key = m.virtual_pipeline_model_parallel_size, "model.{}_model_parallel_size".format
+    key = "model.{}_model_parallel_size".format
     need(
         gpus % per_model == 0,
         f"{key('tensor')} * {key('pipeline')} * model.context_parallel_size",
@@ -72,9 +74,7 @@ def _layout(cfg: TrainConfig, need: Need) -> None:
         f"{_divisors(per_model, gpus)}; or a scale with a multiple of {per_model} GPUs",
         value=f"{tp} * {pp} * {cp} = {per_model}",
     )
-    virtual = f" * {key('virtual_pipeline')}={vp}" if vp else ""
-    why = f"the pipeline's chunks are equal ({key('pipeline')}={pp}{virtual})"
-    _need_multiple(need, "model.num_layers", pp * (vp or 1), why)
+    _pipeline(cfg, need)
     for name, total in (("num_attention_heads", "hidden_size"), ("num_query_groups", "num_attention_heads")):
         part, whole = getattr(m, name), getattr(m, total)
         need(whole % part == 0, f"model.{name}", f"must divide model.{total}={whole}", _divisors(part, whole))
@@ -89,6 +89,25 @@ def _layout(cfg: TrainConfig, need: Need) -> None:
     elif m.sequence_parallel and not uneven:
         why = f"model.context_parallel_size * {key('tensor')}, with model.sequence_parallel=true"
         _need_multiple(need, "model.seq_length", cp * tp, why, works=slices * tp)
+
+
+def _pipeline(cfg: TrainConfig, need: Need) -> None:
+    m, pp, vp = cfg.model, cfg.model.pipeline_model_parallel_size, cfg.model.virtual_pipeline_model_parallel_size
+    chunks, own = pp * (vp or 1), m.account_for_embedding_in_pipeline_split + m.account_for_loss_in_pipeline_split
+    stages = f"model.pipeline_model_parallel_size={pp}"
+    stages += f" * model.virtual_pipeline_model_parallel_size={vp}" if vp else ""
+    if m.pipeline_model_parallel_layout is not None:
+        parts = chunks_of(m.pipeline_model_parallel_layout)
+        fits = len(parts) == chunks and "".join(parts) == "E" + "t" * m.num_layers + "L"
+        rule = f"must be E, model.num_layers={m.num_layers} times t, and L, in {chunks} chunks divided by | ({stages})"
+        need(fits, "model.pipeline_model_parallel_layout", rule, "null lays them out equally")
+    elif own:
+        fits, below = (m.num_layers + own) % chunks == 0, (m.num_layers + own) // chunks * chunks - own
+        rule = f"and {own} for the embedding and the loss must be a multiple of {chunks} ({stages})"
+        fix = f"nearest that work: {f'{below}, ' if below > 0 else ''}{below + chunks}"
+        need(fits, "model.num_layers", rule, fix)
+    else:
+        _need_multiple(need, "model.num_layers", chunks, f"the pipeline's chunks are equal ({stages})")
 
 
 def _batch(cfg: TrainConfig, need: Need) -> None:
@@ -129,25 +148,28 @@ def _fp8(cfg: TrainConfig, need: Need) -> None:
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         rule = f"is more than the {layers} layers of {holder}"
         need(getattr(p, name) <= layers, f"precision.{name}", rule, f"nearest that works: {layers}")
-    if p.fp8 is None:
+    if p.fp8 is None and p.fp4 is None:
         return
-    multiple = FP8_ALIGNMENT * tp
-    why = f"in fp8 the sides of a matrix are multiples of {FP8_ALIGNMENT} on each of {tp} ranks"
+    side = MX_ALIGNMENT if p.fp4 or p.fp8_recipe == "mxfp8" else FP8_ALIGNMENT
+    multiple = side * tp
+    why = f"in {p.name} the sides of a matrix are multiples of {side} on each of {tp} ranks"
     _need_multiple(need, "model.hidden_size", multiple, why)
     _need_multiple(need, "model.ffn_hidden_size", multiple, why)
     rows = m.hidden_size + 2 * m.num_query_groups * m.hidden_size // m.num_attention_heads
     rule = f"gives {rows} rows of query, key and value weights, not a multiple of {multiple}: {why}"
     need(rows % multiple == 0, "model.num_query_groups", rule, "use another number, or precision=bf16")
     ranks = m.context_parallel_size * (tp if m.sequence_parallel else 1)
-    why = f"in fp8 a rank's model.micro_batch_size={m.micro_batch_size} * model.seq_length / {ranks} rows are a "
-    why += f"multiple of {FP8_ALIGNMENT}"
-    unit = FP8_ALIGNMENT * ranks // math.gcd(FP8_ALIGNMENT * ranks, m.micro_batch_size)
+    why = f"in {p.name} a rank's model.micro_batch_size={m.micro_batch_size} * model.seq_length / {ranks} rows are a "
+    why += f"multiple of {side}"
+    unit = side * ranks // math.gcd(side * ranks, m.micro_batch_size)
     _need_multiple(need, "model.seq_length", unit, why)
 
 
 def _formats(cfg: TrainConfig, need: Need) -> None:
     gpu, p = cfg.gpu, cfg.precision
-    formats = "fp8" if p.fp8 else {"bf16-mixed": "bf16", "32": "fp32"}.get(p.trainer_precision, p.name)
+    eight_bits = "mxfp8" if p.fp8_recipe == "mxfp8" else "fp8"
+    plain = {"bf16-mixed": "bf16", "32": "fp32"}.get(p.trainer_precision, p.name)
+    formats = "nvfp4" if p.fp4 else eight_bits if p.fp8 else plain
     rule = f"must name the number formats, which are those of {formats} (precision.fp8, precision.trainer_precision)"
     need(p.name == formats, "precision.name", rule, f"use precision={formats}")
     rule, fix = f"gpu={gpu.name} does not compute in {p.name}", f"this device has: {', '.join(gpu.peak_tflops)}"

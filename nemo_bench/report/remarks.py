@@ -114,7 +114,8 @@ def _bad_norms(steps: Steps) -> list[tuple[int, float]]:
 def _bad_formats(config: dict[str, Any]) -> str | None:
     """Return how the precision's name, a free label, contradicts its number formats."""
     precision = config.get("precision") or {}
-    formats = "fp8" if precision.get("fp8") else {"32": "fp32"}.get(str(precision.get("trainer_precision")), "bf16")
+    plain = {"32": "fp32"}.get(str(precision.get("trainer_precision")), "bf16")
+    formats = "fp4" if precision.get("fp4") else "fp8" if precision.get("fp8") else plain
     if not precision or formats in str(precision["name"]):  # also fp8_cs, mxfp8
         return None
     return f"precision.name is {precision['name']}, and its number formats are {formats}'s"

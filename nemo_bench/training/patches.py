@@ -27,7 +27,7 @@ def install(cfg: TrainConfig) -> None:
             te_weight_gradient_accumulation()
         if cfg.model.bias_activation_fusion:
             te_swiglu_backward()
-    if cfg.precision.fp8_param_gather:
+    if cfg.precision.fp8_param_gather and cfg.precision.fp8_recipe != "mxfp8":
         fp8_cast_without_transpose()
     if cfg.precision_aware_optimizer and {o.exp_avg_dtype, o.exp_avg_sq_dtype} != {"fp32"}:
         adam_one_parameter_at_a_time()

@@ -86,9 +86,11 @@ def ddp_settings(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def fp8_settings(cfg: TrainConfig) -> dict[str, Any]:
-    """Return the number formats of fp8 matrix products; empty where there are none."""
+    """Return the number formats of fp8 and NVFP4 matrix products; empty where there are none."""
     formats = {name: value for name, value in vars(cfg.precision).items() if name not in ("name", "trainer_precision")}
-    return formats if cfg.precision.fp8 else {}
+    # MXFP8 parameters are gathered in bf16 and cast: the gradients' memory serves for it.
+    reuses = cfg.precision.fp8_recipe == "mxfp8" and cfg.precision.fp8_param_gather
+    return formats | {"reuse_grad_buf_for_mxfp8_param_ag": reuses} if cfg.precision.fp8 or cfg.precision.fp4 else {}
 
 
 def optimizer_settings(cfg: TrainConfig) -> dict[str, Any]:
@@ -103,6 +105,7 @@ def optimizer_settings(cfg: TrainConfig) -> dict[str, Any]:
         "use_distributed_optimizer": o.use_distributed_optimizer,
         "use_precision_aware_optimizer": cfg.precision_aware_optimizer,
         "overlap_param_gather": o.overlap_param_gather,  # must agree with the data-parallel wrapper's
+        "overlap_param_gather_with_optimizer_step": cfg.gathers_with_optimizer_step,
     }
     if cfg.precision_aware_optimizer:
         settings |= {

@@ -23,7 +23,13 @@ def build_tp_comm_overlap(cfg: TrainConfig) -> MegatronCommOverlapCallback:
     """
     table = user_buffers(cfg, userbuffers)
     overlaps = pipeline_communication(cfg) | gradient_communication(cfg)
-    return MegatronCommOverlapCallback(tp_comm_overlap=True, tp_comm_overlap_cfg=table, **overlaps)
+    return MegatronCommOverlapCallback(
+        tp_comm_overlap=True,
+        tp_comm_overlap_cfg=table,
+        tp_comm_bootstrap_backend="nccl",  # NVIDIA's; groups of gloo are slow to set up on thousands of ranks
+        overlap_param_gather_with_optimizer_step=cfg.gathers_with_optimizer_step,
+        **overlaps,
+    )
 
 
 def user_buffers(cfg: TrainConfig, tables: Any) -> Any:
@@ -32,7 +38,8 @@ def user_buffers(cfg: TrainConfig, tables: Any) -> Any:
     names = [name for name in dir(tables) if name.startswith("userbuffers_")]
     if name == "auto":
         gpu = _TABLES_OF_CAPABILITY.get(torch.cuda.get_device_capability()[0])
-        start = f"userbuffers_{cfg.precision.name}_{gpu}_h{m.hidden_size}_tp{m.tensor_model_parallel_size}"
+        number_format = "fp8" if cfg.precision.fp8 else "bf16"
+        start = f"userbuffers_{number_format}_{gpu}_h{m.hidden_size}_tp{m.tensor_model_parallel_size}"
         end = f"_mbs{m.micro_batch_size}_seqlen{m.seq_length}"
         fitting = (f"{start}_cp{m.context_parallel_size}{end}", f"{start}{end}")
         name = next((fit for fit in fitting if fit in names), None)

@@ -9,7 +9,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 # Lowest floor first; rooms of one floor do not know each other.
 FLOORS = (
     ("errors", "interrupt", "project"),
-    ("files", "flops", "fields"),
+    ("files", "flops", "fields", "pipeline"),
     ("composition",),
     ("config",),
     ("record", "memory", "cli", "recipe_variables"),
