@@ -28,7 +28,8 @@ _ERROR = re.compile(
 # What Slurm and PMIx say of the other ranks once one has failed, and PyXis before it says what failed.
 _CONSEQUENCE = re.compile(
     r"error: \S+: tasks? [\d,-]+: |error: \*\*\* STEP|Job step aborted|Terminating (?:StepId|job step)|Terminated"
-    r"|PMIX ERROR|pyxis: (?:child \d+ failed|container start failed|printing enroot log)"
+    r"|PMIX ERROR|pyxis: (?:child \d+ failed|container (?:start failed|exited too soon|was not)|printing enroot log)"
+    r"|spank: required plugin|spank plugin stack"
 )
 # How srun saw ranks end, or that Slurm ended all of them.
 _ENDING = re.compile(r"error: (?:\*\*\* |\S+: tasks? (?P<rank>\d+)(?P<others>[\d,-]*): (?P<ending>.*))")
