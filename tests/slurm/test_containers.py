@@ -61,7 +61,7 @@ def scripts(slurm: SlurmCluster, root: Path, tmp_path_factory: pytest.TempPathFa
 def test_two_nodes_train_in_the_image(scripts: Scripts) -> None:
     python = f"cluster.container.python={pyxis.PYTHON}"  # nowhere but in the image
     done = scripts.run("train.py", *POINT, mounts(), python, "trainer.num_nodes=2", "trainer.max_steps=6")
-    assert done.returncode == 0 and "step 6/6" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and " 6/6" in done.stdout, done.stdout + done.stderr
     _, run_dir = scripts.last()
     assert [row["step"] for row in record.read_lines(run_dir / record.STEPS)[0]] == list(range(6))
     environment = json.loads((run_dir / "node.json").read_text())["environment"]
