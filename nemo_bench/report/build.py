@@ -128,7 +128,7 @@ def _load(paths: Sequence[Path], key: str, given: Given, total_tokens: float) ->
         except BenchError as error:
             warnings.append(str(error))
         except OSError as error:
-            warnings.append(f"{path}: cannot be read ({error.strerror})")
+            warnings.append(f"{path}: cannot be read ({error.strerror or error})")
         else:
             identity = repr((run.point, run.record, run.steps))
             if len(run.steps) > 1 and first_of.setdefault(identity, path) != path:

@@ -92,7 +92,10 @@ ARGUMENT = re.compile(
     r"|seq_length|fp8) \.{3,} (\w+)"
 )
 PROCESSES = re.compile(r"Starting with (\d{1,7}) processes")
-GPU = re.compile(r"(?:GPU \d+: |\|\s+\d+\s+)(NVIDIA [\w -]*?)(?: \(UUID|\s{2,})")  # as nvidia-smi lists them
+# As nvidia-smi lists them, or a line of its own
+GPU = re.compile(
+    r"(?:^|GPU \d+: |\|\s+\d+\s+)(NVIDIA [A-Z]{1,2}\d{1,3}(?:[ -]\w+){0,3})(?: \(UUID|\s{2,}|$)", re.MULTILINE
+)
 # "3: ", "[rank3]: ", torchrun's "[default3]:", and NeMo-Run's "llama/0 [default3]:" with the node's number before it
 LABEL = re.compile(
     r"\s*(?:\S*/(?P<node>\d{1,6}) +)?(?:(\d{1,6}):\s|\[?rank[ :]?(\d{1,6})\]?:|\[default(\d{1,6})\]:)\s*"

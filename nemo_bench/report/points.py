@@ -102,7 +102,7 @@ def scaling(groups: Sequence[Group], references: Sequence[Reference]) -> Iterato
     for points in curves.values():
         point = next(iter(points.values()))
         if point.reference is not None and point.verdict.ratio is not None:
-            judged_by[point.model, point.precision, point.reference.reference] = None
+            judged_by[point.reference.model, point.precision, point.reference.reference] = None
         elif len(points) == 1:
             continue
         label = " ".join(text for text in (point.model, point.precision, point.gpu, point.software) if text)

@@ -29,6 +29,7 @@ from nemo_bench.report.statistics import CHECKPOINT, MIN_STEADY_STEPS, VALIDATIO
 from nemo_bench.report.statistics import PROFILE as PROFILED
 
 DEFAULT_TOTAL_TOKENS = 1e12
+_MOST_PADDING = 128 * 128  # Megatron pads the vocabulary to a multiple of 128 TP
 GPUS_A_NODE = 8  # at most: a bare log does not tell its nodes
 
 _CONF = PROJECT / "conf"
@@ -347,13 +348,9 @@ def contradiction(run: Run, log: Log) -> str | None:
         return f"the log prints a batch of {log.global_batch_size}, and consumes {log.samples_a_step} samples a step"
     if run.precision and "fp8" in theirs and ("fp8" in run.precision) != (theirs["fp8"] not in ("None", "False")):
         return f"precision={run.precision} is given, and the log has fp8 {theirs['fp8']}"
-    if (
-        run.architecture
-        and int(theirs.get("padded_vocab_size", run.architecture.vocab_size)) < run.architecture.vocab_size
-    ):
-        return (
-            f"vocab_size={run.architecture.vocab_size} is given, and the log has {theirs['padded_vocab_size']}, padded"
-        )
+    vocab_size, padded = run.architecture.vocab_size if run.architecture else None, theirs.get("padded_vocab_size", "")
+    if vocab_size and padded.isdigit() and not 0 <= int(padded) - vocab_size < _MOST_PADDING:
+        return f"vocab_size={vocab_size} is given, and the log has {padded}, padded"
     return None
 
 

@@ -15,7 +15,7 @@ from nemo_bench.report import model
 from nemo_bench.report.bare_logs import Given
 from nemo_bench.report.build import build_report
 
-from ..reports import H100, H200, STEADY, judged, log_text, published_run, write
+from ..reports import H100, H200, SIZES, STEADY, judged, log_text, published_run, write
 
 # --- numbers that cannot be right ---
 
@@ -118,6 +118,9 @@ OUT_OF_MEMORY, REACHED = (
             "NOT COMPARABLE",
             "A100",
         ),
+        ("NVIDIA H100 80GB HBM3\nNVIDIA A100-SXM4-80GB\n" + WHOLE, H100, "NOT COMPARABLE", "A100"),
+        ("padded_vocab_size ............ 256000\n" + WHOLE, H100, "INVALID", "the log has 256000, padded"),
+        (WHOLE, replace(H100, model="70b_slice", architecture=SIZES), "PASS", ""),  # a model is its sizes
         ("seq_length ............ 4096\n" + WHOLE, H100, "NOT COMPARABLE", "seq_length=4096, published 8192"),
         ("seq_length ............ 4096\n" + WHOLE, replace(H100, seq_length=8192), "INVALID", "the log has 4096"),
         ("".join(f"127: {line}\n0: {line}\n" for line in WHOLE.splitlines()), H100, "INVALID", "lines of rank 127"),
