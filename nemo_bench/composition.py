@@ -98,7 +98,7 @@ def composition_error(error: Exception, schema: type | None) -> str:
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
         lines.insert(0, f"cannot read the override {error.override}")
-        lines.append(f"a value that holds one of = , : [ ] {{ }} or a blank needs quotes: \"{key}='{value}'\"")
+        lines.append(f"a value with a blank, é or one of = , : [ ] {{ }} needs quotes: \"{key}='{value}'\"")
     elif error is not cause:
         lines.insert(0, str(error))
     elif full_key:

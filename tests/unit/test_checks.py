@@ -29,7 +29,7 @@ ALLOWED = [line.removeprefix("ok: ") for line in LINES if line.startswith("ok: "
 
 
 def composed(overrides: str) -> TrainConfig:
-    return composing.composed(*shlex.split(overrides.replace("'", '"\'"')))
+    return composing.composed(*shlex.split(overrides.replace("'", '"\'"').replace("NEWLINE", "\n")))
 
 
 def broken(overrides: str) -> list[Problem]:

@@ -38,6 +38,7 @@ def test_the_recipes_twelve_points(precision: str, gpus: int) -> None:
         ("scale=local model=8b data=mock gpu=h200 precision=bf16", "model.name=8b data.name=mock gpu.name=h200"),
         ("model=8b scale=8gpu", "model.global_batch_size=128 padded_vocab_size=128256"),
         ("model=8b scale=128gpu", "model.global_batch_size=2048"),
+        ("stage_path='~/x'", f"stage_path={Path.home()}/x data.folder={Path.home()}/x/data"),
         ("model=405b scale=576gpu data=mock", "model.global_batch_size=252"),
         # From STAGE_PATH and GSW_VERSION; the vocabulary is padded for tensor parallelism.
         ("scale=64gpu", "data.tokenizer=/lustre/llama3.1-dataset/llama results_version=24.11 padded_vocab_size=128512"),

@@ -151,6 +151,19 @@ def test_a_runs_state_and_the_reason_for_it(
     assert (job.state, job.reason, job.progress.steps) == (state, reason, steps)
 
 
+def test_what_this_shell_is_told_of_itself_reaches_no_command_of_slurm(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"PMIX_RANK", "PMI_RANK", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SBATCH_QOS", "SLURM_CONF"}
+    for name in names:
+        monkeypatch.setenv(name, "5")
+    cluster.has("squeue", f"/usr/bin/env > {tmp_path}/environment")
+    cluster.job("7")
+    cluster.jobs()
+    lines = (tmp_path / "environment").read_text().splitlines()
+    assert names & {line.partition("=")[0] for line in lines} == {"SLURM_CONF"}
+
+
 def test_of_two_jobs_of_one_id_slurm_means_the_last_and_of_other_clusters_none(cluster: Cluster) -> None:
     cluster.says("scontrol", "ClusterName             = here\n")
     old = cluster.job("7", submitted_at="2026-01-01T00:00:00Z", cluster="here")
