@@ -64,9 +64,9 @@ def plain_yaml(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step; a file name in it that is no UTF-8 is escaped."""
-    with atomic_file(path, "wb") as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
+    """Replace `path` by `text` in one step."""
+    with atomic_file(path) as file:
+        file.write(text)
 
 
 def write_json(path: Path, content: Any) -> None:

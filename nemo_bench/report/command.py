@@ -108,7 +108,8 @@ def _write(folder: Path, files: dict[str, str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            write_text(folder / name, text)
+            # A name of a file that is no UTF-8 is escaped: readers of JSON and CSV take nothing else.
+            write_text(folder / name, text.encode("utf-8", "backslashreplace").decode())
     except OSError as error:
         raise BenchError(
             f"output={folder}: cannot be written ({error.strerror}); name another folder, or output=null for the "
