@@ -70,6 +70,7 @@ class Reference(_Shared):
     date: str = MISSING  # of publication, as exactly as is known
     hardware: str = MISSING  # what it was measured on
     architecture: dict[str, dict[str, int]] = MISSING  # sizes of each model in it
+    model_settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each model, besides `settings`
     mfu_architecture: dict[str, dict[str, int]] = field(default_factory=dict)  # other sizes that its MFU counts
     points: list[ReferencePoint] = MISSING
 
@@ -122,6 +123,7 @@ def _complete(point: ReferencePoint, table: Reference) -> None:
     for key in (shared.name for shared in fields(_Shared) if shared.name != "notes"):
         if not getattr(point, key):
             setattr(point, key, getattr(table, key))
+    point.settings = {**table.settings, **table.model_settings.get(point.model, {}), **point.settings}
     layers = {"num_layers": point.layout["layers"]} if "layers" in point.layout else {}
     point.architecture = {**table.architecture[point.model], **point.architecture, **layers}
     steps = re.fullmatch(r"mean of steps (\d+) to (\d+)", point.statistic)

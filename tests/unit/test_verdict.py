@@ -148,11 +148,10 @@ def test_differences_leave_the_verdict_standing_and_are_named_everywhere(tmp_pat
 def test_settings_and_software_are_differences_whatever_the_folder_is_called(tmp_path: Path) -> None:
     """GSW_VERSION=24.09 names the folder; what trained is another thing."""
     run = published_run(tmp_path / "run", **{"results_version: nemo-2.7.3": "results_version: '24.09'"})
-    ours = tmp_path / "ours.yaml"
-    ours.write_text(f"{TABLE.read_text()}settings: {{model.rotary_base: 10000, model.init_method_std: 0.02}}\n")
-    (point,) = build_report([run], reference=str(ours)).points
+    (point,) = build_report([run], reference="nvidia-24.09").points
     assert any("software: nemo-2.7.3" in text for text in point.verdict.differences)
-    assert "settings: model.rotary_base=500000, published with 10000" in point.verdict.differences
+    differing = "model.rotary_base=500000, model.init_method_std=0.02, published with 10000, 0.008944"
+    assert f"settings: {differing}" in point.verdict.differences
 
 
 def test_the_drivers_name_of_the_gpu_counts(tmp_path: Path) -> None:
