@@ -2,20 +2,21 @@
 # make test    sets up and passes the tests
 # make test-fast     the checks of every commit: lint, the unit tests, one training run
 # make test-nemo-1   trains with NeMo 1's program too (Python 3.11)
+# make test-stacks   trains with every pair of NeMo or Megatron-Bridge and megatron-core that pip has
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: train test test-slurm test-others test-fast test-nemo-1 light lint setup clean
+.PHONY: train test test-slurm test-others test-fast test-nemo-1 test-stacks light lint setup clean
 
 train: $(STAMP)
 	$(BIN)/python train.py
 	@echo '`source $(BIN)/activate` gives you this environment for the other commands of the README.'
 
 # Slurm's tests mostly wait: they run beside the others, and are shown behind them.
-test: $(STAMP) build/light/.complete lint
+test: $(STAMP) build/light/.complete build/bridge/.complete lint
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-slurm test-others; \
 	status=$$?; cat build/test-slurm.log; exit $$status
 
@@ -36,6 +37,17 @@ test-nemo-1: $(STAMP) build/nemo-1/.complete
 build/nemo-1/.complete: tests/nemo_24_09/environment.sh tests/nemo_24_09/requirements.txt
 	tests/nemo_24_09/environment.sh build/nemo-1 $(PYTHON)
 	touch $@
+
+# Megatron-Bridge, in the newest release for Python 3.11, as an overlay on this environment.
+build/bridge/.complete: Makefile
+	rm -rf build/bridge
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/bridge \
+		megatron-bridge==0.3.0 megatron-core==0.16.0 six==1.17.0
+	touch $@
+
+# PYTHON312=/path/to/python, with torch, for Bridge 0.4 and later.
+test-stacks: $(STAMP)
+	PYTHON=$(BIN)/python tests/stacks.sh build/stacks
 
 # What a login node needs: no torch, no NeMo. A test checks points, prepares data and reports with it.
 light: build/light/.complete

@@ -16,18 +16,22 @@ def main() -> None:
     commands.add_parser("list", help="all submitted runs: state, step reached, step time (the default)")
     commands.add_parser("follow", help="the active ones, until they end").add_argument("job", nargs="*")
     commands.add_parser("log", help="why a job failed, and the end of its logs").add_argument("job", nargs=1)
+    show = commands.add_parser("show", help="a run's numbers; --path: a job's folder")
+    show.add_argument("job", nargs=1)
+    show.add_argument("--path", action="store_true")
     commands.add_parser("cancel", help="these jobs").add_argument("job", nargs="+")
     resubmit_help = "these jobs, or all failed ones, with the configuration they had"
     commands.add_parser("resubmit", help=resubmit_help).add_argument("job", nargs="*")
     arguments = parser.parse_args()
     ids = getattr(arguments, "job", [])
-    run(arguments.command, arguments.stage.absolute(), ids)
+    run("path" if getattr(arguments, "path", False) else arguments.command, arguments.stage.absolute(), ids)
 
 
 def run(command: str, stage: Path, ids: list[str]) -> None:
     from nemo_bench.cluster import jobs
     from nemo_bench.launch.diagnosis import failure_text
-    from nemo_bench.report.terminal import make_console
+    from nemo_bench.report.runs import load_run
+    from nemo_bench.report.terminal import make_console, print_summary
 
     if not stage.is_dir() and (stage.exists() or str(stage) != default_stage_path()):
         raise BenchError(f"{stage} is not a folder: --stage (or STAGE_PATH) must name a stage folder")
@@ -38,6 +42,14 @@ def run(command: str, stage: Path, ids: list[str]) -> None:
         failed = job.is_run and not job.active and job.state != "COMPLETED"
         failure = failure_text(job.folder) if failed else ""
         print("\n\n".join(filter(None, [failure, job.log_text()])))
+    elif command == "path":
+        print(chosen[0].folder)
+    elif command == "show":
+        (job,) = chosen
+        if job.is_run and job.progress.steps:
+            print_summary(console, load_run(job.folder))
+        else:
+            console.print(jobs.table(chosen))
     elif command == "cancel":
         cancelled = jobs.cancel(chosen)
         print(f"cancelled: {' '.join(cancelled) or 'none: they had ended'}")

@@ -19,7 +19,9 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 
+from nemo_bench.errors import BenchError
 from nemo_bench.fields import absolute, settings
+from nemo_bench.project import PROJECT
 
 # Groups that are not keys of the composed configuration.
 GROUPS_ONLY = ("scale", "experiment")
@@ -79,10 +81,28 @@ def prepare_hydra() -> None:
     shows_job = re.search(r" (--cfg|-c)[ =]job\b", " ".join(sys.argv))
     if shows_job and "--resolve" not in sys.argv:
         sys.argv.append("--resolve")
-    # scale=64,128 means scale=64gpu,128gpu.
+    # scale=64,128 means scale=64gpu,128gpu; scale=upto(128) all scales up to there that NVIDIA has published.
+    model = next((argument[6:] for argument in reversed(sys.argv) if argument.startswith("model=")), "70b")
     for position, argument in enumerate(sys.argv):
+        if ceiling := re.fullmatch(r"scale=upto\((\d+)(?:gpu)?\)", argument):
+            argument = f"scale={published_scales(model, int(ceiling[1]))}"
         if argument.startswith("scale="):
             sys.argv[position] = re.sub(r"(?<=[=,])(\d+)(?=,|$)", r"\1gpu", argument)
+
+
+def published_scales(model: str, most: int) -> str:
+    """Return the numbers of GPUs up to `most` that conf/experiment has published points of `model` for: "64,128".
+
+    Raises BenchError where there is none.
+    """
+    points = (PROJECT / "conf" / "experiment").glob(f"llama31_{model}_*_*gpu.yaml")
+    scales = sorted({int(path.stem.rpartition("_")[2].removesuffix("gpu")) for path in points})
+    if not scales or most < scales[0]:
+        raise BenchError(
+            f"scale=upto({most}): nothing is published for model={model} up to there\n"
+            f"published: {', '.join(f'{gpus}gpu' for gpus in scales) or 'no point of this model'}"
+        )
+    return ",".join(str(gpus) for gpus in scales if gpus <= most)
 
 
 def composition_error(error: Exception, schema: type | None) -> str:

@@ -70,6 +70,7 @@ class ModelConfig:
     vocab_size: int = number(least=1, most=2**24)  # the tokenizer's; see TrainConfig.padded_vocab_size
     make_vocab_size_divisible_by: int = number(128, least=1, most=2**16)
     rotary_base: int = number(500000, least=1, most=2**40)
+    rope_scaling: bool = True  # Llama 3.1's, by a factor of 8; Llama 3 has none
     init_method_std: float = number(0.02, above=0, most=10)
     layernorm_epsilon: float = number(1e-5, above=0, most=1)
     # parallel layout
@@ -221,9 +222,10 @@ class ClusterConfig:
 
 @dataclass
 class EntrypointConfig:
-    """The program that trains."""
+    """The program that trains, and its container."""
 
     name: str = MISSING
+    stack: str = "nemo2"  # the module of entrypoints/ that knows it
     version: str = MISSING  # default folder name under results/
     container: str = ""  # registry reference of its container image
     image: str = MISSING  # file name of its container image in the stage folder
@@ -259,6 +261,13 @@ class ProfileConfig:
 
 
 @dataclass
+class LoggerConfig:
+    """Where each step's numbers go besides the run folder."""
+
+    kind: str = choice("none", "tensorboard", "wandb", "mlflow")
+
+
+@dataclass
 class TrainConfig:
     """One benchmark point."""
 
@@ -271,7 +280,9 @@ class TrainConfig:
     entrypoint: EntrypointConfig = field(default_factory=EntrypointConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
     launch: Launch = Launch.run
+    repeats: int = number(1, least=1, most=1000)  # runs of the point, each a job of its own
     stage_path: str = field(default=MISSING, metadata=PATH)
     results_version: str = MISSING
     check_memory: bool = True  # refuse a point whose estimated memory exceeds the GPU's by more than 5%

@@ -29,6 +29,7 @@ from nemo_bench.errors import BenchError, ConfigurationRefused, Need, RunFailed
 from nemo_bench.files import explained_disk_errors, write_json
 from nemo_bench.project import PROJECT
 from nemo_bench.record import folder as record
+from nemo_bench.report.build import build_report
 from nemo_bench.report.runs import load_run
 from nemo_bench.report.terminal import print_summary
 
@@ -185,8 +186,9 @@ def table(jobs: Sequence[Job]) -> Group:
     for name in ("job", "state"):
         listing.add_column(name, no_wrap=True)
     listing.add_column("point or command", overflow="fold")
-    for name in ("step", "step time (s)", "ETA"):
-        listing.add_column(name, justify="right", no_wrap=True)
+    results = ("TFLOP/s", "MFU", "verdict") if any(job.is_run and job.state == "COMPLETED" for job in jobs) else ()
+    for name in ("step", "step time (s)", "ETA", *results):
+        listing.add_column(name, justify="right", no_wrap=name != "verdict")
     above = Path(os.path.commonpath([job.folder.parent for job in jobs]))
     notes = [] if Job.watcher.answered else ["Slurm does not answer: the states are what the jobs have left"]
     notes.append(f"folders, in {above}:")
@@ -203,10 +205,30 @@ def _cells(job: Job) -> list[str]:
         return [job.job_id, job.state, job.what]
     steps, step_time_s = job.progress.steps, job.progress.step_time_s
     cells = [job.job_id, job.state, job.what, f"{steps}/{job.max_steps}"]
+    if job.state == "COMPLETED":
+        step_time, *result = _result(job)
+        return [*cells, step_time, "", *result]
     if step_time_s is not None:
         left_s = int((job.max_steps - steps) * step_time_s)
-        cells += [f"{step_time_s:.4g}", f"{left_s // 60}:{left_s % 60:02d}" if job.active and not job.reason else ""]
+        eta = f"{left_s // 60}:{left_s % 60:02d}" if job.active and not job.reason else ""
+        cells += [f"{step_time_s:.4g}", eta]
     return cells
+
+
+def _result(job: Job) -> list[str]:
+    """Return a completed run's step time, TFLOP/s a GPU, MFU and verdict; they are kept in `job.json`."""
+    if "result" not in job.content:
+        try:
+            (point,) = build_report([job.folder]).points
+        except (BenchError, ValueError):  # its record is damaged, or names no point
+            return [f"{job.progress.step_time_s:.4g}" if job.progress.step_time_s else ""]
+        numbers = point.numbers
+        values = (numbers.step_time_s, numbers.tflops_per_gpu, numbers.mfu) if numbers else (None, None, None)
+        shown = [f"{value:{form}}" if value is not None else "" for value, form in zip(values, (".4g", ".4g", ".1%"))]
+        job.content = {**job.content, "result": [*shown, point.verdict.value]}
+        with contextlib.suppress(OSError):  # another user's
+            write_json(job.folder / record.JOB, job.content)
+    return list(job.content["result"])
 
 
 def wait(jobs: Sequence[Job], tick: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from nemo_bench.errors import ConfigurationRefused, Problem
 from nemo_bench.files import write_text
 
 # Modules of this package, each with an `ENTRYPOINT`.
-NAMES = ("nemo2", "nemo_24_09")
+STACKS = ("nemo2", "megatron_bridge", "nemo_24_09")
 
 
 class Entrypoint(ABC):
@@ -60,9 +60,10 @@ class Entrypoint(ABC):
 
 def entrypoint_of(cfg: TrainConfig) -> Entrypoint:
     """Return the program that `cfg` chose; raise ConfigurationRefused if there is none of that name."""
-    name = cfg.entrypoint.name
-    if name not in NAMES:
-        raise ConfigurationRefused([Problem("entrypoint.name", name, "unknown program", f"valid: {', '.join(NAMES)}")])
-    entrypoint = import_module(f"{__name__}.{name}").ENTRYPOINT
+    stack = cfg.entrypoint.stack
+    if stack not in STACKS:
+        fix = f"valid: {', '.join(STACKS)}"
+        raise ConfigurationRefused([Problem("entrypoint.stack", stack, "unknown program", fix)])
+    entrypoint = import_module(f"{__name__}.{stack}").ENTRYPOINT
     assert isinstance(entrypoint, Entrypoint)
     return entrypoint

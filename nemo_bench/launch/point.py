@@ -50,7 +50,8 @@ def run_point(raw: DictConfig) -> None:
             "launch=dry checks it and prints it; scale=local runs here; cluster=local uses this machine's GPUs"
         )
     else:
-        _run_here(cfg)
+        for _ in range(cfg.repeats):
+            _run_here(cfg)
 
 
 def _run_here(cfg: TrainConfig) -> None:

@@ -45,7 +45,8 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
             raise BenchError(f"Slurm refuses {accepted.count(False)} of {len(points)} points, as sbatch says above")
         return
     jobs.require_sbatch()
-    submitted = _submit_all(points, [prepare_data(cfg) for cfg in configs])
+    prepared = [prepare_data(cfg) for cfg in configs]
+    submitted = _submit_all([pair for pair in zip(points, prepared) for _ in range(pair[1].repeats)])
     console = make_console()
     for job in submitted:
         job.done()
@@ -79,20 +80,20 @@ def _show(point: ComposedPoint, cfg: TrainConfig, missing: list[Problem]) -> boo
     return accepted
 
 
-def _submit_all(points: list[ComposedPoint], configs: list[TrainConfig]) -> list[Job]:
-    """Submit each point, and say which were submitted also where that ends early."""
+def _submit_all(runs: list[tuple[ComposedPoint, TrainConfig]]) -> list[Job]:
+    """Submit each run, and say which were submitted also where that ends early."""
     submitted: list[Job] = []
     try:
-        for point, cfg in zip(points, configs):
+        for point, cfg in runs:
             submitted.append(_submit(cfg, ["python", *sys.argv], point.overrides))
     except KeyboardInterrupt:
         raise RunFailed("interrupted: python jobs.py lists what was submitted", 130) from None
     finally:
         if submitted:
             # For scripts that work on what one command has submitted.
-            file = Path(configs[0].stage_path) / "submissions" / dated_name() / "jobs.json"
+            file = Path(runs[0][1].stage_path) / "submissions" / dated_name() / "jobs.json"
             ids = " ".join(job.job_id for job in submitted)
-            print(f"{len(submitted)} of {len(points)} jobs submitted: {file}; `scancel {ids}` takes them back")
+            print(f"{len(submitted)} of {len(runs)} jobs submitted: {file}; `scancel {ids}` takes them back")
             rows = [{"job_id": job.job_id, "run_dir": str(job.folder), **job.content} for job in submitted]
             with contextlib.suppress(OSError):  # a full disk must not hide which job was submitted last
                 file.parent.mkdir(parents=True)

@@ -23,7 +23,7 @@ from nemo_bench.record.node import git_revision
 
 CONFIG, RUN, JOB = "config.yaml", "run.json", "job.json"
 STEPS, EVENTS = "steps.jsonl", "events.jsonl"
-CHECKPOINTS, PROFILE = "checkpoints", "profile"
+CHECKPOINTS, PROFILE, LOGGER = "checkpoints", "profile", "logger"
 REQUEUE = "requeue"  # by rank 0 once a last checkpoint is safe; its batch script then asks for the requeue
 EXIT = "exit.json"  # of a Slurm job, by its batch script
 

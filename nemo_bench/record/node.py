@@ -28,8 +28,8 @@ _KEPT_ENVIRONMENT = re.compile(
 )
 
 _PACKAGES = (
-    *("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning", "pytorch-lightning", "apex"),
-    *("transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "triton"),
+    *("torch", "nemo_toolkit", "megatron-core", "megatron-bridge", "transformer-engine", "apex", "triton"),
+    *("lightning", "pytorch-lightning", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf"),
 )
 
 

@@ -170,7 +170,7 @@ class Run:
 
 # Keys of the configuration that no step time depends on; of `cluster`, all but the environment and the container.
 BESIDE_PERFORMANCE = re.compile(
-    r"(stage_path|results_version|total_tokens|launch|cluster|hydra[./].*|checkpoint\..*"
+    r"(stage_path|results_version|total_tokens|launch|repeats|logger\.kind|cluster|hydra[./].*|checkpoint\..*"
     r"|cluster\.(?!env\.|container\.image|srun_args|setup).*|trainer\.(max_steps|seed|limit_val_batches)"
     r"|data\.(folder|paths|tokenizer)|gpu\.source|entrypoint\.(container|image|version))$"
 )

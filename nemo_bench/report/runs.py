@@ -108,6 +108,9 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     state, why = _state(status, events, steps, run.max_steps or 0, warnings)
     memory = max((device.peak_memory_gib or 0 for device in devices), default=0) or steps_peak_gib
     starts = [event for event in events if event.get("event") == "training"]
+    left_out = sorted({name for event in events for name in event.get("settings") or ()})
+    if left_out:
+        warnings.append(f"left out, since the installed version lacks them and does the same: {', '.join(left_out)}")
     if len(starts) > 1:
         warnings.append(f"started {len(starts)} times: see the events")
     run = replace(

@@ -6,16 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy
 import torch
 from nemo import lightning as nl
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.record.folder import CHECKPOINTS, REQUEUE, RunFolder
 from nemo_bench.training import preemption
-
-if not hasattr(numpy, "product"):  # numpy 2 dropped it, and megatron-core 0.15 reads checkpoints with it
-    numpy.product = numpy.prod  # type: ignore[attr-defined]
 
 
 def build_checkpoint_callback(cfg: TrainConfig, run_dir: Path) -> Any | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 from nemo.collections import llm
 from nemo.collections.llm.gpt.data.mock import _MockGPTDataset
 
 from nemo_bench.config import TrainConfig
+from nemo_bench.training.settings import sample_order_folder
 
 
 def build_tokenizer(cfg: TrainConfig) -> Any:
@@ -63,17 +62,3 @@ def build_data(cfg: TrainConfig, tokenizer: Any) -> Any:
     return llm.PreTrainingDataModule(
         paths=paths, split=data.split, seed=cfg.trainer.seed, index_mapping_dir=sample_order_folder(cfg), **shared
     )
-
-
-def sample_order_folder(cfg: TrainConfig) -> str:
-    """Return the folder of Megatron's sample order, named after the files that it is made for.
-
-    Megatron finds a saved order by path, seed and length alone: after a dataset was prepared anew at the same path it
-    would go on with the old one's.
-    """
-    data = cfg.data
-    assert data.folder is not None
-    stats = [Path(f"{prefix}{suffix}").stat() for prefix in data.paths for suffix in (".bin", ".idx")]
-    content = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    key = hashlib.sha256(repr((data.paths, content)).encode()).hexdigest()[:16]
-    return str(Path(data.folder) / "index_mapping" / key)

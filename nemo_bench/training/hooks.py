@@ -17,6 +17,7 @@ from nemo_bench.report import statistics
 from nemo_bench.report.numbers import rates_of_step
 from nemo_bench.report.ranks import measured_peaks
 from nemo_bench.training.gpu import GpuSampler, log, open_sampler
+from nemo_bench.training.known import left_out
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class RunRecorder(Hooks):
         self.disturbed = range(0) if p.kind == "none" else range(p.start_step - 1, p.end_step + 2)
 
     def train_start(self, first_step: int) -> None:
+        if left_out:
+            self.events.write("left_out", settings=sorted(left_out))
         self.events.write("training", first_step=first_step)
         # By now every rank has measured its peak, where it is not a published one.
         self.peaks = [float(peak["tflops"]) for peak in measured_peaks(self.run).values()]
@@ -73,7 +76,8 @@ class RunRecorder(Hooks):
         }
         if step.grad_norm is not None:
             row["grad_norm"] = float(step.grad_norm)
-        self.run.write_step({**row, **rates_of_step(self.cfg, self.peaks, step.seconds), **self.telemetry.step})
+        self.row = {**row, **rates_of_step(self.cfg, self.peaks, step.seconds), **self.telemetry.step}
+        self.run.write_step(self.row)
         self._announce(step.number + 1)
         faulthandler.dump_traceback_later(SILENCE_S)  # starts anew
 

@@ -13,6 +13,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from nemo_bench.training.known import known
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """Take Megatron's constructor, and mark the weight for its gradient finalisation."""
@@ -24,8 +26,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def local_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Return the layers of one pipeline chunk (`vp_stage` of this rank), for `transformer_layer_spec`."""
-    layer = get_gpt_layer_local_spec(normalization=config.normalization)
-    return block_of(layer, get_num_layers_to_build(config, vp_stage=vp_stage))
+    return block_of(get_gpt_layer_local_spec(), known(get_num_layers_to_build, config, vp_stage=vp_stage))
 
 
 def block_of(layer: ModuleSpec, count: int) -> TransformerBlockSubmodules:

@@ -14,19 +14,18 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.collections.llm.gpt.model.llama import Llama31Config
+from nemo.collections.llm.gpt.model.llama import Llama3Config, Llama31Config
 from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectionCallback
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 from nemo.utils.exp_manager import TimingCallback
 
 from nemo_bench.config import TrainConfig
+from nemo_bench.errors import BenchError
 from nemo_bench.training import cpu_device, settings
 from nemo_bench.training.checkpoint import CheckpointOnSignal, build_checkpoint_callback, build_resume
 from nemo_bench.training.data import build_data, build_tokenizer
 from nemo_bench.training.hooks import Hooks, Step
-
-# Every rank knows the loss: NeMo broadcasts it.
-RECORDING_RANK = 0
+from nemo_bench.training.known import known, left_out
 
 
 def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
@@ -105,15 +104,30 @@ def _callbacks(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> list[Any]
     if cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None:
         callbacks.append(CheckpointOnSignal(run_dir))
     if cfg.model.tp_comm_overlap and cfg.model.tensor_model_parallel_size > 1:
-        from nemo_bench.training.tp_overlap import build_tp_comm_overlap
-
-        callbacks.append(build_tp_comm_overlap(cfg))
+        callbacks.append(_tp_comm_overlap(cfg))
     return callbacks
+
+
+def _tp_comm_overlap(cfg: TrainConfig) -> Any:
+    from nemo.collections.llm.recipes.tp_overlap_configs import userbuffers
+    from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+
+    # It alone allocates the user buffers; all other overlaps it derives from the parallel sizes, unless given them.
+    return known(MegatronCommOverlapCallback, **settings.tp_overlap_settings(cfg, userbuffers))
 
 
 def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
     """Return NeMo's Llama 3.1 on megatron-core."""
-    return llm.LlamaModel(Llama31Config(**settings.model_settings(cfg)), tokenizer=tokenizer)
+    values = settings.model_settings(cfg)
+    config = known(Llama31Config if values.pop("rope_scaling") else Llama3Config, **values)
+    if "vocab_size" in left_out and tokenizer is not None:  # it then comes from the tokenizer
+        own = cfg.model.make_vocab_size_divisible_by * cfg.model.tensor_model_parallel_size
+        if -(-tokenizer.vocab_size // own) * own != cfg.padded_vocab_size:
+            raise BenchError(
+                f"model.vocab_size={cfg.model.vocab_size} would be without effect: this NeMo takes the tokenizer's, "
+                f"{tokenizer.vocab_size}\nuse model.vocab_size={tokenizer.vocab_size}"
+            )
+    return llm.LlamaModel(config, tokenizer=tokenizer)
 
 
 class _Strategy(nl.MegatronStrategy):
@@ -126,7 +140,8 @@ class _Strategy(nl.MegatronStrategy):
 def build_strategy(cfg: TrainConfig) -> nl.MegatronStrategy:
     """Return the parallel layout and Megatron's data-parallel wrapper."""
     m = cfg.model
-    return _Strategy(
+    strategy: nl.MegatronStrategy = known(
+        _Strategy,
         tensor_model_parallel_size=m.tensor_model_parallel_size,
         pipeline_model_parallel_size=m.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=m.virtual_pipeline_model_parallel_size,
@@ -135,8 +150,7 @@ def build_strategy(cfg: TrainConfig) -> nl.MegatronStrategy:
         pipeline_model_parallel_layout=m.pipeline_model_parallel_layout,
         context_parallel_size=m.context_parallel_size,
         sequence_parallel=m.sequence_parallel and m.tensor_model_parallel_size > 1,
-        ddp=DistributedDataParallelConfig(**settings.ddp_settings(cfg)),
-        gradient_as_bucket_view=True,
+        ddp=known(DistributedDataParallelConfig, **settings.ddp_settings(cfg)),
         use_te_rng_tracker=m.cuda_graph_impl != "none",
         ckpt_async_save=False,
         # A checkpoint that another layout can continue. With Megatron's other format its own loading of the
@@ -144,18 +158,21 @@ def build_strategy(cfg: TrainConfig) -> nl.MegatronStrategy:
         ckpt_optim_fully_reshardable=True,
         process_group_backend="nccl" if cfg.gpu.device == "cuda" else "gloo",
     )
+    return strategy
 
 
 def build_precision(cfg: TrainConfig) -> nl.MegatronMixedPrecision:
     """Return the number formats of parameters, activations, gradients and fp8 matrix products."""
-    return nl.MegatronMixedPrecision(
-        precision=cfg.precision.trainer_precision,  # type: ignore[arg-type]  # a Literal in NeMo
+    precision: nl.MegatronMixedPrecision = known(
+        nl.MegatronMixedPrecision,
+        precision=cfg.precision.trainer_precision,
         params_dtype=settings.working_dtype(cfg),
         pipeline_dtype=settings.working_dtype(cfg),
         autocast_enabled=False,
         grad_reduce_in_fp32=cfg.model.optim.grad_reduce_in_fp32,
         **settings.fp8_settings(cfg),
     )
+    return precision
 
 
 def _optimizer(cfg: TrainConfig) -> nl.MegatronOptimizerModule:
@@ -163,7 +180,7 @@ def _optimizer(cfg: TrainConfig) -> nl.MegatronOptimizerModule:
     schedule = CosineAnnealingScheduler(
         max_steps=cfg.trainer.max_steps, warmup_steps=o.warmup_steps, constant_steps=0, min_lr=o.min_lr
     )
-    return nl.MegatronOptimizerModule(OptimizerConfig(**settings.optimizer_settings(cfg)), lr_scheduler=schedule)
+    return nl.MegatronOptimizerModule(known(OptimizerConfig, **settings.optimizer_settings(cfg)), lr_scheduler=schedule)
 
 
 def _trainer(cfg: TrainConfig, callbacks: list[Any], strategy: nl.MegatronStrategy) -> nl.Trainer:

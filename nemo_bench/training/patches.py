@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -43,6 +44,12 @@ def te_weight_gradient_accumulation() -> None:
         return
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
+    workspace: dict[str, Any] = {}
+    if "workspace" in inspect.signature(general_gemm).parameters:  # Transformer Engine 2.2 to 2.9
+        from transformer_engine.pytorch.module.base import get_workspace
+
+        workspace = {"workspace": get_workspace()}
+
     def accumulate(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
         """main_grad += grad_output^T @ total_input; shapes (out, in), (tokens, out), (tokens, in)."""
         general_gemm(
@@ -54,6 +61,7 @@ def te_weight_gradient_accumulation() -> None:
             out=main_grad,
             out_dtype=main_grad.dtype,
             use_split_accumulator=False,
+            **workspace,
         )
 
     module = ModuleType(APEX_MODULE)

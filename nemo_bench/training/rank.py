@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 from nemo_bench.cluster import lifeline, nsys
@@ -26,6 +27,11 @@ _PLACE = {
     "WORLD_SIZE": "SLURM_NTASKS",
     "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
 }
+# What each stack needs, as far as its installed versions do.
+_INCOMPATIBILITIES = {
+    "nemo2": ("numpy_product", "optimizer_arguments"),
+    "megatron_bridge": ("resiliency_version", "transformer_engine_absent", "bridge_on_cpu"),
+}
 
 
 def main(run_dir: Path) -> None:
@@ -33,9 +39,11 @@ def main(run_dir: Path) -> None:
     if "RANK" not in os.environ:
         os.environ.update({name: os.environ[slurms] for name, slurms in _PLACE.items()})
     run, rank = RunFolder(run_dir), int(os.environ["RANK"])
-    events = EventLog(run, enabled=rank == 0)
     try:
         cfg = load(run_dir / CONFIG)
+        # NeMo tells every rank the loss, Megatron-Bridge only those of the last pipeline stage.
+        recorder = int(os.environ["WORLD_SIZE"]) - 1 if cfg.entrypoint.stack == "megatron_bridge" else 0
+        events = EventLog(run, enabled=rank == recorder)
         # Without checkpoints there is nothing to save, and a signal ends the rank as it does everywhere.
         if cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None:
             preemption.listen()
@@ -72,11 +80,12 @@ def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None
 
         # Before NeMo: its imports take longer, and Transformer Engine's would fail first.
         check_gpu(cfg, local_rank)
-    from nemo_bench.training import patches
+    from nemo_bench.training import incompatibilities, patches
 
     patches.install(cfg)
-    # About 20 s on a CPU: torch, Transformer Engine, megatron-core, Lightning and NeMo.
-    from nemo_bench.training import nemo2 as stack
+    incompatibilities.install(*_INCOMPATIBILITIES[cfg.entrypoint.stack])
+    # About 20 s on a CPU: torch, Transformer Engine, megatron-core, and NeMo or Megatron-Bridge.
+    stack = import_module(f"nemo_bench.training.{cfg.entrypoint.stack}")
     from nemo_bench.training.hooks import RankTelemetry, RunRecorder
     from nemo_bench.training.matrix_rate import cpu_matrix_rate, gpu_matrix_rate
     from nemo_bench.training.profiling import build_profiling
@@ -87,8 +96,13 @@ def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None
     telemetry = RankTelemetry(cfg, run, rank, gpu_matrix_rate(local_rank) if on_gpu else None)
     # Telemetry stands ahead of a profiler, which takes its time to write.
     hooks = [telemetry, *build_profiling(cfg, run.path, rank)]
-    if rank == stack.RECORDING_RANK:
-        hooks.append(RunRecorder(cfg, run, events, telemetry))
+    if events.enabled:
+        recorder = RunRecorder(cfg, run, events, telemetry)
+        hooks.append(recorder)
+        if cfg.logger.kind != "none":
+            from nemo_bench.training.loggers import MetricsLogger
+
+            hooks.append(MetricsLogger(cfg, recorder))
     stack.pretrain(cfg, run.path, hooks)
 
 

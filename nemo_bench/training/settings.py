@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.transformer.enums import AttnBackend
 
 from nemo_bench.config import TrainConfig
+from nemo_bench.errors import BenchError
 
 # Fields of our `model` that Megatron's model does not have; it has all others, under the same names.
 _NOT_OF_THE_MODEL = ("name", "optim", "micro_batch_size", "global_batch_size", "tp_comm_overlap", "tp_comm_overlap_cfg")
+# NVIDIA's tables of user buffers name the GPU they were made for; others of its architecture use the same.
+_TABLES_OF_CAPABILITY = {9: "h100", 10: "b200"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -87,10 +92,14 @@ def ddp_settings(cfg: TrainConfig) -> dict[str, Any]:
 
 def fp8_settings(cfg: TrainConfig) -> dict[str, Any]:
     """Return the number formats of fp8 and NVFP4 matrix products; empty where there are none."""
-    formats = {name: value for name, value in vars(cfg.precision).items() if name not in ("name", "trainer_precision")}
+    p = cfg.precision
+    others: tuple[str, ...] = ("name", "trainer_precision")
+    if not p.first_last_layers_bf16:
+        others += ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+    formats = {name: value for name, value in vars(p).items() if name not in others}
     # MXFP8 parameters are gathered in bf16 and cast: the gradients' memory serves for it.
-    reuses = cfg.precision.fp8_recipe == "mxfp8" and cfg.precision.fp8_param_gather
-    return formats | {"reuse_grad_buf_for_mxfp8_param_ag": reuses} if cfg.precision.fp8 or cfg.precision.fp4 else {}
+    reuses = p.fp8_recipe == "mxfp8" and p.fp8_param_gather
+    return formats | {"reuse_grad_buf_for_mxfp8_param_ag": reuses} if p.fp8 or p.fp4 else {}
 
 
 def optimizer_settings(cfg: TrainConfig) -> dict[str, Any]:
@@ -115,3 +124,45 @@ def optimizer_settings(cfg: TrainConfig) -> dict[str, Any]:
             "store_param_remainders": o.store_param_remainders,
         }
     return settings
+
+
+def tp_overlap_settings(cfg: TrainConfig, tables: Any) -> dict[str, Any]:
+    """Return how communication is hidden, tensor-parallel ranks' included, with NVIDIA's tables of user buffers."""
+    return {
+        "tp_comm_overlap": True,
+        "tp_comm_overlap_cfg": _user_buffers(cfg, tables),
+        "tp_comm_bootstrap_backend": "nccl",  # NVIDIA's; groups of gloo are slow to set up on thousands of ranks
+        "overlap_param_gather_with_optimizer_step": cfg.gathers_with_optimizer_step,
+        **pipeline_communication(cfg),
+        **gradient_communication(cfg),
+    }
+
+
+def _user_buffers(cfg: TrainConfig, tables: Any) -> Any:
+    """Return what `model.tp_comm_overlap_cfg` names in the module `tables`; None: Transformer Engine's own choice."""
+    m, name = cfg.model, cfg.model.tp_comm_overlap_cfg
+    names = [name for name in dir(tables) if name.startswith("userbuffers_")]
+    if name == "auto":
+        gpu = _TABLES_OF_CAPABILITY.get(torch.cuda.get_device_capability()[0])
+        number_format = "fp8" if cfg.precision.fp8 else "bf16"
+        start = f"userbuffers_{number_format}_{gpu}_h{m.hidden_size}_tp{m.tensor_model_parallel_size}"
+        end = f"_mbs{m.micro_batch_size}_seqlen{m.seq_length}"
+        fitting = (f"{start}_cp{m.context_parallel_size}{end}", f"{start}{end}")
+        name = next((fit for fit in fitting if fit in names), None)
+    elif name is not None and name not in names:
+        raise BenchError(f"model.tp_comm_overlap_cfg={name}: NVIDIA has no such table\nvalid: auto, {', '.join(names)}")
+    return None if name is None else getattr(tables, name)
+
+
+def sample_order_folder(cfg: TrainConfig) -> str:
+    """Return the folder of Megatron's sample order, named after the files that it is made for.
+
+    Megatron finds a saved order by path, seed and length alone: after a dataset was prepared anew at the same path it
+    would go on with the old one's.
+    """
+    data = cfg.data
+    assert data.folder is not None
+    stats = [Path(f"{prefix}{suffix}").stat() for prefix in data.paths for suffix in (".bin", ".idx")]
+    content = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    key = hashlib.sha256(repr((data.paths, content)).encode()).hexdigest()[:16]
+    return str(Path(data.folder) / "index_mapping" / key)

@@ -69,6 +69,7 @@ def test_hydra_full_error_still_shows_the_traceback(train_cli: Cli, override: st
             "launch=dry scale=64gpu data=mock model.num_attention_heads=16 model.attention_backend=auto",
             ("auto falls back to unfused, which is slow: no other kernel takes heads of 512",),
         ),
+        ("-m launch=dry scale=upto(128)", ("64 x h100", "128 x h100")),
         ("-m launch=dry scale=64,128gpu,256", ("64 x h100", "128 x h100", "256 x h100")),  # a scale may be a number
         (
             "precision=fp8 scale=2048gpu launch=dry",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +23,8 @@ from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.record.folder import RunFolder, timestamp
 
 from ..composing import PROJECT
+
+H200 = Path(__file__).parents[1] / "runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a"
 
 
 class Cluster:
@@ -109,6 +113,19 @@ def test_a_jobs_state(
     left(cluster.job("7"), "7", exit_code=exit_code, log=log)
     (job,) = cluster.jobs()
     assert (job.state, job.active) == (state, state in ("RUNNING", "REQUEUED"))
+
+
+def test_a_completed_run_is_listed_with_its_result_which_is_found_once(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cluster.job("7", run=True)
+    shutil.copytree(H200, folder, dirs_exist_ok=True)
+    left(folder, "7", exit_code=0)
+    shown = re.sub(r" +", " ", cluster.listing())
+    assert "step time (s) ETA TFLOP/s MFU verdict" in shown
+    assert re.search(r"7 COMPLETED 70b fp8 128gpu 30/50 1\.\d+ \d{3}\.\d 6\d\.\d% NO REFERENCE", shown), shown
+    monkeypatch.setattr(jobs, "build_report", None)
+    assert re.sub(r" +", " ", cluster.listing()) == shown
 
 
 STOPPED = "no step for 60 min, and the last took 11 s"

@@ -348,5 +348,5 @@ def test_a_program_that_is_missing_on_this_machine_is_refused() -> None:
 
 
 def test_an_unknown_program_is_refused() -> None:
-    with pytest.raises(ConfigurationRefused, match=r"entrypoint\.name=nemo_3\n.*\n +valid: nemo2, nemo_24_09"):
-        entrypoint_of(composed("entrypoint.name=nemo_3"))
+    with pytest.raises(ConfigurationRefused, match=r"entrypoint\.stack=nemo_3\n.*\n +valid: nemo2, megatron_bridge"):
+        entrypoint_of(composed("entrypoint.stack=nemo_3"))

@@ -1,0 +1,27 @@
+"""Megatron-Bridge prepares CUDA in four places without asking whether it is there.
+
+https://github.com/NVIDIA-NeMo/Megatron-Bridge/issues/3295
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def needed() -> bool:
+    return not torch.cuda.is_available()
+
+
+def install() -> None:
+    from megatron.bridge.training import initialize, setup
+
+    # setup() does not pass allow_no_cuda on.
+    setup.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    # Compiles fused functions ahead of time, for the current CUDA device.
+    setup.set_jit_fusion_options = lambda *_: None
+    # Runs `make` in a folder of megatron-core whose wheel has the helpers built, and no Makefile.
+    initialize.compile_helpers = lambda: None
+    # Its own start of the process group ends in barrier(device_ids=...), which gloo refuses.
+    torch.distributed.init_process_group("gloo")

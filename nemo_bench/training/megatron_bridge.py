@@ -1,0 +1,192 @@
+"""The stack on Megatron-Bridge: its `ConfigContainer` of a configuration, and its `pretrain`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.training import comm_overlap
+from megatron.bridge.training import config as bridge
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
+from megatron.bridge.training.pretrain import pretrain as bridge_pretrain
+from megatron.bridge.training.tokenizers.config import TokenizerConfig
+
+from nemo_bench.config import TrainConfig
+from nemo_bench.training import settings
+from nemo_bench.training.hooks import Hooks, Step
+from nemo_bench.training.known import known
+
+
+def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
+    """Train `cfg` to its last step."""
+    try:
+        known(bridge_pretrain, build_container(cfg), forward_step, callbacks=[_BridgeHooks(hooks)])
+    except BaseException:
+        for hook in hooks:
+            hook.failed()
+        raise
+
+
+class _BridgeHooks(Callback):
+    """Call the hooks, and measure the time between a step's two events as NeMo's TimingCallback does."""
+
+    def __init__(self, hooks: list[Hooks]) -> None:
+        self.hooks, self.began = hooks, 0.0
+
+    def _call(self, event: str, *arguments: Any) -> None:
+        for hook in self.hooks:
+            getattr(hook, event)(*arguments)
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        optimizer_step = context.optimizer.step
+
+        def step() -> Any:
+            self._call("optimizer_start")
+            return optimizer_step()
+
+        context.optimizer.step = step
+        self._call("train_start", context.state.train_state.step)
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        self._call("step_start", context.state.train_state.step)
+        torch.cuda.synchronize()
+        self.began = time.perf_counter()
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.began
+        loss = (context.loss_dict or {}).get("lm loss")  # on the last pipeline stage alone
+        loss = None if loss is None else loss.reshape(-1)[0]
+        lr = context.optimizer.param_groups[0]["lr"]
+        # Bridge has not counted this step yet.
+        self._call("step_end", Step(context.state.train_state.step, seconds, loss, context.grad_norm, lr))
+
+    def on_eval_start(self, context: CallbackContext) -> None:
+        self._call("validation_start", context.state.train_state.step - 1)
+
+    def on_eval_end(self, context: CallbackContext) -> None:
+        self._call("validation_end", (context.total_loss_dict or {}).get("lm loss"))
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        self._call("train_end")
+
+
+def build_container(cfg: TrainConfig) -> Any:
+    """Return Bridge's configuration; it draws validation and test batches after the last step where `cfg` has any."""
+    m, t, on_gpu = cfg.model, cfg.trainer, cfg.gpu.device == "cuda"
+    overlap = None
+    if m.tp_comm_overlap and m.tensor_model_parallel_size > 1:
+        overlap = known(comm_overlap.CommOverlapConfig, **settings.tp_overlap_settings(cfg, comm_overlap))
+    return bridge.ConfigContainer(
+        model=_model(cfg),
+        train=known(
+            bridge.TrainingConfig,
+            train_iters=t.max_steps,
+            global_batch_size=m.global_batch_size,
+            micro_batch_size=m.micro_batch_size,
+            eval_iters=t.limit_val_batches,
+            eval_interval=t.max_steps + 1,
+            manual_gc=True,
+            manual_gc_interval=t.gc_interval,
+        ),
+        optimizer=known(bridge.OptimizerConfig, **settings.optimizer_settings(cfg)),
+        scheduler=_schedule(cfg),
+        ddp=known(bridge.DistributedDataParallelConfig, **settings.ddp_settings(cfg)),
+        dataset=_dataset(cfg),
+        logger=known(bridge.LoggerConfig, log_interval=1, tensorboard_dir=None),
+        tokenizer=_tokenizer(cfg),
+        checkpoint=known(bridge.CheckpointConfig, save=None, load=None),
+        rng=known(bridge.RNGConfig, seed=t.seed, te_rng_tracker=m.cuda_graph_impl != "none"),
+        dist=known(
+            bridge.DistributedInitConfig,
+            distributed_backend="nccl" if on_gpu else "gloo",
+            use_gloo_process_groups=False,
+        ),
+        comm_overlap=overlap,
+        mixed_precision=_precision(cfg),
+    )
+
+
+def _model(cfg: TrainConfig) -> Any:
+    values = settings.model_settings(cfg)
+    if cfg.model.rope_scaling:
+        values["rope_scaling_factor"] = 8.0  # Llama 3.1's
+    if cfg.gpu.device == "cpu":
+        values |= {"transformer_impl": "local", "gradient_accumulation_fusion": False}
+        values["defer_embedding_wgrad_compute"] = False
+    return known(
+        GPTModelProvider,
+        normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        position_embedding_type="rope",
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        share_embeddings_and_output_weights=False,
+        should_pad_vocab=False,  # padded already
+        **values,
+    )
+
+
+def _schedule(cfg: TrainConfig) -> Any:
+    o, steps = cfg.model.optim, cfg.trainer.max_steps
+    return known(
+        bridge.SchedulerConfig,
+        lr_decay_style="cosine",
+        lr_warmup_iters=o.warmup_steps,
+        lr_decay_iters=max(steps, o.warmup_steps + 1),
+        # These two are used, not the optimizer's.
+        start_weight_decay=o.weight_decay,
+        end_weight_decay=o.weight_decay,
+    )
+
+
+def _dataset(cfg: TrainConfig) -> Any:
+    data, mock = cfg.data, cfg.data.kind == "mock"
+    kind = bridge.MockGPTDatasetConfig if mock else bridge.GPTDatasetConfig
+    values: dict[str, Any] = {}
+    if not mock:
+        values = {"blend": (list(data.paths), list(data.weights) or None)}
+        values["path_to_cache"] = settings.sample_order_folder(cfg)
+    return kind(
+        random_seed=cfg.trainer.seed,
+        seq_length=cfg.model.seq_length,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        num_dataset_builder_threads=1,
+        split=data.split,
+        dataloader_type="single",
+        skip_getting_attention_mask_from_dataset=True,
+        num_workers=data.num_workers,
+        pin_memory=cfg.gpu.device == "cuda",
+        **values,
+    )
+
+
+def _tokenizer(cfg: TrainConfig) -> Any:
+    if cfg.data.kind == "mock":
+        only_a_size = {"tokenizer_type": "NullTokenizer", "vocab_size": cfg.model.vocab_size - 1}
+        return known(TokenizerConfig, use_tokenizer_vocab_size=False, **only_a_size)
+    folder = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": cfg.data.tokenizer}
+    return known(TokenizerConfig, use_tokenizer_vocab_size=False, **folder)
+
+
+def _precision(cfg: TrainConfig) -> Any:
+    if settings.working_dtype(cfg) is torch.float32:
+        return None
+    return known(
+        MixedPrecisionConfig,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=cfg.model.optim.grad_reduce_in_fp32,
+        **settings.fp8_settings(cfg),
+    )
