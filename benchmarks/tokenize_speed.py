@@ -23,15 +23,12 @@ import sysconfig
 import tempfile
 import time
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from nemo_bench.data.manifest import manifest_path  # noqa: E402
-from nemo_bench.data.shard import Shard  # noqa: E402
 from nemo_bench.data.tokenizer import LLAMA3_SPLIT  # noqa: E402
 
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h")
@@ -87,12 +84,13 @@ def llama3_tokenizer(folder: Path) -> None:
 
 
 def run_ours(source: Path, tokenizer: Path, folder: Path, cores: set[int]) -> dict[str, Any]:
-    """One shard through `python -m nemo_bench.data.shard` on these cores."""
+    """One file through `prepare_data.py` on these cores."""
     folder.mkdir()
-    prefix = folder / "shard_text_document"
-    shard = Shard(str(source), str(prefix), str(tokenizer), threads=len(cores))
-    measured = run([sys.executable, "-m", "nemo_bench.data.shard"], cores, json.dumps(asdict(shard)))
-    made = json.loads(manifest_path(prefix).read_bytes())
+    settings = {"sources": f"[{source}]", "tokenizer_folder": tokenizer, "data.folder": folder, "threads": len(cores)}
+    script = str(PROJECT / "prepare_data.py")
+    measured = run([sys.executable, script, *(f"{key}={value}" for key, value in settings.items())], cores)
+    (path,) = folder.glob("*_document.json")
+    made = json.loads(path.read_bytes())
     seconds = {"seconds": made["seconds"]["tokenising"], "verify_s": made["seconds"]["verifying"]}
     return {**measured, **seconds, "documents": made["documents"], "tokens": made["tokens"]}
 
@@ -104,15 +102,12 @@ def run_megatron(source: Path, tokenizer: Path, prefix: Path, cores: set[int]) -
     return {**measured, **json.loads(measured.pop("stdout").splitlines()[-1])}
 
 
-def run(command: list[str], cores: set[int], standard_input: str = "") -> dict[str, Any]:
+def run(command: list[str], cores: set[int]) -> dict[str, Any]:
     """Runs it on these cores; whole-process seconds, and the peak memory of the process itself."""
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as given:
-        given.write(standard_input.encode())
-        given.seek(0)
+    with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
         process = subprocess.Popen(
             command,
-            stdin=given,
             stdout=output,
             env={**os.environ, "PYTHONPATH": str(PROJECT), "TOKENIZERS_PARALLELISM": "false"},
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
@@ -175,7 +170,7 @@ def main() -> None:
         for suffix in (".bin", ".idx"):
             expected = (folder / f"megatron_text_document{suffix}").read_bytes()
             for label in ours:
-                path = folder / f"ours-{label.replace(' ', '')}-0" / f"shard_text_document{suffix}"
+                path = folder / f"ours-{label.replace(' ', '')}-0" / f"my-llama_00_text_document{suffix}"
                 if path.read_bytes() != expected:
                     sys.exit(f"{label}: {suffix} differs from Megatron's")
 

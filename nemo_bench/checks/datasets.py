@@ -7,14 +7,15 @@ from pathlib import Path
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.data.corpus import collect
-from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect, optimal_dtype
+from nemo_bench.data.encoder import Encoder
+from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect, last_ids, optimal_dtype
 from nemo_bench.data.manifest import read_manifest
 from nemo_bench.data.split import empty_parts
 from nemo_bench.errors import BenchError, Need, Problem
 from nemo_bench.files import sha256_of
 
 NO_FILES = "data=local and data=mock need no files"
-SAMPLE_BYTES = 1 << 20
+SAMPLE_BYTES, SAMPLE_DOCUMENTS = 1 << 20, 1000
 _inspect = functools.cache(inspect)  # the points of a sweep share their datasets
 
 
@@ -33,6 +34,24 @@ def dataset_problems(cfg: TrainConfig) -> list[Problem]:
         else:
             _split_rules(cfg, need, prefix, info.documents)
     return need.problems
+
+
+def dataset_remarks(cfg: TrainConfig) -> list[str]:
+    """Say which datasets of `data.paths` have documents without the end-of-document token of `data.tokenizer`."""
+    return _remarks(tuple(cfg.data.paths), cfg.data.tokenizer or "")
+
+
+@functools.cache
+def _remarks(prefixes: tuple[str, ...], tokenizer: str) -> list[str]:
+    # Those that prepare_data.py made have it.
+    foreign = [Path(prefix) for prefix in prefixes if read_manifest(Path(prefix)) is None]
+    try:
+        eod = Encoder(Path(tokenizer), "tokenizers").eod if foreign else 0
+        ending = {prefix: last_ids(_inspect(prefix), SAMPLE_DOCUMENTS) for prefix in foreign}
+    except BenchError:  # named by the rules
+        return []
+    text = f"none of its first documents ends in the end-of-document token of {tokenizer}, id {eod}"
+    return [f"{prefix}: {text}" for prefix, ids in ending.items() if eod not in ids]
 
 
 def _tokenizer_rules(cfg: TrainConfig, need: Need, info: DatasetInfo) -> None:
