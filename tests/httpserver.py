@@ -1,11 +1,5 @@
 """A real HTTP server on 127.0.0.1 that breaks off on demand and answers like huggingface.co where asked to.
 
-    with FileServer() as server:
-        server.put("/shard.zst", data)
-        server.script("/shard.zst", Twist(cut_after=1000), Twist(status=503))
-        fetch(server.url("/shard.zst"), ...)  # its first GET breaks off, the second gets a 503, the third all
-        server.put_hub("org/model", "tokenizer.json", data, gated=True)  # with HF_ENDPOINT=server.endpoint
-
 `127.0.0.1` and `localhost` reach it as two hosts: the second stands for the content delivery network.
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -12,18 +11,11 @@ from nemo_bench.config import ClusterConfig, DataConfig, Launch, ModelConfig
 from nemo_bench.fields import PATH, choice, number
 
 
-class Action(Enum):
-    """What `prepare_data.py` does."""
-
-    prepare = "prepare"
-    check = "check"  # read back what exists
-
-
 @dataclass
 class PreparationConfig:
     """Which documents become which datasets, and how."""
 
-    action: Action = Action.prepare
+    action: str = choice("prepare", "check")  # check: read back what exists
     launch: Launch = Launch.run
     data: DataConfig = field(default_factory=DataConfig)  # data.folder: where the datasets go
     model: ModelConfig = field(default_factory=ModelConfig)  # data=local: the size of the trained vocabulary
@@ -38,7 +30,6 @@ class PreparationConfig:
     text_key: str = "text"  # the text's key in a JSON document, or column in a Parquet file
     encoder: str = choice("auto", "tokenizers")  # auto: gigatoken where it can be used
     max_bad_share: float = number(1e-4, least=0, most=1)  # of the documents may be broken; left out, counted and shown
-    keep_downloads: bool = True  # false: delete a download once its dataset is verified and in place
     threads: int | None = number(None, least=1)  # null: as many as serve
     overwrite: bool = False  # make existing datasets again
     wait: bool = True  # for submitted jobs, and show what they made

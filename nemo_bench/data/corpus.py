@@ -11,14 +11,13 @@ from pathlib import Path
 
 from nemo_bench.errors import BenchError
 
-#: With less text than this, a tokenizer and a split stop being meaningful. A caller may ask for less.
-MINIMUM_BYTES = 1_000_000
+MINIMUM_BYTES = 1_000_000  # less stops being meaningful; a caller may ask for less
 
 # Installed packages, tests and caches; then generated tables: character maps, and the language reference as one escaped
 # literal, which would be an eighth of the corpus in a single document.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
 _SKIPPED_FOLDERS |= {"encodings", "pydoc_data"}
-_SKIPPED_FILES = {"html/entities.py", "stringprep.py"}  # more generated tables
+_SKIPPED_FILES = {"html/entities.py", "stringprep.py"}
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,13 @@ def _names(root: Path) -> Iterator[str]:
                 yield name
 
 
-def collect(corpus_bytes: int, *, root: Path | None = None) -> list[CorpusFile]:
+def collect(corpus_bytes: int) -> list[CorpusFile]:
     """Return library files of `corpus_bytes` bytes in all, or all there are; raise BenchError if that is too little.
 
     They come in the order of the SHA-256 of their names: Megatron splits by ranges of documents, and sorted names would
     make the validation split one package.
     """
-    root = library_folder() if root is None else root
-    chosen: list[CorpusFile] = []
-    total = 0
+    root, chosen, total = library_folder(), list[CorpusFile](), 0
     for name in sorted(_names(root), key=lambda name: (hashlib.sha256(name.encode()).digest(), name)):
         try:
             data = (root / name).read_bytes()

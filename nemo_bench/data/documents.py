@@ -81,14 +81,13 @@ def _checked(value: object, text_key: str) -> str:
 
 
 class Reader:
-    """The blocks of one file.
+    """The blocks of one file; BenchError if its format is unknown or it cannot be read.
 
     `bytes_read`, of `size_bytes`, says how far the reading is in the stored file; `cut_short`, at its end, why the rest
     of the file cannot be read, as a clause ("": it was read to its end).
     """
 
     def __init__(self, path: Path, text_key: str = "text") -> None:
-        """Raise BenchError if the file's format is unknown or the file cannot be read."""
         self.path, self.text_key = path, text_key
         self.format = format_of(path.name)
         self.bytes_read, self.cut_short = 0, ""

@@ -54,7 +54,7 @@ SAMPLE_FIRST, SAMPLE_EVERY, SAMPLE_LONGEST = 16, 8192, 50_000
 
 
 class Encoder:
-    """The tokenizer of a Hugging Face folder.
+    """The tokenizer of a Hugging Face folder; BenchError if that holds no usable one.
 
     `vocab_size` counts added tokens too, as Hugging Face's `len(tokenizer)`; `eod` is the id of the folder's
     `eos_token`, which Megatron's --append-eod appends; `fingerprint` is the SHA-256 of tokenizer.json; `library` is the
@@ -62,9 +62,15 @@ class Encoder:
     """
 
     def __init__(self, folder: Path, library: str = "auto", report: Callable[[str], None] = lambda line: None) -> None:
-        """Raise BenchError if the folder holds no usable tokenizer."""
+        from tokenizers import Tokenizer
+
         content, self.fingerprint = read_tokenizer(folder)
-        self._reference = _reference(folder, content)
+        try:
+            self._reference: Any = Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # tokenizers raises a bare Exception
+            raise BenchError(f"{folder / 'tokenizer.json'} is not a Hugging Face tokenizer: {error}") from None
+        self._reference.no_truncation()  # a document keeps all its tokens
+        self._reference.no_padding()
         self.vocab_size: int = self._reference.get_vocab_size(with_added_tokens=True)
         self.eod = _end_of_document(folder, self._reference)
         self.library = library
@@ -78,15 +84,13 @@ class Encoder:
         """Load gigatoken's tokenizer and prove it on difficult texts; return why it cannot be used, or ""."""
         try:
             import gigatoken
-        except ImportError as error:
-            return f"gigatoken cannot be imported ({error}); pip install gigatoken"
-        try:
+
             self._fast = gigatoken.Tokenizer.from_json(content)
             added = [str(token["content"]) for token in json.loads(content).get("added_tokens", ())]
             probes = [*_PROBES, "".join(f"{token} a{token}b" for token in added[:64])]
             ids, lengths = self._encode_fast(probes)
-        except Exception as error:  # anything, depending on tokenizer.json
-            return f"gigatoken does not support this tokenizer ({str(error).splitlines()[0]})"
+        except Exception as error:  # it is not installed, or anything, depending on tokenizer.json
+            return f"gigatoken does not support this tokenizer, or is not installed ({str(error).splitlines()[0]})"
         if differing := self._differing(probes, ids, lengths, range(len(probes))):
             return f"gigatoken encodes {probes[differing[0]][:40]!r} differently"
         return ""
@@ -112,10 +116,7 @@ class Encoder:
         return _joined(rows)
 
     def check(self, texts: Sequence[str], before: int, ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
-        """Compare a sample of what `encode` returned with the reference; raise RunFailed if they differ.
-
-        `before` documents of the shard preceded these.
-        """
+        """Compare a sample of what `encode` returned, after `before` documents, with the reference (RunFailed)."""
         if self.library == "tokenizers":
             return
         first = range(max(0, min(SAMPLE_FIRST - before, len(texts))))
@@ -175,18 +176,6 @@ def read_tokenizer(folder: Path) -> tuple[bytes, str]:
         )
     content = path.read_bytes()
     return content, hashlib.sha256(content).hexdigest()
-
-
-def _reference(folder: Path, content: bytes) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        reference = Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # tokenizers raises a bare Exception
-        raise BenchError(f"{folder / 'tokenizer.json'} is not a Hugging Face tokenizer: {error}") from None
-    reference.no_truncation()  # a document keeps all its tokens
-    reference.no_padding()
-    return reference
 
 
 def _end_of_document(folder: Path, reference: Any) -> int:

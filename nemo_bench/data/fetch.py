@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -19,9 +18,7 @@ from urllib.parse import unquote, urlsplit
 from nemo_bench.errors import BenchError
 from nemo_bench.files import locked, sha256_of, size_text
 
-#: So many attempts in a row may bring nothing new. The pause before the next one starts at PAUSE_S and doubles.
-ATTEMPTS = 7
-PAUSE_S = 1.0
+ATTEMPTS, PAUSE_S = 7, 1.0  # so many in a row may bring nothing new; the pause between them doubles
 HUB = "https://huggingface.co"
 _NETWORK = "Is the network up? Does it need a proxy (https_proxy)? Then run the same command again."
 _HUB_PATH = re.compile(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -40,7 +37,7 @@ class _Interrupted(Exception):
     """The transfer broke off; another attempt may work."""
 
 
-def fetch(url: str, destination: Path, sha256: str, report: Report, announce: Announce = lambda size: None) -> str:
+def fetch(url: str, destination: Path, sha256: str, report: Report, announce: Announce) -> str:
     """Download `url` to `destination`, unless that file exists, and return its SHA-256.
 
     The bytes so far lie in `.<name>.part/` next to it; however a call ends, the next one continues from them.
@@ -55,7 +52,7 @@ def fetch(url: str, destination: Path, sha256: str, report: Report, announce: An
             actual = sha256_of(destination)
         elif hub := hub_address(url):
             repo, name, revision, kind = hub
-            path, _, actual = hub_file(repo, name, part, revision, report, repo_type=kind, announce=announce)
+            path, _, actual = hub_file(repo, name, part, revision, kind, report, announce)
         else:
             part.mkdir(exist_ok=True)
             path = _retried(lambda: _curl_file(url, part, announce, lock), part, shown(url), report)
@@ -81,7 +78,7 @@ def part_of(destination: Path) -> Path:
 
 
 def bytes_in(folder: Path) -> int:
-    """Return the size of all files in a folder; 0 if there is none."""
+    """Return the size of all files in a folder."""
     with suppress(FileNotFoundError):  # a file was renamed meanwhile
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return 0
@@ -129,11 +126,8 @@ def _curl_file(url: str, part: Path, announce: Announce, lock: int) -> Path:
 def _curl(url: str, *options: str, pass_fds: Sequence[int] = ()) -> str:
     """Run curl on `url` and return what it printed; raise _Interrupted if another attempt may work."""
     config = 'url = "{}"'.format(url.replace("\\", "%5C").replace('"', "%22"))
-    command = [*_CURL, *options]
     try:
-        done = subprocess.run(
-            command, input=config, capture_output=True, text=True, errors="replace", pass_fds=pass_fds
-        )
+        done = subprocess.run([*_CURL, *options], input=config, capture_output=True, text=True, pass_fds=pass_fds)
     except FileNotFoundError:
         raise BenchError("curl is not installed, but downloads from URLs need it") from None
     if done.returncode == 0:
@@ -141,11 +135,6 @@ def _curl(url: str, *options: str, pass_fds: Sequence[int] = ()) -> str:
     cause = done.stderr.strip().partition(") ")[2] or f"curl ended with status {done.returncode}"
     if done.returncode in _BROKEN or _BUSY.search(cause):
         raise _Interrupted(cause)
-    if done.returncode == 33:  # the server cannot continue in the middle
-        Path(options[-1]).unlink()
-        raise _Interrupted("the server sends files only from their beginning")
-    if done.returncode == 23:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), options[-1])
     raise BenchError(f"{shown(url)} cannot be downloaded: {cause}")
 
 
@@ -153,20 +142,12 @@ def hub_address(url: str) -> tuple[str, str, str, str] | None:
     """Return repository, file, revision and repository type of a URL on the Hub or its mirror (HF_ENDPOINT)."""
     parts = urlsplit(url)
     match = _HUB_PATH.fullmatch(parts.path)
-    if match is None or f"{parts.scheme}://{parts.netloc}" not in (HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/")):
-        return None
-    return match[2], unquote(match[4]), unquote(match[3]), match[1] or "model"
+    is_hub = f"{parts.scheme}://{parts.netloc}" in (HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"))
+    return (match[2], unquote(match[4]), unquote(match[3]), match[1] or "model") if match and is_hub else None
 
 
 def hub_file(
-    repo: str,
-    name: str,
-    folder: Path,
-    revision: str,
-    report: Report,
-    *,
-    repo_type: str = "model",
-    announce: Announce = lambda size: None,
+    repo: str, name: str, folder: Path, revision: str, repo_type: str, report: Report, announce: Announce
 ) -> tuple[Path, str, str]:
     """Download a file of a Hub repository into `folder`; return its path, the commit it belongs to, and its SHA-256.
 

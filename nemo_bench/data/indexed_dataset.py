@@ -7,8 +7,6 @@ on a login node, which has no torch. All numbers are little-endian:
     .idx  magic (9 bytes), version 1 (uint64), type code (uint8), number of sequences S (uint64), number of
           document boundaries D (uint64), lengths in tokens (int32[S]), offsets in .bin in bytes (int64[S]),
           and the sequence at which each document begins, with S at the end (int64[D])
-
-A document is written as one sequence, or as none if it has no tokens, as by Megatron's preprocess_data.py.
 """
 
 from __future__ import annotations
@@ -56,7 +54,8 @@ def optimal_dtype(vocab_size: int) -> str:
 class IndexedDatasetWriter:
     """Stream documents of token ids into `prefix`.bin; the end of the `with` block writes `prefix`.idx.
 
-    A block that raises, or a killed process, leaves a .bin without an .idx. The vocabulary's size decides the type.
+    A document is one sequence, or none if it has no tokens, as by Megatron's preprocess_data.py. A block that raises,
+    or a killed process, leaves a .bin without an .idx.
     """
 
     def __init__(self, prefix: Path, *, vocab_size: int) -> None:

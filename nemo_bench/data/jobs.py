@@ -7,7 +7,7 @@ from pathlib import Path
 from nemo_bench.cluster import jobs, slurm
 from nemo_bench.config import ComposedPoint, Launch, typed_as
 from nemo_bench.data import prepare
-from nemo_bench.data.config import Action, PreparationConfig
+from nemo_bench.data.config import PreparationConfig
 from nemo_bench.data.shard import Shard
 from nemo_bench.errors import BenchError
 from nemo_bench.files import dated_name
@@ -28,7 +28,7 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
         scripts = []
         for cfg, point, group in zip(configs, points, groups):
             print(prepare.plan(cfg, group))
-            scripts += [_script(cfg, point, number, shard, _new_folder(cfg, shard)) for number, shard in group.items()]
+            scripts += [_script(cfg, point, number, shard)[0] for number, shard in group.items()]
         jobs.show_commands(scripts)
         return
     missing = [prepare.missing_shards(cfg, list(group.values())) for cfg, group in zip(configs, groups)]
@@ -42,9 +42,7 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
                     print(f"job {job.job_id} is making {shard.name} already", flush=True)
                     submitted.append(job)
                 elif shard in to_make:
-                    folder = _new_folder(cfg, shard)
-                    script = _script(cfg, point, number, shard, folder)
-                    submitted.append(jobs.submit_command(script, folder, prefix=shard.prefix))
+                    submitted.append(jobs.submit_command(*_script(cfg, point, number, shard), prefix=shard.prefix))
         if not wait:
             print("python prepare_data.py check reads back what they make; python jobs.py lists them")
             return
@@ -56,17 +54,15 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
 def _checked(point: ComposedPoint) -> PreparationConfig:
     cfg = prepare.checked(typed_as(PreparationConfig, point.config))
     jobs.check_command(cfg)
-    if cfg.action is not Action.prepare:
-        raise BenchError(f"{cfg.action.name} needs no job: leave out hydra/launcher=...")
+    if cfg.action != "prepare":
+        raise BenchError(f"{cfg.action} needs no job: leave out hydra/launcher=...")
     if cfg.data.kind != "megatron":
         raise BenchError(f"data={cfg.data.name} takes seconds and needs no job: leave out hydra/launcher=...")
     return cfg
 
 
-def _new_folder(cfg: PreparationConfig, shard: Shard) -> Path:
-    return Path(cfg.stage_path, LOGS, dated_name(), shard.name)
-
-
-def _script(cfg: PreparationConfig, point: ComposedPoint, number: int, shard: Shard, folder: Path) -> str:
+def _script(cfg: PreparationConfig, point: ComposedPoint, number: int, shard: Shard) -> tuple[str, Path]:
+    """Return the batch script that makes a shard, and the folder of its log."""
+    folder = Path(cfg.stage_path, LOGS, dated_name(), shard.name)
     command = jobs.repeated_command("prepare_data.py", point.overrides, cfg.stage_path, f"only={number}")
-    return slurm.command_script(cfg.cluster, f"nemo-bench-{shard.name}", command, folder)
+    return slurm.command_script(cfg.cluster, f"nemo-bench-{shard.name}", command, folder), folder

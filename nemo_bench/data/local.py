@@ -17,19 +17,19 @@ from pathlib import Path
 
 from nemo_bench.data import corpus, tokenizer
 from nemo_bench.data.corpus import CorpusFile
-from nemo_bench.data.manifest import damage, read_manifest
+from nemo_bench.data.indexed_dataset import inspect
+from nemo_bench.data.manifest import read_manifest
 from nemo_bench.data.shard import Shard, prepare
 from nemo_bench.errors import BenchError
 from nemo_bench.files import atomic_folder, explained_disk_errors, locked
 
-#: The recipe's name for the first shard of its training data.
-DATASET_NAME = "my-llama_00_text_document"
+DATASET_NAME = "my-llama_00_text_document"  # as the recipe's
 _FORMAT_VERSION = 2  # raise it when the same inputs would give other files
 
 
 @dataclass(frozen=True)
 class LocalDataset:
-    """A local dataset on disk; paths are absolute, `prefix` has no suffix, counts include special tokens."""
+    """A local dataset on disk; paths are absolute."""
 
     prefix: Path
     tokenizer_folder: Path
@@ -56,11 +56,11 @@ def prepare_local(
                     with atomic_folder(folder) as building:
                         _build(building, files, vocab_size, report)
     prefix = folder / DATASET_NAME
-    manifest = read_manifest(prefix)
-    problem = "it has no description" if manifest is None else damage(prefix, manifest)
-    if problem or manifest is None:
-        raise BenchError(f"the local dataset {folder} is damaged ({problem}): delete that folder, and it is made again")
-    return LocalDataset(prefix, folder / "tokenizer", manifest["vocab_size"], manifest["documents"], manifest["tokens"])
+    try:
+        info, manifest = inspect(prefix), read_manifest(prefix) or {}
+    except BenchError as error:
+        raise BenchError(f"{error}\nDelete the folder {folder}, and it is made again") from None
+    return LocalDataset(prefix, folder / "tokenizer", manifest["vocab_size"], info.documents, info.tokens)
 
 
 def local_prefix(parent: Path, *, vocab_size: int, corpus_bytes: int) -> Path:

@@ -39,17 +39,6 @@ def datasets_in(folder: Path) -> list[Path]:
     return sorted(prefix for prefix in prefixes if manifest_path(prefix).exists())
 
 
-def damage(prefix: Path, manifest: dict[str, Any]) -> str:
-    """Return what the files' sizes tell about the dataset, as a clause; "" if they are right."""
-    for path in (bin_path(prefix), idx_path(prefix)):
-        expected = manifest["products"][path.suffix]["size_bytes"]
-        if not path.exists():
-            return f"{path.name} is missing"
-        if path.stat().st_size != expected:
-            return f"{path.name} has {path.stat().st_size:,} bytes instead of {expected:,}"
-    return ""
-
-
 def verify(prefix: Path) -> tuple[DatasetInfo, dict[str, Any]]:
     """Read a whole dataset and return it with its description; raise BenchError if it is not as it was made."""
     manifest = read_manifest(prefix)

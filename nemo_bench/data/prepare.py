@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from omegaconf import DictConfig
 from nemo_bench.cli import quoted_path
 from nemo_bench.cluster.processes import Terminated, termination_raises
 from nemo_bench.config import Launch, typed_as
-from nemo_bench.data.config import Action, PreparationConfig
+from nemo_bench.data.config import PreparationConfig
 from nemo_bench.data.documents import format_of
 from nemo_bench.data.encoder import read_tokenizer
 from nemo_bench.data.manifest import datasets_in, read_manifest, verify
@@ -26,7 +27,7 @@ def run_preparation(raw: DictConfig) -> None:
     cfg = checked(typed_as(PreparationConfig, raw))
     if cfg.data.kind == "mock":
         print("data=mock is random tokens: there is nothing to prepare.")
-    elif cfg.action is Action.check:
+    elif cfg.action == "check":
         check(cfg)
     elif cfg.data.kind == "local":
         _prepare_local(cfg)
@@ -54,7 +55,7 @@ def checked(cfg: PreparationConfig) -> PreparationConfig:
 
 
 def shards_of(cfg: PreparationConfig) -> dict[int, Shard]:
-    """Return the shards that the configuration names, by number; raise BenchError if it names none, or wrong ones."""
+    """Return the shards that the configuration names, by number; raise BenchError if it names none."""
     if cfg.data.folder is None or cfg.tokenizer_folder is None:
         raise BenchError(f"data={cfg.data.name} needs data.folder=... and tokenizer_folder=...")
     sources = dict(enumerate(cfg.sources))
@@ -64,6 +65,7 @@ def shards_of(cfg: PreparationConfig) -> dict[int, Shard]:
         if not re.fullmatch(r"[^{}]*\{shard(:\d+d)?\}[^{}]*", cfg.url):
             raise BenchError(f"url={cfg.url}: must hold {{shard}} or {{shard:02d}} for the shard's number")
         sources = {number: cfg.url.format(shard=number) for number in cfg.shards}
+    sources = {number: source for number, source in sources.items() if cfg.only in (None, number)}
     if not sources:
         raise BenchError("there is nothing to prepare: shards=[0,1] or sources=[...] must name documents")
     for source in sources.values():
@@ -76,12 +78,10 @@ def shards_of(cfg: PreparationConfig) -> dict[int, Shard]:
             text_key=cfg.text_key,
             encoder=cfg.encoder,
             max_bad_share=cfg.max_bad_share,
-            keep_download=cfg.keep_downloads,
             threads=cfg.threads,
             overwrite=cfg.overwrite,
         )
         for number, source in sources.items()
-        if cfg.only in (None, number)
     }
 
 
@@ -89,7 +89,7 @@ def missing_shards(cfg: PreparationConfig, shards: list[Shard]) -> list[Shard]:
     """Return the shards that have to be made; raise BenchError if one cannot be."""
     _, tokenizer_sha256 = read_tokenizer(Path(shards[0].tokenizer_folder))
     missing = [shard for shard in shards if cfg.overwrite or why_missing(shard, tokenizer_sha256)]
-    if absent := [shard.source for shard in missing if not shard.is_url and not Path(shard.source).is_file()]:
+    if absent := [shard.source for shard in missing if not is_url(shard.source) and not Path(shard.source).is_file()]:
         raise BenchError(f"not found: {', '.join(absent)}\nsources=[...] must name files or URLs")
     return missing
 
@@ -104,16 +104,13 @@ def _make_shards(shards: list[Shard]) -> None:
                     prepare(shard, partial(print, f"{shard.name}:", flush=True))
                 except BenchError as error:
                     failures.append((shard, error))
-    except KeyboardInterrupt:
-        raise RunFailed("interrupted: nothing half-made is left; the same command continues from here", 130) from None
-    except Terminated as ended:
-        raise RunFailed(f"ended by {ended}: the same command continues from here", 128 + ended.signum) from None
+    except (KeyboardInterrupt, Terminated) as ended:
+        code = 128 + getattr(ended, "signum", signal.SIGINT)
+        raise RunFailed("interrupted: the same command continues from here", code) from None
     if failures:
         lines = [f"{shard.name}: {error}" for shard, error in failures]
-        lines.append(
-            f"{len(failures)} of {len(shards)} failed, {len(shards) - len(failures)} are done and stay; the same "
-            "command (without overwrite=true) continues from here"
-        )
+        counts = f"{len(failures)} of {len(shards)} failed, {len(shards) - len(failures)} are done and stay"
+        lines.append(f"{counts}; the same command (without overwrite=true) continues from here")
         raise RunFailed("\n".join(lines), failures[0][1].exit_code)
 
 
@@ -199,7 +196,5 @@ def check(cfg: PreparationConfig) -> None:
             f"{info.max_token_id:,}: whole (from {manifest['inputs']['source']}, {manifest['made_at']})"
         )
     if problems:
-        raise BenchError(
-            f"{problems} missing or damaged: the same command without `check` makes what is missing, and with "
-            "overwrite=true all that it names"
-        )
+        remedy = "the same command without `check` makes what is missing, and with overwrite=true all that it names"
+        raise BenchError(f"{problems} missing or damaged: {remedy}")

@@ -17,11 +17,11 @@ from typing import Any
 from urllib.parse import unquote, urldefrag, urlsplit
 
 from nemo_bench.data import fetch
-from nemo_bench.data.display import Phase
+from nemo_bench.data.display import shown
 from nemo_bench.data.documents import Reader
 from nemo_bench.data.encoder import Encoder
 from nemo_bench.data.indexed_dataset import bin_path, idx_path, inspect
-from nemo_bench.data.manifest import FORMAT, FORMAT_VERSION, damage, manifest_path, read_manifest
+from nemo_bench.data.manifest import FORMAT, FORMAT_VERSION, manifest_path, read_manifest
 from nemo_bench.data.tokenize import Counts, tokenize
 from nemo_bench.errors import BenchError
 from nemo_bench.files import explained_disk_errors, fsync, hidden_folder, locked, sha256_of, write_json
@@ -37,7 +37,6 @@ class Shard:
     text_key: str = "text"  # JSON key or Parquet column
     encoder: str = "auto"
     max_bad_share: float = 0.0
-    keep_download: bool = True
     threads: int | None = None  # None: as many as serve
     overwrite: bool = False  # make it again, whatever exists
 
@@ -46,13 +45,9 @@ class Shard:
         return Path(self.prefix).name
 
     @property
-    def is_url(self) -> bool:
-        return is_url(self.source)
-
-    @property
     def shown_source(self) -> str:
         """The source without what may be secret in a URL: of a query only a hash."""
-        if not self.is_url:
+        if not is_url(self.source):
             return self.source
         query = urlsplit(self.source).query
         return fetch.shown(self.source) + (f"?{_hash(query)}" if query else "")
@@ -65,8 +60,8 @@ class Shard:
 
     def inputs(self, tokenizer_sha256: str) -> dict[str, Any]:
         """Return what decides the dataset's bytes; of a file only its name, since a stage folder may be moved."""
-        inputs: dict[str, Any] = {"source": self.shown_source if self.is_url else Path(self.source).name}
-        if not self.is_url and os.path.exists(self.source):
+        inputs: dict[str, Any] = {"source": self.shown_source if is_url(self.source) else Path(self.source).name}
+        if not is_url(self.source) and os.path.exists(self.source):
             status = os.stat(self.source)
             inputs |= {"source_bytes": status.st_size, "source_mtime_ns": status.st_mtime_ns}
         return inputs | {"text_key": self.text_key, "tokenizer_sha256": tokenizer_sha256}
@@ -85,29 +80,25 @@ def why_missing(shard: Shard, tokenizer_sha256: str) -> str:
     """Return why the dataset has to be made ("": it exists); raise BenchError if another one is in its place."""
     prefix = Path(shard.prefix)
     manifest = read_manifest(prefix)
-    exist = [path.exists() for path in (bin_path(prefix), idx_path(prefix))]
     if manifest is None:
-        if any(exist):
+        if bin_path(prefix).exists() or idx_path(prefix).exists():
             raise BenchError(f"{prefix} was not made by prepare_data.py: move it away, or overwrite=true")
         return "there is none yet"
-    if not all(exist):
-        return "an earlier attempt did not finish"
-    if differences := _differences(manifest, shard, tokenizer_sha256):
-        raise BenchError(
-            f"{prefix} was made from something else ({'; '.join(differences)}).\n"
-            "overwrite=true makes it again; output_prefix=... or stage_path=... makes another one"
-        )
-    return damage(prefix, manifest)
-
-
-def _differences(manifest: dict[str, Any], shard: Shard, tokenizer_sha256: str) -> list[str]:
-    """Return how the described dataset differs from what `shard` would make, as clauses."""
+    try:
+        inspect(prefix)
+    except BenchError as error:  # an attempt that did not finish, or damage
+        return str(error)
     then, now = manifest["inputs"], shard.inputs(tokenizer_sha256)
     # A source file that no longer exists is not another one, and has no size or date to compare.
-    keys = [key for key in now if then.get(key) != now[key]]
-    if keys == ["source_mtime_ns"] and sha256_of(Path(shard.source)) == manifest["source"]["sha256"]:
-        return []
-    return [f"{key}: {then.get(key)} then, {now[key]} now" for key in keys]
+    differing = {key: f"{key}: {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]}
+    if list(differing) == ["source_mtime_ns"] and sha256_of(Path(shard.source)) == manifest["source"]["sha256"]:
+        return ""
+    if differing:
+        raise BenchError(
+            f"{prefix} was made from something else ({'; '.join(differing.values())}).\n"
+            "overwrite=true makes it again; output_prefix=... or stage_path=... makes another one"
+        )
+    return ""
 
 
 def prepare(shard: Shard, report: Callable[[str], None]) -> None:
@@ -131,10 +122,10 @@ def prepare(shard: Shard, report: Callable[[str], None]) -> None:
 
 def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str], None]) -> None:
     """Make the dataset `building`, verify it and move it into place."""
-    source, source_sha256 = _download(shard, report) if shard.is_url else (Path(shard.source), "")
+    source, source_sha256 = _download(shard, report) if is_url(shard.source) else (Path(shard.source), "")
     reader = Reader(source, shard.text_key)
     began = time.time()
-    with Phase(f"{shard.name}: tokenising", lambda: reader.bytes_read, reader.size_bytes):
+    with shown(f"{shard.name}: tokenising", lambda: reader.bytes_read, lambda: reader.size_bytes):
         counts = tokenize(reader, encoder, building, threads=shard.threads, max_bad_share=shard.max_bad_share)
     tokenised = time.time()
     if counts.bad:
@@ -157,16 +148,15 @@ def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str]
         "encoder": encoder.library,
     }
     _move_into_place(building, Path(shard.prefix), manifest)
-    if shard.is_url and not shard.keep_download:
-        source.unlink()
 
 
 def _download(shard: Shard, report: Callable[[str], None]) -> tuple[Path, str]:
     """Return the downloaded file and its SHA-256."""
     path, (url, fragment) = shard.download_path, urldefrag(shard.source)
     sha256 = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else ""
-    with Phase(f"{shard.name}: downloading", lambda: fetch.bytes_in(fetch.part_of(path))) as phase:
-        return path, fetch.fetch(url, path, sha256, report, phase.set_total)
+    sizes: list[int | None] = [None]
+    with shown(f"{shard.name}: downloading", lambda: fetch.bytes_in(fetch.part_of(path)), lambda: sizes[-1]):
+        return path, fetch.fetch(url, path, sha256, report, sizes.append)
 
 
 def _read_back(building: Path, encoder: Encoder, counts: Counts) -> dict[str, Any]:

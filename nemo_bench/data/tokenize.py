@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-#: More threads than this would wait for the interpreter lock.
-MAX_THREADS = 8
-#: Bad documents that are listed one by one.
-EXAMPLES = 20
+    # Token ids of a block, the length of each document, the bytes of its text, and the bad documents.
+    Encoded = tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.int64], int, list[tuple[int, str]]]
+
+MAX_THREADS = 8  # more would wait for the interpreter lock
+EXAMPLES = 20  # bad documents that are listed one by one
 
 
 @dataclass
@@ -51,20 +52,10 @@ class Counts:
         return "".join([*kinds, *(f"\n  {example}" for example in self.examples)])
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    tokens: npt.NDArray[np.integer[Any]]
-    lengths: npt.NDArray[np.int64]
-    text_bytes: int
-    bad: list[tuple[int, str]]
-
-
 def tokenize(
     reader: Reader, encoder: Encoder, prefix: Path, *, threads: int | None = None, max_bad_share: float = 0.0
 ) -> Counts:
-    """Write the dataset `prefix` (.bin and .idx) from all documents of `reader`.
-
-    The files are those of Megatron-LM's tools/preprocess_data.py with `--append-eod`, byte for byte.
+    """Write the dataset `prefix` from all documents of `reader`, as Megatron's preprocess_data.py --append-eod does.
 
     Args:
         threads: threads that decode and encode, besides the calling one; None: as many as serve.
@@ -82,10 +73,10 @@ def tokenize(
         ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool,
     ):
         try:
-            for encoded in _encoded_blocks(reader, encoder, pool, threads, writer.dtype):
-                writer.extend(encoded.tokens, encoded.lengths)
-                counts.text_bytes += encoded.text_bytes
-                for line, reason in encoded.bad:
+            for tokens, lengths, text_bytes, bad in _encoded_blocks(reader, encoder, pool, threads, writer.dtype):
+                writer.extend(tokens, lengths)
+                counts.text_bytes += text_bytes
+                for line, reason in bad:
                     counts.add_bad(line, reason)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -96,9 +87,9 @@ def tokenize(
 
 def _encoded_blocks(
     reader: Reader, encoder: Encoder, pool: ThreadPoolExecutor, threads: int, dtype: str
-) -> Iterator[_Encoded]:
+) -> Iterator[Encoded]:
     """Give the encoded blocks in order, while the threads encode the next ones."""
-    pending: deque[Future[_Encoded]] = deque()
+    pending: deque[Future[Encoded]] = deque()
     for block in reader.blocks():
         pending.append(pool.submit(_encode, block, reader.text_key, encoder, dtype))
         while len(pending) >= threads + 2 or (pending and pending[0].done()):
@@ -107,7 +98,7 @@ def _encoded_blocks(
         yield pending.popleft().result()
 
 
-def _encode(block: Block, text_key: str, encoder: Encoder, dtype: str) -> _Encoded:
+def _encode(block: Block, text_key: str, encoder: Encoder, dtype: str) -> Encoded:
     import numpy as np
 
     texts, bad = block.texts(text_key)
@@ -119,7 +110,7 @@ def _encode(block: Block, text_key: str, encoder: Encoder, dtype: str) -> _Encod
     holding = lengths > 0
     tokens = np.insert(ids.astype(dtype), np.cumsum(lengths)[holding], np.dtype(dtype).type(encoder.eod))
     text_bytes = sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)
-    return _Encoded(tokens, lengths + holding, text_bytes, bad)
+    return tokens, lengths + holding, text_bytes, bad
 
 
 def _refuse_bad(reader: Reader, counts: Counts, max_bad_share: float) -> None:

@@ -10,8 +10,6 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from nemo_bench.errors import BenchError
-
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -25,24 +23,12 @@ LLAMA3_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-#: The bytes and the special tokens: no byte-level tokenizer can be smaller.
-MINIMUM_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-
 #: Of a pair of tokens that is merged: one seen once teaches nothing about the text.
 MIN_FREQUENCY = 2
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Train on `texts` a tokenizer of `vocab_size` tokens, the special ones last; fewer if no pair is left to merge.
-
-    Raises:
-        BenchError: `vocab_size` has no room for the 256 bytes and the special tokens.
-    """
-    if vocab_size < MINIMUM_VOCAB_SIZE:
-        raise BenchError(
-            f"A vocabulary of {vocab_size} tokens is too small: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
-            f"need {MINIMUM_VOCAB_SIZE}; 4096 suits a few MB of text."
-        )
+    """Train on `texts` a tokenizer of `vocab_size` tokens, the special ones last; fewer if no pair is left to merge."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))

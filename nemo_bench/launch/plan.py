@@ -45,8 +45,8 @@ def plan(cfg: TrainConfig, missing: Iterable[Problem] = ()) -> str:
         "(the recipe's convention)",
         f"  steps      {cfg.trainer.max_steps}",
         f"  data       {cfg.data.name}: {', '.join(cfg.data.paths) or cfg.data.folder or 'random tokens'}",
-        *_memory(cfg),
         *(f"             {remark}" for remark in dataset_remarks(cfg)),
+        *_memory(cfg),
         *profile_plan(cfg),
         f"  results    {results_dir(cfg)}/<run>/",
     ]

@@ -19,22 +19,10 @@ from nemo_bench.data.manifest import datasets_in, verify
 from nemo_bench.errors import BenchError
 from nemo_bench.files import explained_disk_errors, fsync, hidden_folder, locked, size_text
 from nemo_bench.record.folder import timestamp
-from nemo_bench.stage.config import PartName
-from nemo_bench.stage.stage import (
-    DATASET,
-    NAME,
-    REMEDY,
-    Entry,
-    FileRecord,
-    Part,
-    Stage,
-    describe,
-    differences,
-    manifest_json,
-    print_line,
-    read_manifest,
-)
+from nemo_bench.stage.config import PARTS
+from nemo_bench.stage.stage import NAME, Entry, Part, Stage, describe, differences, manifest_json, read_manifest
 
+DATASET = "dataset"  # prepare_data.py describes a dataset in a file next to it
 _DATASETS = "llama3.1-dataset"
 # In the order in which they are installed: an index with its description means a complete dataset.
 _SUFFIXES = (".json", ".bin", ".idx")
@@ -42,30 +30,28 @@ _SUFFIXES = (".json", ".bin", ".idx")
 
 def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
     """Pack the parts, and the datasets that prepare_data.py made, into the new file `bundle`, or raise BenchError."""
-    if not bundle.name.endswith((".tar", ".tar.zst")):
-        raise BenchError(f"bundle={bundle} must end in .tar, or .tar.zst (compressed)")
-    if bundle.exists():
-        raise BenchError(f"{bundle} exists: remove it, or give the bundle another name")
+    if not bundle.name.endswith((".tar", ".tar.zst")) or bundle.exists():
+        raise BenchError(f"bundle={bundle} must name a new file that ends in .tar, or .tar.zst (compressed)")
     for part in parts:
         if problem := stage.problem(part.place, part.settings, contents=True):
             raise BenchError(
-                f"{part.name.value}: {stage.folder / part.place} {problem}; nothing was packed. "
+                f"{part.name}: {stage.folder / part.place} {problem}; nothing was packed. "
                 "`python setup_stage.py check` names the command that repairs it"
             )
     recorded = stage.entries()
     entries = {part.place: recorded[part.place] for part in parts} | _datasets(stage)
-    print_line(f"packing {size_text(sum(entry.size_bytes for entry in entries.values()))} into {bundle}")
+    print(f"packing {size_text(sum(entry.size_bytes for entry in entries.values()))} into {bundle}")
     with explained_disk_errors(bundle.parent, "free some space, or choose another folder (bundle=FILE)"):
         bundle.parent.mkdir(parents=True, exist_ok=True)
         packing = bundle.with_name(f".packing.{bundle.name}")
-        with locked(bundle.with_name(f".{bundle.name}.lock"), f"packs {bundle}", print_line):
+        with locked(bundle.with_name(f".{bundle.name}.lock"), f"packs {bundle}", print):
             try:
                 _write(stage, entries, packing)
                 fsync(packing)
                 os.replace(packing, bundle)
             finally:
                 packing.unlink(missing_ok=True)
-    print_line(f"packed {', '.join(entries)}")
+    print(f"packed {', '.join(entries)}")
 
 
 def _datasets(stage: Stage) -> dict[str, Entry]:
@@ -74,10 +60,8 @@ def _datasets(stage: Stage) -> dict[str, Entry]:
     for prefix in datasets_in(stage.folder / _DATASETS):
         verify(prefix)
         place = prefix.relative_to(stage.folder).as_posix()
-        files: dict[str, FileRecord] = {}
-        for suffix in _SUFFIXES:
-            files |= describe(Path(f"{prefix}{suffix}"), f"{place}{suffix}")
-        entries[place] = Entry(DATASET, timestamp(), {}, "", files)
+        json_record, bin_record, idx_record = (describe(Path(f"{prefix}{end}"), f"{place}{end}") for end in _SUFFIXES)
+        entries[place] = Entry(DATASET, timestamp(), {}, "", json_record | bin_record | idx_record)
     return entries
 
 
@@ -96,20 +80,19 @@ def _write(stage: Stage, entries: dict[str, Entry], path: Path) -> None:
 
 def install(stage: Stage, bundle: Path, *, dry: bool) -> None:
     """Install what the stage folder lacks of the bundle; if the bundle is damaged, nothing (BenchError)."""
-    with explained_disk_errors(stage.folder, REMEDY), ExitStack() as stack:
+    with stage.disk_errors(), ExitStack() as stack:
         tar = stack.enter_context(_open(bundle))
         entries = _read_entries(bundle, tar)
         if not dry:
             stage.folder.mkdir(parents=True, exist_ok=True)
-            for name in PartName:
+            for name in PARTS:
                 stack.enter_context(stage.lock(name))
             folder = stack.enter_context(hidden_folder(stage.folder / "bundle"))
-        lacking = {place: entry for place, entry in entries.items() if not _exists(stage.folder, place, entry)}
+        lacking: dict[str, Entry] = {}
         for place, entry in entries.items():
-            state = (
-                f"to be installed ({size_text(entry.size_bytes)})" if place in lacking else "there already, and kept"
-            )
-            print_line(f"{stage.folder / place}: {state}")
+            exists = os.path.lexists(stage.folder / (f"{place}.idx" if entry.part == DATASET else place))
+            print(f"{stage.folder / place}: {'there already, and kept' if exists else 'to be installed'}")
+            lacking |= {} if exists else {place: entry}
         if lacking and not dry:
             _extract(bundle, tar, lacking, folder)
             for place, entry in lacking.items():
@@ -117,11 +100,7 @@ def install(stage: Stage, bundle: Path, *, dry: bool) -> None:
                     _put_dataset(stage.folder, folder, list(entry.files))
                 else:
                     stage.put(folder / place, place, entry)
-            print_line(f"installed {', '.join(lacking)}")
-
-
-def _exists(folder: Path, place: str, entry: Entry) -> bool:
-    return os.path.lexists(folder / (f"{place}.idx" if entry.part == DATASET else place))
+            print(f"installed {', '.join(lacking)}")
 
 
 def _put_dataset(stage_folder: Path, folder: Path, names: list[str]) -> None:

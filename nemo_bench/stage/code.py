@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_bench.errors import BenchError
 from nemo_bench.project import PROJECT
-from nemo_bench.stage.config import PartName, StageConfig
+from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.stage import Part, print_line
 
 _PATTERNS = ["*.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"]
@@ -21,7 +21,7 @@ _PATTERNS += ["nemo_bench/**/*", "hydra_plugins/**/*", "conf/**/*"]
 def code_part(_cfg: StageConfig, _stage_folder: Path) -> Part:
     """Return the part `<stage>/nemo_bench`."""
     plan = f"copy {PROJECT}, and download the packages it needs (pip wheel)"
-    return Part(PartName.code, "nemo_bench", {"project": _fingerprint()}, plan, _make)
+    return Part("code", "nemo_bench", {"project": _fingerprint()}, plan, _make)
 
 
 def _make(folder: Path, _lock: int) -> str:
@@ -51,7 +51,7 @@ def _project_files() -> Iterator[Path]:
 
 
 def _fingerprint() -> str:
-    """Return the SHA-256 of the names and contents of the project's files."""
+    """Return a hash of the names and contents of the project's files."""
     digest = hashlib.sha256()
     for path in _project_files():
         content = path.read_bytes()

@@ -12,23 +12,20 @@ from nemo_bench.cluster import jobs, slurm
 from nemo_bench.cluster.processes import Terminated, termination_raises
 from nemo_bench.config import ComposedPoint, Launch, typed_as
 from nemo_bench.errors import BenchError, RunFailed
-from nemo_bench.files import dated_name, explained_disk_errors, size_text
+from nemo_bench.files import dated_name, size_text
 from nemo_bench.report.terminal import make_console
 from nemo_bench.stage.bundle import install, pack
 from nemo_bench.stage.code import code_part
-from nemo_bench.stage.config import Action, PartName, StageConfig
+from nemo_bench.stage.config import PARTS, StageConfig
 from nemo_bench.stage.image import image_part
-from nemo_bench.stage.stage import REMEDY, Part, Stage, fill, print_line
+from nemo_bench.stage.stage import Part, Stage, fill, print_line
 from nemo_bench.stage.tokenizer import tokenizer_part
 
 LOGS = "results.stage_setup"
 
 
 def run_stage(raw: DictConfig) -> None:
-    """Fill, check, pack or install the stage folder; with launch=dry, print what would be done.
-
-    Raises BenchError if something is missing or in the way (what could be done is done), RunFailed if it was ended.
-    """
+    """Fill, check, pack or install the stage folder; raise BenchError if something is missing or in the way."""
     cfg = typed_as(StageConfig, raw)
     try:
         with termination_raises():
@@ -42,7 +39,6 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
     """Submit the command of each point, for login nodes without enroot or room, and with `wait` follow the jobs.
 
     HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.
-    Raises BenchError if one cannot be submitted, RunFailed if a job failed.
     """
     configs = [typed_as(StageConfig, point.config) for point in points]
     scripts: dict[Path, str] = {}
@@ -50,7 +46,7 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
         jobs.check_command(cfg)
         folder = Path(cfg.stage_path) / LOGS / dated_name()
         command = jobs.repeated_command("setup_stage.py", point.overrides, cfg.stage_path)
-        name = f"nemo-bench-setup-stage-{cfg.action.value}"
+        name = f"nemo-bench-setup-stage-{cfg.action}"
         scripts[folder] = slurm.command_script(cfg.cluster, name, command, folder)
     if any(cfg.launch is Launch.dry for cfg in configs):
         jobs.show_commands(list(scripts.values()))
@@ -65,44 +61,41 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
 
 def _run(cfg: StageConfig, stage: Stage) -> None:
     dry = cfg.launch is Launch.dry
-    if cfg.action in (Action.pack, Action.install):
-        if cfg.bundle is None:
-            raise BenchError(f"{cfg.action.value} needs a file: bundle=stage.tar, or bundle=stage.tar.zst (compressed)")
-        if cfg.action is Action.install:
-            install(stage, Path(cfg.bundle), dry=dry)
-            return
-    parts = _parts(cfg, stage.folder)
-    if cfg.action is Action.check:
-        _check(stage, parts)
+    if cfg.action in ("pack", "install") and cfg.bundle is None:
+        raise BenchError(f"{cfg.action} needs a file: bundle=stage.tar, or bundle=stage.tar.zst (compressed)")
+    if cfg.action == "install":
+        install(stage, Path(cfg.bundle or ""), dry=dry)
+    elif cfg.action == "check":
+        _check(stage, _parts(cfg, stage.folder))
     elif dry:
-        _print_plan(stage, parts)
-    elif cfg.action is Action.fill:
-        _fill(stage, parts)
+        _print_plan(stage, _parts(cfg, stage.folder))
+    elif cfg.action == "fill":
+        _fill(stage, _parts(cfg, stage.folder))
     else:
-        pack(stage, parts, Path(cfg.bundle or ""))
+        pack(stage, _parts(cfg, stage.folder), Path(cfg.bundle or ""))
 
 
 def _parts(cfg: StageConfig, stage_folder: Path) -> list[Part]:
     """Return the parts that the configuration names; the one that takes longest comes last."""
     if not cfg.parts:
-        raise BenchError(f"parts=[] is empty: choose from {', '.join(name.value for name in PartName)}")
-    makers = {PartName.tokenizer: tokenizer_part, PartName.code: code_part, PartName.image: image_part}
+        raise BenchError(f"parts=[] is empty: choose from {', '.join(PARTS)}")
+    makers = {"tokenizer": tokenizer_part, "code": code_part, "image": image_part}
     return [part_of(cfg, stage_folder) for name, part_of in makers.items() if name in cfg.parts]
 
 
 def _fill(stage: Stage, parts: list[Part]) -> None:
     """Make the parts that do not exist; one that cannot be made does not stop the others."""
-    with explained_disk_errors(stage.folder, REMEDY):
+    with stage.disk_errors():
         stage.folder.mkdir(parents=True, exist_ok=True)
     problems = []
     for part in parts:
         try:
             fill(stage, part)
         except BenchError as error:
-            problems.append(f"{part.name.value}: {error}")
+            problems.append(f"{part.name}: {error}")
     if problems:
         raise BenchError("\n\n".join(problems))
-    print_line(f"stage folder {stage.folder}: {', '.join(part.name.value for part in parts)} complete")
+    print_line(f"stage folder {stage.folder}: {', '.join(part.name for part in parts)} complete")
 
 
 def _print_plan(stage: Stage, parts: list[Part]) -> None:
@@ -110,7 +103,7 @@ def _print_plan(stage: Stage, parts: list[Part]) -> None:
     for part in parts:
         path, problem = stage.folder / part.place, stage.problem(part.place, part.settings, contents=False)
         state = f"REFUSED: {path} {problem}" if path.exists() else part.plan
-        print_line(f"{part.name.value}: {state if problem else f'complete ({path})'}")
+        print_line(f"{part.name}: {state if problem else f'complete ({path})'}")
     print_line("launch=dry: nothing was done.")
 
 
@@ -120,17 +113,15 @@ def _check(stage: Stage, parts: list[Part]) -> None:
     chosen = HydraConfig.get().overrides.task
     for part in parts:
         path, entry, settings = stage.folder / part.place, stage.entries().get(part.place), part.settings
-        if part.name is PartName.tokenizer and entry and not any(text.startswith("tokenizer") for text in chosen):
+        if part.name == "tokenizer" and entry and not any(text.startswith("tokenizer") for text in chosen):
             settings = entry.settings  # the options that it was filled with need not be given again
         problem = stage.problem(part.place, settings, contents=True)
         if problem:
-            print_line(f"{part.name.value}: WRONG: {path} {problem}")
-            wrong.append(part.name.value)
+            print_line(f"{part.name}: WRONG: {path} {problem}")
+            wrong.append(part.name)
             commands += [shlex.join(["mv", str(path), f"{path}.old"])] if path.exists() else []
         elif entry:
-            print_line(
-                f"{part.name.value}: ok: {path}, {size_text(entry.size_bytes)}, {entry.version}, {entry.made_at}"
-            )
+            print_line(f"{part.name}: ok: {path}, {size_text(entry.size_bytes)}, {entry.version}, {entry.made_at}")
     print_line("python prepare_data.py check verifies the datasets")
     if wrong:
         overrides = [text for text in chosen if not text.startswith(("action=", "parts=", "launch="))]

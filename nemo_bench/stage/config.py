@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -11,22 +10,7 @@ from omegaconf import MISSING
 from nemo_bench.config import ClusterConfig, EntrypointConfig, Launch
 from nemo_bench.fields import PATH, choice, number
 
-
-class Action(Enum):
-    """What `setup_stage.py` does."""
-
-    fill = "fill"  # make what is missing
-    check = "check"
-    pack = "pack"
-    install = "install"
-
-
-class PartName(Enum):
-    """The parts of a stage folder."""
-
-    image = "image"
-    tokenizer = "tokenizer"
-    code = "code"
+PARTS = ("image", "tokenizer", "code")
 
 
 @dataclass
@@ -48,12 +32,12 @@ class TokenizerConfig:
 class StageConfig:
     """One call of `setup_stage.py`."""
 
-    action: Action = Action.fill
+    action: str = choice("fill", "check", "pack", "install")  # fill: make what is missing
     stage_path: str = field(default=MISSING, metadata=PATH)
     entrypoint: EntrypointConfig = field(default_factory=EntrypointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # of the Slurm job, with its launcher
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    parts: list[PartName] = field(default_factory=lambda: list(PartName))
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"valid": PARTS})
     bundle: str | None = field(default=None, metadata=PATH)  # of pack and install: a .tar or .tar.zst file
     enroot: str = "enroot"  # the executable
     image_gib: float = number(25.0, least=0, most=10**6)  # free space required before an image is imported: an estimate

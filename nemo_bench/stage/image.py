@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from nemo_bench.errors import BenchError
-from nemo_bench.files import size_text
-from nemo_bench.stage.config import PartName, StageConfig
+from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.stage import Part, place_inside, print_line
 
 # enroot removes its temporary folders when it is terminated.
@@ -23,9 +22,9 @@ _GRACE_S = 10.0
 def image_part(cfg: StageConfig, stage_folder: Path) -> Part:
     """Return the part `<stage>/<entrypoint.image>`."""
     place = place_inside(stage_folder, cfg.entrypoint.image, "entrypoint.image")
-    plan = f"{shlex.join(_command(cfg, stage_folder / place))}\n  about {size_text(_size_bytes(cfg))} (image_gib)"
+    plan = f"{shlex.join(_command(cfg, stage_folder / place))}\n  about {cfg.image_gib:g} GiB (image_gib)"
     settings = {"entrypoint.container": cfg.entrypoint.container}
-    return Part(PartName.image, place, settings, plan, partial(_import, cfg))
+    return Part("image", place, settings, plan, partial(_import, cfg))
 
 
 def enroot_uri(reference: str) -> str:
@@ -54,22 +53,18 @@ def _command(cfg: StageConfig, output: Path) -> list[str]:
     return [cfg.enroot, "import", "--output", str(output), enroot_uri(cfg.entrypoint.container)]
 
 
-def _size_bytes(cfg: StageConfig) -> int:
-    return int(cfg.image_gib * 2**30)
-
-
 def _import(cfg: StageConfig, output: Path, lock: int) -> str:
     reference = cfg.entrypoint.container
     executable = shutil.which(cfg.enroot)
     if executable is None:
         raise BenchError(
             f"{cfg.enroot} is not installed on this machine; it makes the container image from {reference}. Run this "
-            "on a node that has it (hydra/launcher=submitit_slurm submits it as a job), give its path (enroot=...), or "
-            "bring a bundle from another cluster (bundle=FILE)"
+            "on a node that has it (hydra/launcher=submitit_slurm submits it as a job), or give its path (enroot=...)"
         )
-    if (free_bytes := shutil.disk_usage(output.parent).free) < _size_bytes(cfg):
-        needed = f"{size_text(_size_bytes(cfg))} needed for the image, an estimate (image_gib)"
-        raise BenchError(f"not enough disk space in {output.parent}: {size_text(free_bytes)} free, {needed}")
+    free_gib = shutil.disk_usage(output.parent).free / 2**30
+    if free_gib < cfg.image_gib:
+        needed = f"{cfg.image_gib:g} needed for the image, an estimate (image_gib)"
+        raise BenchError(f"not enough disk space in {output.parent}: {free_gib:.1f} GiB free, {needed}")
     command = _command(cfg, output)
     print_line(f"image: {shlex.join(command)}")
     status = _run(command, lock)

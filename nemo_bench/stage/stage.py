@@ -18,28 +18,24 @@ from typing import Any
 from nemo_bench import files as disk
 from nemo_bench.errors import BenchError
 from nemo_bench.record.folder import timestamp
-from nemo_bench.stage.config import PartName
 
 NAME = "stage.json"
 FORMAT, VERSION = "nemo-bench stage", 2
 REMEDY = "free some space, or choose another stage folder (STAGE_PATH, or stage_path=...), and run this again"
-DATASET = "dataset"  # in bundles: prepare_data.py describes a dataset in a file next to it
 print_line = partial(print, flush=True)  # at once, also into a file
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """The size and the hexadecimal SHA-256 of a file."""
-
     size_bytes: int
-    sha256: str
+    sha256: str  # hexadecimal
 
 
 @dataclass(frozen=True)
 class Entry:
     """One recorded file or folder."""
 
-    part: str  # the name of the part, or DATASET
+    part: str  # the name of the part
     made_at: str
     settings: dict[str, Any]  # those that decide its contents, by key of the configuration
     version: str  # what it is, for people
@@ -54,11 +50,10 @@ class Entry:
 class Part:
     """A part as the configuration asks for it.
 
-    `make` makes and verifies it at a path that does not exist yet, and returns its version. A child process that
-    inherits the descriptor, of the part's lock, keeps the lock if this process dies.
+    `make` makes and verifies it at a new path and returns its version; the descriptor is that of the part's lock.
     """
 
-    name: PartName
+    name: str
     place: str  # relative to the stage folder
     settings: dict[str, Any]
     plan: str  # what `make` does, for launch=dry
@@ -84,15 +79,15 @@ class Stage:
                 f"`mv {self.manifest} {self.manifest}.old`, and run this again"
             ) from None
 
-    def lock(self, name: PartName) -> AbstractContextManager[int]:
+    def disk_errors(self) -> AbstractContextManager[None]:
+        return disk.explained_disk_errors(self.folder, REMEDY)
+
+    def lock(self, name: str) -> AbstractContextManager[int]:
         """Hold the lock of whoever makes this part."""
-        return disk.locked(self.folder / f".stage-{name.value}.lock", f"fills the part {name.value}", print_line)
+        return disk.locked(self.folder / f".stage-{name}.lock", f"fills the part {name}", print_line)
 
     def problem(self, place: str, settings: dict[str, Any], *, contents: bool) -> str:
-        """Compare what lies at `place` with its record (by size, or all `contents`), and the record with `settings`.
-
-        Return what is wrong, as a predicate; "" if nothing is.
-        """
+        """Return what is wrong with a place, as a predicate ("": nothing): its files, by size or all `contents`."""
         entry = self.entries().get(place)
         if not os.path.lexists(self.folder / place):
             return "does not exist"
@@ -122,23 +117,23 @@ def fill(stage: Stage, part: Part) -> None:
     destination = stage.folder / part.place
     if _is_complete(stage, part) and not disk.hidden_path(destination).exists():
         return
-    with disk.explained_disk_errors(stage.folder, REMEDY):
+    with stage.disk_errors():
         destination.parent.mkdir(parents=True, exist_ok=True)
         with stage.lock(part.name) as lock, disk.hidden_folder(destination) as folder:
             if _is_complete(stage, part):  # another process made it
                 return
             new = folder / destination.name
             version = part.make(new, lock)
-            entry = Entry(part.name.value, timestamp(), part.settings, version, describe(new, part.place))
+            entry = Entry(part.name, timestamp(), part.settings, version, describe(new, part.place))
             stage.put(new, part.place, entry)
-    print_line(f"{part.name.value}: made ({destination}, {disk.size_text(entry.size_bytes)})")
+    print_line(f"{part.name}: made ({destination}, {disk.size_text(entry.size_bytes)})")
 
 
 def _is_complete(stage: Stage, part: Part) -> bool:
     destination = stage.folder / part.place
     problem = stage.problem(part.place, part.settings, contents=False)
     if not problem:
-        print_line(f"{part.name.value}: complete ({destination})")
+        print_line(f"{part.name}: complete ({destination})")
     elif os.path.lexists(destination):
         raise BenchError(
             f"{destination} {problem}\nIt is left alone: move it away (`mv {destination} {destination}.old`), or "
@@ -159,11 +154,9 @@ def read_manifest(text: bytes) -> dict[str, Entry]:
         content = json.loads(text)
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {content['format']!r}, version {content['version']}")
-        entries = {}
-        for place, entry in content["entries"].items():
-            files = {name: FileRecord(**file) for name, file in entry["files"].items()}
-            entries[place] = Entry(**{**entry, "files": files})
-        return entries
+        for entry in content["entries"].values():
+            entry["files"] = {name: FileRecord(**file) for name, file in entry["files"].items()}
+        return {place: Entry(**entry) for place, entry in content["entries"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 

@@ -12,7 +12,7 @@ from nemo_bench.data.encoder import Encoder
 from nemo_bench.data.fetch import HUB, hub_file, shown
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_text
-from nemo_bench.stage.config import PartName, StageConfig, TokenizerConfig
+from nemo_bench.stage.config import StageConfig, TokenizerConfig
 from nemo_bench.stage.stage import Part, place_inside, print_line
 
 
@@ -27,7 +27,7 @@ def tokenizer_part(cfg: StageConfig, stage_folder: Path) -> Part:
     else:
         keys, plan = ("repo", "revision"), f"download {c.repo} ({c.revision}: {', '.join(c.files)})"
     settings = {f"tokenizer.{key}": getattr(c, key) for key in ("source", *keys)}
-    return Part(PartName.tokenizer, place, settings, f"{plan} into {stage_folder / place}", partial(_make, c))
+    return Part("tokenizer", place, settings, f"{plan} into {stage_folder / place}", partial(_make, c))
 
 
 def _make(cfg: TokenizerConfig, folder: Path, _lock: int) -> str:
@@ -61,18 +61,13 @@ def _train(folder: Path, cfg: TokenizerConfig) -> None:
 def _download(folder: Path, cfg: TokenizerConfig) -> str:
     """Download the files, all of one commit, and return the commit."""
     commit, endpoint = cfg.revision, shown(os.environ.get("HF_ENDPOINT", HUB))
-    print_line(
-        f"tokenizer: downloading {cfg.repo} ({commit}) from {endpoint}; without a connection this gives up after "
-        "half a minute"
-    )
+    print_line(f"tokenizer: downloading {cfg.repo} ({commit}) from {endpoint}; without a connection this takes 30 s")
     try:
         for name in cfg.files:
             # The first file's commit holds for the others, whatever is pushed meanwhile.
-            _, commit, _ = hub_file(cfg.repo, name, folder, commit, print_line)
+            _, commit, _ = hub_file(cfg.repo, name, folder, commit, "model", print_line, lambda _: None)
     except BenchError as error:
-        raise BenchError(
-            f"{error}\ntokenizer=local needs no account and no network; `install bundle=FILE` brings a bundle from "
-            "another cluster; tokenizer.repo, .revision and .files choose other files"
-        ) from error
+        other = "tokenizer=local needs no account and no network; `install bundle=FILE` brings that of another cluster"
+        raise BenchError(f"{error}\n{other}") from error
     shutil.rmtree(folder / ".cache")  # the Hub's notes
     return commit

@@ -39,17 +39,3 @@ def test_the_recipes_dataset_trains(forked: Callable[..., Run], stage: Path) -> 
     log = (run.run_dir / "rank0.out").read_text()
     assert "my-llama_00_text_document" in log and "my-llama_01_text_document" in log
     assert "model.vocab_size=512" in SMALL  # the tokenizer's, above
-
-
-TOKENIZER = """
-import sys
-from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-auto, size = AutoTokenizer(pretrained_model_name=sys.argv[1], use_fast=True), int(sys.argv[2])
-assert (auto.vocab_size, auto.bos_id, auto.eos_id, auto.eod) == (size, size - 2, size - 1, size - 1)
-ids = auto.text_to_ids("return 1")
-assert auto.bos_id not in ids and auto.ids_to_text(ids) == "return 1"
-"""
-
-
-def test_nemo_reads_the_local_tokenizer(python: Callable[..., str], small_tokenizer: Path) -> None:
-    python(TOKENIZER, str(small_tokenizer), "1000")

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.data import corpus
-from nemo_bench.data import tokenizer as local_tokenizer
 from nemo_bench.stage.stage import Stage
 from tests.datasets import make_dataset
 from tests.httpserver import COMMIT, GOOD_TOKEN, FileServer, Twist
@@ -67,9 +65,6 @@ def hub(filled: Setup) -> Iterator[FileServer]:
         yield server
 
 
-# --- filling ------------------------------------------------------------------------------------------------
-
-
 def test_fills_everything(filled: Setup) -> None:
     (call,) = filled.enroot_calls()
     assert re.fullmatch(rf"import --output {filled.stage}/\.\S+/\S+ docker://nvcr\.io#nvidia/nemo:25\.11", call)
@@ -92,16 +87,10 @@ def test_a_second_run_does_nothing(filled: Setup) -> None:
 
 def test_dry_says_what_would_be_done_and_does_nothing(setup: Setup, filled: Setup) -> None:
     out, _ = setup("launch=dry")
-    for text in (f"/{IMAGE} 'docker://nvcr.io#nvidia/nemo:25.11'", LLAMA, "26.8 GB", "pip wheel", "nothing was done"):
+    for text in (f"/{IMAGE} 'docker://nvcr.io#nvidia/nemo:25.11'", LLAMA, "25 GiB", "pip wheel", "nothing was done"):
         assert text in out
     assert not setup.stage.exists() and setup.enroot_calls() == []
     assert filled("launch=dry", *LOCAL, "stage_path=stage")[0].count("complete (") == 3
-
-
-def test_the_local_tokenizer_is_the_one_that_train_uses(filled: Setup) -> None:
-    trained = local_tokenizer.train((file.text for file in corpus.collect(60000)), vocab_size=384)
-    folder = filled.stage / TOKENIZER
-    assert (folder / "tokenizer.json").read_text() == local_tokenizer.render(trained)["tokenizer.json"]
 
 
 def test_the_code_runs_from_its_folder_with_the_pinned_wheels(filled: Setup) -> None:
@@ -118,20 +107,10 @@ def test_the_code_runs_from_its_folder_with_the_pinned_wheels(filled: Setup) -> 
     assert "num_nodes: 16" in shown.stdout
 
 
-# --- what goes wrong ----------------------------------------------------------------------------------------
-
-
 def test_a_part_that_fails_does_not_stop_the_others(setup: Setup) -> None:
     _, err = setup("enroot=enroot-of-nowhere", *LOCAL, "parts=[image,tokenizer]", code=2)
     assert "enroot-of-nowhere is not installed" in err and "hydra/launcher=submitit_slurm" in err
     assert set(Stage(setup.stage).entries()) == {TOKENIZER}
-
-
-def test_pip_without_an_index_is_explained(setup: Setup) -> None:
-    _, err = setup("parts=[code]", code=2, PIP_FIND_LINKS="/nowhere")
-    for text in ("pip could not download", "ERROR: ", "PIP_INDEX_URL"):
-        assert text in err
-    assert setup.leftovers() == [] and not (setup.stage / "nemo_bench").exists()
 
 
 @pytest.mark.parametrize(
@@ -162,11 +141,6 @@ def test_a_stage_path_that_cannot_be_a_folder(setup: Setup, args: list[str]) -> 
     assert len(err.splitlines()) == 1 and out == ""
 
 
-def test_space_is_checked_before_the_import(setup: Setup) -> None:
-    _, err = setup("image_gib=9e5", "parts=[image]", code=2)
-    assert "not enough disk space" in err and "image_gib" in err and setup.enroot_calls() == []
-
-
 def test_full_and_read_only_disks(setup: Setup) -> None:
     setup.stage.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", setup.stage], check=False).returncode:
@@ -186,20 +160,6 @@ def test_full_and_read_only_disks(setup: Setup) -> None:
         subprocess.run(["umount", setup.stage], check=True)
 
 
-# --- check --------------------------------------------------------------------------------------------------
-
-
-def test_check_compares_every_byte_with_the_record_and_the_settings(copied: Setup) -> None:
-    before = copied.snapshot()
-    out, err = copied("check", *LOCAL)
-    for text in ("nvcr.io/nvidia/nemo:25.11", "trained here, 384 tokens", "image: ok: "):
-        assert text in out
-    assert err == "" and copied.snapshot() == before
-    copied("check")  # the options that it was filled with need not be given again
-    assert "was made with tokenizer.source=local, not huggingface" in copied("check", "tokenizer=llama", code=2)[0]
-    assert "nemo+24.09.sqsh does not exist" in copied("check", "entrypoint=nemo_24_09", *LOCAL, code=2)[0]
-
-
 def test_check_names_what_is_wrong_and_the_commands_that_repair_it(copied: Setup) -> None:
     (copied.stage / TOKENIZER / "tokenizer_config.json").unlink()
     (copied.stage / "nemo_bench" / "train.py").unlink()
@@ -212,10 +172,10 @@ def test_check_names_what_is_wrong_and_the_commands_that_repair_it(copied: Setup
     for move in moves:
         subprocess.run(shlex.split(move), check=True)
     copied(*shlex.split(again.rpartition("setup_stage.py ")[2]))
-    copied("check", *LOCAL)
-
-
-# --- Hugging Face -------------------------------------------------------------------------------------------
+    before = copied.snapshot()
+    out, err = copied("check", *LOCAL)
+    assert "image: ok: " in out and "trained here, 384 tokens" in out and err == "" and copied.snapshot() == before
+    assert "was made with tokenizer.source=local, not huggingface" in copied("check", code=2)[0]
 
 
 def test_downloads_the_tokenizer(setup: Setup, hub: FileServer, filled: Setup) -> None:
@@ -238,7 +198,7 @@ def test_no_access_to_the_tokenizer(setup: Setup, hub: FileServer) -> None:
     out, err = setup(*LLAMA_ONLY, HF_ENDPOINT=hub.endpoint, code=2)
     for text in (f"https://huggingface.co/{LLAMA}", "licence", "take a day", "HF_TOKEN", "tokenizer=local"):
         assert text in err
-    assert "without a connection this gives up" in out
+    assert "without a connection this takes 30 s" in out
     token = "hf_" + "secret" * 5
     printed = [*setup(*LLAMA_ONLY, HF_ENDPOINT=hub.endpoint, HF_TOKEN=token, code=2)]
     elsewhere = {"Location": hub.url("/nowhere?token=signature")}
@@ -248,9 +208,6 @@ def test_no_access_to_the_tokenizer(setup: Setup, hub: FileServer) -> None:
     for path in setup.tmp_path.rglob("*"):
         assert not path.is_file() or token.encode() not in path.read_bytes()
     assert not (setup.stage / TOKENIZER).exists() and setup.leftovers() == []
-
-
-# --- kills and crowds ---------------------------------------------------------------------------------------
 
 
 def test_killed_while_enroot_works(setup: Setup) -> None:
@@ -283,35 +240,14 @@ def test_ended_while_enroot_works(setup: Setup, signum: int, code: int) -> None:
         os.kill(int((setup.bin / "started").read_text()), 0)
 
 
-def test_several_at_once_do_the_work_once(setup: Setup) -> None:
-    args = (*LOCAL, "parts=[image,tokenizer]")
-    first = setup.start(*args, FAKE="slow")
-    setup.wait_for("started")
-    setup(*LOCAL, "parts=[tokenizer]")  # does not wait for the image
-    second = setup.start(*args)
-    (setup.bin / "release").touch()
-    for process in (first, second):
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, out + err
-    assert len(setup.enroot_calls()) == 1 and setup.leftovers() == []
-    setup("check", *args)
-
-
-# --- as a Slurm job, with a fake sbatch ---------------------------------------------------------------------
-
 SUBMIT = ("hydra/launcher=submitit_slurm", "parts=[image]", "image_gib=0.001")
 
 
-@pytest.mark.parametrize("given", ["relative", "override"])
-def test_a_job_fills_the_folder_whatever_its_environment(setup: Setup, given: str) -> None:
+def test_a_job_fills_the_folder_whatever_its_environment(setup: Setup) -> None:
     setup.put("sbatch", SBATCH)
     name = 'it\'s a "stage", $HOME=b {c} [d] (e): é%!'
     stage = setup.tmp_path / name
-    quoted = name.replace("'", "\\'")
-    overrides = ["enroot=bin/enroot"]
-    if given == "override":
-        overrides.append(f"stage_path='{quoted}'")
-    setup(*SUBMIT, *overrides, STAGE_PATH=name if given == "relative" else "/nowhere")
+    setup(*SUBMIT, "enroot=bin/enroot", STAGE_PATH=name)
     (script,) = stage.glob("results.stage_setup/*/job.sbatch")
     done = subprocess.run(
         ["env", "-i", "bash", script], cwd=setup.tmp_path, capture_output=True, text=True, check=False
@@ -319,20 +255,6 @@ def test_a_job_fills_the_folder_whatever_its_environment(setup: Setup, given: st
     assert done.returncode == 0, done.stdout + done.stderr
     assert (stage / IMAGE).read_bytes() == CONTENT
     assert json.loads((script.parent / "exit.json").read_text())["exit_code"] == 0
-
-
-def test_a_dry_submission_leaves_nothing(setup: Setup) -> None:
-    setup.put("sbatch", SBATCH)
-    temporary = setup.tmp_path / "tmp"
-    temporary.mkdir()
-    out, _ = setup(*SUBMIT, "launch=dry", TMPDIR=str(temporary))
-    (command,) = [line for line in out.splitlines() if "setup_stage.py" in line]
-    assert f"stage_path={setup.stage}" in shlex.split(command)
-    assert "sbatch --test-only: accepted" in out and "nothing was submitted" in out
-    assert not setup.stage.exists() and list(temporary.iterdir()) == []
-
-
-# --- bundles ------------------------------------------------------------------------------------------------
 
 
 def test_from_one_cluster_to_another(copied: Setup, project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from .cluster import SlurmCluster
-from .conftest import CLOSED, SHARED, Scripts
+from .conftest import SHARED, Scripts
 
 SUBMIT = ("hydra/launcher=submitit_slurm", *SHARED)
 ENROOT = """#!/bin/sh
@@ -61,14 +61,3 @@ def test_a_job_that_fails_says_why(scripts: Scripts) -> None:
     done = scripts.run("setup_stage.py", *SUBMIT, *alone, "parts=[image]", "enroot=/no/enroot")
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
     assert "/no/enroot is not installed" in done.stdout and "1 of 1 jobs did not complete:" in done.stderr
-
-
-def test_cancelled_before_it_began(scripts: Scripts, slurm: SlurmCluster) -> None:
-    """There is no log to show; the command that waits reports the job's state."""
-    watching = scripts.start("setup_stage.py", *SUBMIT, *CLOSED, "hydra.launcher.wait=true")
-    assert watching.stdout is not None
-    job_id = watching.stdout.readline().split()[1].rstrip(":")
-    slurm.run("scancel", job_id)
-    out, _ = watching.communicate(timeout=90)
-    assert watching.returncode == 1 and "Traceback" not in out
-    assert f"job {job_id} (nemo-bench-setup-stage-fill): CANCELLED" in out

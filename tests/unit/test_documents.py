@@ -120,12 +120,6 @@ def test_damaged_in_the_middle(tmp_path: Path, suffix: str) -> None:
         assert read(path)[2].startswith("the compressed data ")
 
 
-def test_a_file_without_lines_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "_LONGEST_LINE", 10_000)
-    with pytest.raises(BenchError, match="one document a line"):
-        list(Reader(write(tmp_path / "a.jsonl.zst", b"x" * 3_000_000)).blocks())
-
-
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary()):

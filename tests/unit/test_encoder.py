@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -32,11 +30,6 @@ def slow(small_tokenizer: Path) -> Encoder:
 def folder(small_tokenizer: Path, tmp_path: Path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(small_tokenizer, tmp_path / "tokenizer"))
-
-
-def change(folder: Path, **changes: Any) -> None:
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
 
 
 def assert_same(fast: Encoder, slow: Encoder, texts: list[str]) -> None:
@@ -116,7 +109,7 @@ def test_without_gigatoken(small_tokenizer: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     said: list[str] = []
     assert Encoder(small_tokenizer, report=said.append).library == "tokenizers"
-    assert "pip install gigatoken" in said[0]
+    assert "is not installed" in said[0]
 
 
 def test_a_tokenizer_that_gigatoken_gets_wrong_is_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,12 +120,6 @@ def test_a_tokenizer_that_gigatoken_gets_wrong_is_not_trusted(folder: Path, monk
     said: list[str] = []
     assert Encoder(folder, report=said.append).library == "tokenizers"
     assert "differently" in said[0]
-
-
-def test_truncation_settings_do_not_shorten_documents(folder: Path) -> None:
-    change(folder, truncation={"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"})
-    _, lengths = Encoder(folder).encode(["one two three four five six seven eight"])
-    assert lengths[0] > 4
 
 
 @pytest.mark.parametrize(
@@ -152,10 +139,3 @@ def test_bad_folders(folder: Path, name: str, content: str | None, message: str)
         (folder / name).write_text(content)
     with pytest.raises(BenchError, match=message):
         Encoder(folder)
-
-
-def test_end_of_document_token(folder: Path) -> None:
-    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|begin_of_text|>"}}')
-    assert Encoder(folder).eod == 998
-    (folder / "tokenizer_config.json").unlink()
-    assert Encoder(folder).eod == 999  # special_tokens_map.json

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,35 +16,9 @@ from nemo_bench.stage.image import image_part
 from nemo_bench.stage.stage import NAME, Stage, fill
 from nemo_bench.stage.tokenizer import tokenizer_part
 from tests.datasets import make_dataset
+from tests.kills import killed
 
 DATASET = "llama3.1-dataset/wiki.en_03_content_document"
-_CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
-
-
-def killed(task: Callable[[], object], below: Path, at: int) -> bool:
-    """Run `task` in a process that is killed at its `at`-th change below a folder; return whether it was."""
-    pid = os.fork()
-    if pid == 0:
-        left = at
-
-        def hook(event: str, args: tuple[object, ...]) -> None:
-            nonlocal left
-            changes = event in _CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & 3)
-            if changes and isinstance(args[0], (str, os.PathLike)) and str(args[0]).startswith(str(below)):
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            sys.addaudithook(hook)
-            task()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitpid(pid, 0)[1]
-    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
-    return os.WIFSIGNALED(status)
 
 
 def hidden(folder: Path) -> list[str]:
