@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,21 @@ import pytest
 from benchmarks.fork_server import ForkServer
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+
+def started(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """Start a command in a folder, to be watched or killed."""
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test suite run in the background of a shell ignores Ctrl-C, and would pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 @pytest.fixture(scope="session")

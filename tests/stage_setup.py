@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, started
 
 IMAGE = b"the layers of an image"
 # Records its arguments, and copies a prepared image. $FAKE says how it goes wrong.
@@ -81,23 +79,12 @@ class Setup:
         (self.bin / name).write_text(script)
         (self.bin / name).chmod(0o755)
 
-    def start(self, *args: str, script: str = "setup_stage.py", **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(self.project / script), *args],
-            cwd=self.tmp_path,
-            env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # A test suite in the background of a shell ignores Ctrl-C, and would pass that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+    def start(self, *args: str, **environment: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(self.project / "setup_stage.py"), *args]
+        return started(command, self.tmp_path, {**self.environment, **environment})
 
-    def __call__(
-        self, *args: str, code: int = 0, script: str = "setup_stage.py", **environment: str
-    ) -> tuple[str, str]:
-        process = self.start(*args, script=script, **environment)
+    def __call__(self, *args: str, code: int = 0, **environment: str) -> tuple[str, str]:
+        process = self.start(*args, **environment)
         out, err = process.communicate(timeout=120)
         assert process.returncode == code, out + err
         assert "Traceback" not in err
@@ -106,13 +93,6 @@ class Setup:
     def enroot_calls(self) -> list[str]:
         path = self.bin / "calls"
         return path.read_text().splitlines() if path.exists() else []
-
-    def wait_for(self, name: str) -> None:
-        """Return once the fake enroot has made this file next to itself."""
-        deadline = time.monotonic() + 60
-        while not (self.bin / name).exists():
-            assert time.monotonic() < deadline, f"no {name}"
-            time.sleep(0.02)
 
     def leftovers(self) -> list[str]:
         """Return the hidden files, except locks."""

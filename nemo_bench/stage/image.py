@@ -91,7 +91,6 @@ def _run(command: list[str], lock: int) -> int:
 
 
 def _failure(reference: str, status: int) -> str:
-    """Return what may have gone wrong; enroot's own lines are on the terminal."""
     registry = enroot_uri(reference).partition("://")[2].rpartition("#")[0].rpartition("@")[2] or "registry-1.docker.io"
     host = registry.partition(":")[0]  # enroot looks for it without the port
     login = "<user> password <password>"

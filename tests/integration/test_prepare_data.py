@@ -19,7 +19,7 @@ from backports import zstd
 from benchmarks.fork_server import ForkServer
 from nemo_bench.data.corpus import collect
 from nemo_bench.data.indexed_dataset import bin_path, idx_path
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, started
 from tests.httpserver import FileServer
 from tests.integration.conftest import wait_for
 
@@ -38,17 +38,7 @@ class Stage:
         return [sys.executable, str(PROJECT / "prepare_data.py"), *overrides]
 
     def start(self, *overrides: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(*overrides),
-            cwd=self.folder,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # A test suite run in the background of a shell ignores Ctrl-C, and would pass that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        return started(self.command(*overrides), self.folder, self.environment)
 
     def run(self, *overrides: str, code: int = 0) -> str:
         """What it printed; its exit status must be `code`."""

@@ -18,6 +18,7 @@ import pytest
 from nemo_bench.stage.stage import Stage
 from tests.datasets import make_dataset
 from tests.httpserver import COMMIT, GOOD_TOKEN, FileServer, Twist
+from tests.integration.conftest import wait_for
 from tests.stage_setup import IMAGE as CONTENT
 from tests.stage_setup import SBATCH, Setup, copy_project
 
@@ -131,16 +132,6 @@ def test_bad_input_gets_one_message(setup: Setup, args: list[str], text: str) ->
     assert not setup.stage.exists()
 
 
-@pytest.mark.parametrize("args", [[], ["parts=[image]", "hydra/launcher=submitit_slurm"]])
-def test_a_stage_path_that_cannot_be_a_folder(setup: Setup, args: list[str]) -> None:
-    (setup.tmp_path / "file").write_text("mine")
-    setup.put("sbatch", SBATCH)
-    stage = str(setup.tmp_path / "file")
-    out, err = setup(*args, STAGE_PATH=stage, code=2)
-    assert err.startswith(f"Cannot write in {stage} (") and "STAGE_PATH" in err
-    assert len(err.splitlines()) == 1 and out == ""
-
-
 def test_full_and_read_only_disks(setup: Setup) -> None:
     setup.stage.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", setup.stage], check=False).returncode:
@@ -214,7 +205,7 @@ def test_killed_while_enroot_works(setup: Setup) -> None:
     """enroot may outlive a killed setup_stage.py: the next one waits for its end, and starts over."""
     args = ("parts=[image]", "image_gib=0.001")
     first = setup.start(*args, FAKE="slow")
-    setup.wait_for("started")
+    wait_for((setup.bin / "started").exists, "enroot")
     first.kill()
     first.wait()  # its output stays open: enroot has it too
     assert not (setup.stage / IMAGE).exists()
@@ -231,7 +222,7 @@ def test_killed_while_enroot_works(setup: Setup) -> None:
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_ended_while_enroot_works(setup: Setup, signum: int, code: int) -> None:
     process = setup.start("parts=[image]", "image_gib=0.001", FAKE="slow")
-    setup.wait_for("started")
+    wait_for((setup.bin / "started").exists, "enroot")
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in err

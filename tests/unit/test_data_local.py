@@ -58,20 +58,6 @@ def test_corpus_is_library_text() -> None:
     assert len({file.name.split("/")[0] for file in files[-10:]}) > 3
 
 
-def test_corpus_leaves_out_what_is_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "library_folder", lambda: tmp_path)
-    good = ["a.py", "json/decoder.py", "latest/contest.py"]
-    bad = ["test/test_a.py", "lib2to3/tests/data.py", "site-packages/x.py", "encodings/cp437.py", "html/entities.py"]
-    bad += ["_sysconfigdata__linux_.py", "config-3.11-x86_64-linux-gnu/python-config.py", "__pycache__/a.py", "a.txt"]
-    for name in good + bad:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x = 1\n" * 200_000)
-    (tmp_path / "empty.py").write_text("\n")
-    (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
-    (tmp_path / "dangling.py").symlink_to(tmp_path / "nowhere")
-    assert sorted(file.name for file in corpus.collect(10**9)) == good
-
-
 def test_too_little_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "library_folder", lambda: tmp_path)
     (tmp_path / "a.py").write_text("x = 1\n")
@@ -111,12 +97,7 @@ def test_tokenizer_and_tokens(tmp_path: Path) -> None:
     assert auto.is_fast and len(auto) == dataset.vocab_size == VOCAB
     assert (auto.bos_token, auto.eos_token) == (tokenizer.BOS_TOKEN, tokenizer.EOS_TOKEN)
     assert auto.vocab_size == VOCAB - 2 and {auto.bos_token_id, auto.eos_token_id} == {VOCAB - 2, VOCAB - 1}
-    # As Llama's own does, it begins a text with bos when asked for special tokens.
-    assert auto("a").input_ids[0] == auto.bos_token_id
-
-    text = "def naïve(x):\r\n\tif x  ==  12345: return '\u4f60\u597d' # I'll\n\n\n   "
-    assert auto.decode(auto(text, add_special_tokens=False).input_ids) == text
-
+    assert auto("a").input_ids[0] == auto.bos_token_id  # as Llama's own
     ids = np.fromfile(bin_path(dataset.prefix), dtype=np.uint16)
     ends = np.flatnonzero(ids == auto.eos_token_id)
     files = corpus.collect(BYTES)

@@ -63,12 +63,6 @@ def test_every_document_comes_back(tmp_path: Path, suffix: str) -> None:
     assert read(path) == (TEXTS * 20, [], "")  # in several frames
 
 
-def test_blocks_are_small_however_well_packed(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl.zst", b'{"text": "a"}\n' * 2_000_000)
-    sizes = [len(block.rows) for block in Reader(path).blocks()]
-    assert max(sizes) < 2 * documents.BLOCK_BYTES and sum(sizes) == 28_000_000 and path.stat().st_size < 10_000
-
-
 @pytest.mark.usefixtures("block_bytes")
 @pytest.mark.parametrize(
     ("line", "reason"),
