@@ -36,10 +36,8 @@ def run_stage(raw: DictConfig) -> None:
 
 
 def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
-    """Submit the command of each point, for login nodes without enroot or room, and with `wait` follow the jobs.
-
-    HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.
-    """
+    """Submit the command of each point, for login nodes without enroot or room, and with `wait` follow the jobs."""
+    # HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.
     configs = [typed_as(StageConfig, point.config) for point in points]
     scripts: dict[Path, str] = {}
     for cfg, point in zip(configs, points):
