@@ -121,7 +121,7 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
         gpu_reported=", ".join({str(gpu["name"]): None for gpu in node.get("gpus") or () if gpu.get("name")})
         or log.printed.get("gpu"),
         invalid=contradiction(run, log),
-        software=_software(run, node),
+        software=_software(run, config, node),
         steps=steps,
         peak_memory_gib=memory or log.peak_memory_gib,
         ranks=(
@@ -205,13 +205,15 @@ def _record(
     )
 
 
-def _software(run: Run, node: dict[str, Any]) -> str | None:
-    """Return what trained: the container's release, else the installed NeMo; not what the results folder is called."""
+def _software(run: Run, config: dict[str, Any], node: dict[str, Any]) -> str | None:
+    """Return what trained: the container's release, else what was installed; not what the results folder is called."""
     release = re.search(r"\d\d\.\d\d(?:\.\d+)?", run.container or "")
     if release:
         return release[0]
-    nemo = (node.get("packages") or {}).get("nemo_toolkit")
-    return f"nemo-{nemo}" if nemo else None
+    bridge = (config.get("entrypoint") or {}).get("stack") == "megatron_bridge"
+    name, package = ("bridge", "megatron-bridge") if bridge else ("nemo", "nemo_toolkit")
+    version = (node.get("packages") or {}).get(package)
+    return f"{name}-{version}" if version else None
 
 
 def _profiles(folder: RunFolder, warnings: list[str]) -> tuple[step_profile.StepProfile, ...]:
@@ -372,11 +374,13 @@ def log_warnings(log: Log) -> list[str]:
     number = len(log.steps)
     stride = statistics.median(b - a for a, b in zip(log.steps.step, log.steps.step[1:])) if number > 1 else 1
     batches = log.steps.excluded.count("other batch size")
+    interval = log.program == "Megatron-LM"
     texts = [
         (log.unreadable, f"{log.unreadable} lines with train_step_timing are cut off or garbled, and left out"),
         (log.repeated, f"{log.repeated} steps were done again after a restart; the later ones count"),
         (log.several, f"{log.several} times a step has another time: several ranks in one log; the slowest counts"),
         (batches, f"{batches} steps have another global batch size than {log.global_batch_size}, and are left out"),
+        (interval, "each step time is from one line of the log to the next: a step, and what lies between two"),
         (stride > 1, f"one line every {stride:g} steps: it prints the mean of their times"),
     ]
     return [text for applies, text in texts if applies]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nemo_bench.report.logs import read_log
-from nemo_bench.report.runs import load_run
+from nemo_bench.report.runs import load_run, log_warnings
 
 from .conftest import PROJECT, SMALL, Run, environment, run_dirs
 
@@ -60,10 +60,11 @@ def test_bridge_trains_and_its_own_log_has_the_same_step_times(
     assert len(json.loads((ran.run_dir / "ranks.json").read_text())["ranks"]) == ranks
     assert (ran.run_dir / "profile/rank0.txt").exists() == bool(layout)
     run = load_run(ran.run_dir)
-    assert run.record.packages["megatron-bridge"] == "0.3.0" and run.version == "26.04"
+    assert (run.version, run.software) == ("26.04", "bridge-0.3.0")
     assert any("left out" in warning and "rope_scaling" in warning for warning in run.warnings)
     # The last rank prints the mean time from one line to the next: a step, and what lies between two.
     log = read_log(ran.run_dir / f"rank{ranks - 1}.out")
+    assert any("from one line of the log to the next" in text for text in log_warnings(log))
     assert log.steps.step == list(range(20)) and log.global_batch_size == 8
     for row, printed_s, loss in zip(ran.steps[1:], log.steps.time_s[1:], log.steps.loss[1:], strict=True):
         assert loss == pytest.approx(row["loss"], rel=1e-5)
