@@ -46,7 +46,7 @@ class OptimConfig:
     overlap_grad_reduce: bool = True  # reduce gradients while the backward pass goes on
     overlap_param_gather: bool = True  # gather parameters while the next forward pass goes on
     # Gather the first chunk's parameters while the optimizer works on the others; null: where NVIDIA does so
-    overlap_param_gather_with_optimizer_step: bool | None = kernel(None)
+    overlap_param_gather_with_optimizer_step: bool | None = None
     grad_reduce_in_fp32: bool = False  # the recipe reduces gradients in bf16
     use_precision_aware_optimizer: bool | None = kernel(None)  # null: see TrainConfig.precision_aware_optimizer
     store_param_remainders: bool = False  # with it: of a main weight only the 16 bits that the bf16 parameter lacks

@@ -19,6 +19,10 @@ POINTS = {
     "8b": "scale=8gpu model=8b",
     "slice PP2 VP2": "scale=2gpu model=70b_slice model.pipeline_model_parallel_size=2 "
     "model.virtual_pipeline_model_parallel_size=2",
+    "405b of 25.04": "experiment=dgxc_25_04/llama31_405b_bf16_512gpu",
+    "70b fp8 of 26.06": "experiment=dgxc_26_06/llama31_70b_fp8_h100",
+    "405b mxfp8": "experiment=dgxc_26_06/llama31_405b_mxfp8_gb300",
+    "405b nvfp4": "experiment=dgxc_26_06/llama31_405b_nvfp4_gb200",
 }
 # NeMo fills the number formats in after the model's configuration was made, and Megatron checks all of it again.
 PROGRAM = """
@@ -26,6 +30,7 @@ import json, sys
 import hydra
 from nemo_bench.config import typed
 from nemo_bench.training.nemo2 import build_model, build_precision, build_strategy
+from nemo_bench.training.settings import optimizer_settings
 from nemo.lightning import _strategy_lib, io
 from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
@@ -40,11 +45,15 @@ for name, overrides in json.loads(sys.argv[1]).items():
     config = update_config_with_dtype_overrides(precision.dtype_config, model.config)
     config.__post_init__()
     keys = ("defer_embedding_wgrad_compute", "wgrad_deferral_limit", "overlap_p2p_comm", "batch_p2p_comm", "fp8",
-            "fp8_param", "gradient_accumulation_fusion", "cross_entropy_fusion_impl", "recompute_granularity")
+            "fp8_param", "gradient_accumulation_fusion", "cross_entropy_fusion_impl", "recompute_granularity",
+            "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "fp8_recipe", "fp4")
     # What NeMo builds the second interleaved stage of a rank from.
     again = io.reinit(model).config
     assert all(getattr(again, key) == getattr(config, key) for key in keys), name
     settings[name] = {key: getattr(config, key) for key in keys} | {"bucket_size": strategy.ddp_config.bucket_size}
+    layout = config.pipeline_model_parallel_layout
+    settings[name]["chunks"] = len(layout.layout) * len(layout.layout[0]) if layout else None
+    settings[name]["gathers_early"] = optimizer_settings(cfg)["overlap_param_gather_with_optimizer_step"]
 print(json.dumps(settings))
 """
 
@@ -53,10 +62,18 @@ def test_megatron_takes_the_settings_of_every_size(python: Callable[..., str]) -
     settings = json.loads(python(PROGRAM, json.dumps(POINTS), str(PROJECT / "conf")).splitlines()[-1])
     # The 70B and the 405B reduce gradients over several ranks meanwhile, which would lose what was deferred.
     deferring = {name for name, chosen in settings.items() if chosen["defer_embedding_wgrad_compute"]}
-    assert deferring == {"70b as the recipe", "slice PP2 VP2"}
-    assert {name for name, chosen in settings.items() if chosen["fp8_param"]} == {"70b fp8"}
+    assert deferring == {"70b as the recipe", "slice PP2 VP2", "405b of 25.04"}
+    in_fp8 = {"70b fp8": "delayed", "70b fp8 of 26.06": "tensorwise", "405b mxfp8": "mxfp8"}
+    assert {name: chosen["fp8_recipe"] for name, chosen in settings.items() if chosen["fp8_param"]} == in_fp8
+    assert {name for name, chosen in settings.items() if chosen["fp4"]} == {"405b nvfp4"}
+    assert settings["70b fp8 of 26.06"]["chunks"] == 40
+    accounted = {name for name, chosen in settings.items() if chosen["account_for_loss_in_pipeline_split"]}
+    assert accounted == {"405b of 25.04", "405b mxfp8", "405b nvfp4"}
+    assert {name for name, chosen in settings.items() if not chosen["gathers_early"]} == {"8b", "slice PP2 VP2"}
+    assert {name for name, chosen in settings.items() if chosen["cross_entropy_fusion_impl"] != "te"} == {
+        "405b of 25.04"
+    }
     for chosen in settings.values():
-        assert chosen["gradient_accumulation_fusion"] is True
-        assert (chosen["cross_entropy_fusion_impl"], chosen["recompute_granularity"]) == ("te", None)
+        assert chosen["gradient_accumulation_fusion"] is True and chosen["recompute_granularity"] is None
         assert chosen["bucket_size"] == 128 << 20
         assert not (chosen["overlap_p2p_comm"] and chosen["batch_p2p_comm"])
