@@ -26,7 +26,7 @@ from nemo_bench.cluster.job import Job
 from nemo_bench.cluster.request import slurm_rules
 from nemo_bench.config import ClusterConfig
 from nemo_bench.errors import BenchError, ConfigurationRefused, Need, RunFailed
-from nemo_bench.files import explained_disk_errors, write_json
+from nemo_bench.files import explained_disk_errors, write_json, write_text
 from nemo_bench.project import PROJECT
 from nemo_bench.record import folder as record
 from nemo_bench.report.build import build_report
@@ -124,6 +124,19 @@ def submit(script: str, folder: Path, **details: Any) -> Job:
     job = Job(folder, content)
     job.state = "PENDING"
     return job
+
+
+def adopt(script: str, folder: Path, **details: Any) -> Job:
+    """Keep a batch script in `folder` as one that runs in the job that this process is part of."""
+    write_text(folder / slurm.SCRIPT, script)
+    names = {
+        "id": os.environ["SLURM_JOB_ID"],
+        "name": os.environ.get("SLURM_JOB_NAME"),
+        "cluster": slurm.cluster_name(),
+    }
+    content = {**names, "submitted_at": record.timestamp(), "command": shlex.join(["python", *sys.argv]), **details}
+    write_json(folder / record.JOB, content)
+    return Job(folder, content)
 
 
 def submitted(stage: Path) -> list[Job]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from nemo_bench.checks.problems import problems
@@ -85,7 +86,7 @@ def _submit_all(runs: list[tuple[ComposedPoint, TrainConfig]]) -> list[Job]:
     submitted: list[Job] = []
     try:
         for point, cfg in runs:
-            submitted.append(_submit(cfg, ["python", *sys.argv], point.overrides))
+            submitted.append(submit_run(cfg, ["python", *sys.argv], point.overrides))
     except KeyboardInterrupt:
         raise RunFailed("interrupted: python jobs.py lists what was submitted", 130) from None
     finally:
@@ -101,12 +102,14 @@ def _submit_all(runs: list[tuple[ComposedPoint, TrainConfig]]) -> list[Job]:
     return submitted
 
 
-def _submit(cfg: TrainConfig, command: list[str], overrides: list[str]) -> Job:
+def submit_run(
+    cfg: TrainConfig, command: list[str], overrides: list[str], submit: Callable[..., Job] = jobs.submit
+) -> Job:
     """Record a run and submit it; a refused one does not look as if it were waiting."""
     run = new_run(cfg, command, overrides, state="submitted")
     entrypoint_of(cfg).write_files(cfg, run.path)
     try:
-        return jobs.submit(
+        return submit(
             batch_script(cfg, run.path),
             run.path,
             point=point_name(cfg.model.name, cfg.precision.name, cfg.world_size, overrides),
@@ -131,6 +134,6 @@ def resubmit(job: Job) -> Job:
     if job.active:
         raise BenchError(f"job {job.job_id} is {job.state}: cancel it first (python jobs.py cancel {job.job_id})")
     command = ["python", "jobs.py", "resubmit", job.job_id]
-    again = _submit(load(job.folder / CONFIG), command, job.content["overrides"])
+    again = submit_run(load(job.folder / CONFIG), command, job.content["overrides"])
     write_json(job.folder / JOB, {**job.content, "resubmitted_as": again.job_id})
     return again
