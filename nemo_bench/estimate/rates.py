@@ -131,7 +131,6 @@ class Rates:
     """All tables of a GPU kind."""
 
     gpu: str
-    hardware: str
     layers: tuple[LayerRates, ...]
     tables: dict[str, Any]  # as in the file
     matrix_tflops: float  # sustained, bf16, of an average GPU
@@ -167,12 +166,12 @@ def load_rates(gpu: str) -> Rates:
         )
     data = json.loads(path.read_text())
     if base := data.get("derived_from"):
-        changes = {"hardware": data["hardware"], "streaming_gb_s": data["streaming_gb_s"], "derived_from": base}
-        slowdown = data["measured_memory_gb_s"] / data["memory_gb_s"]
-        return replace(load_rates(base), gpu=gpu, most_slowdown=slowdown, **changes)
+        slowdown, streaming = data["measured_memory_gb_s"] / data["memory_gb_s"], data["streaming_gb_s"]
+        memory = {"most_slowdown": slowdown, "streaming_gb_s": streaming}
+        return replace(load_rates(base), gpu=gpu, derived_from=base, **memory)
     fleet = constant("fleet_matrix_tflops").get(gpu) or data["layers"][0]["matrix_tflops"]
     layers = tuple(_layer(entry, entry["matrix_tflops"] / fleet) for entry in data["layers"])
-    return Rates(gpu, data["hardware"], layers, data, fleet)
+    return Rates(gpu, layers, data, fleet)
 
 
 def _layer(entry: Mapping[str, Any], to_fleet: float) -> LayerRates:

@@ -267,6 +267,7 @@ class Point:
     median_s: float | None = None  # mean of the final runs' medians
     last_s: float | None = None  # mean of the final runs' last steps
     reference: ReferencePoint | None = None  # the published number
+    estimate_s: float | None = None  # step time by estimate.py; None: no rates of its GPU, or no configuration recorded
     verdict: Verdict = field(default_factory=Verdict)
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_bench.config import typed
+from nemo_bench.errors import BenchError
+from nemo_bench.estimate.step import estimate_of
 from nemo_bench.report import verdict
 from nemo_bench.report.model import BESIDE_PERFORMANCE, Numbers, Point, Run, ScalingCurve, flatten
 from nemo_bench.report.numbers import numbers_at
@@ -52,8 +59,18 @@ def gather(runs: Sequence[Run], references: Sequence[Reference], tolerance: floa
         representative = (final or members)[0]
         point = _point(name if taken[name] == 1 else f"{name} #{taken[name]}", members, final, representative)
         point = replace(point, reference=verdict.published(representative, references))
+        point = replace(point, estimate_s=_estimate_s(representative))
         point = replace(point, verdict=verdict.judge(point, members, references, tolerance))
         yield Group(point, representative)
+
+
+def _estimate_s(run: Run) -> float | None:
+    """Return what a run's step should take; None where its GPU's rates or its configuration are not known."""
+    if run.record.config is None or run.numbers is None:
+        return None
+    with contextlib.suppress(BenchError, OmegaConfBaseException):
+        return estimate_of(typed(OmegaConf.create(run.record.config))).step_time_s
+    return None
 
 
 def _point(name: str, runs: Sequence[Run], final: Sequence[Run], run: Run) -> Point:

@@ -78,6 +78,7 @@ def points_table(report: Report) -> Table:
                 "MFU": percent(n.mfu) if n else "",
                 f"days to {tokens_text(report.total_tokens)}": f"{n.days_to_train:,.2f}" if n else "",
                 "published (s)": significant(reference.step_time_s) if reference else "",
+                "estimate (s)": significant(point.estimate_s),
                 "median (s)": significant(point.median_s),
                 "last (s)": significant(point.last_s),
                 "runs": f"{len(point.final_runs)}/{len(point.runs)}",

@@ -15,8 +15,11 @@ import pytest
 from nemo_bench.config import TrainConfig, load
 from nemo_bench.estimate.step import estimate_of
 from nemo_bench.report import references
+from nemo_bench.report.bare_logs import Given
+from nemo_bench.report.build import build_report
 from nemo_bench.report.references import ReferencePoint
 from nemo_bench.report.runs import load_run
+from nemo_bench.report.tables import points_table
 
 from ..composing import PROJECT, composed
 
@@ -110,3 +113,10 @@ def test_runs_on_h200s_that_gave_no_rates() -> None:
     found = {name: own_ratio(GPU_SPEED / name) - 1 for name in OWN}
     assert fmean(map(abs, found.values())) < 0.03, found
     assert max(map(abs, found.values())) < 0.06, found
+
+
+def test_a_report_shows_a_measured_point_beside_its_estimate() -> None:
+    run = GPU_SPEED / "tp2_bf16"
+    report = build_report([run], baseline=[], given=Given())
+    assert report.points[0].estimate_s == estimate_of(load(run / "config.yaml")).step_time_s
+    assert "estimate (s)" in points_table(report).columns
