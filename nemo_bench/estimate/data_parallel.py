@@ -32,7 +32,7 @@ class DataParallel:
     cfg: TrainConfig
     rates: Rates
     network: Network
-    layers: Sequence[Sequence[float]]  # by stage, chunk
+    layers: Sequence[Sequence[int]]  # by stage, chunk
 
     @property
     def ranks(self) -> int:
@@ -106,22 +106,31 @@ class DataParallel:
             return gathered
         if len(self.layers) == len(first_forward_ms) == 1:
             return max(self.gathering_ms(self.embedding), gathered - first_forward_ms[0])
-        behind_optimizer = getattr(o, "overlap_param_gather_with_optimizer_step", False)
-        return 0.0 if behind_optimizer else self.gathering_ms(self.parameters(0)[0])
+        # The first chunk's; where that begins within the optimizer's step, behind Adam of the other chunks.
+        first, *others = self.parameters(0)
+        hidden = self._adam_ms(sum(others)) if self.cfg.gathers_with_optimizer_step else 0.0
+        return max(0.0, self.gathering_ms(first) - hidden)
+
+    @property
+    def _share(self) -> float:
+        """Share of the parameters that one rank updates."""
+        return 1 / self.ranks if self.cfg.model.optim.use_distributed_optimizer else 1.0
+
+    def _adam_ms(self, parameters: float) -> float:
+        o = self.cfg.model.optim
+        moments = sum({"fp32": 8, "bf16": 4}[dtype] for dtype in (o.exp_avg_dtype, o.exp_avg_sq_dtype))
+        # Main weights read and written, moments, gradients read, parameters written.
+        return parameters * self._share * (8 + moments + 4) / self.rates.gb_s("adam") / 1e6
 
     def optimizer_ms(self) -> float:
         """Return gradient norm, Adam and what else passes over the parameters once a step, by bytes moved."""
-        o, p, rates, scaling = self.cfg.model.optim, self.cfg.precision, self.rates, constant("scaling_gb_s")
+        p, rates, scaling = self.cfg.precision, self.rates, constant("scaling_gb_s")
         parameters = max(sum(self.parameters(stage)) for stage in range(len(self.layers)))
-        share = 1 / self.ranks if o.use_distributed_optimizer else 1.0
-        moments = sum({"fp32": 8, "bf16": 4}[dtype] for dtype in (o.exp_avg_dtype, o.exp_avg_sq_dtype))
-        # Main weights read and written, moments, gradients read, parameters written.
-        adam = parameters * share * (8 + moments + 4) / rates.gb_s("adam")
-        norm = parameters * share * 6 / scaling["norm"] * rates.most_slowdown
-        total = adam + norm + parameters * 2 / rates.gb_s("fill")  # and gradients zeroed
+        norm = parameters * self._share * 6 / scaling["norm"] * rates.most_slowdown
+        total = norm + parameters * 2 / rates.gb_s("fill")  # and gradients zeroed
         if p.fp8:
             in_fp8 = (parameters - self.embedding) * rates.most_slowdown
             total += in_fp8 * 2 / scaling["transpose"]
-            total += in_fp8 * share * constant("fp8_cast_ms") / 1e3 if p.fp8_param_gather else 0.0
+            total += in_fp8 * self._share * constant("fp8_cast_ms") / 1e3 if p.fp8_param_gather else 0.0
         wait = constant("gradient_norm_ms")["one_node" if self.cfg.trainer.num_nodes == 1 else "more_nodes"]
-        return float(total / 1e6 + wait)
+        return float(self._adam_ms(parameters) + total / 1e6 + wait)

@@ -13,6 +13,7 @@ from nemo_bench.estimate.network import Network
 from nemo_bench.estimate.rates import Rates, constant, layer_shape, load_rates, piecewise
 from nemo_bench.estimate.schedule import Pipeline, Timeline
 from nemo_bench.estimate.tensor_parallel import slowest_of
+from nemo_bench.pipeline import chunks_of
 
 # The power that a GPU has left follows from the share of the step that it works in, and the other way round.
 _ROUNDS = 3
@@ -58,14 +59,15 @@ def bound_s(cfg: TrainConfig) -> float:
     return (busiest * (1 + waiting) + point.data_parallel.optimizer_ms()) / 1e3
 
 
-def layers_of_chunks(cfg: TrainConfig) -> list[list[float]]:
+def layers_of_chunks(cfg: TrainConfig) -> list[list[int]]:
     """Return the number of layers by stage and chunk."""
     m = cfg.model
     stages, chunks = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
-    first = getattr(m, "account_for_embedding_in_pipeline_split", False)
-    last = getattr(m, "account_for_loss_in_pipeline_split", False)
-    each = (m.num_layers + first + last) / (stages * chunks)
-    layers = [[each] * chunks for _ in range(stages)]
+    if m.pipeline_model_parallel_layout is not None:
+        parts = [chunk.count("t") for chunk in chunks_of(m.pipeline_model_parallel_layout)]
+        return [parts[stage::stages] for stage in range(stages)]
+    first, last = m.account_for_embedding_in_pipeline_split, m.account_for_loss_in_pipeline_split
+    layers = [[(m.num_layers + first + last) // (stages * chunks)] * chunks for _ in range(stages)]
     layers[0][0] -= first
     layers[-1][-1] -= last
     return layers

@@ -53,8 +53,8 @@ def search(cfg: TrainConfig, calibration: Calibration | None = None) -> list[Fou
 def _candidates(cfg: TrainConfig) -> Iterator[TrainConfig]:
     """Give every layout to try; many of them break a rule."""
     m, gpus, fp8 = cfg.model, cfg.world_size, cfg.precision.fp8
-    ends = (False, True) if hasattr(m, "account_for_loss_in_pipeline_split") else (False,)  # as layers
-    for tp, cp, pp, end in itertools.product(_POWERS, _POWERS[:4], range(1, m.num_layers + 3), ends):
+    # `end`: embedding and loss count as layers
+    for tp, cp, pp, end in itertools.product(_POWERS, _POWERS[:4], range(1, m.num_layers + 3), (False, True)):
         layers = m.num_layers + 2 * end
         if (
             gpus % (tp * pp * cp)
@@ -74,12 +74,12 @@ def _candidates(cfg: TrainConfig) -> Iterator[TrainConfig]:
                 "context_parallel_size": cp,
                 "micro_batch_size": mbs,
                 "sequence_parallel": tp > 1,
+                "account_for_embedding_in_pipeline_split": end,
+                "account_for_loss_in_pipeline_split": end,
+                "pipeline_model_parallel_layout": None,
                 "tp_comm_overlap": cfg.cluster.tp_comm_overlap and tp > 1,
                 **dict(zip(("recompute_granularity", "recompute_method", "recompute_num_layers"), again)),
             }
-            if len(ends) > 1:
-                names = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
-                changes |= dict.fromkeys(names, end)
             for in_fp8 in (True, False) if fp8 else (cfg.precision.fp8_param_gather,):
                 yield replace(
                     cfg, model=replace(m, **changes), precision=replace(cfg.precision, fp8_param_gather=in_fp8)

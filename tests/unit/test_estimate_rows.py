@@ -39,9 +39,10 @@ def config_of(row: ReferencePoint) -> TrainConfig:
     m.pipeline_model_parallel_size = layout["PP"]
     m.virtual_pipeline_model_parallel_size = layout["VP"] if "VP" in layout and layout["PP"] > 1 else None
     m.defer_embedding_wgrad_compute = True
+    # NeMo 2 gathers behind the optimizer; NeMo 1 did not.
+    m.optim.overlap_param_gather_with_optimizer_step = row.reference.startswith("nvidia-25") and layout["PP"] > 1
     ends_are_layers = m.num_layers % chunks != 0
-    for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
-        setattr(m, name, ends_are_layers)
+    m.account_for_embedding_in_pipeline_split = m.account_for_loss_in_pipeline_split = ends_are_layers
     return cfg
 
 
