@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -9,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_bench.config import typed
+from nemo_bench.config import ProfileConfig, load, typed
 from nemo_bench.record import folder as record
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.runs import load_run
@@ -23,6 +25,7 @@ from ..nsys import calls, install
 from .conftest import PROJECT, SMALL, Run, environment, processes_of, wait_for
 
 pytestmark = pytest.mark.train
+CONFIG = PROJECT / "tests/runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a/config.yaml"
 
 
 def test_profiled_steps_leave_a_trace_and_a_table_and_do_not_count(train: Callable[..., Run]) -> None:
@@ -113,49 +116,48 @@ def test_nsys_and_its_rank_end_with_the_launcher_and_with_each_other(stage: Path
     assert run.processes() == []
 
 
-# CUDA's part is played by a list; the hooks are the program's, copied as NeMo copies them.
-RANGE = """
-import copy, json, sys, types
-from pathlib import Path
-import megatron.core.utils, torch
-from nemo_bench.config import ProfileConfig, load
-from nemo_bench.record.folder import EventLog, RunFolder
-from nemo_bench.training.hooks import RankTelemetry, RunRecorder, Step
-from nemo_bench.training.profiling import build_profiling
-calls = []
-note = lambda what: calls.append(what + (" with Megatron's names" if megatron.core.utils._nvtx_enabled else ""))
-cudart = types.SimpleNamespace(cudaProfilerStart=lambda: note("start"), cudaProfilerStop=lambda: note("stop"))
-torch.cuda.cudart = lambda: cudart
-torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = note, lambda: note("end")
-torch.cuda.synchronize = lambda: None
-cfg = load(sys.argv[2])
-cfg.profile = ProfileConfig(kind="nsys", start_step=2, end_step=3, ranks=[0])
-cfg.gpu.device = "cpu"
-run = RunFolder(Path(sys.argv[1]))
-assert build_profiling(cfg, run.path, 1) == []
-telemetry = RankTelemetry(cfg, run, 0, None)
-recorder = RunRecorder(cfg, run, EventLog(run), telemetry)
-hooks = copy.deepcopy([telemetry, *build_profiling(cfg, run.path, 0), recorder])
-[hook.train_start(0) for hook in hooks]
-for step in range(6):
-    note(f"step {step}")
-    [hook.step_start(step) for hook in hooks]
-    [hook.optimizer_start() for hook in hooks]
-    [hook.step_end(Step(step, 1.0, 2.5, None, 3e-4)) for hook in hooks]
-print(json.dumps(calls))
-"""
-CONFIG = PROJECT / "tests/runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a/config.yaml"
+def test_nsys_is_told_where_the_steps_begin_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's part is played by a list; the hooks are the program's, copied as NeMo copies them."""
+    import megatron.core.utils
+    import torch
 
+    from nemo_bench.training.hooks import RankTelemetry, RunRecorder, Step
+    from nemo_bench.training.profiling import build_profiling
 
-def test_nsys_is_told_where_the_steps_begin_and_end(python: Callable[..., str], tmp_path: Path) -> None:
-    printed = python(RANGE, str(tmp_path), str(CONFIG))
+    calls: list[str] = []
+
+    def note(what: str) -> None:
+        calls.append(what + (" with Megatron's names" if megatron.core.utils._nvtx_enabled else ""))
+
+    cudart = SimpleNamespace(cudaProfilerStart=lambda: note("start"), cudaProfilerStop=lambda: note("stop"))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", note)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: note("end"))
+    cfg, run = load(CONFIG), record.RunFolder(tmp_path)
+    cfg.profile, cfg.gpu.device = ProfileConfig(kind="nsys", start_step=2, end_step=3, ranks=[0]), "cpu"
+    assert build_profiling(cfg, run.path, 1) == []
+    telemetry = RankTelemetry(cfg, run, 0, None)
+    recorder = RunRecorder(cfg, run, record.EventLog(run), telemetry)
+    hooks = copy.deepcopy([telemetry, *build_profiling(cfg, run.path, 0), recorder])
+    for hook in hooks:
+        hook.train_start(0)
+    for step in range(6):
+        note(f"step {step}")
+        for hook in hooks:
+            hook.step_start(step)
+        for hook in hooks:
+            hook.optimizer_start()
+        for hook in hooks:
+            hook.step_end(Step(step, 1.0, 2.5, None, 3e-4))
+    hooks[-1].train_end()
     named = " with Megatron's names"
     step_2, step_3 = (
         [f"nemo_bench step {step}{named}", f"nemo_bench optimizer{named}", f"end{named}", f"end{named}"]
         for step in (2, 3)
     )
     expected = ["step 0", "step 1", "step 2", f"start{named}", *step_2, f"step 3{named}", *step_3, f"stop{named}"]
-    assert json.loads(printed.splitlines()[-1]) == [*expected, "step 4", "step 5"]
+    assert calls == [*expected, "step 4", "step 5"]
     events, _ = record.read_lines(tmp_path / record.EVENTS)
     profiled = [event["after_step"] for event in events if event["event"] == "profile"]
     assert profiled == [0, 1, 2, 3]

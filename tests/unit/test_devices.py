@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemo_bench.record import folder as record
 from nemo_bench.record.ranks import RANKS, gathered, write_ranks
 from nemo_bench.report.build import build_report
 from nemo_bench.report.remarks import throttling
@@ -43,12 +41,6 @@ def run_dir(tmp_path: Path) -> Path:
     return Path(shutil.copytree(H200, tmp_path / "run"))
 
 
-def with_steps(run_dir: Path, **measured: Any) -> None:
-    lines, _ = record.read_lines(run_dir / record.STEPS)
-    text = "".join(json.dumps({**step(), **measured, **line}) + "\n" for line in lines)
-    (run_dir / record.STEPS).write_text(text)
-
-
 def test_a_rank_is_its_steps_in_numbers_and_the_first_do_not_count() -> None:
     slow = step(9.0, power_w=100.0, sm_clock_min_mhz=300, temperature_max_c=90, throttle_reasons=["hw_thermal"])
     assert gathered([slow, slow, slow, step(1.6), step(1.8, power_w=710.0, sm_clock_min_mhz=1500)]) == {
@@ -66,13 +58,6 @@ def test_a_rank_is_its_steps_in_numbers_and_the_first_do_not_count() -> None:
     watched = [step(throttle_reasons=[]), step(throttle_reasons=["hw_thermal", "sw_power_cap"]), step(), step()]
     unwatched = {"train_step_timing_s": 1.65}
     assert gathered([step()] * 3 + watched + [unwatched])["throttled"] == {"hw_thermal": 0.25, "sw_power_cap": 0.75}
-
-
-def test_without_ranks_json_rank_0_is_known_by_its_steps(run_dir: Path) -> None:
-    assert load_run(run_dir).devices == ()
-    with_steps(run_dir)
-    (device,) = load_run(run_dir).devices
-    assert (device.rank, device.steps, device.power_w, device.matrix_tflops) == (0, 27, 690.0, None)
 
 
 @pytest.mark.parametrize("text", ["", '{"ranks": [{"rank": 0}]}', '{"ranks": [{"rank": "x", "steps": 1}]}', "[1]"])
