@@ -36,7 +36,7 @@ def run_estimate(raw: DictConfig) -> None:
     console = display.make_console()
     if cfg.action == "search":
         # The point itself need not work: layouts that do are what is asked for.
-        display.print_search(console, search(cfg, _calibration(cfg)))
+        display.print_search(console, cfg, search(cfg, _calibration(cfg)))
         return
     if broken := [problem for problem in problems(cfg) if not problem.missing]:
         raise ConfigurationRefused(broken)

@@ -8,9 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nemo_bench.config import TrainConfig
 from nemo_bench.flops import FlopsConvention
 from nemo_bench.planning.answer import Answer
-from nemo_bench.planning.search import Found
+from nemo_bench.planning.search import overrides
 
 WIDTH = 80
 _BAR = 20  # characters of the greatest share
@@ -97,7 +98,7 @@ def print_row(console: Console, answer: Answer, *, first: bool) -> None:
         console.print(text, soft_wrap=True)
 
 
-def print_search(console: Console, layouts: Sequence[Found]) -> None:
+def print_search(console: Console, cfg: TrainConfig, answers: Sequence[Answer]) -> None:
     """Print the fastest layouts, each with the parts that tell them apart and the line that chooses it."""
     groups = {
         "products": ("matrix products", "attention"),
@@ -108,14 +109,14 @@ def print_search(console: Console, layouts: Sequence[Found]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "step s", "GiB", *groups, "rest"):
         table.add_column(name, justify="right")
-    for number, layout in enumerate(layouts, 1):
-        estimate = layout.answer.estimate
-        shares = [sum(estimate.breakdown_s[part] for part in parts) / estimate.step_time_s for parts in groups.values()]
-        cells = [str(number), _digits(layout.answer.step_time_s), _gib(layout.answer)]
+    for number, answer in enumerate(answers, 1):
+        parts, step_s = answer.estimate.breakdown_s, answer.estimate.step_time_s
+        shares = [sum(parts[part] for part in group) / step_s for group in groups.values()]
+        cells = [str(number), _digits(answer.step_time_s), _gib(answer)]
         table.add_row(*cells, *(f"{share:.1%}" for share in [*shares, 1 - sum(shares)]))
     console.print(table)
-    for number, layout in enumerate(layouts, 1):
-        console.print(f"{number:2}  {layout.answer.layout}\n    {' '.join(layout.overrides)}", soft_wrap=True)
+    for number, answer in enumerate(answers, 1):
+        console.print(f"{number:2}  {answer.layout}\n    {' '.join(overrides(cfg, answer.cfg))}", soft_wrap=True)
 
 
 def _digits(time_s: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from nemo_bench.checks.configuration import configuration_problems
@@ -23,15 +23,7 @@ _POWERS = (1, 2, 4, 8, 16, 32, 64)
 _RECOMPUTATION = ((None, None, None), ("selective", None, None), ("full", "uniform", 1))
 
 
-@dataclass(frozen=True)
-class Found:
-    """A layout, and the overrides that choose it."""
-
-    answer: Answer
-    overrides: list[str]
-
-
-def search(cfg: TrainConfig, calibration: Calibration | None = None) -> list[Found]:
+def search(cfg: TrainConfig, calibration: Calibration | None = None) -> list[Answer]:
     """Return the fastest layouts of this point: same model, GPUs, batch and number format.
 
     Raises:
@@ -44,9 +36,9 @@ def search(cfg: TrainConfig, calibration: Calibration | None = None) -> list[Fou
         )
     fitting.sort(key=bound_s)
     answers = [answer_of(candidate, calibration) for candidate in fitting[:_SIMULATED]]
-    fastest: dict[str, Found] = {}  # of each layout
+    fastest: dict[str, Answer] = {}  # of each layout
     for answer in sorted(answers, key=lambda answer: answer.step_time_s):
-        fastest.setdefault(answer.layout, Found(answer, _overrides(cfg, answer.cfg)))
+        fastest.setdefault(answer.layout, answer)
     return list(fastest.values())[:SHOWN]
 
 
@@ -91,7 +83,7 @@ def _works(cfg: TrainConfig) -> bool:
     return fits and not configuration_problems(cfg)
 
 
-def _overrides(cfg: TrainConfig, chosen: TrainConfig) -> list[str]:
+def overrides(cfg: TrainConfig, chosen: TrainConfig) -> list[str]:
     """Return the overrides that lead from one configuration to another."""
     keys = [f"model.{name}" for name in vars(cfg.model) if name != "optim"] + ["precision.fp8_param_gather"]
     changed = [key for key in keys if value_of(cfg, key) != value_of(chosen, key)]

@@ -18,7 +18,7 @@ from benchmarks.fork_server import ForkServer
 from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.estimate.step import estimate_of
 from nemo_bench.planning.config import EstimateConfig
-from nemo_bench.planning.search import search
+from nemo_bench.planning.search import overrides, search
 
 from ..composing import PROJECT, composed
 
@@ -106,12 +106,12 @@ def test_groups_and_values_are_those_of_train() -> None:
 def test_the_search_finds_layouts_that_work_and_the_lines_that_choose_them() -> None:
     choices = ("scale=128gpu", "precision=fp8", "data=mock")
     start = time.process_time()
-    layouts = search(composed(*choices))
+    answers = search(composed(*choices))
     assert time.process_time() - start < 30
-    assert len(layouts) == 10 and len({layout.answer.layout for layout in layouts}) == 10
-    times = [layout.answer.step_time_s for layout in layouts]
+    assert len(answers) == 10 and len({answer.layout for answer in answers}) == 10
+    times = [answer.step_time_s for answer in answers]
     assert times == sorted(times) and times[0] < estimate_of(composed(*choices)).step_time_s
-    for layout in layouts:
-        cfg = composed(*choices, *layout.overrides)
-        assert configuration_problems(cfg) == [] and (layout.answer.memory_gib or 0) < 80
-        assert estimate_of(cfg).step_time_s == pytest.approx(layout.answer.step_time_s)
+    for answer in answers:
+        cfg = composed(*choices, *overrides(composed(*choices), answer.cfg))
+        assert configuration_problems(cfg) == [] and (answer.memory_gib or 0) < 80
+        assert estimate_of(cfg).step_time_s == pytest.approx(answer.step_time_s)
