@@ -105,7 +105,7 @@ def published(run: Run, references: Sequence[Reference]) -> ReferencePoint | Non
         software = not _other_software(run, row)
         same_layout = all(run.layout.get(key) == size for key, size in row.layout.items() if key != "layers")
         named = run.version in (row.software, *row.recipes)
-        nemo_1 = [entrypoint == "nemo_24_09" for entrypoint in (run.entrypoint, row.entrypoint)]
+        nemo_1 = [str(entrypoint).startswith("nemo_24") for entrypoint in (run.entrypoint, row.entrypoint)]
         same_program = run.entrypoint is not None and nemo_1[0] == nemo_1[1]  # Megatron-Bridge is NeMo 2's successor
         return agreeing, software and same_layout, software, same_program, named, same_layout
 

@@ -21,6 +21,7 @@ from ..composing import composed
         ("nemo2_26_02", "nemo2", "26.02"),
         ("bridge_26_04", "megatron_bridge", "26.04"),
         ("bridge_26_06", "megatron_bridge", "26.06"),
+        ("nemo_24_12", "nemo_24_09", "24.12"),
     ],
 )
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
@@ -37,6 +38,8 @@ def test_a_containers_settings_win_over_the_models_and_the_command_line_over_the
     assert composed(*chosen).model.cross_entropy_fusion_impl == "native"
     assert composed(*chosen, "model.cross_entropy_fusion_impl=te").model.cross_entropy_fusion_impl == "te"
     assert composed("entrypoint=bridge_26_04", "scale=64gpu").trainer.limit_val_batches == 0
+    nemo_1 = composed("entrypoint=nemo_24_12", "scale=64gpu").model
+    assert (nemo_1.rope_scaling, nemo_1.rotary_base, nemo_1.init_method_std) == (False, 10000, 0.008944)
 
 
 def test_bridge_refuses_what_it_would_ignore() -> None:
