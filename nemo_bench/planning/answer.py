@@ -79,16 +79,18 @@ class Answer:
         return per_token * self.tokens_per_s / cfg.world_size / 1e12 / peak if peak else None
 
     def published(self) -> list[tuple[ReferencePoint, float]]:
-        """Return what was published for this very point, each with the error of the estimate."""
+        """Return what was published for this point, its entrypoint's own table first, with the estimate's error."""
         m, layout = self.cfg.model, {**_layout(self.cfg), "MBS": self.cfg.model.micro_batch_size}
         own = (self.cfg.gpu.name, self.cfg.precision.name, self.cfg.world_size, m.global_batch_size, m.seq_length)
-        return [
-            (row, self.step_time_s / row.step_time_s - 1)
+        rows = (
+            row
             for row in _published()
             if own == (row.gpu, row.precision, row.gpus, row.global_batch_size, row.seq_length)
             and all(row.architecture[name] == getattr(m, name) for name in ("num_layers", "hidden_size"))
             and all(row.layout.get(name, 1) == size for name, size in layout.items())
-        ]
+        )
+        own_first = sorted(rows, key=lambda row: row.entrypoint != self.cfg.entrypoint.name)
+        return [(row, self.step_time_s / row.step_time_s - 1) for row in own_first]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what estimate.json holds."""
