@@ -32,7 +32,7 @@ os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
 os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
 
 from benchmarks import operator_layers, operator_products  # noqa: E402
-from benchmarks.operator_layers import Case  # noqa: E402
+from benchmarks.operator_traces import Case, layer_entry  # noqa: E402
 
 RATES = PROJECT / "nemo_bench" / "estimate" / "rates"
 _8B = Case(4096, 14336, 32, 8, 1, 1, 8192, "bf16")
@@ -90,7 +90,7 @@ class Measurement:
         """Measure a layer; of the first shape also how it moves, and how much faster it is where the GPU idles."""
         with operator_layers.recorded(case, self.group) as layers:
             times = layers.replays(operator_layers.WARM_S, operator_layers.COUNTED_S)
-            self.tables["layers"].append(operator_layers.layer_entry(case, layers.profile(), times))
+            self.tables["layers"].append(layer_entry(case, layers.profile(), times))
             if case.precision == "bf16":
                 self.tables["heads"].append(layers.head())
             if replace(case, precision="bf16") == SHAPES[0]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import operator_layers, operators
+from benchmarks import operators
+from benchmarks.operator_traces import layer_entry
 from nemo_bench.estimate import rates
 
 FORWARD = ["nvjet_a", "sdpa_flash_fprop", "nvjet_b", "rmsnorm_fwd_tuned", "nvjet_c", "triton_mul_silu", "nvjet_d"]
@@ -31,7 +32,7 @@ def trace(layers: int = 2, replays: int = 4) -> dict[str, Any]:
 
 
 def test_a_trace_and_the_time_of_replays_make_a_layers_rates() -> None:
-    entry = operator_layers.layer_entry(CASE, trace(), [[0.75, 1.25, 2.0]] * 9)
+    entry = layer_entry(CASE, trace(), [[0.75, 1.25, 2.0]] * 9)
     # 15 kernels forward in two layers, of which one, the final norm, is no layer's.
     total = sum(entry["forward"]["products_ms"].values()) + entry["forward"]["attention_ms"]
     total += sum(entry["forward"]["kernels_ms"].values())
@@ -44,12 +45,12 @@ def test_a_trace_and_the_time_of_replays_make_a_layers_rates() -> None:
 
 def test_a_trace_without_all_products_is_refused() -> None:
     with pytest.raises(ValueError, match="products in 4 replays of 3 layers"):
-        operator_layers.layer_entry(replace(CASE, layers=3), trace(), [[1.0, 1.0, 2.0]])
+        layer_entry(replace(CASE, layers=3), trace(), [[1.0, 1.0, 2.0]])
 
 
 def test_what_was_not_measured_is_taken_over_and_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = json.loads((operators.RATES / "h200.json").read_text())
-    layer = operator_layers.layer_entry(CASE, trace(), [[0.75, 1.25, 2.0]])
+    layer = layer_entry(CASE, trace(), [[0.75, 1.25, 2.0]])
     tables = {"layers": [{**layer, "matrix_tflops": 665.2}], "heads": [], "power": {"bf16": [[1.0, 1.0]]}}
     result = operators.completed(tables, base)
     taken = result["taken_over"]["tables"]
