@@ -45,6 +45,12 @@ class Hooks:
     def failed(self) -> None: ...
 
 
+def call(hooks: list[Hooks], event: str, *arguments: Any) -> None:
+    """Tell the hooks of an event, in their order."""
+    for hook in hooks:
+        getattr(hook, event)(*arguments)
+
+
 class RunRecorder(Hooks):
     """Write `events.jsonl`, and each step's loss, time, rates and device measurements to `steps.jsonl`.
 

@@ -18,7 +18,7 @@ from megatron.bridge.training.tokenizers.config import TokenizerConfig
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.training import settings
-from nemo_bench.training.hooks import Hooks, Step
+from nemo_bench.training.hooks import Hooks, Step, call
 from nemo_bench.training.known import known
 
 
@@ -27,8 +27,7 @@ def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
     try:
         known(bridge_pretrain, build_container(cfg), forward_step, callbacks=[_BridgeHooks(hooks)])
     except BaseException:
-        for hook in hooks:
-            hook.failed()
+        call(hooks, "failed")
         raise
 
 
@@ -38,22 +37,18 @@ class _BridgeHooks(Callback):
     def __init__(self, hooks: list[Hooks]) -> None:
         self.hooks, self.began = hooks, 0.0
 
-    def _call(self, event: str, *arguments: Any) -> None:
-        for hook in self.hooks:
-            getattr(hook, event)(*arguments)
-
     def on_train_start(self, context: CallbackContext) -> None:
         optimizer_step = context.optimizer.step
 
         def step() -> Any:
-            self._call("optimizer_start")
+            call(self.hooks, "optimizer_start")
             return optimizer_step()
 
         context.optimizer.step = step
-        self._call("train_start", context.state.train_state.step)
+        call(self.hooks, "train_start", context.state.train_state.step)
 
     def on_train_step_start(self, context: CallbackContext) -> None:
-        self._call("step_start", context.state.train_state.step)
+        call(self.hooks, "step_start", context.state.train_state.step)
         torch.cuda.synchronize()
         self.began = time.perf_counter()
 
@@ -64,16 +59,16 @@ class _BridgeHooks(Callback):
         loss = None if loss is None else loss.reshape(-1)[0]
         lr = context.optimizer.param_groups[0]["lr"]
         # Bridge has not counted this step yet.
-        self._call("step_end", Step(context.state.train_state.step, seconds, loss, context.grad_norm, lr))
+        call(self.hooks, "step_end", Step(context.state.train_state.step, seconds, loss, context.grad_norm, lr))
 
     def on_eval_start(self, context: CallbackContext) -> None:
-        self._call("validation_start", context.state.train_state.step - 1)
+        call(self.hooks, "validation_start", context.state.train_state.step - 1)
 
     def on_eval_end(self, context: CallbackContext) -> None:
-        self._call("validation_end", (context.total_loss_dict or {}).get("lm loss"))
+        call(self.hooks, "validation_end", (context.total_loss_dict or {}).get("lm loss"))
 
     def on_train_end(self, context: CallbackContext) -> None:
-        self._call("train_end")
+        call(self.hooks, "train_end")
 
 
 def build_container(cfg: TrainConfig) -> Any:

@@ -24,7 +24,7 @@ from nemo_bench.errors import BenchError
 from nemo_bench.training import cpu_device, settings
 from nemo_bench.training.checkpoint import CheckpointOnSignal, build_checkpoint_callback, build_resume
 from nemo_bench.training.data import build_data, build_tokenizer
-from nemo_bench.training.hooks import Hooks, Step
+from nemo_bench.training.hooks import Hooks, Step, call
 from nemo_bench.training.known import known, left_out
 
 
@@ -59,39 +59,35 @@ class _LightningHooks(pl.Callback):
     def __init__(self, hooks: list[Hooks], timing: TimingCallback) -> None:
         self.hooks, self.timing = hooks, timing
 
-    def _call(self, event: str, *arguments: Any) -> None:
-        for hook in self.hooks:
-            getattr(hook, event)(*arguments)
-
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._call("train_start", trainer.global_step)
+        call(self.hooks, "train_start", trainer.global_step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._call("step_start", trainer.global_step)
+        call(self.hooks, "step_start", trainer.global_step)
 
     def on_before_optimizer_step(self, *_: Any) -> None:
-        self._call("optimizer_start")
+        call(self.hooks, "optimizer_start")
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         step = trainer.global_step - 1  # Lightning has counted this one already
         seconds, lr = float(self.timing.timer["train_step_timing"]), trainer.optimizers[0].param_groups[0]["lr"]
         metrics = trainer.callback_metrics
-        self._call("step_end", Step(step, seconds, metrics["reduced_train_loss"], metrics.get("grad_norm"), lr))
+        call(self.hooks, "step_end", Step(step, seconds, metrics["reduced_train_loss"], metrics.get("grad_norm"), lr))
 
     def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._call("validation_start", trainer.global_step - 1)
+        call(self.hooks, "validation_start", trainer.global_step - 1)
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._call("validation_end", trainer.callback_metrics.get("val_loss"))
+        call(self.hooks, "validation_end", trainer.callback_metrics.get("val_loss"))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._call("checkpoint", trainer.global_step - 1)
+        call(self.hooks, "checkpoint", trainer.global_step - 1)
 
     def on_train_end(self, *_: Any) -> None:
-        self._call("train_end")
+        call(self.hooks, "train_end")
 
     def on_exception(self, *_: Any) -> None:
-        self._call("failed")
+        call(self.hooks, "failed")
 
 
 def _callbacks(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> list[Any]:
