@@ -374,7 +374,7 @@ def log_warnings(log: Log) -> list[str]:
     number = len(log.steps)
     stride = statistics.median(b - a for a, b in zip(log.steps.step, log.steps.step[1:])) if number > 1 else 1
     batches = log.steps.excluded.count("other batch size")
-    interval = log.program == "Megatron-LM"
+    interval = log.program in ("Megatron-LM", "Megatron-Bridge")
     texts = [
         (log.unreadable, f"{log.unreadable} lines with train_step_timing are cut off or garbled, and left out"),
         (log.repeated, f"{log.repeated} steps were done again after a restart; the later ones count"),

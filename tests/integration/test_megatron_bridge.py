@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def test_bridge_trains_and_its_own_log_has_the_same_step_times(
     # The last rank prints the mean time from one line to the next: a step, and what lies between two.
     log = read_log(ran.run_dir / f"rank{ranks - 1}.out")
     assert any("from one line of the log to the next" in text for text in log_warnings(log))
-    assert log.steps.step == list(range(20)) and log.global_batch_size == 8
-    for row, printed_s, loss in zip(ran.steps[1:], log.steps.time_s[1:], log.steps.loss[1:], strict=True):
-        assert loss == pytest.approx(row["loss"], rel=1e-5)
-        assert -0.001 < printed_s - row["train_step_timing_s"] < 0.1 or row["step"] in range(3, 8)
+    assert log.steps.step == list(range(1, 21)) and log.global_batch_size == 8
+    assert log.steps.loss == pytest.approx(ran.losses, rel=1e-5)
+    between_s = [printed - row["train_step_timing_s"] for printed, row in zip(log.steps.time_s, ran.steps)]
+    assert min(between_s) > -0.002 and statistics.median(between_s) < 0.05
