@@ -38,7 +38,7 @@ echo "|---|---|---|---|---|"
 for pair in "${pairs[@]}"; do
   IFS='|' read -r name interpreter packages overrides <<<"$pair"
   [[ $# -eq 0 || " $* " == *" $name "* ]] || continue
-  row="| $name | ${packages//==/ } |"
+  row="| $name | $(cut -d' ' -f1,2 <<<"${packages//==/-}") |"
   if [[ -z $interpreter ]]; then
     echo "$row needs Python 3.12 (PYTHON312) | | |"
     continue
