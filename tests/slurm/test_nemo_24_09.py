@@ -17,7 +17,7 @@ PROGRAM = Path(__file__).parent / "nemo_1_program.py"
 POINT = (
     *("entrypoint=nemo_24_09", f"entrypoint.program={PROGRAM}", "model=8b", "scale=8gpu", "data=mock"),
     *("trainer.num_nodes=2", "trainer.devices=2", "model.global_batch_size=8", "trainer.max_steps=20"),
-    "cluster.srun_args=[--mpi=none]",  # the last one wins: this machine may have no PMIx
+    "cluster.srun_args=['--mpi=none']",  # the last one wins: this machine may have no PMIx
 )
 
 
