@@ -36,7 +36,7 @@ def test_a_job_leaves_a_run_folder_like_any_other(scripts: Scripts) -> None:
     assert sorted(path.name for path in run_dir.glob("rank*")) == [f"rank{rank}.out" for rank in range(4)]
     assert json.loads((run_dir / "node.json").read_text())["environment"]["SLURM_NTASKS"] == "4"
     run = load_run(run_dir)
-    assert run.final and run.times is not None and run.times.median_s == 11.18
+    assert run.final and run.times is not None and run.times.median_s == 11.2
     assert (run.model, run.precision, run.gpus, run.entrypoint, run.version) == ("8b", "bf16", 4, "nemo_24_09", "24.11")
     (log,) = run_dir.parent.glob("log-nemo_llama3.1_8b_4_*.out")
     assert log.samefile(run_dir / "rank0.out")
