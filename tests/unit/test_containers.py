@@ -15,7 +15,7 @@ from ..composing import composed
     [
         ("nemo2", "nemo2", "25.11"),
         ("nemo2_25_02", "nemo2", "25.02.01"),
-        ("nemo2_25_04", "nemo2", "25.04"),
+        ("nemo2_25_04", "nemo2", "25.04.01"),
         ("nemo2_25_07", "nemo2", "25.07.01"),
         ("nemo2_25_09", "nemo2", "25.09"),
         ("nemo2_26_02", "nemo2", "26.02"),

@@ -88,5 +88,4 @@ def test_every_published_point_has_an_experiment_and_is_judged_by_its_own_table(
         layout = {"TP": cfg.model.tensor_model_parallel_size, "PP": cfg.model.pipeline_model_parallel_size}
         assert {key: row.layout[key] for key in layout} == layout, name
         kinds = {text.partition(":")[0] for text in point.verdict.differences}
-        # 25.05 was measured in nemo:25.04.01, a repair of the container that is chosen.
-        assert kinds == ({"software"} if table == "nvidia-25.05" else set()), (name, point.verdict.differences)
+        assert kinds == set(), (name, point.verdict.differences)
