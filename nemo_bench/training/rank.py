@@ -29,8 +29,8 @@ _PLACE = {
 }
 # What each stack needs, as far as its installed versions do.
 _INCOMPATIBILITIES = {
-    "nemo2": ("numpy_product", "optimizer_arguments"),
-    "megatron_bridge": ("resiliency_version", "transformer_engine_absent", "bridge_on_cpu"),
+    "nemo2": ("numpy_product", "optimizer_arguments", "ddp_stream"),
+    "megatron_bridge": ("resiliency_version", "transformer_engine_absent", "bridge_on_cpu", "ddp_stream"),
 }
 
 

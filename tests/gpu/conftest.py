@@ -34,6 +34,9 @@ SMALL = (
     "model.num_query_groups=4 model.seq_length=1024 model.vocab_size=2048 model.init_method_std=0.02 "
     "model.micro_batch_size=1 model.global_batch_size=8 model.optim.lr=1e-3 model.optim.min_lr=1e-4"
 )
+# Weights that take a while to be copied
+LARGE = "model.hidden_size=8192 model.ffn_hidden_size=28672 model.num_attention_heads=64 model.num_query_groups=8"
+STARTS = ("start_1", "start_2", "start_3")
 TP, SP = "model.tensor_model_parallel_size", "model.sequence_parallel=true"
 PP, VP = "model.pipeline_model_parallel_size", "model.virtual_pipeline_model_parallel_size"
 CP = "model.context_parallel_size"
@@ -112,6 +115,7 @@ def train_all(stage: Path, gpus: int, server: ForkServer) -> dict[str, Trained]:
             "long_bf16": "scale=1gpu trainer.max_steps=60",
             "long_fp8": "scale=1gpu trainer.max_steps=60 precision=fp8",
             "profiled": "scale=1gpu trainer.max_steps=8 profile=torch profile.start_step=4 profile.end_step=5",
+            **{name: f"scale=1gpu data=mock trainer.max_steps=2 {LARGE}" for name in STARTS},
         }
     )
     start = quoted_path(trained["whole"].run_dir / record.CHECKPOINTS / "step=7")

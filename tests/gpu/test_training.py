@@ -7,11 +7,12 @@ Tolerances are of losses near 6: bf16 rounds to three digits, and layouts add up
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from nemo_bench.record.ranks import RANKS
-from tests.gpu.conftest import LAYOUTS, OPTIONS, RECIPES, Trained
+from tests.gpu.conftest import LAYOUTS, OPTIONS, RECIPES, STARTS, Trained
 
 pytestmark = pytest.mark.gpu
 BF16_TOLERANCE = 0.02
@@ -42,6 +43,12 @@ def of(trained: dict[str, Trained], name: str) -> Trained:
 @pytest.mark.parametrize("name", [*LAYOUTS, *OPTIONS])
 def test_a_layout_and_an_option_have_the_losses_of_one_gpu(trained: dict[str, Trained], name: str) -> None:
     follows(of(trained, name), of(trained, "one_gpu"), BF16_TOLERANCE, GRAD_NORM_TOLERANCE)
+
+
+def test_every_start_computes_with_its_weights(trained: dict[str, Trained]) -> None:
+    """Without CUDA_DEVICE_MAX_CONNECTIONS=1, which is how one GPU runs (incompatibilities/ddp_stream.py)."""
+    first_losses = {trained[name].of("loss")[0] for name in STARTS}
+    assert len(first_losses) == 1 and math.isfinite(first_losses.pop())
 
 
 @pytest.mark.parametrize("name", RECIPES)
