@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.operator_traces import Case, kernels_of, traced
 from nemo_bench.report.kernel_classes import GEMM, kernel_class
 
-WARM_S, COUNTED_S = 1.6, 1.8
+WARM_S, COUNTED_S = 1.2, 1.2
 
 
 class OneGpuGroup:
