@@ -13,7 +13,6 @@ from nemo_bench.record import folder as record
 from nemo_bench.report import archive, page
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.build import build_report
-from nemo_bench.report.model import to_json
 from nemo_bench.report.runs import load_run
 
 from ..traces import ALL_GATHER, GEMM, kernel, mark, write
@@ -36,16 +35,8 @@ def profiled(tmp_path: Path) -> Path:
     return run
 
 
-def test_the_record_holds_each_ranks_profile(profiled: Path) -> None:
-    run = load_run(profiled)
-    assert [profile.rank for profile in run.profiles] == [2, 10]
-    assert run.profiles[0].exposed_communication_ms == pytest.approx(15.0)
-    assert not any(record.PROFILE in warning for warning in run.warnings)
-    (content,) = json.loads(to_json(build_report([profiled])))["runs"]
-    assert tuple(map(step_profile.from_dict, content["profiles"])) == run.profiles
-
-
 def test_a_damaged_profile_is_said_and_left_out(profiled: Path) -> None:
+    assert [profile.exposed_communication_ms for profile in load_run(profiled).profiles] == pytest.approx([15.0, 15.0])
     (profiled / record.PROFILE / "rank2.json").write_text('{"kind": "GPU')
     run = load_run(profiled)
     assert [profile.rank for profile in run.profiles] == [10]
