@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from jobs import run as run_command
 from nemo_bench.cluster import job, jobs, slurm
 from nemo_bench.cluster.job import Job
+from nemo_bench.config import ComposedPoint
 from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.launch import submission
 from nemo_bench.record.folder import RunFolder, timestamp
 
 from ..composing import PROJECT
@@ -126,6 +129,21 @@ def test_a_completed_run_is_listed_with_its_result_which_is_found_once(
     assert re.search(r"7 COMPLETED 70b fp8 128gpu 30/50 1\.\d+ \d{3}\.\d 6\d\.\d% NO REFERENCE", shown), shown
     monkeypatch.setattr(jobs, "build_report", None)
     assert re.sub(r" +", " ", cluster.listing()) == shown
+    for arguments, text in ((["--path"], f"{folder}\n"), ([], "what the 24.09 recipe reads")):
+        command = [sys.executable, str(PROJECT / "jobs.py"), "--stage", str(cluster.stage), "show", "7", *arguments]
+        assert text in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_repeats_are_jobs_and_runs_of_their_own(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.has("sbatch", "echo $$")
+    overrides = ["scale=64gpu", "data=mock", "cluster.container=null", f"stage_path={cluster.stage}", "repeats=3"]
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        point = ComposedPoint(compose("train", overrides), overrides)
+    submission.submit_points([point], wait=False)
+    assert "3 of 3 jobs submitted" in capsys.readouterr().out
+    submitted = cluster.jobs()
+    assert len({job.job_id for job in submitted}) == len({job.folder for job in submitted}) == 3
+    assert len({job.what for job in submitted}) == 1
 
 
 STOPPED = "no step for 60 min, and the last took 11 s"
