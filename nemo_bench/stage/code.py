@@ -14,7 +14,7 @@ from nemo_bench.project import PROJECT
 from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.stage import Part, print_line
 
-_PATTERNS = ["*.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"]
+_PATTERNS = ["*.py", "*.sh", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"]
 _PATTERNS += ["nemo_bench/**/*", "hydra_plugins/**/*", "conf/**/*"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from nemo_bench.record import folder as record
 from nemo_bench.report.runs import load_run
 
 from .cluster import SlurmCluster
-from .conftest import SHARED, Scripts
+from .conftest import PROJECT, SHARED, Scripts
 
 PROGRAM = Path(__file__).parent / "nemo_1_program.py"
 POINT = (
@@ -51,3 +52,19 @@ def test_the_failing_rank_is_named_with_its_error(scripts: Scripts, slurm: Slurm
     assert (status.state, status.rank) == ("failed", 2)
     assert status.reason is not None and "ValueError: no user buffers on n" in status.reason
     assert "ValueError: no user buffers" in scripts.jobs("log", job_id)
+
+
+def test_the_recipes_own_command_runs_the_point_in_its_job(scripts: Scripts, slurm: SlurmCluster) -> None:
+    request = ("-N", "2", "--ntasks-per-node=2", "--mem=1", f"--output={scripts.stage}/launch.out")
+    small = ("model.global_batch_size=8", "trainer.max_steps=20", "cluster.container=null", *POINT[-1:])
+    variables = {"DTYPE": "bf16", "MODEL_SIZE": "8b", "STAGE_PATH": str(scripts.stage), "PYTHON": sys.executable}
+    done = slurm.run(
+        *("sbatch", "--parsable", *request, "launch.sh", f"entrypoint.program={PROGRAM}", "data=mock", *small),
+        cwd=PROJECT,
+        env=variables,
+    )
+    job_id = done.stdout.strip()
+    assert slurm.wait_for_end(job_id) == "COMPLETED", (scripts.stage / "launch.out").read_text()
+    (run_dir,) = (scripts.stage / "results/24.11/bf16/8b/4").glob("2*")
+    assert load_run(run_dir).final and record.RunFolder(run_dir).status().finished
+    assert "COMPLETED" in scripts.jobs() and job_id in scripts.jobs()
