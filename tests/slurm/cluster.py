@@ -13,6 +13,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -176,6 +177,16 @@ class SlurmCluster:
             self._daemon(f"slurmd-{name}", "unshare", "--uts", "--", "bash", "-c", rename)
         sinfo = ("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%T")
         self._wait(lambda: self.run(*sinfo).stdout.split() == ["idle"] * self.live_nodes, "idle nodes")
+
+    def restart_controller(self) -> None:
+        """Ends slurmctld in order and starts it anew, with the state that it saved."""
+        (controller,) = [pid for pid in processes_of(self.folder) if process_name(pid) == "slurmctld"]
+        os.kill(controller, signal.SIGTERM)
+        ended = self.folder / "log" / "ended"
+        wait_for(ended.exists, "slurmctld to end", 10)
+        ended.unlink()
+        self._daemon("slurmctld", "slurmctld", "-D")
+        self._listening(self._port)
 
     def stop(self) -> None:
         """Cancels all jobs, gives their processes some seconds to go in order, then ends everything."""

@@ -159,6 +159,26 @@ def test_a_preempted_job_is_requeued_resumes_and_finishes(scripts: Scripts, slur
     assert record.RunFolder(run_dir).status().finished
 
 
+def test_a_restarted_controller_a_requeue_and_a_lost_node_are_waited_for(scripts: Scripts, slurm: SlurmCluster) -> None:
+    """Slurm requeues what has checkpoints."""
+    steps = ("trainer.max_steps=2", "checkpoint.every_n_steps=2", "cluster.setup=['sleep 5']")
+    point = ("scale=local", *SHARED, *SMALL, "data=mock", *steps, "hydra.launcher.wait=true")
+    waiting = scripts.start("train.py", *SUBMIT, *point)
+    wait_for(lambda: [*scripts.stage.glob("submissions/*/jobs.json")], "the submission", 60)
+    job_id, run_dir = scripts.last()
+    slurm.wait_for_state(job_id, "RUNNING")
+    slurm.restart_controller()
+    slurm.run("scontrol", "requeue", job_id, check=True)
+    slurm.wait_for_state(job_id, "RUNNING")
+    node = slurm.job_record(job_id)["NodeList"]
+    slurm.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost", check=True)
+    said, _ = waiting.communicate(timeout=200)
+    slurm.run("scontrol", "update", f"NodeName={node}", "State=RESUME")  # unless its slurmd has brought it back
+    assert waiting.returncode == 0 and "all 1 jobs completed" in said, said
+    assert slurm.job_record(job_id)["Restarts"] == "2"
+    assert [row["step"] for row in record.read_lines(run_dir / record.STEPS)[0]][-2:] == [0, 1]
+
+
 def test_a_time_limit_is_seen(scripts: Scripts, slurm: SlurmCluster) -> None:
     scripts.submit("scale=local", *SHARED, *SMALL, "data=mock", "cluster.setup=['sleep 300']")
     job_id, _ = scripts.last()
