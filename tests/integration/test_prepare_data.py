@@ -263,6 +263,7 @@ def test_bad_documents(stage: Stage) -> None:
         (["sources=[a.txt]"], [".jsonl.zst, .jsonl.gz, .parquet"]),
         (["url=http://127.0.0.1:9/x.jsonl"], ["must hold {shard}"]),
         (["threads=0"], ["threads=0", "must be at least 1"]),
+        (["max_bad_share=2"], ["max_bad_share=2.0", "must be at least 0 and at most 1"]),
         (["text_key="], ["text_key=", "not empty"]),
         (["output_prefix=a/b"], ["output_prefix=a/b", "without a slash"]),
         (["encoder=fast"], ["auto, tokenizers"]),
