@@ -160,7 +160,7 @@ def main() -> None:
         for label, source_file, on in (
             ("jsonl", plain, cores),
             ("jsonl.zst", packed, cores),
-            ("jsonl.zst, 1 core", packed, {min(cores)}),
+            ("jsonl.zst on 1 core", packed, {min(cores)}),
         ):
             ours[label] = []
             for repeat in range(arguments.repeats):
