@@ -1,6 +1,6 @@
 """What a benchmark point should take, from measured rates, and which layout would be faster (`--help`)."""
 
-import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
+import nemo_bench.startup  # noqa: F401  # isort: skip  (first)
 import hydra
 from omegaconf import DictConfig
 

@@ -1,6 +1,6 @@
 """Lists the jobs submitted to Slurm, shows a log, cancels, resubmits (`--help`)."""
 
-import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
+import nemo_bench.startup  # noqa: F401  # isort: skip  (first)
 import argparse
 from pathlib import Path
 

@@ -8,7 +8,10 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --time=1:00:00
 set -euo pipefail
-: "${DTYPE:?set it to fp8 or bf16}" "${MODEL_SIZE:?set it to 8b, 70b or 405b}"
+fail() { echo "launch.sh: $1" >&2; exit 2; }
+[ -n "${DTYPE:-}" ] || fail "DTYPE: set it to fp8 or bf16"
+[ -n "${MODEL_SIZE:-}" ] || fail "MODEL_SIZE: set it to 8b, 70b or 405b"
+[ -n "${SLURM_JOB_NUM_NODES:-}" ] || fail "this is no Slurm job: sbatch -N NODES ./launch.sh"
 gpus=$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))
 experiment=llama31_${MODEL_SIZE,,}_${DTYPE,,}_${gpus}gpu
 point=(scale=8gpu trainer.num_nodes="$SLURM_JOB_NUM_NODES" trainer.devices="$SLURM_NTASKS_PER_NODE")

@@ -1,6 +1,6 @@
 """Finished runs, or anybody's logs, to tables, verdicts and one page (`--help`)."""
 
-import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
+import nemo_bench.startup  # noqa: F401  # isort: skip  (first)
 import sys
 
 import hydra

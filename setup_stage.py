@@ -1,6 +1,6 @@
 """Fill the stage folder with container image, tokenizer and code; check, pack and install it (`--help`)."""
 
-import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
+import nemo_bench.startup  # noqa: F401  # isort: skip  (first)
 import hydra
 from omegaconf import DictConfig
 

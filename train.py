@@ -1,6 +1,6 @@
 """Composes, checks and runs one point of the Llama 3.1 pre-training performance benchmark (`--help`)."""
 
-import nemo_bench.interrupt  # noqa: F401  # isort: skip  (first: quiet on Ctrl-C)
+import nemo_bench.startup  # noqa: F401  # isort: skip  (first)
 import os
 import sys
 

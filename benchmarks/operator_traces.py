@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_bench.estimate.rates import LayerShape
 from nemo_bench.report.kernel_classes import ATTENTION, GEMM, kernel_class
 
 PRODUCTS = {
@@ -27,17 +28,9 @@ _KERNELS = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """A layer as one rank holds it."""
+class Case(LayerShape):
+    """A layer as one rank holds it, of one sequence."""
 
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    tensor_parallel: int
-    context_parallel: int
-    tokens: int
-    precision: str  # bf16, fp8, fp8_tensorwise
     layers: int = 4  # recorded at once
 
     @property
@@ -46,7 +39,7 @@ class Case:
         return -(-128256 // (128 * self.tensor_parallel)) * 128
 
     def entry(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "layers"}
+        return {name: value for name, value in vars(self).items() if name not in ("layers", "sequences")}
 
 
 def traced(activities: Sequence[Any], run: Callable[[], object]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_bench import interrupt
+from nemo_bench import startup
 from nemo_bench.composition import composition_error, prepare_hydra
 from nemo_bench.errors import BenchError
 
@@ -36,7 +36,7 @@ class Application:
     def run(self, main: Callable[[], object]) -> NoReturn:
         """Run a script's main function and exit: 0 done, 1 a run failed, 2 the user can fix it, 130 interrupted."""
         os.environ[FULL_ERROR] = "1"  # else Hydra prints errors itself, with a part of the traceback, and ends with 1
-        interrupt.raises()
+        startup.raises()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a terminal may not know every character of a name

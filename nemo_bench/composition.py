@@ -84,7 +84,10 @@ def prepare_hydra() -> None:
     # scale=64,128 means scale=64gpu,128gpu; scale=upto(128) all scales up to there that NVIDIA has published.
     model = next((argument[6:] for argument in reversed(sys.argv) if argument.startswith("model=")), "70b")
     for position, argument in enumerate(sys.argv):
-        if ceiling := re.fullmatch(r"scale=upto\((\d+)(?:gpu)?\)", argument):
+        if argument.startswith("scale=upto("):
+            ceiling = re.fullmatch(r"scale=upto\((\d+)(?:gpu)?\)", argument)
+            if ceiling is None:
+                raise BenchError(f"{argument}: give a number of GPUs, as in 'scale=upto(512)'")
             argument = f"scale={published_scales(model, int(ceiling[1]))}"
         if argument.startswith("scale="):
             sys.argv[position] = re.sub(r"(?<=[=,])(\d+)(?=,|$)", r"\1gpu", argument)

@@ -49,6 +49,7 @@ def test_the_recipes_command_runs_its_point_in_its_own_job(
     ("overrides", "variables", "message"),
     [
         ((), {"MODEL_SIZE": "70b"}, "DTYPE: set it to fp8 or bf16"),
+        ((), {"DTYPE": "fp8", "MODEL_SIZE": "70b", "SLURM_JOB_NUM_NODES": ""}, "this is no Slurm job"),
         (("trainer.num_nodes=32",), {"DTYPE": "fp8", "MODEL_SIZE": "70b"}, "has 16 nodes, and the point needs 32"),
     ],
 )
@@ -56,5 +57,5 @@ def test_what_cannot_run_there_is_refused(
     overrides: tuple[str, ...], variables: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     done = launched(tmp_path, *overrides, **variables)
-    assert done.returncode != 0 and message in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     assert not (tmp_path / "words").exists()

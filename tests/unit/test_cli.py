@@ -37,6 +37,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
         ("=5", "chosen by the name of one of its options"),
         ("cluster.env={A: b}", "add one with +cluster.env.<key>=<value>"),
         ("checkpoint.resume_from=/a=b", "\"checkpoint.resume_from='/a=b'\""),
+        ("scale=upto(x)", "give a number of GPUs, as in 'scale=upto(512)'"),
         ("--resolve", "--resolve"),
         ("--shell-completion", "install"),
         ("--run", "--multirun"),
@@ -49,6 +50,13 @@ def test_bad_input_gets_one_message_and_exit_code_2(train_cli: Cli, override: st
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("script", ["train", "prepare_data", "setup_stage", "report", "jobs", "estimate"])
+def test_an_interpreter_without_the_packages_is_told_where_they_are(script: str) -> None:
+    command = [sys.executable, "-S", str(Path(__file__).parents[2] / f"{script}.py")]  # -S: without what is installed
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "source .venv/bin/activate" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("override", ["trainer.devices=two", "model.num_layers=0"])

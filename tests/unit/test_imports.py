@@ -8,7 +8,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 # Lowest floor first; rooms of one floor do not know each other.
 FLOORS = (
-    ("errors", "interrupt", "project"),
+    ("errors", "project", "startup"),
     ("files", "flops", "fields", "pipeline"),
     ("composition",),
     ("config",),
