@@ -44,7 +44,7 @@ SHAPES = (
     _405B,
     _70B,
     replace(_8B, context_parallel=2, tokens=4096),
-    replace(_70B, tensor_parallel=1, layers=3),
+    replace(_70B, tensor_parallel=1, layers=2),
 )
 IDLE = (0.04, 0.08, 0.15)
 HELD_MS = (0.02, 0.04, 0.09)
@@ -59,8 +59,8 @@ HELD_SMS = (2, 4, 8, 16, 24)
 class Measurement:
     """The tables of one call, as the file of rates holds them."""
 
-    def __init__(self, gpu: str, base: dict[str, Any], seconds: float) -> None:
-        self.gpu, self.base, self.end = gpu, base, time.monotonic() + seconds
+    def __init__(self, gpu: str, base: dict[str, Any], seconds: float, output: Path) -> None:
+        self.gpu, self.base, self.end, self.output = gpu, base, time.monotonic() + seconds, output
         self.tables: dict[str, Any] = {"layers": [], "heads": [], "power": {}, "unsteadiness": {}}
         self.errors: list[str] = []
         self.rates: list[float] = []
@@ -81,6 +81,8 @@ class Measurement:
         except Exception as error:  # a table less is no reason to lose the others
             traceback.print_exc()
             self.errors.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+        if self.rates:  # a call that dies halfway leaves what it measured
+            self.output.write_text(json.dumps(self.result(), indent=1) + "\n")
 
     def matrix_rate(self) -> None:
         self.rates.append(operator_products.matrix_tflops(2.0, 2.0))
@@ -122,13 +124,17 @@ class Measurement:
 
     def pipelined(self) -> None:
         """User buffers' reduce-scatter behind parts of a product, played on this GPU."""
+        import torch
+
         holder, entries = operator_products.Holder(), []
+        torch.backends.cuda.preferred_blas_library("cublaslt")  # heeds the SMs left free
         for name, shapes in PIPELINED.items():
             for rows, inner, columns, sms in shapes:
                 for precision in ("bf16", "fp8"):
                     ratios = operator_products.pipelined(rows, inner, columns, precision, sms, holder, HELD_MS)
                     entry = {"product": name, "precision": precision, "shape": [rows, inner, columns]}
                     entries.append({**entry, "held_ms": list(HELD_MS), "ratio": ratios})
+        torch.backends.cuda.preferred_blas_library("default")
         self.tables["user_buffers"] = {"pipeline": entries}
 
     def held(self) -> None:
@@ -167,7 +173,7 @@ class Measurement:
     def run(self, only: set[str]) -> None:
         """Measure all tables, or those named."""
         self.attempt("matrix rate", 5, self.matrix_rate)
-        for name, needs_s in (("memory", 4), ("pipelined", 14), ("held", 10), ("norms", 4), ("host", 30)):
+        for name, needs_s in (("memory", 4), ("pipelined", 12), ("held", 9), ("norms", 4), ("host", 25)):
             if name in only:
                 self.attempt(name, needs_s, getattr(self, name))
         if "layers" in only:
@@ -238,11 +244,9 @@ def main() -> None:
     options = {**defaults, **options}
     output = Path(options["output"] or f"{options['gpu']}.json")
     base = json.loads(Path(options["base"]).read_text())
-    measurement = Measurement(options["gpu"], base, float(options["seconds"]))
-    measurement.run(set(options["only"].split(",")))
-    result = measurement.result()
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    measurement = Measurement(options["gpu"], base, float(options["seconds"]), output)
+    measurement.run(set(options["only"].split(",")))
     print(f"written: {output}; matrix rate {measurement.rates}; errors: {measurement.errors or 'none'}")
 
 
