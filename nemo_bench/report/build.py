@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
-from nemo_bench.report import comparison, model, points, references, runs
+from nemo_bench.report import attribution, comparison, model, points, references, runs
 from nemo_bench.report.bare_logs import Given, check, load_log
 from nemo_bench.report.model import Report, Run
 
@@ -85,7 +85,31 @@ def build_report(
         baseline_runs=tuple(old_runs),
         baseline_points=tuple(group.point for group in old_groups),
         comparisons=tuple(comparisons),
+        attributions=tuple(_attributions(groups, all_runs, comparisons, old_groups, old_runs)),
     )
+
+
+def _attributions(
+    groups: Sequence[points.Group],
+    all_runs: Sequence[Run],
+    comparisons: Sequence[model.Comparison],
+    old_groups: Sequence[points.Group],
+    old_runs: Sequence[Run],
+) -> Iterator[attribution.Attribution]:
+    """Yield where each measured point's seconds went, from its estimate and from its baseline."""
+    named, old_named = ({run.name: run for run in side} for side in (all_runs, old_runs))
+    olds, baseline_of = (
+        {old.point.name: old.point for old in old_groups},
+        {item.point: item.baseline for item in comparisons},
+    )
+    for group in groups:
+        final = [named[name] for name in group.point.final_runs]
+        found = [attribution.from_estimate(group.point, final, group.estimate)]
+        if old := olds.get(baseline_of.get(group.point.name, "")):
+            found.append(
+                attribution.from_baseline(group.point, final, old, [old_named[name] for name in old.final_runs])
+            )
+        yield from filter(None, found)
 
 
 def _remarks(all_runs: Sequence[Run], old_runs: Sequence[Run]) -> Iterator[str]:

@@ -6,12 +6,14 @@ they suit light and dark pages. Marks differ by more than their colour.
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Any
 
+from nemo_bench.report.attribution import Attribution
 from nemo_bench.report.model import Point, Run, ScalingCurve
 
 Figure = dict[str, Any]
@@ -146,6 +148,37 @@ def mfu(points: Sequence[Point]) -> Figure | None:
     y, height = _names_axis(names)
     x = {"tickformat": ".0%", "rangemode": "tozero"}
     return _figure("Model FLOPs utilisation", traces, x, y, height=120 + height)
+
+
+def waterfall(attribution: Attribution) -> Figure | None:
+    """Return the way from the published or the expected step time to the measured one; None if nothing explains it.
+
+    Its axis begins above 0.
+    """
+    a, first = attribution, (attribution.source.partition(",")[0], attribution.expected_s)
+    steps = [(term.name, term.difference_s) for term in a.terms if term.difference_s]
+    steps.append(("unexplained", a.unexplained_s))
+    if a.published_s is not None:
+        steps, first = [("estimate", a.expected_s - a.published_s), *steps], ("published", a.published_s)
+    if len(steps) == 1:
+        return None
+    heights = [*itertools.accumulate([first[1], *(seconds for _, seconds in steps)])]
+    names = [first[0], *(name for name, _ in steps), "measured"]
+    bars = {
+        "type": "waterfall",
+        "measure": ["absolute", *["relative"] * len(steps), "total"],
+        "x": ["<br>".join(textwrap.wrap(name, 16)) for name in names],
+        "y": _rounded([first[1], *(seconds for _, seconds in steps), 0.0]),
+        "text": [f"{first[1]:.4g} s", *(f"{1e3 * seconds:+,.0f} ms" for _, seconds in steps), f"{a.measured_s:.4g} s"],
+        "textposition": "outside",
+        "connector": {"line": {"color": GREY, "width": 1}},
+        "increasing": {"marker": {"color": COLOURS[1]}},
+        "decreasing": {"marker": {"color": COLOURS[2]}},
+        "totals": {"marker": {"color": COLOURS[0]}},
+    }
+    room = max(max(heights) - min(heights), 0.01 * a.measured_s) / 4
+    y = {"title": {"text": "s"}, "range": [min(heights) - room, max(heights) + room], "autorange": False}
+    return _figure(f"{a.point}: from {first[0]} to measured", [bars], {}, y, height=380)
 
 
 def _names_axis(names: Sequence[str]) -> tuple[Figure, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 GEMM = "GEMM"
 ATTENTION = "attention"
@@ -41,6 +43,30 @@ _PATTERNS = {
     ELEMENTWISE: r"elementwise|element_|pointwise|triton_|reduce_|rope|embedding|index|gather|scatter|softmax"
     r"|cross_?entropy|dropout|unary|fill|memset|cub::|distribution|scan|sort|at::native",
 }
+
+# Terms of an estimate (estimate/step.py) to which kernels belong: by class; communication by its process group, as
+# megatron-core describes it (parallel_state.py), and its collective.
+OTHER_COMMUNICATION = "other communication"
+_TERMS = {GEMM: "matrix products", ATTENTION: "attention", OPTIMIZER: "optimizer"}
+_GROUPS = {
+    r"TENSOR_MODEL": "tensor parallel",
+    r"TENSOR_AND": "fp8 scaling factors",
+    r"PIPELINE|EMBEDDING": "pipeline bubble and p2p",
+    r"^(HIERARCHICAL_)?CONTEXT": "context parallel",
+    r"(DATA_PARALLEL|OPTIMIZER_INSTANCE).* \w*all_?gather": "parameter gathering",
+    r"DATA_PARALLEL|OPTIMIZER_INSTANCE": "gradient reduction",
+    r"^MODEL_PARALLEL": "optimizer",  # the gradients' norm
+    r"userbuffers|(consumer|producer)\w*_kernel|reset_counters|Memcpy PtoP": "tensor parallel",
+}
+
+
+def term_of(kind: str, name: str, about: Mapping[str, Any], in_head: bool) -> str:
+    """Return the term of an estimate that a kernel belongs to, by its class, its name and the trace's facts of it."""
+    if kind != COMMUNICATION:
+        return "embedding, output layer, loss" if in_head else _TERMS.get(kind, "other kernels")
+    text = f"{about.get('Process Group Description')} {about.get('Collective name')} {name}"
+    terms = (term for pattern, term in _GROUPS.items() if re.search(pattern, text, re.IGNORECASE))
+    return next(terms, OTHER_COMMUNICATION)
 
 
 @cache

@@ -20,6 +20,7 @@ from nemo_bench.report.profile import StepProfile
 from nemo_bench.report.statistics import Mean, Steps, StepTimes
 
 if TYPE_CHECKING:
+    from nemo_bench.report.attribution import Attribution
     from nemo_bench.report.references import Reference, ReferencePoint
 
 SCHEMA_VERSION = 3
@@ -85,6 +86,7 @@ class DeviceUse:
     steps: int  # that the numbers are of
     host: str | None = None
     step_time_median_s: float | None = None  # as this rank saw it; ranks that wait for each other see nearly the same
+    own_time_s: float | None = None  # median of a step's time in which it did not wait for other ranks
     matrix_tflops: float | None = None  # rate of a bf16 matrix product of this GPU alone, before the training
     power_w: float | None = None  # mean over the steps
     sm_clock_mhz: float | None = None  # mean over the steps
@@ -326,6 +328,7 @@ class Report:
     tolerance: float  # of a verdict, as a fraction
     total_tokens: float  # the budget behind days to train
     warnings: tuple[str, ...] = ()  # what could not be read, and what was left out
+    attributions: tuple[Attribution, ...] = ()  # where the seconds of measured points went
     # with `baseline=` only
     baseline_inputs: tuple[str, ...] = ()
     baseline_runs: tuple[Run, ...] = ()

@@ -78,6 +78,7 @@ def render(report: Report) -> str:
         point_numbers={point.name: number for number, point in enumerate(report.points)},
         mfu=figures.mfu(report.points),
         scaling=[*_scaling(report)],
+        ways=[(way, tables.attribution_table(way)) for way in report.attributions],
         comparison=tables.comparison_table(report.comparisons),
         changes=tables.changes_table(report.comparisons),
         series=figures.series([part["run"] for part in sections[0]["parts"][:DRAWN_RUNS]]),
@@ -196,4 +197,5 @@ _FILTERS = {
     "throttling": _throttling,
     "title_of": step_profile.title,
     "unit_name": unit_name,
+    "waterfall": figures.waterfall,
 }

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from nemo_bench.config import typed
-from nemo_bench.errors import BenchError
-from nemo_bench.estimate.step import estimate_of
-from nemo_bench.report import verdict
+from nemo_bench.estimate.step import Estimate
+from nemo_bench.report import attribution, verdict
 from nemo_bench.report.model import BESIDE_PERFORMANCE, Numbers, Point, Run, ScalingCurve, flatten
 from nemo_bench.report.numbers import numbers_at
 from nemo_bench.report.references import Reference, ReferencePoint
@@ -43,6 +37,7 @@ class Group:
 
     point: Point
     representative: Run  # stands for all: a finished one where there is one
+    estimate: Estimate | None  # None: no rates of its GPU, or no configuration recorded
 
 
 def gather(runs: Sequence[Run], references: Sequence[Reference], tolerance: float) -> Iterator[Group]:
@@ -59,18 +54,10 @@ def gather(runs: Sequence[Run], references: Sequence[Reference], tolerance: floa
         representative = (final or members)[0]
         point = _point(name if taken[name] == 1 else f"{name} #{taken[name]}", members, final, representative)
         point = replace(point, reference=verdict.published(representative, references))
-        point = replace(point, estimate_s=_estimate_s(representative))
+        estimate = attribution.estimate_of_run(representative)
+        point = replace(point, estimate_s=estimate.step_time_s if estimate else None)
         point = replace(point, verdict=verdict.judge(point, members, references, tolerance))
-        yield Group(point, representative)
-
-
-def _estimate_s(run: Run) -> float | None:
-    """Return what a run's step should take; None where its GPU's rates or its configuration are not known."""
-    if run.record.config is None or run.numbers is None:
-        return None
-    with contextlib.suppress(BenchError, OmegaConfBaseException):
-        return estimate_of(typed(OmegaConf.create(run.record.config))).step_time_s
-    return None
+        yield Group(point, representative, estimate)
 
 
 def _point(name: str, runs: Sequence[Run], final: Sequence[Run], run: Run) -> Point:

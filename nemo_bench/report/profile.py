@@ -17,14 +17,22 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_json, write_text
-from nemo_bench.report.kernel_classes import CLASSES, COMMUNICATION, MEMORY, OPTIMIZER, kernel_class, short_name
+from nemo_bench.report.kernel_classes import (
+    CLASSES,
+    COMMUNICATION,
+    MEMORY,
+    OPTIMIZER,
+    kernel_class,
+    short_name,
+    term_of,
+)
 
 # The names that training/profiling.py gives to a profiled step (its number follows) and to the optimizer's part of it.
 STEP_MARK = "nemo_bench step "
@@ -34,6 +42,8 @@ TOP_KERNELS = 5
 
 _OUR_STEP, _PROFILER_STEP = re.compile(rf"{STEP_MARK}(\d+)$"), re.compile(r"ProfilerStep#(\d+)$")
 _OPTIMIZER = re.compile(f"{OPTIMIZER_MARK}$|Optimizer.step#")
+# Operations of the model's ends, by their names in Megatron, Transformer Engine and PyTorch.
+_HEAD = re.compile(r"LinearWithGradAccumulation|\w*CrossEntropy|aten::embedding|(Embedding|Index)Backward")
 _NO_VALUE = re.compile(r'(":\s*)(?:-?(?:nan|inf))?(?=\s*[,}])')
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
@@ -73,6 +83,8 @@ class StepProfile:
     communication_ms: float  # some communication was running
     exposed_communication_ms: float  # communication was running, and no computation
     notes: tuple[str, ...]
+    # The same instants by the terms of an estimate (kernel_classes.term_of), ms; empty in profiles of earlier versions.
+    terms: dict[str, float] = field(default_factory=dict)
 
 
 def from_dict(content: dict[str, Any]) -> StepProfile:
@@ -94,6 +106,7 @@ Event = dict[str, Any]
 class _Kernel(NamedTuple):
     name: str
     kind: str  # one of CLASSES
+    term: str
     start_us: float
     end_us: float
 
@@ -164,6 +177,7 @@ def _kernels(events: Sequence[Event], gpu: int) -> list[_Kernel]:
         event["args"].get("correlation"): event["ts"] for event in events if event.get("cat") in _LAUNCHES
     }
     optimizer_spans = [(first, last) for _, first, last in _spans(events, _OPTIMIZER)]
+    head_spans = [(first, last) for _, first, last in _spans(events, _HEAD, "cpu_op")]
     kernels = []
     for event in events:
         if event.get("cat") in _GPU_WORK and event["args"].get("device", 0) == gpu:
@@ -173,37 +187,43 @@ def _kernels(events: Sequence[Event], gpu: int) -> list[_Kernel]:
             by_optimizer = any(first <= launched <= last for first, last in optimizer_spans)
             if by_optimizer and kind not in (COMMUNICATION, MEMORY):
                 kind = OPTIMIZER
-            kernels.append(_Kernel(event["name"], kind, start, start + event.get("dur", 0)))
+            in_head = any(first <= launched <= last for first, last in head_spans)
+            term = term_of(kind, event["name"], event["args"], in_head)
+            kernels.append(_Kernel(event["name"], kind, term, start, start + event.get("dur", 0)))
     return kernels
 
 
-def _spans(events: Sequence[Event], names: re.Pattern[str]) -> Iterator[tuple[re.Match[str], float, float]]:
-    """Yield where each range that the program named so begins and ends."""
+def _spans(
+    events: Sequence[Event], names: re.Pattern[str], category: str = "user_annotation"
+) -> Iterator[tuple[re.Match[str], float, float]]:
+    """Yield where each range that the program, or else PyTorch, named so begins and ends."""
     for event in events:
-        if event.get("cat") == "user_annotation" and (match := names.match(event["name"])):
+        if event.get("cat") == category and (match := names.match(event["name"])):
             yield match, event["ts"], event["ts"] + event.get("dur", 0)
 
 
 def _profile(kernels: Sequence[_Kernel], steps: dict[int, tuple[float, float]], **identity: Any) -> StepProfile:
     total_us: defaultdict[tuple[str, str], float] = defaultdict(float)  # (class, name) -> sum of the kernels' times
     count: Counter[tuple[str, str]] = Counter()
-    counted_us = dict.fromkeys(CLASSES, 0.0)
+    counted_us, terms_us = dict.fromkeys(CLASSES, 0.0), defaultdict[str, float](float)
     communication_us = 0.0
     for first, last in steps.values():
         edges = []  # where a kernel of a class begins (+1) or ends (-1)
-        for name, kind, start_us, end_us in kernels:
+        for name, kind, term, start_us, end_us in kernels:
             if start_us < last and end_us > first:
                 begin, end = max(start_us, first), min(end_us, last)
-                edges += [(begin, 1, kind), (end, -1, kind)]
+                running_as = CLASSES.index(kind), term
+                edges += [(begin, 1, running_as), (end, -1, running_as)]
                 total_us[kind, name] += end - begin
                 count[kind, name] += start_us >= first
-        running = dict.fromkeys(CLASSES, 0)
-        for (moment, change, kind), (following, _, _) in pairwise(sorted(edges)):
-            running[kind] += change
-            if any(running.values()):
-                counted_us[next(kind for kind in CLASSES if running[kind])] += following - moment
-            if running[COMMUNICATION]:
-                communication_us += following - moment
+        running: Counter[tuple[int, str]] = Counter()
+        for (moment, change, running_as), (following, _, _) in pairwise(sorted(edges)):
+            running[running_as] += change
+            if classes := sorted(key for key, number in running.items() if number):
+                counted_us[CLASSES[classes[0][0]]] += following - moment
+                terms_us[classes[0][1]] += following - moment
+                communicates = any(CLASSES[kind] == COMMUNICATION for kind, _ in classes)
+                communication_us += (following - moment) * communicates
     us_per_ms = 1e3 * len(steps)  # microseconds of all steps to milliseconds of one
     step_ms = sum(last - first for first, last in steps.values()) / us_per_ms
     class_times = []
@@ -227,6 +247,7 @@ def _profile(kernels: Sequence[_Kernel], steps: dict[int, tuple[float, float]], 
         idle_ms=step_ms - sum(counted_us.values()) / us_per_ms,
         communication_ms=communication_us / us_per_ms,
         exposed_communication_ms=counted_us[COMMUNICATION] / us_per_ms,
+        terms={term: time_us / us_per_ms for term, time_us in terms_us.items()},
     )
 
 

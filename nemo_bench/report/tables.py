@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nemo_bench.report import model
+from nemo_bench.report.attribution import Attribution
 from nemo_bench.report.comparison import KINDS
 from nemo_bench.report.model import Change, Comparison, Point, Report, Run, bubble_of
 from nemo_bench.report.numbers import tokens_text
@@ -94,6 +95,24 @@ def points_table(report: Report) -> Table:
     return make_table("Points", rows, notes)
 
 
+def attribution_table(attribution: Attribution) -> Table:
+    """Return a row a term, then the unexplained rest and the step; the way in a line as a note."""
+    a = attribution
+    rows = [(t.name, t.expected_s, t.measured_s, t.difference_s, t.evidence) for t in a.terms]
+    rows.append(("unexplained", None, None, a.unexplained_s, f"{abs(a.unexplained_s) / a.measured_s:.1%} of the step"))
+    rows.append(("step", a.expected_s, a.measured_s, a.measured_s - a.expected_s, ""))
+    names = ("term (ms)", a.source.partition(",")[0], "measured", "more", "rests on")
+    cells = [
+        (name, _ms(expected), _ms(measured), _ms(more, "+"), text) for name, expected, measured, more, text in rows
+    ]
+    notes = [""] * len(a.terms) + ["; ".join(a.findings), a.summary]
+    return make_table(f"{a.point}: from {a.source} to measured", [dict(zip(names, row)) for row in cells], notes)
+
+
+def _ms(value_s: float | None, sign: str = "") -> str:
+    return "" if value_s is None else f"{1e3 * value_s:{sign},.1f}"
+
+
 def runs_table(runs: Sequence[Run]) -> Table:
     """Return a row a run, without times and losses of those that are not results; remarks as notes."""
     rows = []
@@ -162,6 +181,7 @@ def markdown(report: Report) -> str:
     shown = [points_table(report)]
     if report.comparisons:
         shown += [comparison_table(report.comparisons), changes_table(report.comparisons)]
+    shown += [attribution_table(way) for way in report.attributions]
     for table in [*shown, runs_table(report.runs)]:
         lines += _markdown_table(table)
     for reference in report.references:

@@ -27,6 +27,7 @@ from nemo_bench.report.tables import integer, percent, significant
 # More rows than this are for the files, not for a terminal.
 SHOWN_RUNS = 30
 SHOWN_CHANGES = 20
+SHOWN_WAYS = 2  # from estimate to measured, as tables
 NAME_WIDTH = 32  # of a table that would not fit otherwise
 
 _PHASES = {
@@ -185,6 +186,12 @@ def print_report(console: Console, report: Report) -> None:
             _print_line(console, key, f"{before} -> {now}")
         if len(changes.rows) > SHOWN_CHANGES:
             _print_line(console, "...", f"{len(changes.rows) - SHOWN_CHANGES} more changes, in results.md")
+    if len(report.attributions) <= SHOWN_WAYS:
+        for way in report.attributions:
+            print_table(console, tables.attribution_table(way))
+    else:
+        for way in report.attributions:
+            _print_line(console, way.point, way.summary)
     if len(report.runs) == 1:
         print_summary(console, report.runs[0])
         for text in report.runs[0].warnings:

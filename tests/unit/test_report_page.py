@@ -172,7 +172,7 @@ def test_plotly_accepts_every_figure(report: Report, parsed: Page) -> None:
     assert {"Loss, as logged", "Step time, of all steps"} <= set(titles)
     for figure in parsed.figures():
         Figure(figure)
-        assert {trace["type"] for trace in figure["data"]} <= {"scatter", "bar"}  # SVG, so that it prints
+        assert {trace["type"] for trace in figure["data"]} <= {"scatter", "bar", "waterfall"}  # SVG, so that it prints
         assert figure["layout"]["paper_bgcolor"] == figure["layout"]["plot_bgcolor"] == "rgba(0,0,0,0)"
 
 
