@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.pipeline import layers_of_stage
+from nemo_bench.pipeline import layers_of_chunks
 
 GIB = 1 << 30
 
@@ -39,15 +39,14 @@ class MemoryEstimate:
 
 def estimate_memory(cfg: TrainConfig) -> MemoryEstimate:
     """Return the memory that one GPU needs to train `cfg`, whose layout has passed the checks."""
-    stages = range(cfg.model.pipeline_model_parallel_size)
-    return max((_stage(cfg, stage) for stage in stages), key=lambda estimate: estimate.total_bytes)
+    stages = [_stage(cfg, stage, sum(chunks)) for stage, chunks in enumerate(layers_of_chunks(cfg.model))]
+    return max(stages, key=lambda estimate: estimate.total_bytes)
 
 
-def _stage(cfg: TrainConfig, stage: int) -> MemoryEstimate:
+def _stage(cfg: TrainConfig, stage: int, layers: int) -> MemoryEstimate:
     m = cfg.model
     tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
     h, key_values = m.hidden_size, m.num_query_groups / m.num_attention_heads
-    layers = layers_of_stage(m, stage)
     last = stage == pp - 1
     matrices = layers * (h * h * (2 + 2 * key_values) + 3 * h * m.ffn_hidden_size) / tp
     embedding = cfg.padded_vocab_size * h / tp

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -18,11 +17,14 @@ def chunks_of(layout: str) -> list[str]:
     return text.split("|")
 
 
-def layers_of_stage(model: Any, stage: int) -> int:
-    """Return how many layers a stage (from 0) of a `ModelConfig` holds."""
-    stages = model.pipeline_model_parallel_size
+def layers_of_chunks(model: Any) -> list[list[int]]:
+    """Return the number of layers that a `ModelConfig` puts on each stage, by chunk (virtual stage)."""
+    stages, chunks = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
     if model.pipeline_model_parallel_layout is not None:
-        return "".join(chunks_of(model.pipeline_model_parallel_layout)[stage::stages]).count("t")
+        parts = [chunk.count("t") for chunk in chunks_of(model.pipeline_model_parallel_layout)]
+        return [parts[stage::stages] for stage in range(stages)]
     first, last = model.account_for_embedding_in_pipeline_split, model.account_for_loss_in_pipeline_split
-    own = (first and stage == 0) + (last and stage == stages - 1)
-    return int(math.ceil((model.num_layers + first + last) / stages) - own)
+    layers = [[(model.num_layers + first + last) // (stages * chunks)] * chunks for _ in range(stages)]
+    layers[0][0] -= first
+    layers[-1][-1] -= last
+    return layers

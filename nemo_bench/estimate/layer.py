@@ -3,98 +3,82 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.estimate.network import Network
-from nemo_bench.estimate.rates import LayerRates, LayerShape, Pass, Rates, apart, constant, piecewise
+from nemo_bench.estimate.rates import LayerShape, Pass, Rates, apart, constant, piecewise
 from nemo_bench.estimate.tensor_parallel import TensorParallel, lockstep_wait
 
-
-@dataclass(frozen=True)
-class LayerTime:
-    """One direction of a layer, one micro-batch (ms)."""
-
-    products: float
-    attention: float
-    other: float
-    recomputed: float  # of the forward pass, in the backward pass
-    context_parallel: float  # exchange that attention does not hide
-    tensor_parallel: float
-    wait: float  # for other ranks in lockstep
-
-    @property
-    def kernels(self) -> float:
-        """What the GPU's own speed decides."""
-        return self.products + self.attention + self.other + self.recomputed
-
-    @property
-    def communication(self) -> float:
-        return self.context_parallel + self.tensor_parallel + self.wait
+# Parts of a layer's time: what the GPU's own speed decides, and the rest.
+KERNELS = ("matrix products", "attention", "other kernels", "recomputation")
+COMMUNICATION = ("tensor parallel", "waits in lockstep", "context parallel")
+_OUTPUT = ("forward", "backward", "weight_gradient")
 
 
-@dataclass(frozen=True)
-class HeadTime:
-    """Embedding, and final norm, output layer and loss, of one micro-batch (ms)."""
+def layer_times(
+    cfg: TrainConfig, rates: Rates, shape: LayerShape, network: Network, lag: float
+) -> list[dict[str, float]]:
+    """Return the parts (KERNELS, COMMUNICATION) of a layer's forward and backward pass of one micro-batch (ms).
 
-    embedding_forward: float
-    embedding_backward: float
-    forward: float
-    backward: float
-    weight_gradient: float  # part of `backward`
-    exchange: float  # reduce-scatter behind the embedding, gather before the output layer; each direction, each once
-
-
-def layer_times(cfg: TrainConfig, rates: Rates, layer: LayerRates, network: Network, lag: float) -> list[LayerTime]:
-    """Return the forward and the backward pass of a layer; `lag`: how much slower the slowest GPU is."""
-    m, shape = cfg.model, layer.shape
-    added = TensorParallel(cfg, rates, layer, network).added_ms()
-    deviation = rates.tables["unsteadiness"]["bf16" if shape.precision == "bf16" else "fp8"]
-    wait = lockstep_wait(m.tensor_model_parallel_size * m.context_parallel_size, lag, deviation)
-    times: list[LayerTime] = []
-    for direction, one_pass in layer.passes.items():
-        products, attention = sum(one_pass.products_ms.values()), one_pass.attention_ms
-        other = other_ms(cfg, rates, shape, one_pass, direction)
-        again, tensor_parallel = 0.0, sum(added[direction].values())
-        if direction == "backward":
-            again = recomputed_ms(cfg, layer.passes["forward"], times[0])
-            if m.recompute_granularity == "full":  # with its communication
-                tensor_parallel += times[0].tensor_parallel
-        exchange = _exchange_ms(shape, network, attention, direction)
-        waiting = wait * (products + attention + other + again)
-        times.append(LayerTime(products, attention, other, again, exchange, tensor_parallel, waiting))
+    `lag`: how much slower the slowest GPU is, as a share.
+    """
+    passes, again = rates.layer(shape), cfg.model.recompute_granularity == "full"
+    added, times = TensorParallel(cfg, rates, shape, passes, network).added_ms(), list[dict[str, float]]()
+    deviation = rates.tables["unsteadiness"][shape.number_format]
+    wait = lockstep_wait(shape.tensor_parallel * shape.context_parallel, lag, deviation)
+    for direction, own in passes.items():
+        time = {
+            "matrix products": sum(own.products_ms.values()),
+            "attention": own.attention_ms,
+            "other kernels": _other_ms(cfg, rates, shape, own, direction),
+            "recomputation": _recomputed_ms(cfg, passes["forward"], times[0]) if times else 0.0,
+            "tensor parallel": added[direction] + (times[0]["tensor parallel"] if times and again else 0.0),
+            "context parallel": _exchange_ms(shape, network, own.attention_ms, direction),
+        }
+        time["waits in lockstep"] = wait * kernels_ms(time)
+        times.append(time)
     return times
 
 
-def other_ms(cfg: TrainConfig, rates: Rates, shape: LayerShape, one_pass: Pass, direction: str) -> float:
+def kernels_ms(time: dict[str, float]) -> float:
+    """Return the part of a layer's time that the GPU's own speed decides."""
+    return sum(time[name] for name in KERNELS)
+
+
+def communication_ms(time: dict[str, float]) -> float:
+    """Return the rest."""
+    return sum(time[name] for name in COMMUNICATION)
+
+
+def _other_ms(cfg: TrainConfig, rates: Rates, shape: LayerShape, own: Pass, direction: str) -> float:
     """Return norms, SwiGLU, casts, residuals and copies on this GPU's memory, less what sequence parallelism shares."""
     unknown = min(constant("other_kernels_slowdown"), rates.most_slowdown)
     scaled = {}
-    for kernel, ms in one_pass.kernels_ms.items():
+    for kernel, ms in own.kernels_ms.items():
         known = rates.memory_slowdown(shape.traffic_bytes(kernel, direction), ms)
         scaled[kernel] = ms * (unknown if kernel == "other" else known)
     total = sum(scaled.values())
     if not cfg.model.sequence_parallel or shape.tensor_parallel == 1:
         return total
-    shares = [(int(size), share) for size, share in rates.tables["norm_share"].items()]
     residual = scaled["residual"]
     if direction == "backward":  # the table's holds other sums too
         moved = shape.traffic_bytes("residual", direction)
         alone = moved / rates.tables["memory_gb_s"]["add"] / 1e6
         residual = alone * rates.memory_slowdown(moved, alone)
+    shares = [(int(size), share) for size, share in rates.tables["norm_share"].items()]
     shared = scaled["norm"] * (1 - piecewise(shares, shape.tensor_parallel))
     return float(total - shared - residual * (1 - 1 / shape.tensor_parallel))
 
 
-def recomputed_ms(cfg: TrainConfig, rates: Pass, forward: LayerTime) -> float:
-    """Return what the backward pass of an average layer computes again (ms), of the forward pass's times."""
+def _recomputed_ms(cfg: TrainConfig, rates: Pass, forward: dict[str, float]) -> float:
+    """Return what the backward pass of an average layer computes again, of the forward pass's times."""
     m = cfg.model
     if m.recompute_granularity == "full":
         chunks = m.pipeline_model_parallel_size * (m.virtual_pipeline_model_parallel_size or 1)
         share = min((m.recompute_num_layers or 1) * chunks / m.num_layers, 1) if m.recompute_method == "block" else 1
-        return forward.kernels * share
+        return kernels_ms(forward) * share
     parts = {
-        "core_attn": forward.attention,
+        "core_attn": forward["attention"],
         "mlp": rates.products_ms["fc1"] + rates.products_ms["fc2"] + rates.kernels_ms["activation"],
         "layernorm": rates.kernels_ms["norm"] / m.tensor_model_parallel_size,
     }
@@ -116,22 +100,22 @@ def _exchange_ms(shape: LayerShape, network: Network, attention_ms: float, direc
     return max(0.0, sent - attention_ms / ranks) * (ranks - 1)
 
 
-def head_time(cfg: TrainConfig, rates: Rates, network: Network, tokens: int) -> HeadTime:
-    """Return the times of the model's ends, scaled by product size from the nearest that was measured."""
+def head_times(cfg: TrainConfig, rates: Rates, network: Network, tokens: int) -> dict[str, float]:
+    """Return the times of a micro-batch at the model's ends (ms), scaled by product size from the nearest measured.
+
+    `forward`, `backward`: final norm, output layer, loss; `weight_gradient`: part of `backward`; `exchange`: the
+    reduce-scatter behind the embedding, its gradient's gather, and the gather before the output layer, each once.
+    """
     m, tp = cfg.model, cfg.model.tensor_model_parallel_size
     sizes = {"tokens": tokens, "hidden_size": m.hidden_size, "vocabulary": cfg.padded_vocab_size / tp}
     near = min(rates.tables["heads"], key=lambda entry: apart(sizes.values(), [entry[name] for name in sizes]))
     rows = tokens / near["tokens"] * m.hidden_size / near["hidden_size"]
     product = rows * sizes["vocabulary"] / near["vocabulary"]
-    to_fleet = product * near["matrix_tflops"] / rates.matrix_tflops
     speed = constant("nvlink_all_gather_gb_s") * network.nvlink_factor * 1e6
     exchange = constant("nvlink_latency_ms") + tokens * m.hidden_size * 2 * (tp - 1) / tp / speed
-    return HeadTime(
-        embedding_forward=near["embedding_forward_ms"] * rows * rates.most_slowdown,
-        # Its gradient adds to a table of the vocabulary's size as well as to the tokens' rows.
-        embedding_backward=near["embedding_backward_ms"] * math.sqrt(product) * rates.most_slowdown,
-        forward=near["forward_ms"] * to_fleet,
-        backward=near["backward_ms"] * to_fleet,
-        weight_gradient=near["weight_gradient_ms"] * to_fleet,
-        exchange=exchange if tp > 1 else 0.0,
-    )
+    scales = {name: product * near["matrix_tflops"] / rates.matrix_tflops for name in _OUTPUT}
+    scales["embedding_forward"] = rows * rates.most_slowdown
+    # Its gradient adds to a table of the vocabulary's size as well as to the tokens' rows.
+    scales["embedding_backward"] = math.sqrt(product) * rates.most_slowdown
+    times = {name: near[f"{name}_ms"] * scale for name, scale in scales.items()}
+    return times | {"exchange": exchange if tp > 1 else 0.0}

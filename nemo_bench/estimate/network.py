@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.estimate.rates import constant, piecewise
 
 
-@dataclass(frozen=True)
 class Network:
     """The links of a job. Ranks are laid out as Megatron does by default: TP, then CP, then DP, PP outermost."""
 
-    domain_gpus: int  # joined by NVLink
-    nvlink_factor: float  # of this cluster's speeds over those in constants.yaml
-    nic_factor: float
-
-    @classmethod
-    def of(cls, cfg: TrainConfig) -> Network:
-        """Return the links of a configuration's cluster."""
-        cluster = cfg.cluster
-        nvlink = (cluster.nvlink_gb_s or constant("nvlink_p2p_gb_s")) / constant("nvlink_p2p_gb_s")
-        nic = (cluster.nic_gb_s or constant("nic_gb_s_by_nodes")[2]) / constant("nic_gb_s_by_nodes")[2]
-        return cls(cluster.nvlink_gpus or cfg.trainer.devices, nvlink, nic)
+    def __init__(self, cfg: TrainConfig) -> None:
+        cluster, nic_gb_s = cfg.cluster, constant("nic_gb_s_by_nodes")[2]
+        self.domain_gpus = cluster.nvlink_gpus or cfg.trainer.devices  # joined by NVLink
+        # This cluster's speeds over those in constants.yaml.
+        self.nvlink_factor = cluster.nvlink_gb_s / constant("nvlink_p2p_gb_s") if cluster.nvlink_gb_s else 1.0
+        self.nic_factor = cluster.nic_gb_s / nic_gb_s if cluster.nic_gb_s else 1.0
 
     def nic_gb_s(self, nodes: float) -> float:
         """Return what one NIC carries in a ring over so many nodes."""

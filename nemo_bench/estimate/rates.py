@@ -21,18 +21,16 @@ from nemo_bench.config import TrainConfig
 from nemo_bench.errors import BenchError
 
 FOLDER = Path(__file__).parent / "rates"
-DIRECTIONS = ("forward", "backward")
-
-
-@functools.cache
-def constant(name: str) -> Any:
-    """Return a value of constants.yaml, which names each one's source."""
-    return _constants()[name]["value"]
 
 
 @functools.cache
 def _constants() -> Any:
     return OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("constants.yaml")))
+
+
+def constant(name: str) -> Any:
+    """Return a value of constants.yaml, which names each one's source."""
+    return _constants()[name]["value"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,11 @@ class LayerShape:
     tokens: int  # of a micro-batch, on this rank
     precision: str  # bf16, fp8 (delayed scaling), fp8_tensorwise (current scaling)
     sequences: int = 1  # of a micro-batch
+
+    @property
+    def number_format(self) -> str:
+        """The key of tables that do not tell scalings apart."""
+        return "bf16" if self.precision == "bf16" else "fp8"
 
     @property
     def qkv_width(self) -> float:
@@ -104,26 +107,9 @@ class Pass:
     attention_ms: float
     kernels_ms: dict[str, float]
 
-    @property
-    def total_ms(self) -> float:
-        return sum(self.products_ms.values()) + self.attention_ms + sum(self.kernels_ms.values())
 
-
-@dataclass(frozen=True)
-class LayerRates:
-    """Times of a layer of one shape, by direction."""
-
-    shape: LayerShape
-    passes: dict[str, Pass]
-    measured: bool = True  # else interpolated
-
-    @property
-    def total_ms(self) -> float:
-        return sum(one_pass.total_ms for one_pass in self.passes.values())
-
-    @property
-    def products_ms(self) -> dict[str, float]:
-        return {name: ms for one_pass in self.passes.values() for name, ms in one_pass.products_ms.items()}
+# A layer's passes by direction: forward, then backward.
+Passes = dict[str, Pass]
 
 
 @dataclass(frozen=True)
@@ -131,7 +117,7 @@ class Rates:
     """All tables of a GPU kind."""
 
     gpu: str
-    layers: tuple[LayerRates, ...]
+    layers: dict[LayerShape, Passes]
     tables: dict[str, Any]  # as in the file
     matrix_tflops: float  # sustained, bf16, of an average GPU
     # Of a GPU whose rates are another's but for the memory: what it streams, and how much slower it is at most.
@@ -139,10 +125,9 @@ class Rates:
     most_slowdown: float = 1.0
     derived_from: str | None = None
 
-    def layer(self, shape: LayerShape) -> LayerRates:
+    def layer(self, shape: LayerShape) -> Passes:
         """Return the times of a layer, measured or interpolated."""
-        measured = next((rates for rates in self.layers if rates.shape == shape), None)
-        return measured or interpolated(self.layers, shape)
+        return self.layers.get(shape) or interpolated(self.layers, shape)
 
     def memory_slowdown(self, moved_bytes: float, time_ms: float) -> float:
         """Return how much slower a kernel is that moves so many bytes in so long on the GPU that was measured."""
@@ -166,58 +151,57 @@ def load_rates(gpu: str) -> Rates:
         )
     data = json.loads(path.read_text())
     if base := data.get("derived_from"):
-        slowdown, streaming = data["measured_memory_gb_s"] / data["memory_gb_s"], data["streaming_gb_s"]
-        memory = {"most_slowdown": slowdown, "streaming_gb_s": streaming}
+        slowdown = data["measured_memory_gb_s"] / data["memory_gb_s"]
+        memory = {"most_slowdown": slowdown, "streaming_gb_s": data["streaming_gb_s"]}
         return replace(load_rates(base), gpu=gpu, derived_from=base, **memory)
     fleet = constant("fleet_matrix_tflops").get(gpu) or data["layers"][0]["matrix_tflops"]
-    layers = tuple(_layer(entry, entry["matrix_tflops"] / fleet) for entry in data["layers"])
-    return Rates(gpu, layers, data, fleet)
+    return Rates(gpu, dict(_layer(entry, entry["matrix_tflops"] / fleet) for entry in data["layers"]), data, fleet)
 
 
-def _layer(entry: Mapping[str, Any], to_fleet: float) -> LayerRates:
-    sizes = {name: entry[name] for name in LayerShape.__dataclass_fields__ if name != "sequences"}
+def _layer(entry: Mapping[str, Any], to_fleet: float) -> tuple[LayerShape, Passes]:
+    shape = LayerShape(**{name: entry[name] for name in LayerShape.__dataclass_fields__ if name != "sequences"})
     passes = {}
-    for direction in DIRECTIONS:
+    for direction in ("forward", "backward"):
         times = entry[direction]
         products = {name: ms * to_fleet for name, ms in times["products_ms"].items()}
         passes[direction] = Pass(products, times["attention_ms"] * to_fleet, times["kernels_ms"])
-    return LayerRates(LayerShape(**sizes), passes)
+    return shape, passes
 
 
-def interpolated(layers: Sequence[LayerRates], shape: LayerShape) -> LayerRates:
+def interpolated(layers: Mapping[LayerShape, Passes], shape: LayerShape) -> Passes:
     """Return the times of a shape that was not measured, from those that were."""
-    same = [rates for rates in layers if rates.shape.precision == shape.precision]
-    near = min(same, key=lambda rates: apart(rates.shape.sizes, shape.sizes))
+    same = {other: passes for other, passes in layers.items() if other.precision == shape.precision}
+    near = min(same, key=lambda other: apart(other.sizes, shape.sizes))
     # Attention runs in bf16 in every precision here.
-    attention = min(layers, key=lambda rates: _attention_distance(rates.shape, shape))
-    work, passes = shape.attention_work / attention.shape.attention_work, {}
-    for direction, nearest_pass in near.passes.items():
-        products = {name: _product_ms(same, shape, name) for name in nearest_pass.products_ms}
+    attention = min(layers, key=lambda other: _attention_distance(other, shape))
+    work, passes = shape.attention_work / attention.attention_work, {}
+    for direction, nearest_pass in same[near].items():
+        products = {name: _product_ms(same, shape, direction, name) for name in nearest_pass.products_ms}
         kernels = {
-            kernel: ms * shape.traffic_bytes(kernel, direction) / near.shape.traffic_bytes(kernel, direction)
+            kernel: ms * shape.traffic_bytes(kernel, direction) / near.traffic_bytes(kernel, direction)
             for kernel, ms in nearest_pass.kernels_ms.items()
         }
-        passes[direction] = Pass(products, attention.passes[direction].attention_ms * work, kernels)
-    return LayerRates(shape, passes, measured=False)
+        passes[direction] = Pass(products, layers[attention][direction].attention_ms * work, kernels)
+    return passes
 
 
-def apart(one: Iterable[float], other: Iterable[float]) -> float:
+def apart(sizes: Iterable[float], others: Iterable[float]) -> float:
     """Return how far sizes are from others, by their ratios."""
-    return sum(abs(math.log(a / b)) for a, b in zip(one, other))
+    return sum(abs(math.log(a / b)) for a, b in zip(sizes, others))
 
 
-def _attention_distance(one: LayerShape, other: LayerShape) -> float:
-    parts = 2 * abs(one.context_parallel - other.context_parallel)
-    return apart([one.attention_work], [other.attention_work]) + parts + (one.precision != other.precision) * 0.1
+def _attention_distance(a: LayerShape, b: LayerShape) -> float:
+    parts = 2 * abs(a.context_parallel - b.context_parallel)
+    return apart([a.attention_work], [b.attention_work]) + parts + (a.precision != b.precision) * 0.1
 
 
-def _product_ms(layers: Iterable[LayerRates], shape: LayerShape, name: str) -> float:
+def _product_ms(layers: Mapping[LayerShape, Passes], shape: LayerShape, direction: str, name: str) -> float:
+    speeds: dict[float, list[float]] = {}
+    for other, passes in layers.items():
+        size = math.prod(other.product(name))
+        speeds.setdefault(size, []).append(size / passes[direction].products_ms[name])
+    points = [(math.log(size), sum(same) / len(same)) for size, same in sorted(speeds.items())]
     size = math.prod(shape.product(name))
-    known: dict[float, list[float]] = {}
-    for rates in layers:
-        own = math.prod(rates.shape.product(name))
-        known.setdefault(own, []).append(own / rates.products_ms[name])
-    points = [(math.log(own), sum(speeds) / len(speeds)) for own, speeds in sorted(known.items())]
     return size / piecewise(points, math.log(size))
 
 
@@ -233,8 +217,7 @@ def piecewise(points: Sequence[Sequence[float]], x: float) -> float:
 
 def nearest(entries: Iterable[Mapping[str, Any]], name: str, shape: LayerShape) -> Mapping[str, Any]:
     """Return the entry of a table of products that is nearest to the product `name` of a layer of this shape."""
-    precision = "bf16" if shape.precision == "bf16" else "fp8"
-    fitting = [entry for entry in entries if (entry["product"], entry["precision"]) == (name, precision)]
+    fitting = [entry for entry in entries if (entry["product"], entry["precision"]) == (name, shape.number_format)]
     return min(fitting, key=lambda entry: apart(entry["shape"], shape.product(name)))
 
 

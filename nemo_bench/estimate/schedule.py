@@ -36,17 +36,20 @@ class Pipeline:
     def run(self) -> Timeline:
         """Return when each pass ends."""
         program = _program(self.stages, self.chunks, self.micro_batches, self.deferred)
-        times = [time for direction in (self.forward_ms, self.backward_ms) for stage in direction for time in stage]
-        times.append(times[-1] - self.deferred_ms)
-        free, ends, p2p = [0.0] * self.stages, [0.0], self.p2p_ms
+        slots = [(stage, chunk) for chunk in range(self.chunks) for stage in range(self.stages)]
+        times = [self.forward_ms[stage][chunk] for stage, chunk in slots]
+        times += [self.backward_ms[stage][chunk] for stage, chunk in reversed(slots)]
+        times.append(times[len(slots)] - self.deferred_ms)
+        free, starts, ends, p2p = [0.0] * self.stages, [0.0], [0.0], self.p2p_ms
         for stage, time, needs, sent in program.steps:
             start = ends[needs] + p2p if sent else ends[needs]
             if start < free[stage]:
                 start = free[stage]
             free[stage] = end = start + times[time]
+            starts.append(start)
             ends.append(end)
         free[-1] += self.deferred * self.deferred_ms
-        return Timeline(self, program, times, free, ends)
+        return Timeline(self, program.step_of, free, starts, ends)
 
     def busy_ms(self, stage: int) -> float:
         """Return the work of a stage in a step."""
@@ -58,10 +61,10 @@ class Timeline:
     """A pipeline's passes in time."""
 
     pipeline: Pipeline
-    program: _Program
-    times_ms: list[float]  # each kind of pass
+    step_of: list[list[int]]
     stage_ends_ms: list[float]  # with deferred weight gradients
-    ends_ms: list[float]  # of each pass of the program, from the second on
+    starts_ms: list[float]  # of each step
+    ends_ms: list[float]
 
     @property
     def end_ms(self) -> float:
@@ -69,19 +72,25 @@ class Timeline:
 
     def last_backward_ms(self, stage: int) -> list[float]:
         """Return when each chunk's gradients are complete."""
-        return [self.ends_ms[event] for event in self.program.last_backward[stage]]
+        stages, chunks = self.pipeline.stages, self.pipeline.chunks
+        return [self.ends_ms[self.step_of[-1 - chunk * stages - stage][-1]] for chunk in range(chunks)]
 
     def events(self) -> list[Event]:
-        """Return every pass, in an order in which its inputs are there."""
-        steps = zip(self.program.passes, self.program.steps, self.ends_ms[1:])
-        return [Event(*which, end - self.times_ms[step[1]], end) for which, step, end in steps]
+        """Return every pass."""
+        events, slots = [], self.pipeline.stages * self.pipeline.chunks
+        for position, steps in enumerate(self.step_of):
+            forward = position < slots
+            chunk, stage = divmod(position if forward else 2 * slots - 1 - position, self.pipeline.stages)
+            for micro_batch, step in enumerate(steps):
+                events.append(Event(stage, forward, chunk, micro_batch, self.starts_ms[step], self.ends_ms[step]))
+        return events
 
 
 class _Program(NamedTuple):
     # Each step: stage, index of its time, the step that it needs (0: none), whether that one is on another stage.
     steps: list[tuple[int, int, int, bool]]
-    passes: list[tuple[int, bool, int, int]]  # stage, forward, chunk, micro-batch
-    last_backward: list[list[int]]  # step, by stage and chunk
+    # By position on a micro-batch's way, forward through all chunks of the model and back, and by micro-batch.
+    step_of: list[list[int]]
 
 
 def stage_order(stages: int, chunks: int, micro_batches: int, stage: int) -> list[tuple[bool, int, int]]:
@@ -109,26 +118,19 @@ def _program(stages: int, chunks: int, micro_batches: int, deferred: int) -> _Pr
     """Return the passes of all stages in an order in which each comes after the one that it needs."""
     orders = [iter(stage_order(stages, chunks, micro_batches, stage)) for stage in range(stages)]
     slots = stages * chunks
-    # The step that passed a micro-batch through each chunk of the whole model, by direction; 0: not yet.
-    done = {forward: [[0] * micro_batches for _ in range(slots)] for forward in (True, False)}
-    program = _Program([], [], [[0] * chunks for _ in range(stages)])
+    program = _Program([], [[0] * micro_batches for _ in range(2 * slots)])
     following = [next(order, None) for order in orders]
     while any(following):
         for stage in range(stages):
             while step := following[stage]:
                 forward, chunk, micro_batch = step
-                slot, last = chunk * stages + stage, not forward and chunk * stages + stage == slots - 1
-                before = slot - 1 if forward else slot + 1
-                needs = (
-                    done[True][slot][micro_batch] if last else done[forward][before][micro_batch] if before >= 0 else 0
-                )
-                if not needs and before >= 0:
+                slot = chunk * stages + stage
+                position = slot if forward else 2 * slots - 1 - slot
+                needs = program.step_of[position - 1][micro_batch] if position else 0
+                if position and not needs:
                     break
-                time = 2 * slots if last and micro_batch < deferred else stage * chunks + chunk + (not forward) * slots
-                program.steps.append((stage, time, needs, stages > 1 and needs > 0 and not last))
-                program.passes.append((stage, *step))
-                done[forward][slot][micro_batch] = len(program.steps)
-                if not forward:
-                    program.last_backward[stage][chunk] = len(program.steps)
+                time = 2 * slots if position == slots and micro_batch < deferred else position
+                program.steps.append((stage, time, needs, stages > 1 and position not in (0, slots)))
+                program.step_of[position][micro_batch] = len(program.steps)
                 following[stage] = next(orders[stage], None)
     return program

@@ -44,7 +44,7 @@ class Answer:
     @property
     def layout(self) -> str:
         """The layout in the field's short names."""
-        m, sizes = self.cfg.model, {**_layout(self.cfg), "DP": self.cfg.data_parallel_size}
+        m, sizes = self.cfg.model, _sizes(self.cfg) | {"DP": self.cfg.data_parallel_size}
         batch = f"MBS {m.micro_batch_size}, GBS {m.global_batch_size}, GA {self.cfg.num_micro_batches}"
         return f"{' '.join(f'{name}{size}' for name, size in sizes.items())}, {batch}"
 
@@ -80,43 +80,36 @@ class Answer:
 
     def published(self) -> list[tuple[ReferencePoint, float]]:
         """Return what was published for this point, its entrypoint's own table first, with the estimate's error."""
-        m, layout = self.cfg.model, {**_layout(self.cfg), "MBS": self.cfg.model.micro_batch_size}
+        m, sizes = self.cfg.model, _sizes(self.cfg) | {"MBS": self.cfg.model.micro_batch_size}
         own = (self.cfg.gpu.name, self.cfg.precision.name, self.cfg.world_size, m.global_batch_size, m.seq_length)
         rows = (
             row
             for row in _published()
             if own == (row.gpu, row.precision, row.gpus, row.global_batch_size, row.seq_length)
             and all(row.architecture[name] == getattr(m, name) for name in ("num_layers", "hidden_size"))
-            and all(row.layout.get(name, 1) == size for name, size in layout.items())
+            and all(row.layout.get(name, 1) == size for name, size in sizes.items())
         )
         own_first = sorted(rows, key=lambda row: row.entrypoint != self.cfg.entrypoint.name)
         return [(row, self.step_time_s / row.step_time_s - 1) for row in own_first]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what estimate.json holds."""
-        estimate, rates = dict(vars(self.estimate)), self.estimate.rates
-        for name in ("rates", "timeline"):
-            del estimate[name]
-        own = {name: getattr(self, name) for name in ("step_time_s", "range_s", "tokens_per_s", "days", "memory_gib")}
+        own = ("layout", "step_time_s", "range_s", "tokens_per_s", "days", "memory_gib")
+        estimate, rates = {**vars(self.estimate), "host_is_limit": self.estimate.host_is_limit}, self.estimate.rates
+        del estimate["rates"], estimate["timeline"]
         return {
             "point": self.name,
-            "layout": self.layout,
-            **own,
+            **{name: getattr(self, name) for name in own},
             **{f"mfu_{convention.value}": self.mfu(convention) for convention in FlopsConvention},
             "calibration": self.calibration and vars(self.calibration),
             "published": {row.reference: {"step_time_s": row.step_time_s, "error": e} for row, e in self.published()},
-            "estimate": {**estimate, "host_is_limit": self.estimate.host_is_limit},
+            "estimate": estimate,
             "rates": {"gpu": rates.gpu, "derived_from": rates.derived_from}
             | {name: rates.tables[name] for name in ("hardware", "date", "versions")},
         }
 
 
-def answer_of(cfg: TrainConfig, calibration: Calibration | None = None) -> Answer:
-    """Return what is said about a point."""
-    return Answer(cfg, estimate_of(cfg), calibration)
-
-
-def _layout(cfg: TrainConfig) -> dict[str, int]:
+def _sizes(cfg: TrainConfig) -> dict[str, int]:
     m = cfg.model
     sizes = (m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1)
     return dict(zip(("TP", "PP", "VP", "CP"), (*sizes, m.context_parallel_size)))
@@ -145,5 +138,5 @@ def calibration_by(cfg: TrainConfig, calibrate: str) -> Calibration:
         if run.times is None:
             raise BenchError(f"calibrate={path}: no step of this run counts; python report.py {path} says why")
         measured_s = run.times.mean_s
-    answer = answer_of(cfg)
+    answer = Answer(cfg, estimate_of(cfg))
     return Calibration(measured_s / answer.step_time_s, f"{answer.name}, {measured_s:.4g} s {source}")

@@ -8,13 +8,15 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from rich.console import Console
 
 from nemo_bench.checks.problems import problems
 from nemo_bench.config import typed_as
 from nemo_bench.errors import BenchError, ConfigurationRefused
+from nemo_bench.estimate.step import estimate_of
 from nemo_bench.files import write_text
 from nemo_bench.planning import display
-from nemo_bench.planning.answer import Calibration, answer_of, calibration_by
+from nemo_bench.planning.answer import Answer, Calibration, calibration_by
 from nemo_bench.planning.config import EstimateConfig
 from nemo_bench.planning.schedule_page import render
 from nemo_bench.planning.search import search
@@ -33,37 +35,33 @@ def run_estimate(raw: DictConfig) -> None:
     cfg = typed_as(EstimateConfig, raw)
     if cfg.gpu.device == "cpu":
         raise BenchError(f"gpu={cfg.gpu.name}: estimates are of GPUs; choose a scale above local, such as scale=64gpu")
-    console = display.make_console()
+    console = Console(highlight=False)
     if cfg.action == "search":
         # The point itself need not work: layouts that do are what is asked for.
         display.print_search(console, cfg, search(cfg, _calibration(cfg)))
         return
     if broken := [problem for problem in problems(cfg) if not problem.missing]:
         raise ConfigurationRefused(broken)
-    calibration = _calibration(cfg)
-    answer = answer_of(cfg, calibration)
-    sweep = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
-    if sweep:
-        display.print_row(console, answer, first=HydraConfig.get().job.num == 0)
+    answer = Answer(cfg, estimate_of(cfg), _calibration(cfg))
+    hydra = HydraConfig.get()
+    folder = None if cfg.output is None else Path(cfg.output)
+    if hydra.mode is RunMode.MULTIRUN:
+        display.print_row(console, answer, first=hydra.job.num == 0)
+        folder = folder and folder / f"{hydra.job.num} {answer.name}".replace(" ", "_")
     else:
         display.print_answer(console, answer)
-    if cfg.output is not None:
-        folder = Path(cfg.output)
-        if sweep:
-            folder /= f"{HydraConfig.get().job.num} {answer.name}".replace(" ", "_")
+    if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "estimate.json", json.dumps(answer.to_dict(), indent=1) + "\n")
             write_text(folder / "schedule.html", render(answer))
         except OSError as error:
             raise BenchError(f"output={cfg.output}: {error.strerror}: name a folder that can be written") from None
-        console.print(f"written: {folder}/ (estimate.json, schedule.html)", soft_wrap=True, highlight=False)
+        console.print(f"written: {folder}/ (estimate.json, schedule.html)", soft_wrap=True)
 
 
 def _calibration(cfg: EstimateConfig) -> Calibration | None:
-    if cfg.calibrate is None:
-        return None
     key = str(cfg.calibrate)
-    if key not in _calibrations:
+    if cfg.calibrate is not None and key not in _calibrations:
         _calibrations[key] = calibration_by(cfg, key)
-    return _calibrations[key]
+    return _calibrations.get(key)

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import html
-import json
 from typing import Any
 
 from nemo_bench.planning.answer import Answer
-from nemo_bench.report.page import plotly_script
 
 _COLOURS = {"forward": "#2f7fd1", "backward": "#cf6a12"}
 _SHOWN = 4000  # passes; of more, which would make the page slow, the first and the last
 
 
 def render(answer: Answer) -> str:
-    """Return the page as text."""
-    title, estimate = html.escape(f"{answer.name}: {answer.layout}"), answer.estimate
-    figure = json.dumps(_figure(answer)).replace("</", "<\\/")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>\n'
-        f'<body style="font-family: sans-serif"><h1>{title}</h1>\n'
-        f"<p>Step {estimate.step_time_s:.4g} s by rates and constants.</p>\n"
-        f'<div id="schedule"></div>\n<script>{plotly_script()}</script>\n'
-        f'<script>const figure = {figure}; Plotly.newPlot("schedule", figure.data, figure.layout)</script>\n'
-        "</body></html>\n"
-    )
+    """Return the page as text: each pass of a micro-batch is a bar on its stage's line."""
+    from plotly.io import to_html
 
-
-def _figure(answer: Answer) -> dict[str, Any]:
-    """Return each pass of a micro-batch as a bar on its stage's line."""
-    events = sorted(answer.estimate.timeline.events(), key=lambda event: event.start_ms)
+    estimate = answer.estimate
+    events = sorted(estimate.timeline.events(), key=lambda event: event.start_ms)
     if len(events) > _SHOWN:
         events = events[: _SHOWN // 2] + events[-_SHOWN // 2 :]
-    traces = []
+    traces: list[dict[str, Any]] = []
     for name, colour in _COLOURS.items():
         shown = [event for event in events if event.forward == (name == "forward")]
         times = {
@@ -43,7 +29,13 @@ def _figure(answer: Answer) -> dict[str, Any]:
         }
         marker = {"color": colour, "line": {"width": 0.5, "color": "white"}}
         traces.append({"type": "bar", "orientation": "h", "name": name, "marker": marker, **times})
-    stages = {"categoryorder": "category descending", "type": "category"}
-    height = 140 + 60 * answer.estimate.timeline.pipeline.stages
-    layout = {"barmode": "overlay", "height": height, "xaxis": {"title": {"text": "s"}}, "yaxis": stages}
-    return {"data": traces, "layout": layout}
+    layout = {
+        "height": 140 + 60 * estimate.timeline.pipeline.stages,
+        "title": {
+            "text": f"{answer.name}: {answer.layout}<br>Step {estimate.step_time_s:.4g} s by rates and constants"
+        },
+        "barmode": "overlay",
+        "xaxis": {"title": {"text": "s"}},
+        "yaxis": {"categoryorder": "category descending", "type": "category"},
+    }
+    return str(to_html({"data": traces, "layout": layout}, validate=False, div_id="schedule"))

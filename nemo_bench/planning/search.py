@@ -12,9 +12,9 @@ from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.checks.problems import MEMORY_ERROR
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import BenchError, text_of, value_of
-from nemo_bench.estimate.step import bound_s
+from nemo_bench.estimate.step import bound_s, estimate_of
 from nemo_bench.memory import GIB, estimate_memory
-from nemo_bench.planning.answer import Answer, Calibration, answer_of
+from nemo_bench.planning.answer import Answer, Calibration
 
 SHOWN = 10
 # So many of the fastest by a bound without a schedule are simulated.
@@ -31,11 +31,10 @@ def search(cfg: TrainConfig, calibration: Calibration | None = None) -> list[Ans
     """
     fitting = [candidate for candidate in _candidates(cfg) if _works(candidate)]
     if not fitting:
-        raise BenchError(
-            f"no layout of {cfg.model.name} works on {cfg.world_size} x {cfg.gpu.name}: use another number"
-        )
+        point = f"{cfg.model.name} works on {cfg.world_size} x {cfg.gpu.name}"
+        raise BenchError(f"no layout of {point}: use another number")
     fitting.sort(key=bound_s)
-    answers = [answer_of(candidate, calibration) for candidate in fitting[:_SIMULATED]]
+    answers = [Answer(candidate, estimate_of(candidate), calibration) for candidate in fitting[:_SIMULATED]]
     fastest: dict[str, Answer] = {}  # of each layout
     for answer in sorted(answers, key=lambda answer: answer.step_time_s):
         fastest.setdefault(answer.layout, answer)
@@ -44,20 +43,15 @@ def search(cfg: TrainConfig, calibration: Calibration | None = None) -> list[Ans
 
 def _candidates(cfg: TrainConfig) -> Iterator[TrainConfig]:
     """Give every layout to try; many of them break a rule."""
-    m, gpus, fp8 = cfg.model, cfg.world_size, cfg.precision.fp8
+    m, nvlink_gpus = cfg.model, cfg.cluster.nvlink_gpus or cfg.trainer.devices
     # `end`: embedding and loss count as layers
     for tp, cp, pp, end in itertools.product(_POWERS, _POWERS[:4], range(1, m.num_layers + 3), (False, True)):
         layers = m.num_layers + 2 * end
-        if (
-            gpus % (tp * pp * cp)
-            or layers % pp
-            or (end and pp == 1)
-            or tp > (cfg.cluster.nvlink_gpus or cfg.trainer.devices)
-        ):
+        if cfg.world_size % (tp * pp * cp) or layers % pp or (end and pp == 1) or tp > nvlink_gpus:
             continue
         chunks = [None, *(number for number in range(2, layers // pp + 1) if layers // pp % number == 0)]
         for vp, mbs, again in itertools.product(chunks if pp > 1 else [None], _POWERS[:3], _RECOMPUTATION):
-            if m.global_batch_size % (gpus // (tp * pp * cp) * mbs):
+            if m.global_batch_size % (cfg.world_size // (tp * pp * cp) * mbs):
                 continue
             changes: dict[str, Any] = {
                 "tensor_model_parallel_size": tp,
@@ -72,10 +66,9 @@ def _candidates(cfg: TrainConfig) -> Iterator[TrainConfig]:
                 "tp_comm_overlap": cfg.cluster.tp_comm_overlap and tp > 1,
                 **dict(zip(("recompute_granularity", "recompute_method", "recompute_num_layers"), again)),
             }
-            for in_fp8 in (True, False) if fp8 else (cfg.precision.fp8_param_gather,):
-                yield replace(
-                    cfg, model=replace(m, **changes), precision=replace(cfg.precision, fp8_param_gather=in_fp8)
-                )
+            model = replace(m, **changes)
+            for in_fp8 in (True, False) if cfg.precision.fp8 else (cfg.precision.fp8_param_gather,):
+                yield replace(cfg, model=model, precision=replace(cfg.precision, fp8_param_gather=in_fp8))
 
 
 def _works(cfg: TrainConfig) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from nemo_bench.checks.problems import problems
 from nemo_bench.config import TrainConfig
 from nemo_bench.launch.point import new_run
-from nemo_bench.pipeline import layers_of_stage
+from nemo_bench.pipeline import layers_of_chunks
 from nemo_bench.record.folder import STEPS, Status
 from nemo_bench.report import model, references
 from nemo_bench.report.build import build_report
@@ -51,9 +51,9 @@ def test_a_point_is_what_its_name_says_passes_the_checks_and_fits(name: str) -> 
 def test_a_preset_takes_any_scale() -> None:
     cfg = composed("experiment=dgxc_25_04/llama31_405b_fp8", "scale=1024gpu")
     assert (cfg.model.global_batch_size, cfg.num_micro_batches) == (512, 64)
-    assert [layers_of_stage(cfg.model, stage) for stage in range(8)] == [15, *[16] * 6, 15]
+    assert [sum(chunks) for chunks in layers_of_chunks(cfg.model)] == [15, *[16] * 6, 15]
     cfg = composed("experiment=dgxc_26_06/llama31_70b_fp8_h100", "scale=256gpu")
-    assert sum(layers_of_stage(cfg.model, stage) for stage in range(8)) == 80 and cfg.model.global_batch_size == 1024
+    assert sum(map(sum, layers_of_chunks(cfg.model))) == 80 and cfg.model.global_batch_size == 1024
 
 
 @pytest.fixture(scope="module")

@@ -60,4 +60,4 @@ def test_what_was_not_measured_is_taken_over_and_named(tmp_path: Any, monkeypatc
     monkeypatch.setattr(rates, "FOLDER", tmp_path)
     head = {name: base[name] for name in ("hardware", "date", "versions")}
     (tmp_path / "mine.json").write_text(json.dumps({**head, **result}))
-    assert rates.load_rates("mine").layers[0].passes["forward"].attention_ms == 0.1
+    assert next(iter(rates.load_rates("mine").layers.values()))["forward"].attention_ms == 0.1
