@@ -107,7 +107,6 @@ def telemetry(folder: Path, steps: int = 2000) -> dict[str, float]:
         for hook in hooks:
             hook.step_end(step)
         times_s.append(time.perf_counter() - began)
-    measure.failed()
     return {"telemetry of a step": statistics.median(times_s)}
 
 

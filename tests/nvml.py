@@ -15,9 +15,9 @@ class Nvml(types.ModuleType):
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
     NVMLError = type("NVMLError", (Exception,), {})
 
-    def __init__(self, uuid: str = f"GPU-{UUID}", *, broken: str = "", unsupported: tuple[str, ...] = ()) -> None:
+    def __init__(self, *, broken: str = "", unsupported: tuple[str, ...] = ()) -> None:
         super().__init__("pynvml")
-        self.uuid, self.broken, self.unsupported = uuid, broken, unsupported
+        self.broken, self.unsupported = broken, unsupported
         self.energy_mj, self.sm_mhz, self.memory_mhz, self.celsius, self.reasons = 0, 1980, 3201, 50, 0
         self.samples = 0
         self.sampling = threading.Condition()
@@ -33,12 +33,7 @@ class Nvml(types.ModuleType):
             raise self.NVMLError(self.broken)
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        if uuid != self.uuid:
-            raise self.NVMLError("Not Found")
         return uuid
-
-    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle: str) -> str:
-        return f"whole GPU of {handle}"
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
         with self.sampling:

@@ -33,18 +33,14 @@ def build_checkpoint_callback(cfg: TrainConfig, run_dir: Path) -> Any | None:
 
 def build_resume(cfg: TrainConfig, run_dir: Path) -> nl.AutoResume | None:
     """Return how to start from a checkpoint, or None to start afresh. A requeued job goes on from its own last one."""
-
-    def last(folder: str | Path) -> str:
-        return str(RunFolder(Path(folder)).last_checkpoint())
-
-    if RunFolder(run_dir).last_checkpoint() is not None:
-        return _Resume(resume_from_path=last(run_dir))
-    if cfg.checkpoint.resume_from is not None:
-        return _Resume(resume_from_path=last(cfg.checkpoint.resume_from))
-    if cfg.checkpoint.weights_from is None:
+    resumed = RunFolder(run_dir).last_checkpoint() or cfg.checkpoint.resume_from
+    chosen = resumed or cfg.checkpoint.weights_from
+    if chosen is None:
         return None
-    weights = {"load_model_state": True, "load_optim_state": False, "load_artifacts": False}
-    return nl.AutoResume(restore_config=nl.RestoreConfig(path=last(cfg.checkpoint.weights_from), **weights))
+    path = str(RunFolder(Path(chosen)).last_checkpoint())
+    if resumed is not None:
+        return _Resume(resume_from_path=path)
+    return nl.AutoResume(restore_config=nl.RestoreConfig(path=path, load_optim_state=False, load_artifacts=False))
 
 
 class _Resume(nl.AutoResume):
@@ -55,17 +51,14 @@ class _Resume(nl.AutoResume):
 
 
 class CheckpointOnSignal(pl.Callback):
-    """Save a checkpoint after the step in which Slurm has warned any rank, ask for a requeue, and stop.
-
-    Not NeMo's PreemptionCallback: it saves only where `save_last` is on, and cannot ask for the requeue.
-    """
+    """Save a checkpoint after the step in which Slurm has warned any rank, ask for a requeue, and stop."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         # All ranks must agree on the step: a checkpoint is a collective.
-        warned = torch.tensor(int(preemption.received()), device=trainer.strategy.root_device)
+        warned = torch.tensor(int(preemption.received.is_set()), device=trainer.strategy.root_device)
         torch.distributed.all_reduce(warned, op=torch.distributed.ReduceOp.MAX)
         if not warned.item() or trainer.global_step >= trainer.max_steps:
             return

@@ -1,8 +1,6 @@
 """Answers "which CUDA device?" with "the CPU", so that Megatron and NeMo run unchanged where there is no GPU.
 
-Both name the device in many places (`.cuda()`, `.to("cuda")`, `pin_memory=True`, streams and events around
-communication). On one CPU there is one device, one stream, and everything is finished when the call returns: that is
-all this module says. It changes no model, optimizer, data, loss or training loop.
+A CPU has one device and one stream, and everything is finished when the call returns: that is all this module says.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +33,6 @@ class _Stream:
 
     def query(self) -> bool:
         return True
-
-
-class _Generators:
-    def __getitem__(self, device: object) -> torch.Generator:
-        return torch.default_generator
 
 
 _STREAM = _Stream()
@@ -73,9 +67,9 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def install() -> None:
-    """Make this process see the CPU as its CUDA device, unless CUDA is available.
+    """Make this process see the CPU as its CUDA device, before megatron or nemo are imported.
 
-    To be called before megatron or nemo are imported; a second call, in a forked process, only shares out the cores.
+    A second call, in a forked process, only shares out the cores.
     """
     if torch.cuda.is_available():
         return
@@ -92,24 +86,21 @@ def install() -> None:
         "stream": lambda stream: contextlib.nullcontext(stream),
         "current_stream": lambda device=None: _STREAM,
         "default_stream": lambda device=None: _STREAM,
-        # Not a number: torch would look for an accelerator of that number where the function mode is not in force, and
-        # it is not in a backward pass.
+        # Not a number: in a backward pass, where the function mode is not in force, torch would look for that GPU.
         "current_device": lambda: CPU,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
         "is_initialized": lambda: True,  # resuming asserts it, right after the process group has been set up
         "device_count": lambda: 1,  # NeMo seeds Megatron's random state trackers only where there is a device
-        # The random state that those trackers fork and restore: the CPU generator's.
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,
-        "default_generators": _Generators(),
+        "default_generators": defaultdict(lambda: torch.default_generator),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.cuda.random.get_rng_state = answers["get_rng_state"]
-    # Entered for the life of the process: Megatron's modules allocate their buffers at any time.
     _CudaMeansCpu().__enter__()
 
 

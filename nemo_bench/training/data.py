@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from nemo.collections import llm
-from nemo.collections.llm.gpt.data.mock import _MockGPTDataset
+from nemo.collections.llm.gpt.data import mock
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.training.settings import sample_order_folder
@@ -22,19 +23,6 @@ def build_tokenizer(cfg: TrainConfig) -> Any:
     return AutoTokenizer(pretrained_model_name=str(cfg.data.tokenizer), use_fast=True)
 
 
-class _RandomTokens(llm.MockDataModule):
-    """Make an attention mask where one is needed: NeMo 2.7.3 passes that wish on in the place of the seed."""
-
-    seed = 0
-
-    def setup(self, stage: str = "") -> None:
-        samples = {"train": self.num_train_samples, "valid": self.num_val_samples, "test": self.num_test_samples}
-        self._train_ds, self._validation_ds, self._test_ds = (
-            _MockGPTDataset(self.tokenizer, name, count, self.seq_length, self.seed, self.create_attention_mask)
-            for name, count in samples.items()
-        )
-
-
 def build_data(cfg: TrainConfig, tokenizer: Any) -> Any:
     """Return `PreTrainingDataModule` on the .bin/.idx pairs of `cfg.data`, or `MockDataModule`."""
     m, data = cfg.model, cfg.data
@@ -48,14 +36,14 @@ def build_data(cfg: TrainConfig, tokenizer: Any) -> Any:
         "persistent_workers": False,
     }
     if data.kind == "mock":
-        tokens = _RandomTokens(
+        # NeMo 2.7.3 passes the wish for an attention mask, which Megatron's own layers need, on in the seed's place.
+        mock._MockGPTDataset = partial(mock._MockGPTDataset, create_attention_mask=cfg.gpu.device == "cpu")
+        return llm.MockDataModule(
             num_train_samples=cfg.trainer.max_steps * m.global_batch_size,
             num_val_samples=cfg.trainer.limit_val_batches * m.global_batch_size,
             num_test_samples=0,
             **shared,
         )
-        tokens.seed = cfg.trainer.seed
-        return tokens
     paths = list(data.paths)
     if data.weights:
         paths = [item for weight, path in zip(data.weights, data.paths) for item in (str(weight), path)]

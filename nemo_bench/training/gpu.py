@@ -1,7 +1,4 @@
-"""A rank's GPU: whether there is one; its power, clocks, temperature and throttling meanwhile.
-
-What NVIDIA's management library (NVML) does not tell is left out, with one line in the rank's log: it fails no run.
-"""
+"""A rank's GPU: whether there is one; its power, clocks, temperature and throttling meanwhile, as far as NVML tells."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import os
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +14,6 @@ import torch
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import BenchError
 
-SAMPLE_INTERVAL_S = 0.1
-STOP_S = 2.0
 # NVML's bits (nvml.h, nvmlClocksEventReasons) that hold clocks back; an idle GPU and clocks that were set do not.
 _THROTTLING = {
     0x04: "sw_power_cap",
@@ -30,12 +26,7 @@ _THROTTLING = {
 
 
 def check_gpu(cfg: TrainConfig, local_rank: int) -> None:
-    """Refuse a machine that has no GPU for this rank, before the long imports.
-
-    Raises:
-        BenchError: naming what is missing.
-        RuntimeError: torch's, where CUDA itself does not start.
-    """
+    """Refuse a machine that has no GPU for this rank; RuntimeError, torch's, where CUDA itself does not start."""
     if torch.version.cuda is None:
         raise BenchError(
             f"torch {torch.__version__} is built without CUDA: install a CUDA build (pytorch.org), or choose gpu=cpu"
@@ -43,50 +34,46 @@ def check_gpu(cfg: TrainConfig, local_rank: int) -> None:
     torch.cuda.init()
     count = torch.cuda.device_count()
     if local_rank >= count:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        why = f"CUDA_VISIBLE_DEVICES={visible}" if visible is not None else "all of this machine's"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
         raise BenchError(
-            f"this rank is number {local_rank} of its node, and sees {count} GPUs ({why}): each rank must see as many "
-            f"as trainer.devices={cfg.trainer.devices}"
+            f"this rank is number {local_rank} of its node, and sees {count} GPUs (CUDA_VISIBLE_DEVICES={visible}): "
+            f"each rank must see as many as trainer.devices={cfg.trainer.devices}"
         )
 
 
 class GpuSampler:
-    """Sample one GPU in a thread from `start` to `stop`; `nvml` is the `pynvml` module, initialised."""
+    """Sample one GPU in a thread until `stop`; `nvml` is the `pynvml` module, initialised."""
 
-    def __init__(self, nvml: Any, handle: Any, interval_s: float = SAMPLE_INTERVAL_S) -> None:
+    def __init__(self, nvml: Any, handle: Any, interval_s: float = 0.1) -> None:
         self._nvml, self._handle, self._interval_s = nvml, handle, interval_s
-        self._questions: dict[str, tuple[Any, ...]] = {
-            "energy": (nvml.nvmlDeviceGetTotalEnergyConsumption,),
-            "sm_clock": (nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
-            "memory_clock": (nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
-            "temperature": (nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+        self._questions: dict[str, Callable[[], Any]] = {
+            "energy": lambda: (time.monotonic(), nvml.nvmlDeviceGetTotalEnergyConsumption(handle)),
+            "sm_clock": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "memory_clock": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            "temperature": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
             # The name before "event reasons", which every driver knows.
-            "reasons": (nvml.nvmlDeviceGetCurrentClocksThrottleReasons,),
+            "reasons": lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
         }
         self._lock = threading.Lock()
-        # Since the last `take`. Of the energy counter (seconds, mJ), whose last reading before that comes first.
-        self._samples: defaultdict[str, list[int]] = defaultdict(list)
-        self._energy: list[tuple[float, int]] = []
+        self._samples: defaultdict[str, list[Any]] = defaultdict(list)  # since the last `take`
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nvml", daemon=True)
-
-    def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread; return when it is gone, or hangs in the driver, as it may where a GPU has failed."""
         self._ended.set()
-        self._thread.join(STOP_S)
+        self._thread.join(timeout=2)
 
     def take(self) -> dict[str, Any]:
         """Return what was sampled since the last call, by the names of steps.jsonl, and start anew."""
         with self._lock:
-            energy, self._energy = self._energy, self._energy[-1:]
             samples, self._samples = self._samples, defaultdict(list)
+            self._samples["energy"] = samples["energy"][-1:]  # from there the next step's is counted
         summary: dict[str, Any] = {}
-        if energy and (seconds := energy[-1][0] - energy[0][0]) > 0:
-            summary["power_w"] = round((energy[-1][1] - energy[0][1]) / 1000 / seconds, 1)
+        if len(energy := samples["energy"]) > 1:
+            (first_s, first_mj), (last_s, last_mj) = energy[0], energy[-1]
+            summary["power_w"] = round((last_mj - first_mj) / 1000 / (last_s - first_s), 1)
         for clock in ("sm_clock", "memory_clock"):
             if mhz := samples[clock]:
                 summary[f"{clock}_mhz"] = round(sum(mhz) / len(mhz), 1)
@@ -99,49 +86,33 @@ class GpuSampler:
 
     def _run(self) -> None:
         while True:
-            now = time.monotonic()  # the energy counter is read first
-            sample = self._sample()
+            sample = {}
+            for name, question in list(self._questions.items()):
+                try:
+                    sample[name] = question()
+                except self._nvml.NVMLError as error:
+                    del self._questions[name]
+                    log(f"GPU measurements without {name}: {error}")
             with self._lock:
-                if "energy" in sample:
-                    self._energy.append((now, sample.pop("energy")))
                 for name, value in sample.items():
                     self._samples[name].append(value)
             if self._ended.wait(self._interval_s):
                 return
 
-    def _sample(self) -> dict[str, int]:
-        sample: dict[str, int] = {}
-        for name, (question, *arguments) in list(self._questions.items()):
-            try:
-                sample[name] = int(question(self._handle, *arguments))
-            except self._nvml.NVMLError as error:
-                del self._questions[name]
-                log(f"GPU measurements without {name}: {error}")
-        return sample
-
 
 def open_sampler(device: Any) -> GpuSampler | None:
-    """Return the sampler of a CUDA device, by torch's properties of it; None, and a line in the log, without NVML."""
+    """Return the sampler of a CUDA device, by torch's properties of it; None, and a line in the log, without NVML.
+
+    Found by UUID: NVML counts GPUs in an order of its own, and without CUDA_VISIBLE_DEVICES.
+    """
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return GpuSampler(pynvml, _handle(pynvml, device))
+        return GpuSampler(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{str(device.uuid).removeprefix('GPU-')}"))
     except Exception as error:  # a missing package, library or driver, or one that is not as it should be
         log(f"no GPU measurements: {type(error).__name__}: {error}")
         return None
-
-
-def _handle(nvml: Any, device: Any) -> Any:
-    """Return NVML's handle of a device; of an instance of a MIG device, its whole GPU's, which has the sensors.
-
-    Found by UUID: NVML counts GPUs in an order of its own, and without CUDA_VISIBLE_DEVICES.
-    """
-    uuid = str(device.uuid).removeprefix("GPU-").removeprefix("MIG-")
-    try:
-        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except nvml.NVMLError:
-        return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}"))
 
 
 def log(text: str) -> None:

@@ -42,7 +42,6 @@ class Hooks:
     def validation_end(self, loss: Any) -> None: ...
     def checkpoint(self, after_step: int) -> None: ...
     def train_end(self) -> None: ...
-    def failed(self) -> None: ...
 
 
 def call(hooks: list[Hooks], event: str, *arguments: Any) -> None:
@@ -52,10 +51,7 @@ def call(hooks: list[Hooks], event: str, *arguments: Any) -> None:
 
 
 class RunRecorder(Hooks):
-    """Write `events.jsonl`, and each step's loss, time, rates and device measurements to `steps.jsonl`.
-
-    For one rank, which knows the loss; it stands behind the `RankTelemetry` whose measurements it writes.
-    """
+    """Write `events.jsonl` and `steps.jsonl`, on one rank, behind the `RankTelemetry` whose measurements it writes."""
 
     def __init__(self, cfg: TrainConfig, run: RunFolder, events: EventLog, telemetry: RankTelemetry) -> None:
         self.cfg, self.run, self.events, self.telemetry = cfg, run, events, telemetry
@@ -67,7 +63,7 @@ class RunRecorder(Hooks):
         if left_out:
             self.events.write("left_out", settings=sorted(left_out))
         self.events.write("training", first_step=first_step)
-        # By now every rank has measured its peak, where it is not a published one.
+        # By now every rank has measured its peak, where none is published.
         self.peaks = [float(peak["tflops"]) for peak in measured_peaks(self.run).values()]
         self._announce(first_step)
         faulthandler.dump_traceback_later(SILENCE_S)
@@ -116,9 +112,8 @@ class RankTelemetry(Hooks):
 
     def train_start(self, first_step: int) -> None:
         if self.on_gpu:
-            self.sampler = open_sampler(torch.cuda.get_device_properties(torch.cuda.current_device()))
-        if self.sampler is not None:
-            self.sampler.start()
+            self.device = torch.cuda.get_device_properties(torch.cuda.current_device())
+            self.sampler = open_sampler(self.device)
 
     def step_start(self, step: int) -> None:
         if self.sampler is not None:
@@ -135,12 +130,12 @@ class RankTelemetry(Hooks):
         self.rows.append({"train_step_timing_s": step.seconds, **self.step})
 
     def train_end(self) -> None:
-        self._stop()
+        if self.sampler is not None:
+            self.sampler.stop()
         rank: dict[str, Any] = {"rank": self.rank, "host": socket.gethostname()}
         if self.on_gpu:
-            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-            rank |= {"local_rank": int(os.environ["LOCAL_RANK"]), "gpu_name": properties.name}
-            rank["gpu_uuid"] = f"GPU-{str(properties.uuid).removeprefix('GPU-')}"
+            rank |= {"local_rank": int(os.environ["LOCAL_RANK"]), "gpu_name": self.device.name}
+            rank["gpu_uuid"] = f"GPU-{str(self.device.uuid).removeprefix('GPU-')}"
         if self.matrix_tflops is not None:
             rank["matrix_tflops"] = round(self.matrix_tflops, 1)
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
@@ -150,11 +145,3 @@ class RankTelemetry(Hooks):
                 write_ranks(self.run.path, ranks)
         except (RuntimeError, OSError) as error:  # the training is done, and its numbers are safe
             log(f"no ranks.json: {type(error).__name__}: {error}")
-
-    def failed(self) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        if self.sampler is not None:
-            self.sampler.stop()
-            self.sampler = None

@@ -6,7 +6,6 @@ changes neither what is trained nor what is measured, and written down; else it 
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +20,7 @@ _WITHOUT: dict[str, Any] = {
     "fp8_recipe": "delayed",
     "recompute_modules": ["core_attn"],
 }
-# Change no step: how a checkpoint is laid out, what another setting says too, what Megatron itself knows, and the
-# vocabulary, which nemo2.py holds against the tokenizer's.
+# Change no step; nemo2.py holds the vocabulary against the tokenizer's.
 _HARMLESS = (
     *("ckpt_optim_fully_reshardable", "overlap_param_gather", "vocab_size", "vp_stage", "tp_comm_bootstrap_backend"),
 )
@@ -32,16 +30,14 @@ left_out: set[str] = set()
 
 def names_of(target: Callable[..., Any]) -> set[str]:
     """Return the settings that a function or a class takes, those included that a class hands on to its bases."""
-    if inspect.isclass(target) and dataclasses.is_dataclass(target):
-        return {field.name for field in dataclasses.fields(target) if field.init}
+    functions = [target]
+    if inspect.isclass(target):
+        functions = [vars(owner)["__init__"] for owner in target.__mro__ if "__init__" in vars(owner)]
     names: set[str] = set()
-    for owner in target.__mro__ if inspect.isclass(target) else [target]:
-        function = vars(owner).get("__init__") if inspect.isclass(owner) else owner
-        if function is None or owner is object:
-            continue
-        parameters = inspect.signature(function).parameters.values()
-        names |= {parameter.name for parameter in parameters}
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    for function in functions:
+        parameters = inspect.signature(function).parameters
+        names |= set(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
     return names
 
@@ -49,8 +45,7 @@ def names_of(target: Callable[..., Any]) -> set[str]:
 def known(target: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
     """Return `target(*arguments, **settings)`, without the settings that it lacks and does not need.
 
-    Raises:
-        BenchError: without one of them another model would be trained, or another kernel measured.
+    Raise BenchError where without one of them another model would be trained, or another kernel measured.
     """
     names = names_of(target)
     kept: dict[str, Any] = {}

@@ -1,8 +1,4 @@
-"""Megatron's transformer layer without Transformer Engine: what a CPU can compute.
-
-Megatron's own local specification refuses sequence parallelism: the gradients of a norm's weights are then partial sums
-to be added up over the tensor-parallel ranks, and torch.nn.RMSNorm does not mark its weight so. This one does.
-"""
+"""Megatron's transformer layer without Transformer Engine: what a CPU can compute."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from nemo_bench.training.known import known
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Take Megatron's constructor, and mark the weight for its gradient finalisation."""
+    """Take Megatron's constructor, and mark the weight: its gradients are added up over the tensor-parallel ranks."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)

@@ -1,7 +1,6 @@
-"""A run's numbers in the logger that a user has: TensorBoard, Weights & Biases or MLflow, by Megatron's names.
+"""A run's numbers in the logger that a user has, by Megatron's names: written between steps, by one rank.
 
-They are written between steps, outside every step's time, by the one rank that records the run. Nothing leaves the
-machine unless the user's own variables say so: a closed network cannot hold a run up.
+Nothing leaves the machine unless the user's own variables say so: a closed network cannot hold a run up.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _NAMES = {
     "mfu": "mfu",
     "peak_memory_gib": "mem-max-allocated-gigabytes",
 }
-Writer = Callable[[dict[str, float], int], object]
+Writer = tuple[Callable[[dict[str, float], int], object], Callable[[], object]]  # writes a step; closes
 
 
 class MetricsLogger(Hooks):
@@ -36,9 +35,8 @@ class MetricsLogger(Hooks):
         self.cfg, self.recorder = cfg, recorder
 
     def train_start(self, first_step: int) -> None:
-        folder = self.recorder.run.path / LOGGER
+        kind, folder = self.cfg.logger.kind, self.recorder.run.path / LOGGER
         folder.mkdir(exist_ok=True)
-        kind = self.cfg.logger.kind
         try:
             self._write, self._close = _OPENED[kind](folder)
         except ImportError as error:
@@ -52,7 +50,7 @@ class MetricsLogger(Hooks):
         self._close()
 
 
-def _tensorboard(folder: Path) -> tuple[Writer, Callable[[], None]]:
+def _tensorboard(folder: Path) -> Writer:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder))
@@ -64,7 +62,7 @@ def _tensorboard(folder: Path) -> tuple[Writer, Callable[[], None]]:
     return write, writer.close
 
 
-def _wandb(folder: Path) -> tuple[Writer, Callable[[], None]]:
+def _wandb(folder: Path) -> Writer:
     import wandb
 
     mode = os.environ.get("WANDB_MODE", "offline")
@@ -72,7 +70,7 @@ def _wandb(folder: Path) -> tuple[Writer, Callable[[], None]]:
     return run.log, run.finish
 
 
-def _mlflow(folder: Path) -> tuple[Writer, Callable[[], None]]:
+def _mlflow(folder: Path) -> Writer:
     import mlflow
 
     mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db"))

@@ -24,11 +24,7 @@ from nemo_bench.training.known import known
 
 def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
     """Train `cfg` to its last step."""
-    try:
-        known(bridge_pretrain, build_container(cfg), forward_step, callbacks=[_BridgeHooks(hooks)])
-    except BaseException:
-        call(hooks, "failed")
-        raise
+    known(bridge_pretrain, build_container(cfg), forward_step, callbacks=[_BridgeHooks(hooks)])
 
 
 class _BridgeHooks(Callback):
@@ -57,9 +53,8 @@ class _BridgeHooks(Callback):
         seconds = time.perf_counter() - self.began
         loss = (context.loss_dict or {}).get("lm loss")  # on the last pipeline stage alone
         loss = None if loss is None else loss.reshape(-1)[0]
-        lr = context.optimizer.param_groups[0]["lr"]
-        # Bridge has not counted this step yet.
-        call(self.hooks, "step_end", Step(context.state.train_state.step, seconds, loss, context.grad_norm, lr))
+        lr, number = context.optimizer.param_groups[0]["lr"], context.state.train_state.step  # not counted yet
+        call(self.hooks, "step_end", Step(number, seconds, loss, context.grad_norm, lr))
 
     def on_eval_start(self, context: CallbackContext) -> None:
         call(self.hooks, "validation_start", context.state.train_state.step - 1)
@@ -73,8 +68,10 @@ class _BridgeHooks(Callback):
 
 def build_container(cfg: TrainConfig) -> Any:
     """Return Bridge's configuration; it draws validation and test batches after the last step where `cfg` has any."""
-    m, t, on_gpu = cfg.model, cfg.trainer, cfg.gpu.device == "cuda"
-    overlap = None
+    m, t, o = cfg.model, cfg.trainer, cfg.model.optim
+    mixed_precision = overlap = None
+    if settings.working_dtype(cfg) is torch.bfloat16:
+        mixed_precision = known(MixedPrecisionConfig, bf16=True, **settings.precision_settings(cfg))
     if m.tp_comm_overlap and m.tensor_model_parallel_size > 1:
         overlap = known(comm_overlap.CommOverlapConfig, **settings.tp_overlap_settings(cfg, comm_overlap))
     return bridge.ConfigContainer(
@@ -90,20 +87,28 @@ def build_container(cfg: TrainConfig) -> Any:
             manual_gc_interval=t.gc_interval,
         ),
         optimizer=known(bridge.OptimizerConfig, **settings.optimizer_settings(cfg)),
-        scheduler=_schedule(cfg),
+        scheduler=known(
+            bridge.SchedulerConfig,
+            lr_decay_style="cosine",
+            lr_warmup_iters=o.warmup_steps,
+            lr_decay_iters=max(t.max_steps, o.warmup_steps + 1),
+            # These two are used, not the optimizer's.
+            start_weight_decay=o.weight_decay,
+            end_weight_decay=o.weight_decay,
+        ),
         ddp=known(bridge.DistributedDataParallelConfig, **settings.ddp_settings(cfg)),
         dataset=_dataset(cfg),
-        logger=known(bridge.LoggerConfig, log_interval=1, tensorboard_dir=None),
+        logger=known(bridge.LoggerConfig, log_interval=1),
         tokenizer=_tokenizer(cfg),
-        checkpoint=known(bridge.CheckpointConfig, save=None, load=None),
+        checkpoint=known(bridge.CheckpointConfig),
         rng=known(bridge.RNGConfig, seed=t.seed, te_rng_tracker=m.cuda_graph_impl != "none"),
         dist=known(
             bridge.DistributedInitConfig,
-            distributed_backend="nccl" if on_gpu else "gloo",
+            distributed_backend="nccl" if cfg.gpu.device == "cuda" else "gloo",
             use_gloo_process_groups=False,
         ),
         comm_overlap=overlap,
-        mixed_precision=_precision(cfg),
+        mixed_precision=mixed_precision,
     )
 
 
@@ -112,8 +117,7 @@ def _model(cfg: TrainConfig) -> Any:
     if cfg.model.rope_scaling:
         values["rope_scaling_factor"] = 8.0  # Llama 3.1's
     if cfg.gpu.device == "cpu":
-        values |= {"transformer_impl": "local", "gradient_accumulation_fusion": False}
-        values["defer_embedding_wgrad_compute"] = False
+        values["transformer_impl"] = "local"
     return known(
         GPTModelProvider,
         normalization="RMSNorm",
@@ -129,26 +133,13 @@ def _model(cfg: TrainConfig) -> Any:
     )
 
 
-def _schedule(cfg: TrainConfig) -> Any:
-    o, steps = cfg.model.optim, cfg.trainer.max_steps
-    return known(
-        bridge.SchedulerConfig,
-        lr_decay_style="cosine",
-        lr_warmup_iters=o.warmup_steps,
-        lr_decay_iters=max(steps, o.warmup_steps + 1),
-        # These two are used, not the optimizer's.
-        start_weight_decay=o.weight_decay,
-        end_weight_decay=o.weight_decay,
-    )
-
-
 def _dataset(cfg: TrainConfig) -> Any:
-    data, mock = cfg.data, cfg.data.kind == "mock"
-    kind = bridge.MockGPTDatasetConfig if mock else bridge.GPTDatasetConfig
-    values: dict[str, Any] = {}
-    if not mock:
-        values = {"blend": (list(data.paths), list(data.weights) or None)}
-        values["path_to_cache"] = settings.sample_order_folder(cfg)
+    data, kind = cfg.data, bridge.MockGPTDatasetConfig
+    files: dict[str, Any] = {}
+    if data.kind != "mock":
+        kind = bridge.GPTDatasetConfig
+        files = {"blend": (list(data.paths), list(data.weights) or None)}
+        files["path_to_cache"] = settings.sample_order_folder(cfg)
     return kind(
         random_seed=cfg.trainer.seed,
         seq_length=cfg.model.seq_length,
@@ -161,27 +152,12 @@ def _dataset(cfg: TrainConfig) -> Any:
         skip_getting_attention_mask_from_dataset=True,
         num_workers=data.num_workers,
         pin_memory=cfg.gpu.device == "cuda",
-        **values,
+        **files,
     )
 
 
 def _tokenizer(cfg: TrainConfig) -> Any:
+    tokenizer: dict[str, Any] = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": cfg.data.tokenizer}
     if cfg.data.kind == "mock":
-        only_a_size = {"tokenizer_type": "NullTokenizer", "vocab_size": cfg.model.vocab_size - 1}
-        return known(TokenizerConfig, use_tokenizer_vocab_size=False, **only_a_size)
-    folder = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": cfg.data.tokenizer}
-    return known(TokenizerConfig, use_tokenizer_vocab_size=False, **folder)
-
-
-def _precision(cfg: TrainConfig) -> Any:
-    if settings.working_dtype(cfg) is torch.float32:
-        return None
-    return known(
-        MixedPrecisionConfig,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
-        autocast_enabled=False,
-        grad_reduce_in_fp32=cfg.model.optim.grad_reduce_in_fp32,
-        **settings.fp8_settings(cfg),
-    )
+        tokenizer = {"tokenizer_type": "NullTokenizer", "vocab_size": cfg.model.vocab_size - 1}
+    return known(TokenizerConfig, use_tokenizer_vocab_size=False, **tokenizer)

@@ -1,7 +1,4 @@
-"""The stack on NeMo 2: model, optimizer, trainer and callbacks of a configuration, and `llm.pretrain`.
-
-Importing this module imports all that a rank needs: torch, megatron-core, Lightning and NeMo.
-"""
+"""The stack on NeMo 2: model, optimizer, trainer and callbacks of a configuration, and `llm.pretrain`."""
 
 from __future__ import annotations
 
@@ -27,21 +24,25 @@ from nemo_bench.training.data import build_data, build_tokenizer
 from nemo_bench.training.hooks import Hooks, Step, call
 from nemo_bench.training.known import known, left_out
 
+# What Lightning's strategy wants to be told of the model's settings.
+_LAYOUT = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    *("pipeline_model_parallel_layout", "context_parallel_size", "sequence_parallel", "use_te_rng_tracker"),
+)
+
 
 def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
     """Train `cfg` to its last step, or until a preemption."""
-    tokenizer = build_tokenizer(cfg)
-    strategy = build_strategy(cfg)
+    tokenizer, strategy, o = build_tokenizer(cfg), build_strategy(cfg), cfg.model.optim
     if cfg.gpu.device == "cpu":
         cpu_device.install_for_checkpoints()
-        # NeMo's ProgressPrinter reads Megatron's timers on rank 0 alone, which all-gathers: with gloo the next
-        # collective then never ends.
+        # NeMo's ProgressPrinter reads them on rank 0 alone, which all-gathers: gloo's next collective never ends.
         strategy.timers = None
-    trainer = _trainer(cfg, _callbacks(cfg, run_dir, hooks), strategy)
     llm.pretrain(
         model=build_model(cfg, tokenizer),
         data=build_data(cfg, tokenizer),
-        trainer=trainer,
+        trainer=_trainer(cfg, _callbacks(cfg, run_dir, hooks), strategy),
         log=nl.NeMoLogger(
             explicit_log_dir=str(run_dir / "nemo"),
             log_global_rank_0_only=True,
@@ -49,7 +50,12 @@ def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
             update_logger_directory=False,
         ),
         resume=build_resume(cfg, run_dir),
-        optim=_optimizer(cfg),
+        optim=nl.MegatronOptimizerModule(
+            known(OptimizerConfig, **settings.optimizer_settings(cfg)),
+            lr_scheduler=CosineAnnealingScheduler(
+                max_steps=cfg.trainer.max_steps, warmup_steps=o.warmup_steps, constant_steps=0, min_lr=o.min_lr
+            ),
+        ),
     )
 
 
@@ -86,9 +92,6 @@ class _LightningHooks(pl.Callback):
     def on_train_end(self, *_: Any) -> None:
         call(self.hooks, "train_end")
 
-    def on_exception(self, *_: Any) -> None:
-        call(self.hooks, "failed")
-
 
 def _callbacks(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> list[Any]:
     timing = TimingCallback(timer_kwargs={"sync_cuda": cfg.gpu.device == "cuda"})  # as in the recipe
@@ -100,16 +103,12 @@ def _callbacks(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> list[Any]
     if cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None:
         callbacks.append(CheckpointOnSignal(run_dir))
     if cfg.model.tp_comm_overlap and cfg.model.tensor_model_parallel_size > 1:
-        callbacks.append(_tp_comm_overlap(cfg))
+        from nemo.collections.llm.recipes.tp_overlap_configs import userbuffers
+        from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+
+        # It alone allocates the user buffers; other overlaps it derives from the parallel sizes, unless given them.
+        callbacks.append(known(MegatronCommOverlapCallback, **settings.tp_overlap_settings(cfg, userbuffers)))
     return callbacks
-
-
-def _tp_comm_overlap(cfg: TrainConfig) -> Any:
-    from nemo.collections.llm.recipes.tp_overlap_configs import userbuffers
-    from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
-
-    # It alone allocates the user buffers; all other overlaps it derives from the parallel sizes, unless given them.
-    return known(MegatronCommOverlapCallback, **settings.tp_overlap_settings(cfg, userbuffers))
 
 
 def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
@@ -119,10 +118,7 @@ def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
     if "vocab_size" in left_out and tokenizer is not None:  # it then comes from the tokenizer
         own = cfg.model.make_vocab_size_divisible_by * cfg.model.tensor_model_parallel_size
         if -(-tokenizer.vocab_size // own) * own != cfg.padded_vocab_size:
-            raise BenchError(
-                f"model.vocab_size={cfg.model.vocab_size} would be without effect: this NeMo takes the tokenizer's, "
-                f"{tokenizer.vocab_size}\nuse model.vocab_size={tokenizer.vocab_size}"
-            )
+            raise BenchError(f"this NeMo takes the tokenizer's vocabulary: use model.vocab_size={tokenizer.vocab_size}")
     return llm.LlamaModel(config, tokenizer=tokenizer)
 
 
@@ -135,19 +131,11 @@ class _Strategy(nl.MegatronStrategy):
 
 def build_strategy(cfg: TrainConfig) -> nl.MegatronStrategy:
     """Return the parallel layout and Megatron's data-parallel wrapper."""
-    m = cfg.model
+    values = settings.model_settings(cfg)
     strategy: nl.MegatronStrategy = known(
         _Strategy,
-        tensor_model_parallel_size=m.tensor_model_parallel_size,
-        pipeline_model_parallel_size=m.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=m.virtual_pipeline_model_parallel_size,
-        account_for_embedding_in_pipeline_split=m.account_for_embedding_in_pipeline_split,
-        account_for_loss_in_pipeline_split=m.account_for_loss_in_pipeline_split,
-        pipeline_model_parallel_layout=m.pipeline_model_parallel_layout,
-        context_parallel_size=m.context_parallel_size,
-        sequence_parallel=m.sequence_parallel and m.tensor_model_parallel_size > 1,
+        **{name: values[name] for name in _LAYOUT},
         ddp=known(DistributedDataParallelConfig, **settings.ddp_settings(cfg)),
-        use_te_rng_tracker=m.cuda_graph_impl != "none",
         ckpt_async_save=False,
         # A checkpoint that another layout can continue. With Megatron's other format its own loading of the
         # precision-aware optimizer fails ('bool' object has no attribute 'dtype', megatron-core 0.15.3).
@@ -159,24 +147,9 @@ def build_strategy(cfg: TrainConfig) -> nl.MegatronStrategy:
 
 def build_precision(cfg: TrainConfig) -> nl.MegatronMixedPrecision:
     """Return the number formats of parameters, activations, gradients and fp8 matrix products."""
-    precision: nl.MegatronMixedPrecision = known(
-        nl.MegatronMixedPrecision,
-        precision=cfg.precision.trainer_precision,
-        params_dtype=settings.working_dtype(cfg),
-        pipeline_dtype=settings.working_dtype(cfg),
-        autocast_enabled=False,
-        grad_reduce_in_fp32=cfg.model.optim.grad_reduce_in_fp32,
-        **settings.fp8_settings(cfg),
-    )
+    formats, trainer_precision = settings.precision_settings(cfg), cfg.precision.trainer_precision
+    precision: nl.MegatronMixedPrecision = known(nl.MegatronMixedPrecision, precision=trainer_precision, **formats)
     return precision
-
-
-def _optimizer(cfg: TrainConfig) -> nl.MegatronOptimizerModule:
-    o = cfg.model.optim
-    schedule = CosineAnnealingScheduler(
-        max_steps=cfg.trainer.max_steps, warmup_steps=o.warmup_steps, constant_steps=0, min_lr=o.min_lr
-    )
-    return nl.MegatronOptimizerModule(known(OptimizerConfig, **settings.optimizer_settings(cfg)), lr_scheduler=schedule)
 
 
 def _trainer(cfg: TrainConfig, callbacks: list[Any], strategy: nl.MegatronStrategy) -> nl.Trainer:
@@ -189,15 +162,12 @@ def _trainer(cfg: TrainConfig, callbacks: list[Any], strategy: nl.MegatronStrate
         max_epochs=1,
         val_check_interval=t.max_steps,  # one validation, after the last step
         limit_val_batches=t.limit_val_batches,
-        limit_test_batches=0,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         logger=False,
         enable_checkpointing=cfg.checkpoint.every_n_steps is not None,
-        accumulate_grad_batches=1,
         use_distributed_sampler=False,
-        # Named outright: the ranks are started by nemo_bench, whatever else the environment looks like. Lightning's
-        # own requeue would call scontrol, which a container does not have.
+        # Named outright: nemo_bench starts the ranks. Lightning's requeue would call scontrol, which no container has.
         plugins=[
             build_precision(cfg),
             SLURMEnvironment(auto_requeue=False) if cfg.cluster.scheduler == "slurm" else LightningEnvironment(),

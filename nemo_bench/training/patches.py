@@ -35,10 +35,9 @@ def install(cfg: TrainConfig) -> None:
 
 
 def te_weight_gradient_accumulation() -> None:
-    """Make gradient accumulation fusion work without Apex, where Transformer Engine is installed.
+    """Have Transformer Engine add the output layer's weight gradient to the step's, where Apex is not installed.
 
-    Megatron's output layer adds its weight gradient to the step's by two functions of Apex. Without them NeMo leaves
-    the fusion off in silence. Transformer Engine's matrix product does the same.
+    Megatron calls two functions of Apex for it; without them NeMo leaves gradient accumulation fusion off in silence.
     """
     if importlib.util.find_spec(APEX_MODULE) or not importlib.util.find_spec("transformer_engine"):
         return
@@ -52,17 +51,8 @@ def te_weight_gradient_accumulation() -> None:
 
     def accumulate(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
         """main_grad += grad_output^T @ total_input; shapes (out, in), (tokens, out), (tokens, in)."""
-        general_gemm(
-            total_input,
-            grad_output,
-            layout="NT",
-            grad=True,
-            accumulate=True,
-            out=main_grad,
-            out_dtype=main_grad.dtype,
-            use_split_accumulator=False,
-            **workspace,
-        )
+        how = {"layout": "NT", "grad": True, "accumulate": True, "use_split_accumulator": False, **workspace}
+        general_gemm(total_input, grad_output, out=main_grad, out_dtype=main_grad.dtype, **how)
 
     module = ModuleType(APEX_MODULE)
     module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate  # type: ignore[attr-defined]
@@ -90,9 +80,8 @@ def te_swiglu_backward() -> None:
 def fp8_cast_without_transpose() -> None:
     """Have Megatron's distributed optimizer cast fp32 main weights to fp8 parameters only in the layout they have.
 
-    Megatron has Transformer Engine cast each parameter's shard as a matrix of one row, with a transposed copy that
-    nobody reads: with four layers of the 70B a step took 1.41 s with it and 1.18 s without, on one H200 each
-    (benchmarks/results/gpu_speed/variants.json). Whole parameters get their copies in the next forward pass.
+    Not with a transposed copy that nobody reads: four layers of the 70B took 1.41 s a step with it and 1.18 s without,
+    on one H200 each (benchmarks/results/gpu_speed/variants.json). The next forward pass copies whole parameters.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -117,8 +106,8 @@ def fp8_cast_without_transpose() -> None:
 def adam_one_parameter_at_a_time() -> None:
     """Have every FusedAdam step parameter by parameter.
 
-    Transformer Engine's computes in fp32: it widens the bf16 moments of a whole group of parameters before its kernels,
-    and so takes more memory than they save (8 bytes a parameter: the 8B did not fit one H200).
+    Transformer Engine's widens the bf16 moments of a whole group of parameters to fp32, and so takes more memory than
+    they save (8 bytes a parameter: the 8B did not fit one H200).
     """
     from transformer_engine.pytorch.optimizers import FusedAdam
 

@@ -9,14 +9,13 @@ import signal
 import threading
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-_received = threading.Event()
+received = threading.Event()  # one of them has come to this process
 
 
 def listen() -> None:
     """Note both signals from now on; to be called before there is another thread.
 
-    They are blocked, and a thread waits for them. A handler would do for this process, but processes that it starts
-    (checkpoint writers, data loaders) would be ended by the same signals: a blocked one stays blocked in them.
+    They are blocked, and so they stay in processes that this one starts (checkpoint writers, data loaders).
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     threading.Thread(target=_wait, daemon=True).start()
@@ -25,9 +24,4 @@ def listen() -> None:
 def _wait() -> None:
     while True:
         signal.sigwait(_SIGNALS)
-        _received.set()
-
-
-def received() -> bool:
-    """Return whether one of the signals has come to this process."""
-    return _received.is_set()
+        received.set()

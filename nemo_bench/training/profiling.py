@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, record_function, schedule
+from torch.profiler import record_function, schedule
 
 from nemo_bench.config import ProfileConfig, TrainConfig
 from nemo_bench.files import atomic_file, temporary_path, write_text
@@ -21,10 +21,7 @@ from nemo_bench.training.hooks import Hooks, Step
 
 
 def build_profiling(cfg: TrainConfig, run_dir: Path, rank: int) -> list[Hooks]:
-    """Return this rank's profiler, if it has one.
-
-    A stack calls it outside the time that it measures: what a profiler does between two steps is in no step's time.
-    """
+    """Return this rank's profiler, if it has one; what it does between two steps is in no step's time."""
     p = cfg.profile
     if p.kind == "none" or rank not in p.ranks:
         return []
@@ -32,23 +29,20 @@ def build_profiling(cfg: TrainConfig, run_dir: Path, rank: int) -> list[Hooks]:
 
 
 class _Profile(Hooks):
-    """Mark each profiled step, and in it the optimizer's part, from device idle to device idle.
+    """Mark each profiled step, and in it the optimizer's part, from device idle to device idle."""
 
-    `mark` is a context that names a part of the profile; subclasses say what happens around each step.
-    """
+    mark: Callable[[str], Any]  # a context that names a part of the profile
 
-    def __init__(self, profile: ProfileConfig, mark: Callable[[str], Any]) -> None:
-        self.profile, self.mark = profile, mark
+    def __init__(self, profile: ProfileConfig) -> None:
+        self.profile = profile
         self.steps = range(profile.start_step, profile.end_step + 1)
         self.marks: ExitStack | None = None  # of the step under way
 
     def before(self, step: int) -> None: ...
-
     def after(self, step: int) -> None: ...
 
     def step_start(self, step: int) -> None:
-        if step in self.steps:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         self.before(step)
         if step in self.steps:
             self.marks = ExitStack()
@@ -69,25 +63,24 @@ class _Profile(Hooks):
 class _TorchProfile(_Profile):
     """Run PyTorch's profiler; write its trace, and a table of time by kernel class, on a CPU PyTorch's own."""
 
+    mark = record_function
+
     def __init__(self, profile: ProfileConfig, run_dir: Path, rank: int) -> None:
-        super().__init__(profile, record_function)
-        self.path = run_dir / PROFILE / f"rank{rank}"
+        super().__init__(profile)
+        self.rank, self.path = rank, run_dir / PROFILE / f"rank{rank}"
         self.profiler: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
         p = self.profile
-        if step != p.start_step - 1:
-            return
-        gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-        self.profiler = torch.profiler.profile(
-            activities=[ProfilerActivity.CPU, *gpu],
-            schedule=schedule(wait=0, warmup=1, active=len(self.steps), repeat=1),
-            on_trace_ready=self._write,
-            record_shapes=p.record_shapes,
-            with_stack=p.with_stack,
-            profile_memory=p.profile_memory,
-        )
-        self.profiler.start()
+        if step == p.start_step - 1:
+            self.profiler = torch.profiler.profile(
+                schedule=schedule(wait=0, warmup=1, active=len(self.steps), repeat=1),
+                on_trace_ready=self._write,
+                record_shapes=p.record_shapes,
+                with_stack=p.with_stack,
+                profile_memory=p.profile_memory,
+            )
+            self.profiler.start()
 
     def after(self, step: int) -> None:
         if self.profiler is not None:
@@ -109,8 +102,7 @@ class _TorchProfile(_Profile):
                 shutil.copyfileobj(plain, packed, 1 << 20)
             try:
                 if torch.cuda.is_available():
-                    rank = int(self.path.name.removeprefix("rank"))
-                    step_profile.write(step_profile.measure(trace, rank=rank), self.path)
+                    step_profile.write(step_profile.measure(trace, rank=self.rank), self.path)
                 else:
                     table = profiler.key_averages().table("self_cpu_time_total", row_limit=50)
                     write_text(self.path.with_suffix(".txt"), table)
@@ -123,24 +115,15 @@ class _TorchProfile(_Profile):
 class _NsysRange(_Profile):
     """Tell nsys, which this rank runs under (cluster/nsys.py), where the profiled steps begin and end.
 
-    Not NeMo's NsysCallback: it leaves the last step out, and wraps every operation in an NVTX range, which slows steps.
+    Not NeMo's NsysCallback: it leaves the last step out, and its NVTX range around every operation slows steps.
     """
 
-    def __init__(self, profile: ProfileConfig) -> None:
-        super().__init__(profile, torch.cuda.nvtx.range)
+    mark = staticmethod(torch.cuda.nvtx.range)
 
     def before(self, step: int) -> None:
         if step == self.profile.start_step:
-            _name_megatrons_parts(True)
             torch.cuda.cudart().cudaProfilerStart()
 
     def after(self, step: int) -> None:
         if step == self.profile.end_step:
             torch.cuda.cudart().cudaProfilerStop()
-            _name_megatrons_parts(False)
-
-
-def _name_megatrons_parts(enabled: bool) -> None:
-    from megatron.core.utils import configure_nvtx_profiling  # not in every Megatron, and nothing else here needs it
-
-    configure_nvtx_profiling(enabled)

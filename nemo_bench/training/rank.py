@@ -1,7 +1,4 @@
-"""One rank of a run: `python -m nemo_bench.training.rank RUN_FOLDER`, with its place in RANK, LOCAL_RANK, …
-
-Everything it needs is in the run folder (config.yaml); everything it has to say goes there.
-"""
+"""One rank of a run: `python -m nemo_bench.training.rank RUN_FOLDER`, with its place in RANK, LOCAL_RANK, …"""
 
 from __future__ import annotations
 
@@ -67,13 +64,12 @@ def main(run_dir: Path) -> None:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    # No destructors: another rank may wait in a collective for this one, and Python would ask data loaders to end by
-    # SIGTERM, which they do not hear where checkpoints are saved.
+    # No destructors: another rank may wait in a collective for this one, and data loaders do not hear SIGTERM.
     os._exit(status)
 
 
 def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None:
-    """Check the device, import what trains, with its patches, measure the matrix rate, and train."""
+    """Check the device, import what trains, measure the matrix rate, and train."""
     local_rank, on_gpu = int(os.environ["LOCAL_RANK"]), cfg.gpu.device == "cuda"
     if on_gpu:
         from nemo_bench.training.gpu import check_gpu
@@ -84,7 +80,7 @@ def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None
 
     patches.install(cfg)
     incompatibilities.install(*_INCOMPATIBILITIES[cfg.entrypoint.stack])
-    # About 20 s on a CPU: torch, Transformer Engine, megatron-core, and NeMo or Megatron-Bridge.
+    # About 20 s on a CPU.
     stack = import_module(f"nemo_bench.training.{cfg.entrypoint.stack}")
     from nemo_bench.training.hooks import RankTelemetry, RunRecorder
     from nemo_bench.training.matrix_rate import cpu_matrix_rate, gpu_matrix_rate

@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import AttnBackend
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import BenchError
 
-# Fields of our `model` that Megatron's model does not have; it has all others, under the same names.
+# Fields of our `model` that Megatron's model does not have; it has all others, by the same names.
 _NOT_OF_THE_MODEL = ("name", "optim", "micro_batch_size", "global_batch_size", "tp_comm_overlap", "tp_comm_overlap_cfg")
 # NVIDIA's tables of user buffers name the GPU they were made for; others of its architecture use the same.
 _TABLES_OF_CAPABILITY = {9: "h100", 10: "b200"}
@@ -40,8 +40,7 @@ def model_settings(cfg: TrainConfig) -> dict[str, Any]:
         settings |= {
             "transformer_layer_spec": local_block_spec,
             "use_cpu_initialization": True,
-            # gloo reads an output that is being sent at some later moment, not in the order of a stream: interleaved
-            # stages would train on what then happens to lie in its memory.
+            # gloo reads what it sends at some later moment: interleaved stages would train on what then lies there.
             "deallocate_pipeline_outputs": False,
         }
     return settings
@@ -57,8 +56,8 @@ def pipeline_communication(cfg: TrainConfig) -> dict[str, Any]:
     m = cfg.model
     interleaved = (m.virtual_pipeline_model_parallel_size or 1) > 1
     return {
-        # The pair that NeMo's MegatronCommOverlapCallback derives from VP. With the other pair, interleaved stages
-        # give wrong losses in silence on CPU (gloo); so they are no settings of ours.
+        # As NeMo's MegatronCommOverlapCallback has it. With the other pair, interleaved stages give wrong losses in
+        # silence on CPU (gloo); so they are no settings of ours.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": m.pipeline_model_parallel_size > 1 and not interleaved,
         "defer_embedding_wgrad_compute": cfg.defers_embedding_wgrad,
@@ -90,16 +89,19 @@ def ddp_settings(cfg: TrainConfig) -> dict[str, Any]:
     }
 
 
-def fp8_settings(cfg: TrainConfig) -> dict[str, Any]:
-    """Return the number formats of fp8 and NVFP4 matrix products; empty where there are none."""
-    p = cfg.precision
-    others: tuple[str, ...] = ("name", "trainer_precision")
-    if not p.first_last_layers_bf16:
-        others += ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
-    formats = {name: value for name, value in vars(p).items() if name not in others}
-    # MXFP8 parameters are gathered in bf16 and cast: the gradients' memory serves for it.
-    reuses = p.fp8_recipe == "mxfp8" and p.fp8_param_gather
-    return formats | {"reuse_grad_buf_for_mxfp8_param_ag": reuses} if p.fp8 or p.fp4 else {}
+def precision_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """Return the number formats of parameters, activations, gradients, and fp8 and NVFP4 matrix products."""
+    p, dtype = cfg.precision, working_dtype(cfg)
+    formats: dict[str, Any] = {"params_dtype": dtype, "pipeline_dtype": dtype, "autocast_enabled": False}
+    formats["grad_reduce_in_fp32"] = cfg.model.optim.grad_reduce_in_fp32
+    if p.fp8 or p.fp4:
+        others: tuple[str, ...] = ("name", "trainer_precision")
+        if not p.first_last_layers_bf16:
+            others += ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        formats |= {name: value for name, value in vars(p).items() if name not in others}
+        # MXFP8 parameters are gathered in bf16 and cast: the gradients' memory serves for it.
+        formats["reuse_grad_buf_for_mxfp8_param_ag"] = p.fp8_recipe == "mxfp8" and p.fp8_param_gather
+    return formats
 
 
 def optimizer_settings(cfg: TrainConfig) -> dict[str, Any]:
@@ -157,8 +159,7 @@ def _user_buffers(cfg: TrainConfig, tables: Any) -> Any:
 def sample_order_folder(cfg: TrainConfig) -> str:
     """Return the folder of Megatron's sample order, named after the files that it is made for.
 
-    Megatron finds a saved order by path, seed and length alone: after a dataset was prepared anew at the same path it
-    would go on with the old one's.
+    Megatron finds a saved order by path, seed and length alone: that of a dataset since prepared anew, too.
     """
     data = cfg.data
     assert data.folder is not None

@@ -42,7 +42,6 @@ def test_the_sampler_finds_torchs_device_and_measures_it_under_load() -> None:
 
     assert str(device.uuid) in pynvml.nvmlDeviceGetUUID(sampler._handle)
     busy(0.5)
-    sampler.start()
     sampler.take()
     busy(1.5)
     measured = sampler.take()

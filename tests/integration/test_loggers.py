@@ -47,34 +47,18 @@ def test_tensorboard_has_the_numbers_of_steps_jsonl(tmp_path: Path) -> None:
     three_steps(hooks(tmp_path / "run", "tensorboard"))
     written = accumulator.EventAccumulator(str(tmp_path / "run/logger")).Reload()
     rows = [json.loads(line) for line in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
-    for name, ours in {
-        "iteration-time": "train_step_timing_s",
-        "lm loss": "loss",
-        "grad-norm": "grad_norm",
-        "throughput/tflops/device": "tflops_per_gpu",
-        "mfu": "mfu",
-    }.items():
+    for name, ours in {"iteration-time": "train_step_timing_s", "lm loss": "loss", "mfu": "mfu"}.items():
         scalars = written.Scalars(name)
         assert [scalar.step for scalar in scalars] == [1, 2, 3]
         assert [scalar.value for scalar in scalars] == pytest.approx([row[ours] for row in rows])
 
 
 def test_wandb_is_offline_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    class Wandb:
-        finish = staticmethod(lambda: calls.append("finish"))
-        log = staticmethod(lambda numbers, step: calls.append(step))
-
-        @classmethod
-        def init(cls, **options: Any) -> type[Wandb]:
-            calls.append(options["mode"])
-            return cls
-
-    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     three_steps(hooks(tmp_path / "run", "wandb"))
-    assert calls == ["offline", 1, 2, 3, "finish"]
+    (written,) = (tmp_path / "run/logger/wandb").glob("offline-run-*/*.wandb")
+    assert b"throughput/tflops/device" in written.read_bytes()
 
 
 def test_a_logger_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

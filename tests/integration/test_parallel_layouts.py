@@ -16,18 +16,17 @@ pytestmark = pytest.mark.train
 
 STEPS = 8
 TWO, FOUR = "trainer.devices=2", "trainer.devices=4"
+TP2_SP = ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
+PP2_VP2 = ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2")
 LAYOUTS = {
     "DP2": [TWO],
     "DP2 with the distributed optimizer": [TWO, "model.optim.use_distributed_optimizer=true"],
     "TP2": [TWO, "model.tensor_model_parallel_size=2"],
-    "TP2 SP": [TWO, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+    "TP2 SP": [TWO, *TP2_SP],
     "PP2": [TWO, "model.pipeline_model_parallel_size=2"],
-    "PP2 VP2": [TWO, "model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"],
-    "TP2 SP PP2 VP2": [
-        *(FOUR, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
-        *("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"),
-    ],
-    "TP2 SP DP2": [FOUR, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+    "PP2 VP2": [TWO, *PP2_VP2],
+    "TP2 SP PP2 VP2": [FOUR, *TP2_SP, *PP2_VP2],
+    "TP2 SP DP2": [FOUR, *TP2_SP],
     "PP2 DP2": [FOUR, "model.pipeline_model_parallel_size=2"],
 }
 

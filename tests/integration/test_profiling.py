@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,14 +60,13 @@ point.execute(load(run.path / CONFIG), run, lambda: None)
 class Launched:
     """A run of two ranks of which rank 1 runs under `nsys`: the program's own path, but for the refusal on a CPU."""
 
-    def __init__(self, stage: Path, folder: Path, *overrides: str) -> None:
+    def __init__(self, stage: Path, folder: Path) -> None:
         install(folder)
-        self.folder = folder
-        self.run_dir = folder / "run"
+        self.folder, self.run_dir = folder, folder / "run"
         self.run_dir.mkdir()
         chosen = (*SMALL, "data=mock", "trainer.devices=2", "trainer.max_steps=3", "profile=nsys", "profile.ranks=[1]")
         with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-            cfg = typed(compose("train", [*chosen, f"stage_path={stage}", *overrides]))
+            cfg = typed(compose("train", [*chosen, f"stage_path={stage}"]))
         text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
         record.RunFolder(self.run_dir).create(config_yaml=text, command=["test"], overrides=[])
         self.process = subprocess.Popen(
@@ -78,7 +78,6 @@ class Launched:
         )
 
     def processes(self) -> list[int]:
-        """Ranks and their `nsys`."""
         return [pid for pid in processes_of(self.run_dir) if pid != self.process.pid]
 
     def wait_until_wrapped(self) -> int:
@@ -116,48 +115,28 @@ def test_nsys_and_its_rank_end_with_the_launcher_and_with_each_other(stage: Path
     assert run.processes() == []
 
 
-def test_nsys_is_told_where_the_steps_begin_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's part is played by a list; the hooks are the program's, copied as NeMo copies them."""
-    import megatron.core.utils
+def test_nsys_is_told_where_the_steps_begin_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's part is played by a list; the profiler is the program's, copied as NeMo copies callbacks."""
     import torch
 
-    from nemo_bench.training.hooks import RankTelemetry, RunRecorder, Step
+    from nemo_bench.training.hooks import Step
     from nemo_bench.training.profiling import build_profiling
 
-    calls: list[str] = []
-
-    def note(what: str) -> None:
-        calls.append(what + (" with Megatron's names" if megatron.core.utils._nvtx_enabled else ""))
-
-    cudart = SimpleNamespace(cudaProfilerStart=lambda: note("start"), cudaProfilerStop=lambda: note("stop"))
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    noted: list[str] = []
+    profiler_calls = {f"cudaProfiler{what}": partial(noted.append, what.lower()) for what in ("Start", "Stop")}
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(**profiler_calls))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_push", note)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: note("end"))
-    cfg, run = load(CONFIG), record.RunFolder(tmp_path)
-    cfg.profile, cfg.gpu.device = ProfileConfig(kind="nsys", start_step=2, end_step=3, ranks=[0]), "cpu"
-    assert build_profiling(cfg, run.path, 1) == []
-    telemetry = RankTelemetry(cfg, run, 0, None)
-    recorder = RunRecorder(cfg, run, record.EventLog(run), telemetry)
-    hooks = copy.deepcopy([telemetry, *build_profiling(cfg, run.path, 0), recorder])
-    for hook in hooks:
-        hook.train_start(0)
-    for step in range(6):
-        note(f"step {step}")
-        for hook in hooks:
-            hook.step_start(step)
-        for hook in hooks:
-            hook.optimizer_start()
-        for hook in hooks:
-            hook.step_end(Step(step, 1.0, 2.5, None, 3e-4))
-    hooks[-1].train_end()
-    named = " with Megatron's names"
-    step_2, step_3 = (
-        [f"nemo_bench step {step}{named}", f"nemo_bench optimizer{named}", f"end{named}", f"end{named}"]
-        for step in (2, 3)
-    )
-    expected = ["step 0", "step 1", "step 2", f"start{named}", *step_2, f"step 3{named}", *step_3, f"stop{named}"]
-    assert calls == [*expected, "step 4", "step 5"]
-    events, _ = record.read_lines(tmp_path / record.EVENTS)
-    profiled = [event["after_step"] for event in events if event["event"] == "profile"]
-    assert profiled == [0, 1, 2, 3]
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", noted.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: noted.append("end"))
+    cfg = load(CONFIG)
+    cfg.profile = ProfileConfig(kind="nsys", start_step=2, end_step=3, ranks=[0])
+    assert build_profiling(cfg, Path("run"), 1) == []
+    (profiler,) = copy.deepcopy(build_profiling(cfg, Path("run"), 0))
+    for number in range(5):
+        noted.append(f"step {number}")
+        profiler.step_start(number)
+        profiler.optimizer_start()
+        profiler.step_end(Step(number, 1.0, 2.5, None, 3e-4))
+    profiled = [[f"nemo_bench step {number}", "nemo_bench optimizer", "end", "end"] for number in (2, 3)]
+    expected = ["step 0", "step 1", "step 2", "start", *profiled[0], "step 3", *profiled[1], "stop", "step 4"]
+    assert noted == expected

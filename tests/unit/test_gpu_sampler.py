@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,6 @@ def start() -> Iterator[Start]:
 
     def begin(gpu: Nvml) -> GpuSampler:
         started.append(GpuSampler(gpu, "handle", interval_s=0.001))
-        started[-1].start()
         return started[-1]
 
     yield begin
@@ -48,8 +48,7 @@ def test_a_step_holds_what_happened_in_it_alone(start: Start) -> None:
     gpu.sampled()  # the sample that was under way is in
     sampler.take()
     gpu.sampled()
-    after = sampler.take()
-    assert (after["sm_clock_min_mhz"], after["temperature_max_c"], after["throttle_reasons"]) == (1980, 70, [])
+    assert {"sm_clock_min_mhz": 1980, "temperature_max_c": 70, "throttle_reasons": []}.items() <= sampler.take().items()
 
 
 def test_power_is_the_energy_counters_difference_over_time(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,20 +73,16 @@ def test_what_is_not_supported_is_absent_and_reported_once(start: Start, capsys:
     ("nvml", "handle", "line"),
     [
         (Nvml(), f"GPU-{UUID}", None),
-        (Nvml(f"MIG-{UUID}"), f"whole GPU of MIG-{UUID}", None),  # the sensors are the whole GPU's
         (Nvml(broken="Driver Not Loaded"), None, "NVMLError: Driver Not Loaded"),
-        (Nvml("GPU-another"), None, "NVMLError: Not Found"),
         (None, None, "ModuleNotFoundError: import of pynvml halted; None in sys.modules"),
     ],
 )
 def test_the_gpu_is_found_by_its_uuid_or_there_is_one_line(
-    nvml: Nvml | None,
-    handle: str | None,
-    line: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    nvml: Any, handle: Any, line: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
     sampler = open_sampler(DEVICE)
     assert (sampler and sampler._handle) == handle
+    if sampler:
+        sampler.stop()
     assert capsys.readouterr().out == (f"nemo_bench: no GPU measurements: {line}\n" if line else "")

@@ -1,7 +1,5 @@
 """Known incompatibilities of versions, a module each: `needed()` probes what is installed, `install()` repairs it."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 

@@ -3,8 +3,6 @@
 https://github.com/NVIDIA-NeMo/Megatron-Bridge/issues/3295
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

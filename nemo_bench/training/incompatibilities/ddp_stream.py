@@ -5,11 +5,10 @@ by 0.0006 in three, wherever CUDA_DEVICE_MAX_CONNECTIONS=1 did not put the strea
 https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/1706
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 
 def needed() -> bool:
@@ -17,8 +16,6 @@ def needed() -> bool:
 
 
 def install() -> None:
-    from megatron.core.distributed import DistributedDataParallel
-
     construct = DistributedDataParallel.__init__
 
     def construct_in_order(self: Any, *arguments: Any, **options: Any) -> None:

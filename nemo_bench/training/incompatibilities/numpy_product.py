@@ -3,8 +3,6 @@
 https://github.com/NVIDIA/Megatron-LM/issues/1563
 """
 
-from __future__ import annotations
-
 import numpy
 
 

@@ -3,14 +3,11 @@
 https://github.com/NVIDIA-NeMo/Megatron-Bridge/issues/3295
 """
 
-from __future__ import annotations
-
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-import types
-from contextlib import ExitStack
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,22 +26,44 @@ def install() -> None:
     import megatron.core.optimizer
     import modelopt.torch.distill  # noqa: F401
 
-    with ExitStack() as stand_ins:
-        for package in ("triton", "megatron.energon", "transformer_engine"):
-            if importlib.util.find_spec(package) is None:
-                stand_ins.enter_context(_StandIns(package))
-        import megatron.bridge.training.pretrain  # noqa: F401
+    packages = ("triton", "megatron.energon", "transformer_engine")
+    stand_ins = _StandIns(tuple(name for name in packages if importlib.util.find_spec(name) is None))
+    sys.meta_path.append(stand_ins)
+    import megatron.bridge.training.pretrain  # noqa: F401
+
+    sys.meta_path.remove(stand_ins)
+    for name in filter(stand_ins.is_ours, list(sys.modules)):
+        del sys.modules[name]
 
 
-class _Answers(type):
-    def __getattr__(cls, name: str) -> Any:
-        return _stand_in(name)
+class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stand in for every module of the packages that are not installed."""
+
+    def __init__(self, packages: tuple[str, ...]) -> None:
+        self.packages = packages
+
+    def is_ours(self, name: str) -> bool:
+        return any(f"{name}.".startswith(f"{package}.") for package in self.packages)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if self.is_ours(name) else None
+
+    def create_module(self, spec: Any) -> ModuleType:
+        return ModuleType(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__.update(__version__="0.0", __getattr__=_stand_in)
 
 
 def _stand_in(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
     return _Answers(name, (_StandIn,), {})
+
+
+class _Answers(type):
+    def __getattr__(cls, name: str) -> Any:
+        return _stand_in(name)
 
 
 class _StandIn(torch.nn.Module, metaclass=_Answers):
@@ -55,36 +74,3 @@ class _StandIn(torch.nn.Module, metaclass=_Answers):
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         return self
-
-
-class _Module(types.ModuleType):
-    __version__ = "0.0"
-
-    def __getattr__(self, name: str) -> Any:
-        return _stand_in(name)
-
-
-class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stand in for every module of a package that is not installed, while entered."""
-
-    def __init__(self, package: str) -> None:
-        self.package = package
-
-    def _is_ours(self, name: str) -> bool:
-        return name == self.package or name.startswith(f"{self.package}.")
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if self._is_ours(name) else None
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        return _Module(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None: ...
-
-    def __enter__(self) -> None:
-        sys.meta_path.append(self)
-
-    def __exit__(self, *_: object) -> None:
-        sys.meta_path.remove(self)
-        for name in [name for name in sys.modules if self._is_ours(name)]:
-            del sys.modules[name]
