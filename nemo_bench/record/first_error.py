@@ -1,7 +1,4 @@
-"""The first error in a run's logs: its own line, and the log it stands in.
-
-Standard library only: this runs inside nemo:24.09, with Python 3.10.
-"""
+"""The first error in a run's logs. Standard library only: this runs inside nemo:24.09, with Python 3.10."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ _CONSEQUENCE = re.compile(
     r"|spank: required plugin|spank plugin stack"
 )
 # How srun saw ranks end, or that Slurm ended all of them.
-_ENDING = re.compile(r"error: (?:\*\*\* |\S+: tasks? (?P<rank>\d+)(?P<others>[\d,-]*): (?P<ending>.*))")
+_ENDING = re.compile(r"(?m)^.*?error: (?:\*\*\* |\S+: tasks? (?P<rank>\d+)(?P<others>[\d,-]*): (?P<ending>.*))")
 
 
 @dataclass(frozen=True)
@@ -48,16 +45,14 @@ class FirstError:
 
 def first_ending(run_dir: Path) -> FirstError | None:
     """Return srun's line about the rank that ended first; None if there is none, or several ended at once."""
-    log = _job_log(run_dir)
-    text = read_end(log) if log else ""
-    ending = _ENDING.search(text)
-    if log is None or ending is None or not ending["rank"]:
-        return None
-    killed = ending["ending"].startswith(("Killed", "Out Of Memory"))
-    if ending["others"] and not killed:
-        return None
-    text = text[text.rfind("\n", 0, ending.start()) + 1 :]
-    return FirstError(log, text.splitlines()[0], text, int(ending["rank"]), killed)
+    for log in _job_log(run_dir):
+        text = read_end(log)
+        ending = _ENDING.search(text)
+        if ending and ending["rank"]:
+            killed = ending["ending"].startswith(("Killed", "Out Of Memory"))
+            if killed or not ending["others"]:
+                return FirstError(log, ending[0], text[ending.start() :], int(ending["rank"]), killed)
+    return None
 
 
 def first_error(run_dir: Path, rank: int | None = None) -> FirstError | None:
@@ -68,15 +63,15 @@ def first_error(run_dir: Path, rank: int | None = None) -> FirstError | None:
     ending = first_ending(run_dir)
     if ending and ending.killed:
         return ending
-    job_logs = [log for log in [_job_log(run_dir)] if log]
     if rank is not None:
-        logs = [run_dir / f"rank{rank}.out", *job_logs]
+        logs = [run_dir / f"rank{rank}.out", *_job_log(run_dir)]
     else:
         first_log = f"rank{ending.rank if ending else 0}.out"
-        logs = job_logs + sorted(by_number(run_dir.glob("rank*.out")), key=lambda path: path.name != first_log)
+        rank_logs = sorted(by_number(run_dir.glob("rank*.out")), key=lambda path: path.name != first_log)
+        logs = [*_job_log(run_dir), *rank_logs]
     errors = [error for error in map(error_in, logs) if error]
-    causes = (error for error in errors if not _CONSEQUENCE.search(error.line))
-    return next(causes, errors[0] if errors else None)
+    causes = [error for error in errors if not _CONSEQUENCE.search(error.line)]
+    return next(iter(causes + errors), None)
 
 
 def error_in(log: Path) -> FirstError | None:
@@ -84,11 +79,10 @@ def error_in(log: Path) -> FirstError | None:
     lines = read_end(log).splitlines() if log.exists() else []
     bare = [_LABEL.sub("", line) for line in lines]
     errors = _exceptions(bare) or [number for number, line in enumerate(lines) if _ERROR.search(line)]
-    if not errors:
-        return None
     causes = [number for number in errors if not _CONSEQUENCE.search(lines[number])]
-    number = (causes or errors)[0]
-    return FirstError(log, bare[number].strip(), "\n".join(lines[number:]))
+    for number in causes + errors:
+        return FirstError(log, bare[number].strip(), "\n".join(lines[number:]))
+    return None
 
 
 def _exceptions(lines: list[str]) -> list[int]:
@@ -116,6 +110,6 @@ def by_number(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: (len(path.name), path.name))
 
 
-def _job_log(run_dir: Path) -> Path | None:
-    """Return the log of the last job in a folder."""
-    return max(run_dir.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime, default=None)
+def _job_log(run_dir: Path) -> list[Path]:
+    """Return the log of the last job in a folder, if there is one."""
+    return sorted(run_dir.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)[-1:]

@@ -1,7 +1,4 @@
-"""The run folder: everything a report needs, written so that a run killed at any moment is still readable.
-
-docs/run_folder.md lists its files. Standard library only: this runs inside nemo:24.09, with Python 3.10.
-"""
+"""The run folder (docs/run_folder.md), readable at any moment. Standard library only, for nemo:24.09's Python 3.10."""
 
 from __future__ import annotations
 
@@ -28,7 +25,6 @@ REQUEUE = "requeue"  # by rank 0 once a last checkpoint is safe; its batch scrip
 EXIT = "exit.json"  # of a Slurm job, by its batch script
 
 SILENCE_S = 300  # then rank 0 prints where it stands; a first step may take minutes
-
 KILL_S = 60  # Slurm kills ranks within this time of saying so
 # A progress bar's count of finished steps, in logs of programs that write no record of ours.
 _BAR = re.compile(r"(\d+)/(?:\d+|\?) \[[^\]]*train_step_timing in s[=:] ?([\d.]+)")
@@ -124,15 +120,15 @@ class RunFolder:
         if status.state == "running" and here and launcher != _process(launcher["pid"]):
             return Status("killed", reason="the launching process is gone and recorded no end: it was killed")
         progress, max_steps = self.progress(), content.get("max_steps", 0)
-        if status.state in ("submitted", "running") and progress.steps < max_steps:
+        if progress.steps >= max_steps or status.state not in ("submitted", "running", "completed"):
+            return status
+        if not status.finished:
             return replace(status, reason=progress.stall)
-        if status.finished and progress.steps < max_steps:
-            events = read_lines(self.path / EVENTS)[0]
-            # A program may print no steps.
-            if progress.steps or not events or events[-1].get("event") != "done":
-                reason = f"its ranks ended with exit status 0 at step {progress.steps} of {max_steps}"
-                return replace(status, state="failed", reason=reason)
-        return status
+        events = read_lines(self.path / EVENTS)[0]
+        if not progress.steps and events and events[-1].get("event") == "done":  # a program may print no steps
+            return status
+        reason = f"its ranks ended with exit status 0 at step {progress.steps} of {max_steps}"
+        return replace(status, state="failed", reason=reason)
 
     def _with_reason(self, end: Status) -> Status:
         errors, reason = self.rank_errors(), f"exit status {end.exit_code}"
@@ -182,9 +178,9 @@ class RunFolder:
 
     def write_rank_error(self, rank: int, error: BaseException) -> None:
         """Record the exception that ended `rank`, for the launching process to show."""
-        content = {"rank": rank, "host": socket.gethostname(), "time": time.time()}
-        content |= {"type": type(error).__name__, "message": str(error)}
-        write_json(self.path / f"rank{rank}.error.json", content)
+        about = {"rank": rank, "host": socket.gethostname(), "time": time.time()}
+        what = {"type": type(error).__name__, "message": str(error)}
+        write_json(self.path / f"rank{rank}.error.json", about | what)
 
     def rank_errors(self) -> list[dict[str, Any]]:
         """Return all ranks' exceptions, the earliest first: by srun's word, else by the hosts' clocks."""
@@ -209,14 +205,12 @@ class RunFolder:
 
         NeMo marks a checkpoint that is being written by a file next to it, `<name>-unfinished`.
         """
-        checkpoints = [
-            (int(match[1]), path)
-            for path in [self.path, *(self.path / CHECKPOINTS).glob("step=*")]
-            if (match := re.match(r"step=(\d+)", path.name))
-            and (path / "weights").is_dir()
-            and not path.with_name(path.name + "-unfinished").exists()
-        ]
-        return max(checkpoints)[1] if checkpoints else None
+        checkpoints = {}
+        for path in (self.path, *(self.path / CHECKPOINTS).glob("step=*")):
+            match, mark = re.match(r"step=(\d+)", path.name), path.with_name(f"{path.name}-unfinished")
+            if match and (path / "weights").is_dir() and not mark.exists():
+                checkpoints[int(match[1])] = path
+        return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 class EventLog:
@@ -250,7 +244,7 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     rows = []
     for line in data[:complete].splitlines():
         with contextlib.suppress(ValueError):  # cut off by a kill, and the next start's first line behind it
-            rows.append(json.loads(line))
+            rows.append(_object(line))
     return rows, offset + complete
 
 
@@ -280,7 +274,11 @@ def _process(pid: int) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raise ValueError if it holds none."""
-    content = json.loads(path.read_text())
+    return _object(path.read_text())
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    content = json.loads(text)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError("not a JSON object")
     return content

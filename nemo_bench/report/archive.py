@@ -1,8 +1,4 @@
-"""A bundle of runs to share, without secrets.
-
-A `.tar.zst` with the text files of each run, the report's own files, and `MANIFEST.json`: size and SHA-256 of each
-file, how many secrets were removed from it, and what was left out because it is not text, such as checkpoints.
-"""
+"""A bundle of runs to share, without secrets: a `.tar.zst` of their text files, the report's own, and a manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ from nemo_bench.report.model import Report, Run
 from nemo_bench.report.page import plotly_script
 
 SUFFIX = ".tar.zst"
-MANIFEST = "MANIFEST.json"
+MANIFEST = "MANIFEST.json"  # size, SHA-256 and removed secrets of each file; what is no text, and left out
 _TEXT = (".json", ".jsonl", ".yaml", ".yml", ".out", ".err", ".log", ".txt", ".sh", ".sbatch")
 _MIN_SECRET = 8  # a shorter value of a secret variable would match by chance
 
@@ -52,8 +48,7 @@ def write(report: Report, path: Path, extra: dict[str, str]) -> int:
         member = tar.tarinfo(name)
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
-        removals = clean.count(REMOVED) - text.count(REMOVED)
-        checksum = hashlib.sha256(content).hexdigest()
+        removals, checksum = clean.count(REMOVED) - text.count(REMOVED), hashlib.sha256(content).hexdigest()
         files[name] = {"size_bytes": len(content), "sha256": checksum, "removals": removals}
 
     try:

@@ -11,21 +11,10 @@ from typing import Any
 from nemo_bench import flops
 from nemo_bench.errors import BenchError
 from nemo_bench.record.redaction import redact
-from nemo_bench.report import ranks
+from nemo_bench.report import ranks, runs
 from nemo_bench.report.logs import Log, read_log
 from nemo_bench.report.model import Run
 from nemo_bench.report.references import architecture_in_recipe
-from nemo_bench.report.runs import (
-    architecture_of,
-    choice,
-    contradiction,
-    device,
-    log_warnings,
-    measured,
-    network_remarks,
-    options,
-    peak,
-)
 
 _SIZES = {size.name for size in fields(flops.Architecture)} - {"vocab_size"}
 _PRECISION = re.compile(r"(?:bf16|fp8|fp16|fp32|mxfp8|nvfp4)(?:_\w+)?$")
@@ -49,9 +38,9 @@ class Given:
 def check(given: Given) -> None:
     """Refuse names that no configuration group has, and sizes below 1."""
     for group in ("model", "precision", "gpu"):
-        name = getattr(given, group)
-        if name is not None and name not in options(group):
-            raise BenchError(f"{group}={name}: there is no such {group}\n  valid: {', '.join(options(group))}")
+        name, names = getattr(given, group), runs.options(group)
+        if name is not None and name not in names:
+            raise BenchError(f"{group}={name}: there is no such {group}\n  valid: {', '.join(names)}")
     for key in ("gpus", "global_batch_size", "seq_length", "max_steps"):
         value = getattr(given, key)
         if value is not None and value < 1:
@@ -68,45 +57,33 @@ def load_log(path: Path, others: Sequence[Path], given: Given, total_tokens: flo
     for other in logs:
         if len(other.steps) == len(log.steps):
             log.steps.time_s = [*map(max, log.steps.time_s, other.steps.time_s)]
-    run, warnings = _identified(path, given, log), log_warnings(log)
-    sizes = given.architecture
-    if run.model in options("model"):
-        conf = choice("model", str(run.model))
-        recipes = architecture_in_recipe(run.version, run.model, run.precision, run.gpus)
-        printed = {key: int(text) for key, text in log.printed.items() if key in _SIZES and text.isdecimal()}
-        sizes = sizes or replace(recipes or architecture_of(conf), **printed)
-        if run.seq_length is None:
-            source = {"seq_length": f"conf/model/{run.model}.yaml"}
-            seq_length = int(log.printed.get("seq_length", conf["seq_length"]))
-            run = replace(run, seq_length=seq_length, identified={**run.identified, **source})
-    peak_tflops, peak_source = None, None
-    if run.gpu is not None and run.precision is not None:
-        peak_tflops, peak_source = peak(device(run.gpu), run.precision, {})
+    run, warnings = _with_model(_identified(path, given, log), given, log), runs.log_warnings(log)
     keys = ("model", "precision", "gpus", "global_batch_size", "seq_length")
     missing = [key for key in keys if not getattr(run, key)]
     if log.steps and missing:
         warnings.append(f"not known from its path or content: name it with {' '.join(f'{key}=...' for key in missing)}")
     elif log.steps and run.gpu is None:
-        warnings.append(f"no MFU: name the device with gpu=... ({', '.join(options('gpu'))})")
+        warnings.append(f"no MFU: name the device with gpu=... ({', '.join(runs.options('gpu'))})")
     max_steps = given.max_steps or (log.max_steps if log.max_steps is not None else log.total)
     state, why = _log_state(log, max_steps)
-    if state == "completed" and log.ends_in_error:
-        warnings.append(f"after its last step, the log ends in an error: {redact(log.last_error or '')}")
+    if state == "completed" and log.last_error:
+        warnings.append(f"after its last step, the log ends in an error: {redact(log.last_error)}")
     run = replace(
         run,
         state=state,
         why_not_final=why,
-        remarks=(*run.remarks, *network_remarks(log, run)),
-        invalid=contradiction(replace(run, architecture=sizes), log),
+        remarks=(*run.remarks, *runs.network_remarks(log, run)),
+        invalid=runs.contradiction(run, log),
         gpu_reported=log.printed.get("gpu"),
-        architecture=sizes,
         max_steps=max_steps,
         steps=log.steps,
         peak_memory_gib=log.peak_memory_gib,
         ranks=ranks.of_log(log),
         warnings=tuple(warnings),
     )
-    return measured(run, peak_tflops, peak_source, total_tokens, log.rates)
+    known = run.gpu is not None and run.precision is not None
+    peak = runs.peak(runs.device(str(run.gpu)), str(run.precision), {}) if known else (None, None)
+    return runs.measured(run, *peak, total_tokens, log.rates)
 
 
 def _identified(path: Path, given: Given, log: Log) -> Run:
@@ -135,16 +112,31 @@ def _identified(path: Path, given: Given, log: Log) -> Run:
     return Run(name=path.name, path=str(path), source="log", **about)
 
 
+def _with_model(run: Run, given: Given, log: Log) -> Run:
+    """Return the run with its model's sizes and sequence length: given, printed, the recipe's, or conf/model's."""
+    if run.model not in runs.options("model"):
+        return replace(run, architecture=given.architecture)
+    conf = runs.choice("model", str(run.model))
+    recipes = architecture_in_recipe(run.version, run.model, run.precision, run.gpus)
+    printed = {key: int(text) for key, text in log.printed.items() if key in _SIZES and text.isdecimal()}
+    sizes = given.architecture or replace(recipes or runs.architecture_of(conf), **printed)
+    if run.seq_length is not None:
+        return replace(run, architecture=sizes)
+    identified = {**run.identified, "seq_length": f"conf/model/{run.model}.yaml"}
+    seq_length = int(log.printed.get("seq_length", conf["seq_length"]))
+    return replace(run, architecture=sizes, seq_length=seq_length, identified=identified)
+
+
 def _log_state(log: Log, max_steps: int | None) -> tuple[str, str | None]:
-    because = f": {redact(log.last_error)}" if log.last_error and (log.ends_in_error or not log.steps) else ""
+    because = f": {redact(log.last_error)}" if log.last_error else ""
     if not log.steps:
         framework = f"; it looks like {log.framework}'s, which is not read" if log.framework else ""
         return "unknown", f"no line with train_step_timing and a step{framework}{because}"
     if log.unreadable_end:
-        return "incomplete", f"the log is unreadable after step {log.steps.step[-1]}{because}"
-    if log.reached or (log.done is not None and log.done == max_steps):
+        return "incomplete", f"the log is unreadable after step {log.steps.last}{because}"
+    if log.reached or log.done == max_steps:
         return "completed", None
-    if max_steps is None and not log.ends_in_error:
+    if max_steps is None and not log.last_error:
         return "unknown", None
     of = "" if max_steps is None else f" of {max_steps}"
-    return "incomplete", f"the log ends at step {log.done or len(log.steps)}{of}{because}"
+    return "incomplete", f"the log ends at step {log.done}{of}{because}"

@@ -1,8 +1,4 @@
-"""Where a training step's time goes: time by kernel class, from a trace of PyTorch's profiler.
-
-    python -m nemo_bench.report.profile TRACE.json.gz ...
-
-prints the table of any such trace, whether `profile=torch` wrote it or somebody else's program.
+"""Where a training step's time goes: time by kernel class, from the trace that `profile=torch` leaves.
 
 Each instant of a step counts once, over all streams of the GPU: for the first class (kernel_classes.CLASSES) that is
 running at that instant. Communication and copies come last, so they hold only the time that no computation hides; the
@@ -13,8 +9,6 @@ from __future__ import annotations
 
 import gzip
 import re
-import sys
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_bench.errors import BenchError
 from nemo_bench.files import write_json, write_text
 from nemo_bench.report.kernel_classes import (
     CLASSES,
@@ -40,8 +33,7 @@ OPTIMIZER_MARK = "nemo_bench optimizer"
 
 TOP_KERNELS = 5
 
-_OUR_STEP, _PROFILER_STEP = re.compile(rf"{STEP_MARK}(\d+)$"), re.compile(r"ProfilerStep#(\d+)$")
-_OPTIMIZER = re.compile(f"{OPTIMIZER_MARK}$|Optimizer.step#")
+_STEP, _OPTIMIZER = re.compile(f"{STEP_MARK}(\\d+)$"), re.compile(OPTIMIZER_MARK)
 # Operations of the model's ends, by their names in Megatron, Transformer Engine and PyTorch.
 _HEAD = re.compile(r"LinearWithGradAccumulation|\w*CrossEntropy|aten::embedding|(Embedding|Index)Backward")
 _NO_VALUE = re.compile(r'(":\s*)(?:-?(?:nan|inf))?(?=\s*[,}])')
@@ -74,7 +66,7 @@ class ClassTime:
 class StepProfile:
     """Where the time of one rank's profiled steps went: means over these steps."""
 
-    rank: int | None  # None if the trace does not name it
+    rank: int
     device: str | None  # the GPU's name; None if the trace does not name it
     steps: tuple[int, ...]  # numbers of the profiled steps
     step_ms: float
@@ -82,7 +74,6 @@ class StepProfile:
     idle_ms: float  # nothing was running
     communication_ms: float  # some communication was running
     exposed_communication_ms: float  # communication was running, and no computation
-    notes: tuple[str, ...]
     # The same instants by the terms of an estimate (kernel_classes.term_of), ms; empty in profiles of earlier versions.
     terms: dict[str, float] = field(default_factory=dict)
 
@@ -90,8 +81,8 @@ class StepProfile:
 def from_dict(content: dict[str, Any]) -> StepProfile:
     """Return the profile that `write` put into a `rank<N>.json`; raise KeyError or TypeError if it is damaged."""
     times = [{**item, "top": tuple(KernelTime(**kernel) for kernel in item["top"])} for item in content["classes"]]
-    sequences = {"steps": tuple(content["steps"]), "notes": tuple(content["notes"])}
-    return StepProfile(**{**content, **sequences, "classes": tuple(ClassTime(**item) for item in times)})
+    classes = tuple(ClassTime(**item) for item in times)
+    return StepProfile(**{**content, "steps": tuple(content["steps"]), "classes": classes})
 
 
 def write(profile: StepProfile, stem: Path) -> None:
@@ -111,98 +102,54 @@ class _Kernel(NamedTuple):
     end_us: float
 
 
-def measure(path: Path, rank: int | None = None) -> StepProfile:
-    """Return the profile of a trace file, plain or gzipped; `rank` None: the one that the trace names.
-
-    Raises:
-        BenchError: the file cannot be read, is not a trace, or holds no GPU kernels.
-    """
-    trace = _read_trace(path)
-    events, notes = trace["traceEvents"], []
-    busy_us: Counter[int] = Counter()
-    for event in events:
-        if event.get("cat") in _GPU_WORK:
-            busy_us[event["args"].get("device", 0)] += event.get("dur", 0)
-    if not busy_us:
-        raise BenchError(f"{path}: holds no GPU kernels")
-    gpu = busy_us.most_common(1)[0][0]
-    if len(busy_us) > 1:
-        notes.append(f"the trace holds several GPUs: this is GPU {gpu}, the busiest")
-    kernels = _kernels(events, gpu)
-    steps: dict[int, tuple[float, float]] = {}
-    for mark in (_OUR_STEP, _PROFILER_STEP):
-        steps = steps or {int(match[1]): (first, last) for match, first, last in _spans(events, mark)}
-    if not steps:
-        steps = {0: (min(kernel.start_us for kernel in kernels), max(kernel.end_us for kernel in kernels))}
-        notes.append("no steps are marked in the trace: all of it counts as one")
-    devices = trace.get("deviceProperties") or []
-    return _profile(
-        kernels,
-        steps,
-        rank=(trace.get("distributedInfo") or {}).get("rank") if rank is None else rank,
-        device=next((device.get("name") for device in devices if device.get("id") == gpu), None),
-        notes=tuple(notes),
-    )
-
-
-def _read_trace(path: Path) -> dict[str, Any]:
-    """Return a trace in Chrome's format; of its events those that last, with `name`, `ts` and `args`."""
+def measure(path: Path, rank: int) -> StepProfile:
+    """Return the profile of a rank's trace, plain or gzipped; raise ValueError if it has no GPU kernels or no steps."""
     import orjson  # not needed where no profile is read
 
-    try:
-        content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-        # The profiler writes empty, infinite and NaN values, and names of kernels in any encoding.
-        trace = orjson.loads(_NO_VALUE.sub(r"\1null", content.decode("utf-8", "replace")))
-    except (OSError, EOFError, zlib.error) as error:
-        raise BenchError(f"{path}: cannot be read ({error})") from None
-    except orjson.JSONDecodeError as error:
-        raise BenchError(f"{path}: not a trace of PyTorch's profiler, or cut off ({error})") from None
-    if isinstance(trace, list):  # Chrome accepts the list of events alone
-        trace = {"traceEvents": trace}
-    if not isinstance(trace, dict) or not isinstance(trace.get("traceEvents"), list):
-        raise BenchError(f"{path}: not a trace of PyTorch's profiler (it has no list traceEvents)")
-    return {**trace, "traceEvents": [{"args": {}, **event} for event in trace["traceEvents"] if _lasts(event)]}
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    # The profiler writes empty, infinite and NaN values, and names of kernels in any encoding.
+    trace = orjson.loads(_NO_VALUE.sub(r"\1null", content.decode("utf-8", "replace")))
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+    steps = {int(match[1]): span for match, span in _spans(events, _STEP)}
+    kernels = _kernels(events)
+    if not kernels or not steps:
+        raise ValueError(f"{path}: holds no GPU kernels, or no step is marked")
+    devices = trace.get("deviceProperties") or [{}]
+    gpu = next(event["args"].get("device", 0) for event in events if event.get("cat") in _GPU_WORK)
+    name = next((device.get("name") for device in devices if device.get("id") == gpu), None)
+    return _profile(kernels, steps, rank, name)
 
 
-def _lasts(event: Any) -> bool:
-    is_span = isinstance(event, dict) and event.get("ph") == "X" and isinstance(event.get("name"), str)
-    return is_span and all(isinstance(value, (int, float)) for value in (event.get("ts"), event.get("dur", 0)))
-
-
-def _kernels(events: Sequence[Event], gpu: int) -> list[_Kernel]:
+def _kernels(events: Sequence[Event]) -> list[_Kernel]:
     """Return the GPU's kernels and copies; what the optimizer launches belongs to it, but for transfers."""
-    launched_us: dict[Any, float] = {
-        event["args"].get("correlation"): event["ts"] for event in events if event.get("cat") in _LAUNCHES
-    }
-    optimizer_spans = [(first, last) for _, first, last in _spans(events, _OPTIMIZER)]
-    head_spans = [(first, last) for _, first, last in _spans(events, _HEAD, "cpu_op")]
+    launched_us = {event["args"].get("correlation"): event["ts"] for event in events if event.get("cat") in _LAUNCHES}
+    optimizer = [span for _, span in _spans(events, _OPTIMIZER)]
+    head = [span for _, span in _spans(events, _HEAD, "cpu_op")]
     kernels = []
     for event in events:
-        if event.get("cat") in _GPU_WORK and event["args"].get("device", 0) == gpu:
-            kind = kernel_class(event["name"])
-            start: float = event["ts"]
-            launched = launched_us.get(event["args"].get("correlation"), start)
-            by_optimizer = any(first <= launched <= last for first, last in optimizer_spans)
-            if by_optimizer and kind not in (COMMUNICATION, MEMORY):
+        if event.get("cat") in _GPU_WORK:
+            kind, start = kernel_class(event["name"]), float(event["ts"])
+            launched = float(launched_us.get(event["args"].get("correlation"), start))
+            if kind not in (COMMUNICATION, MEMORY) and any(first <= launched <= last for first, last in optimizer):
                 kind = OPTIMIZER
-            in_head = any(first <= launched <= last for first, last in head_spans)
+            in_head = any(first <= launched <= last for first, last in head)
             term = term_of(kind, event["name"], event["args"], in_head)
-            kernels.append(_Kernel(event["name"], kind, term, start, start + event.get("dur", 0)))
+            kernels.append(_Kernel(event["name"], kind, term, start, start + event["dur"]))
     return kernels
 
 
 def _spans(
     events: Sequence[Event], names: re.Pattern[str], category: str = "user_annotation"
-) -> Iterator[tuple[re.Match[str], float, float]]:
-    """Yield where each range that the program, or else PyTorch, named so begins and ends."""
+) -> Iterator[tuple[re.Match[str], tuple[float, float]]]:
+    """Yield the ranges that the program, or else PyTorch, named so, and where they begin and end."""
     for event in events:
         if event.get("cat") == category and (match := names.match(event["name"])):
-            yield match, event["ts"], event["ts"] + event.get("dur", 0)
+            yield match, (event["ts"], event["ts"] + event["dur"])
 
 
-def _profile(kernels: Sequence[_Kernel], steps: dict[int, tuple[float, float]], **identity: Any) -> StepProfile:
+def _profile(
+    kernels: Sequence[_Kernel], steps: dict[int, tuple[float, float]], rank: int, device: str | None
+) -> StepProfile:
     total_us: defaultdict[tuple[str, str], float] = defaultdict(float)  # (class, name) -> sum of the kernels' times
     count: Counter[tuple[str, str]] = Counter()
     counted_us, terms_us = dict.fromkeys(CLASSES, 0.0), defaultdict[str, float](float)
@@ -240,7 +187,8 @@ def _profile(kernels: Sequence[_Kernel], steps: dict[int, tuple[float, float]], 
             ms = time_us / us_per_ms
             class_times.append(ClassTime(kind, ms, ms / step_ms, total_ms, number, tuple(top)))
     return StepProfile(
-        **identity,
+        rank,
+        device,
         steps=tuple(sorted(steps)),
         step_ms=step_ms,
         classes=tuple(class_times),
@@ -254,9 +202,8 @@ def _profile(kernels: Sequence[_Kernel], steps: dict[int, tuple[float, float]], 
 def title(profile: StepProfile) -> str:
     """Return what was profiled, in a line."""
     first, last = profile.steps[0], profile.steps[-1]
-    rank = "unknown rank" if profile.rank is None else f"rank {profile.rank}"
     steps = f"step {first}" if first == last else f"{len(profile.steps)} steps, {first} to {last}"
-    return ", ".join(filter(None, (rank, profile.device, steps)))
+    return ", ".join(filter(None, (f"rank {profile.rank}", profile.device, steps)))
 
 
 def communication(profile: StepProfile) -> str | None:
@@ -278,26 +225,8 @@ def text(profile: StepProfile) -> str:
         lines.append(f"{item.name:<24}{item.ms:>12,.3f}{item.share:>10.1%}{item.total_ms:>12,.3f}{item.count:>12,.1f}")
     lines.append(f"{'idle':<24}{profile.idle_ms:>12,.3f}{profile.idle_ms / profile.step_ms:>10.1%}")
     lines.append(f"{'step':<24}{profile.step_ms:>12,.3f}{1:>10.1%}")
-    lines += ["", *(line for line in (communication(profile), *profile.notes) if line)]
-    lines += ["", f"{'most time (sum, ms a step)':<36}kernels"]
+    lines += ["", communication(profile) or "no communication", "", f"{'most time (sum, ms a step)':<36}kernels"]
     for item in profile.classes:
         lines.append(item.name)
         lines += [f"  {kernel.total_ms:>12,.3f}{kernel.count:>12,.1f}  {kernel.name}" for kernel in item.top]
     return "\n".join(lines) + "\n"
-
-
-def main(arguments: list[str]) -> int:
-    """Print the profiles of the traces; return the exit status."""
-    if not arguments or arguments[0].startswith("-"):
-        print("python -m nemo_bench.report.profile TRACE.json[.gz] ...: traces of PyTorch's profiler", file=sys.stderr)
-        return 2
-    try:
-        print("\n".join(text(measure(Path(argument))) for argument in arguments), end="")
-    except BenchError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,19 @@ from nemo_bench.report.model import DeviceUse, RankTimes
 
 # A rank this much slower than the others is a straggler, if it also stands out from their spread.
 STRAGGLER = 0.1
+_MATRIX_RATE, _STEP_TIME = "matrix rate (TFLOP/s)", "step time (s)"
 _DEVICE_FIELDS = [field.name for field in fields(DeviceUse)]
 
 
 def read_devices(run_dir: Path, rows: list[dict[str, Any]], warnings: list[str]) -> tuple[DeviceUse, ...]:
     """Return what the ranks' devices did; empty where nothing measured it."""
     try:
-        return tuple(_device(rank) for rank in read_ranks(run_dir, rows))
+        ranks = read_ranks(run_dir, rows)
+        known = ({name: rank[name] for name in _DEVICE_FIELDS if rank.get(name) is not None} for rank in ranks)
+        return tuple(DeviceUse(**{**values, "rank": int(values["rank"])}) for values in known)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # of a file that people may edit
         warnings.append(f"what the devices did cannot be read ({type(error).__name__}: {error})")
         return ()
-
-
-def _device(rank: dict[str, Any]) -> DeviceUse:
-    known = {name: rank[name] for name in _DEVICE_FIELDS if rank.get(name) is not None}
-    known["throttled"] = {str(reason): float(share) for reason, share in (rank.get("throttled") or {}).items()}
-    numbers = [value for name, value in known.items() if name not in ("host", "throttled")]
-    if not all(isinstance(value, (int, float)) for value in numbers):
-        raise TypeError(f"rank {rank.get('rank')} holds what is no number")
-    return DeviceUse(**known)
 
 
 def measured_peaks(folder: RunFolder) -> dict[int, dict[str, Any]]:
@@ -44,21 +37,21 @@ def measured_peaks(folder: RunFolder) -> dict[int, dict[str, Any]]:
     return dict(sorted(known.items()))
 
 
-def matrix_rates(rates: dict[int, float]) -> tuple[RankTimes, ...]:
-    """Return the matrix rates that ranks measured before they trained: all at once on a CPU, each its own GPU's."""
-    return _compared("matrix rate (TFLOP/s)", rates, lambda value, others: others / value - 1)
+def of_peaks(peaks: dict[int, dict[str, Any]]) -> tuple[RankTimes, ...]:
+    """Return the matrix rates that processes on a CPU measured, all at once, before they trained."""
+    return _compared(_MATRIX_RATE, {rank: float(peak["tflops"]) for rank, peak in peaks.items()})
 
 
 def of_devices(devices: tuple[DeviceUse, ...]) -> tuple[RankTimes, ...]:
-    """Return the ranks' own matrix rates and step times."""
+    """Return the matrix rates of the ranks' own GPUs, and their step times."""
     rates = {device.rank: device.matrix_tflops for device in devices if device.matrix_tflops}
     times = {device.rank: device.step_time_median_s for device in devices if device.step_time_median_s}
-    return matrix_rates(rates) + _compared("step time (s)", times, lambda value, others: value / others - 1)
+    return _compared(_MATRIX_RATE, rates) + _compared(_STEP_TIME, times)
 
 
 def of_log(log: Log) -> tuple[RankTimes, ...]:
     """Return the step times of labelled ranks, and whom NVIDIA's straggler detection names."""
-    ranks = _compared("step time (s)", log.rank_times_s, lambda value, others: value / others - 1)
+    ranks = _compared(_STEP_TIME, log.rank_times_s)
     named = {rank.rank for rank in ranks if rank.straggler}
     return ranks + tuple(
         RankTimes(rank, "NVIDIA's straggler detection", None, None, None, True)
@@ -67,7 +60,7 @@ def of_log(log: Log) -> tuple[RankTimes, ...]:
     )
 
 
-def _compared(measure: str, values: dict[int, float], slower: Callable[[float, float], float]) -> tuple[RankTimes, ...]:
+def _compared(measure: str, values: dict[int, float]) -> tuple[RankTimes, ...]:
     """Return each rank beside the median of the others."""
     if len(values) < 2:
         return ()
@@ -78,9 +71,9 @@ def _compared(measure: str, values: dict[int, float], slower: Callable[[float, f
     for rank, value in values.items():
         at = ordered.index(value)
         others = statistics.median(ordered[:at] + ordered[at + 1 :])
-        fraction = slower(value, others)
+        slower = (others / value if measure == _MATRIX_RATE else value / others) - 1
         stands_out = len(values) == 2 or abs(value - others) > 3 * spread
-        ranks.append(RankTimes(rank, measure, value, others, fraction, fraction > STRAGGLER and stands_out))
+        ranks.append(RankTimes(rank, measure, value, others, slower, slower > STRAGGLER and stands_out))
     return tuple(ranks)
 
 

@@ -22,15 +22,17 @@ from nemo_bench.record.node import NODE, kept_environment
 from nemo_bench.record.redaction import redact, redact_values
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report import ranks, remarks
-from nemo_bench.report.logs import MAX_STEP_NUMBER, Log, read_log
+from nemo_bench.report.logs import Log, read_log
 from nemo_bench.report.model import Record, Run
 from nemo_bench.report.numbers import LAST_LOSSES, counted, numbers_at
-from nemo_bench.report.statistics import CHECKPOINT, MIN_STEADY_STEPS, VALIDATION, Steps, step_times
+from nemo_bench.report.statistics import CHECKPOINT, MIN_STEADY_STEPS, OTHER_BATCH, VALIDATION, Steps, step_times
 from nemo_bench.report.statistics import PROFILE as PROFILED
 
 DEFAULT_TOTAL_TOKENS = 1e12
-_MOST_PADDING = 128 * 128  # Megatron pads the vocabulary to a multiple of 128 TP
 GPUS_A_NODE = 8  # at most: a bare log does not tell its nodes
+_MOST_PADDING = 128 * 128  # Megatron pads the vocabulary to a multiple of 128 TP
+# Share of its time that rank 0 waited for a core, beyond which its steps tell of the machine's load.
+LOADED = 0.25
 
 _CONF = PROJECT / "conf"
 _SHORT = {
@@ -41,11 +43,8 @@ _SHORT = {
     "MBS": "micro_batch_size",
 }
 # The Python YAML loader reads a configuration in 25 ms, this one in 2.
-# Share of its time that rank 0 waited for a core, beyond which its steps tell of the machine's load.
-LOADED = 0.25
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_STATES = ("submitted", "running", "completed", "failed", "killed", "interrupted")
-_DAMAGE = (ValueError, KeyError, TypeError, OverflowError)
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError, yaml.YAMLError)
 
 
 def architecture_of(model: dict[str, Any]) -> flops.Architecture:
@@ -83,52 +82,44 @@ def load_run(run_dir: Path, total_tokens: float | None = None) -> Run:
         raise BenchError(f"{run_dir}: the record cannot be read ({', '.join(odd)}: neither a file nor a folder)")
     try:
         return _load(RunFolder(run_dir), total_tokens)
-    except (*_DAMAGE, OSError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
-        what = str(error).splitlines()[0] if str(error) else ""
+    except _DAMAGE as error:
+        what = str(error).partition("\n")[0]
         raise BenchError(f"{run_dir}: the record cannot be read ({type(error).__name__}: {what})") from None
 
 
 def _load(folder: RunFolder, total_tokens: float | None) -> Run:
-    run_dir = folder.path
-    config, about, status = _config(run_dir / CONFIG), folder.read(), folder.status()
-    run = _configured(run_dir, config)
-    warnings: list[str] = []
-    lines = read_lines(run_dir / STEPS)[0]
-    rows = [line for line in lines if isinstance(line, dict)]
-    events = [event for event in read_lines(run_dir / EVENTS)[0] if isinstance(event, dict)]
+    config = yaml.load(plain_yaml(folder.path / CONFIG), _Loader)
+    about, status, node = folder.read(), folder.status(), ranks.read_json(folder.path / NODE)
+    rows, events = (read_lines(folder.path / name)[0] for name in (STEPS, EVENTS))
     log = read_log(folder.log(0)) if folder.log(0).is_file() else Log()
-    steps, steps_peak_gib = _recorded_steps(rows, events, len(lines) - len(rows), warnings)
-    if not steps and log.steps:
-        # Other entrypoints write no steps.jsonl; what they print is in the rank's log.
+    run = _configured(folder.path, config)
+    steps, warnings = _recorded_steps(rows, events)
+    if not steps and log.steps:  # other entrypoints write no steps.jsonl
         steps = log.steps
         warnings += ["the steps are read from the log: four digits each", *_averaged(config), *log_warnings(log)]
-    devices = ranks.read_devices(run_dir, rows, warnings)
+    devices = ranks.read_devices(folder.path, rows, warnings)
     peaks = ranks.measured_peaks(folder)
-    node = ranks.read_json(run_dir / NODE)
-    state, why = _state(status, events, steps, run.max_steps or 0, warnings)
-    memory = max((device.peak_memory_gib or 0 for device in devices), default=0) or steps_peak_gib
-    starts = [event for event in events if event.get("event") == "training"]
     left_out = sorted({name for event in events for name in event.get("settings") or ()})
     if left_out:
         warnings.append(f"left out, since the installed version lacks them and does the same: {', '.join(left_out)}")
-    if len(starts) > 1:
-        warnings.append(f"started {len(starts)} times: see the events")
+    if (starts := [event.get("event") for event in events].count("training")) > 1:
+        warnings.append(f"started {starts} times: see the events")
+    state, why = _state(status, events, steps, run.max_steps or 0, warnings)
+    memory = [device.peak_memory_gib or 0 for device in devices] + [
+        float(row.get("peak_memory_gib", 0)) for row in rows
+    ]
     run = replace(
         run,
         state=state,
         why_not_final=why,
-        remarks=(*run.remarks, *network_remarks(log, run), *_load_remarks(events)),
+        remarks=(*network_remarks(log, run), *_load_remarks(events)),
         gpu_reported=", ".join({str(gpu["name"]): None for gpu in node.get("gpus") or () if gpu.get("name")})
         or log.printed.get("gpu"),
         invalid=contradiction(run, log),
         software=_software(run, config, node),
         steps=steps,
-        peak_memory_gib=memory or log.peak_memory_gib,
-        ranks=(
-            *ranks.matrix_rates({rank: float(peak["tflops"]) for rank, peak in peaks.items()}),
-            *ranks.of_devices(devices),
-            *ranks.of_log(log),
-        ),
+        peak_memory_gib=max(memory, default=0) or log.peak_memory_gib,
+        ranks=(*ranks.of_peaks(peaks), *ranks.of_devices(devices), *ranks.of_log(log)),
         devices=devices,
         profiles=_profiles(folder, warnings),
         record=_record(about, status, config, node, events),
@@ -152,19 +143,16 @@ def _averaged(config: dict[str, Any]) -> list[str]:
     return [f"each step time is the mean of {steps} steps, the step and those before it"] if steps > 1 else []
 
 
-def _config(path: Path) -> dict[str, Any]:
-    config = yaml.load(plain_yaml(path), _Loader)
-    if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG} holds no configuration")
-    return config
-
-
 def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
     model, trainer = config["model"], config["trainer"]
     nodes = int(trainer["num_nodes"])
     gpus, batch = nodes * int(trainer["devices"]), int(model["global_batch_size"])
     if min(nodes, gpus, batch, int(model["seq_length"])) < 1:
         raise ValueError("num_nodes, devices, global_batch_size and seq_length must be at least 1")
+    layout = {short: int(model.get(name) or 1) for short, name in _SHORT.items()}
+    layout["DP"] = gpus // (layout["TP"] * layout["PP"] * layout["CP"])
+    if layout["DP"]:
+        layout["GA"] = batch // (layout["MBS"] * layout["DP"])
     container = (config.get("cluster") or {}).get("container")
     return Run(
         name=run_dir.name,
@@ -177,7 +165,7 @@ def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
         gpu=str(config["gpu"]["name"]),
         global_batch_size=batch,
         seq_length=int(model["seq_length"]),
-        layout=_layout(model, gpus, batch),
+        layout=layout,
         architecture=architecture_of(model),
         version=config.get("results_version"),
         entrypoint=(config.get("entrypoint") or {}).get("name"),
@@ -221,82 +209,61 @@ def _profiles(folder: RunFolder, warnings: list[str]) -> tuple[step_profile.Step
     for path in by_number((folder.path / PROFILE).glob("rank*.json")):
         try:
             profiles.append(step_profile.from_dict(ranks.read_json(path)))
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError):
             warnings.append(f"{PROFILE}/{path.name} is damaged and left out")
     return tuple(profiles)
 
 
-def _recorded_steps(
-    rows: list[dict[str, Any]], events: list[dict[str, Any]], damaged: int, warnings: list[str]
-) -> tuple[Steps, float | None]:
-    """Return the steps of steps.jsonl with what events.jsonl says went on between them, and the peak memory in GiB."""
-    steps, repeated, peak_gib = Steps(), 0, 0.0
+def _recorded_steps(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> tuple[Steps, list[str]]:
+    """Return the steps of steps.jsonl, with what events.jsonl says went on between them, and warnings."""
+    steps, repeated, damaged = Steps(), 0, 0
     for row in rows:
         try:
             loss, norm = (None if row.get(key) is None else float(row[key]) for key in ("loss", "grad_norm"))
             step, time_s = int(row["step"]), float(row["train_step_timing_s"])
-            peak_gib = max(peak_gib, float(row.get("peak_memory_gib", 0)))
-            if not 0 <= step < MAX_STEP_NUMBER:
-                raise ValueError("no step")
-        except _DAMAGE:
+        except (ValueError, KeyError, TypeError):
             damaged += 1
             continue
         if step <= steps.last:  # after a requeue: the later one counts
             repeated += steps.restart(step)
         steps.append(step, time_s, loss, norm)
-    if repeated:
-        warnings.append(f"{repeated} steps were done again after a restart; the later ones count")
     starts: list[int] = []
     paused: dict[int, str] = {}
     for event in events:
-        if not all(isinstance(event.get(key, 0), int) for key in ("first_step", "after_step")):
-            damaged += event.get("after_step") is not None
-        elif event.get("event") == "training":
+        if event.get("event") == "training":
             first = int(event.get("first_step", 0))
             starts = [start for start in starts if start < first] + [first]
             paused = {after: reason for after, reason in paused.items() if after < first}
         elif event.get("event") in (VALIDATION, CHECKPOINT, PROFILED) and event.get("after_step") is not None:
             paused[int(event["after_step"])] = str(event["event"])
-    if damaged:
-        warnings.append(f"{damaged} lines of {STEPS} and {EVENTS} are damaged and left out")
     steps.restarts = sorted({*steps.restarts, *starts[1:]})
     # NeMo's timer stops before callbacks save and Lightning validates: the step that feels it is the next one.
     steps.excluded = [paused.get(before) for before in [-1, *steps.step][: len(steps)]]
-    return steps, peak_gib or None
-
-
-def _layout(model: dict[str, Any], gpus: int, batch: int) -> dict[str, int]:
-    layout = {short: int(model.get(name) or 1) for short, name in _SHORT.items()}
-    layout["DP"] = gpus // (layout["TP"] * layout["PP"] * layout["CP"])
-    if layout["DP"]:
-        layout["GA"] = batch // (layout["MBS"] * layout["DP"])
-    return layout
+    warnings = [f"{repeated} steps were done again after a restart; the later ones count"] if repeated else []
+    return steps, [*warnings, *([f"{damaged} lines of {STEPS} are damaged and left out"] if damaged else [])]
 
 
 def peak(gpu: dict[str, Any], precision: str, measured: dict[int, dict[str, Any]]) -> tuple[float | None, str | None]:
+    """Return the dense peak of a GPU (TFLOP/s), and where it comes from: published, else measured by the ranks."""
     published = (gpu.get("peak_tflops") or {}).get(precision.partition("_")[0])
     if published is not None:
         return float(published), f"{gpu.get('name')} {precision}, dense, published"
     if not measured:
         return None, None
     first = next(iter(measured.values()))
-    rate = statistics.fmean(float(peak["tflops"]) for peak in measured.values())
-    return rate, (
-        f"measured: {first.get('dtype')} matrix product of {first.get('size')}^3 "
-        f"on {first.get('threads')} threads a process"
+    product = (
+        f"{first.get('dtype')} matrix product of {first.get('size')}^3 on {first.get('threads')} threads a process"
     )
+    return statistics.fmean(float(peak["tflops"]) for peak in measured.values()), f"measured: {product}"
 
 
 def _state(
     status: Status, events: list[dict[str, Any]], steps: Steps, max_steps: int, warnings: list[str]
 ) -> tuple[str, str | None]:
     """Return the run's state, and why its steps are not all there; an end after the last step is only worth a word."""
-    state = status.state
-    if state not in _STATES:
-        raise ValueError(f"unknown state {state}")
+    state, done = status.state, steps.last + 1
     if state in ("submitted", "running") and events and events[-1].get("event") == "done":
         state = "completed"  # rank 0 saw the end of training; who started it has not written so, or cannot
-    done = steps.last + 1
     because = f": {redact(' '.join(status.reason.split()))}" if status.reason else ""
     if state == "completed":
         if not steps:
@@ -310,19 +277,19 @@ def _state(
 
 
 def measured(
-    run: Run,
-    peak_tflops: float | None,
-    peak_source: str | None,
-    total_tokens: float,
-    rates: dict[str, float] | None = None,
+    run: Run, peak_tflops: float | None, peak_source: str | None, total_tokens: float, rates: dict[str, float]
 ) -> Run:
-    """Return the run with its numbers: which steps count, their statistics, and whether it is final."""
-    times, few = step_times(run.steps), None
+    """Return the run with its numbers: which steps count, their statistics, and whether it is final.
+
+    `rates` are those that its log prints.
+    """
+    times = step_times(run.steps)
     numbers = numbers_at(times.mean_s, run, peak_tflops, peak_source, total_tokens) if times else None
     if losses := [loss for loss in run.steps.loss if loss is not None]:
         last = losses[-LAST_LOSSES:]
         run = replace(run, first_loss=losses[0], last_loss=sum(last) / len(last))
     run = replace(run, times=times)
+    few = None
     if run.steps and times is None:
         few = "no step time was recorded"
     elif times and times.counted < MIN_STEADY_STEPS:
@@ -334,7 +301,7 @@ def measured(
         invalid=invalid,
         why_not_final=why,
         numbers=numbers if why is None else None,
-        warnings=(*run.warnings, *remarks.warnings(run, numbers, rates or {})),
+        warnings=(*run.warnings, *remarks.warnings(run, numbers, rates)),
     )
 
 
@@ -347,8 +314,9 @@ def contradiction(run: Run, log: Log) -> str | None:
         printed = theirs.get(key, "")
         if value is not None and printed.isdigit() and int(printed) != value:
             return f"{key.replace('world_size', 'gpus')}={value} is given, and the log has {printed}"
-    if run.gpus and (log.highest_rank or 0) >= run.gpus:
-        return f"gpus={run.gpus} is given, and the log has lines of rank {log.highest_rank}"
+    highest_rank = max(log.rank_times_s, default=0)
+    if run.gpus and highest_rank >= run.gpus:
+        return f"gpus={run.gpus} is given, and the log has lines of rank {highest_rank}"
     if log.samples_a_step:
         return f"the log prints a batch of {log.global_batch_size}, and consumes {log.samples_a_step} samples a step"
     if run.precision and "fp8" in theirs and ("fp8" in run.precision) != (theirs["fp8"] not in ("None", "False")):
@@ -373,7 +341,7 @@ def log_warnings(log: Log) -> list[str]:
     """Return what a reader should know about the steps of a log."""
     number = len(log.steps)
     stride = statistics.median(b - a for a, b in zip(log.steps.step, log.steps.step[1:])) if number > 1 else 1
-    batches = log.steps.excluded.count("other batch size")
+    batches = log.steps.excluded.count(OTHER_BATCH)
     interval = log.program in ("Megatron-LM", "Megatron-Bridge")
     texts = [
         (log.unreadable, f"{log.unreadable} lines with train_step_timing are cut off or garbled, and left out"),

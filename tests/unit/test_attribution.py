@@ -59,7 +59,7 @@ def test_kernels_belong_to_terms_by_class_operation_and_process_group(tmp_path: 
         of_group(kernel("ncclDevKernel_AllReduce", 111, 123), "MODEL_PARALLEL_GROUP", "allreduce"),
         kernel("ncclDevKernel_AllReduce", 123, 136),
     ]
-    profile = step_profile.measure(write(tmp_path / "t.json", events))
+    profile = step_profile.measure(write(tmp_path / "t.json", events), 0)
     assert {term: round(ms * 1e3, 6) for term, ms in profile.terms.items()} == {
         "matrix products": 10,
         "embedding, output layer, loss": 23,
@@ -81,7 +81,7 @@ def record(folder: Path, name: str, terms: dict[str, float] | None = None, **of_
     if terms:
         idle = 12.584
         times = {"step_ms": sum(terms.values()) + idle, "idle_ms": idle, "terms": terms}
-        none = {"classes": (), "communication_ms": 0.0, "exposed_communication_ms": 0.0, "notes": ()}
+        none = {"classes": (), "communication_ms": 0.0, "exposed_communication_ms": 0.0}
         profile = step_profile.StepProfile(rank=0, device="NVIDIA H200", steps=(9,), **times, **none)  # type: ignore[arg-type]
         (run / "profile").mkdir()
         write_json(run / "profile/rank0.json", asdict(profile))

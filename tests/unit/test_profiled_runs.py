@@ -30,8 +30,8 @@ def profiled(tmp_path: Path) -> Path:
     for rank in (10, 2):
         step = mark(f"{step_profile.STEP_MARK}10", 0, 100_000)
         events = [step, kernel(GEMM, 0, 60_000), kernel(ALL_GATHER, 50_000, 75_000, stream=9)]
-        trace = write(folder / f"rank{rank}.trace.json.gz", events, rank=rank)
-        step_profile.write(step_profile.measure(trace), folder / f"rank{rank}")
+        trace = write(folder / f"rank{rank}.trace.json.gz", events)
+        step_profile.write(step_profile.measure(trace, rank), folder / f"rank{rank}")
     return run
 
 
