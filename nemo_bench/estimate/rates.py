@@ -1,8 +1,4 @@
-"""Rates of one GPU kind, measured by `benchmarks/operators.py`: what each part of a layer takes at a shard's shape.
-
-A shape that was measured gives its own times. Of another one, matrix products are interpolated by product size among
-those of the same kind, and the rest is scaled from the nearest shape that was measured.
-"""
+"""Rates of one GPU kind, measured by `benchmarks/operators.py`: what each part of a layer takes at a shard's shape."""
 
 from __future__ import annotations
 
@@ -169,7 +165,7 @@ def _layer(entry: Mapping[str, Any], to_fleet: float) -> tuple[LayerShape, Passe
 
 
 def interpolated(layers: Mapping[LayerShape, Passes], shape: LayerShape) -> Passes:
-    """Return the times of a shape that was not measured, from those that were."""
+    """Return the times of a shape that was not measured: products by their size, the rest scaled from the nearest."""
     same = {other: passes for other, passes in layers.items() if other.precision == shape.precision}
     near = min(same, key=lambda other: apart(other.sizes, shape.sizes))
     # Attention runs in bf16 in every precision here.

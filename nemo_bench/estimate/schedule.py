@@ -35,13 +35,13 @@ class Pipeline:
 
     def run(self) -> Timeline:
         """Return when each pass ends."""
-        program = _program(self.stages, self.chunks, self.micro_batches, self.deferred)
+        steps, step_of = _program(self.stages, self.chunks, self.micro_batches, self.deferred)
         slots = [(stage, chunk) for chunk in range(self.chunks) for stage in range(self.stages)]
         times = [self.forward_ms[stage][chunk] for stage, chunk in slots]
         times += [self.backward_ms[stage][chunk] for stage, chunk in reversed(slots)]
         times.append(times[len(slots)] - self.deferred_ms)
         free, starts, ends, p2p = [0.0] * self.stages, [0.0], [0.0], self.p2p_ms
-        for stage, time, needs, sent in program.steps:
+        for stage, time, needs, sent in steps:
             start = ends[needs] + p2p if sent else ends[needs]
             if start < free[stage]:
                 start = free[stage]
@@ -49,7 +49,7 @@ class Pipeline:
             starts.append(start)
             ends.append(end)
         free[-1] += self.deferred * self.deferred_ms
-        return Timeline(self, program.step_of, free, starts, ends)
+        return Timeline(self, step_of, free, starts, ends)
 
     def busy_ms(self, stage: int) -> float:
         """Return the work of a stage in a step."""
@@ -61,7 +61,7 @@ class Timeline:
     """A pipeline's passes in time."""
 
     pipeline: Pipeline
-    step_of: list[list[int]]
+    step_of: list[list[int]]  # see _program
     stage_ends_ms: list[float]  # with deferred weight gradients
     starts_ms: list[float]  # of each step
     ends_ms: list[float]
@@ -86,13 +86,6 @@ class Timeline:
         return events
 
 
-class _Program(NamedTuple):
-    # Each step: stage, index of its time, the step that it needs (0: none), whether that one is on another stage.
-    steps: list[tuple[int, int, int, bool]]
-    # By position on a micro-batch's way, forward through all chunks of the model and back, and by micro-batch.
-    step_of: list[list[int]]
-
-
 def stage_order(stages: int, chunks: int, micro_batches: int, stage: int) -> list[tuple[bool, int, int]]:
     """Return a stage's passes in Megatron's order: forward or not, chunk, micro-batch.
 
@@ -114,11 +107,17 @@ def stage_order(stages: int, chunks: int, micro_batches: int, stage: int) -> lis
 
 
 @functools.lru_cache(maxsize=64)
-def _program(stages: int, chunks: int, micro_batches: int, deferred: int) -> _Program:
-    """Return the passes of all stages in an order in which each comes after the one that it needs."""
+def _program(
+    stages: int, chunks: int, micro_batches: int, deferred: int
+) -> tuple[list[tuple[int, int, int, bool]], list[list[int]]]:
+    """Return the passes of all stages in an order in which each comes after the one that it needs.
+
+    Each step: stage, index of its time, the step that it needs (0: none), whether that one is on another stage. Then
+    the number of each step, by position on a micro-batch's way (forward through all chunks, and back) and micro-batch.
+    """
     orders = [iter(stage_order(stages, chunks, micro_batches, stage)) for stage in range(stages)]
-    slots = stages * chunks
-    program = _Program([], [[0] * micro_batches for _ in range(2 * slots)])
+    slots, steps = stages * chunks, list[tuple[int, int, int, bool]]()
+    step_of = [[0] * micro_batches for _ in range(2 * slots)]
     following = [next(order, None) for order in orders]
     while any(following):
         for stage in range(stages):
@@ -126,11 +125,11 @@ def _program(stages: int, chunks: int, micro_batches: int, deferred: int) -> _Pr
                 forward, chunk, micro_batch = step
                 slot = chunk * stages + stage
                 position = slot if forward else 2 * slots - 1 - slot
-                needs = program.step_of[position - 1][micro_batch] if position else 0
+                needs = step_of[position - 1][micro_batch] if position else 0
                 if position and not needs:
                     break
                 time = 2 * slots if position == slots and micro_batch < deferred else position
-                program.steps.append((stage, time, needs, stages > 1 and position not in (0, slots)))
-                program.step_of[position][micro_batch] = len(program.steps)
+                steps.append((stage, time, needs, stages > 1 and position not in (0, slots)))
+                step_of[position][micro_batch] = len(steps)
                 following[stage] = next(orders[stage], None)
-    return program
+    return steps, step_of

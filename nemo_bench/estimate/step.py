@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.estimate.data_parallel import DataParallel
-from nemo_bench.estimate.layer import COMMUNICATION, KERNELS, communication_ms, head_times, kernels_ms, layer_times
+from nemo_bench.estimate.layer import COMMUNICATION, KERNELS, Layer, head_times, pass_ms, slowest_of
 from nemo_bench.estimate.network import Network
-from nemo_bench.estimate.rates import Rates, constant, layer_shape, load_rates, piecewise
+from nemo_bench.estimate.rates import Rates, constant, load_rates, piecewise
 from nemo_bench.estimate.schedule import Pipeline, Timeline
-from nemo_bench.estimate.tensor_parallel import slowest_of
 from nemo_bench.pipeline import layers_of_chunks
 
 # The power that a GPU has left follows from the share of the step that it works in, and the other way round.
 _ROUNDS = 3
 _CONVERGED = 3e-4
-HEAD = "embedding, output layer, loss"
+_HEAD = "embedding, output layer, loss"
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,7 @@ class Estimate:
 
 
 def estimate_of(cfg: TrainConfig) -> Estimate:
-    """Return the estimate of a point whose layout has passed the checks.
-
-    Raises:
-        BenchError: the rates of its GPU kind were never measured.
-    """
+    """Return the estimate of a point whose layout has passed the checks; BenchError for a GPU without rates."""
     return _Point(cfg).estimate()
 
 
@@ -63,10 +58,11 @@ class _Point:
 
     def __init__(self, cfg: TrainConfig) -> None:
         m, rates, network = cfg.model, load_rates(cfg.gpu.name), Network(cfg)
-        self.cfg, self.rates, self.shape = cfg, rates, layer_shape(cfg)
+        layer = Layer(cfg, rates, network)
+        self.cfg, self.rates, self.shape = cfg, rates, layer.shape
         self.number, self.layers = cfg.num_micro_batches, layers_of_chunks(m)
         self.stages, self.lag = len(self.layers), constant("gpu_spread") * slowest_of(cfg.world_size)
-        self.passes = layer_times(cfg, rates, self.shape, network, self.lag)
+        self.passes = layer.times(self.lag)
         self.head = head_times(cfg, rates, network, self.shape.tokens)
         self.data_parallel = DataParallel(cfg, rates, network, self.layers)
         stride = cfg.world_size // self.stages  # between neighbours in the pipeline
@@ -88,7 +84,7 @@ class _Point:
                 break
         stage = max(range(self.stages), key=timeline.pipeline.busy_ms)
         breakdown = work[stage]
-        breakdown[HEAD] += self.number * (2 * (stage == 0) + (stage == self.stages - 1)) * self.head["exchange"]
+        breakdown[_HEAD] += self.number * (2 * (stage == 0) + (stage == self.stages - 1)) * self.head["exchange"]
         breakdown["fp8 scaling factors"] = 2 * self.number * len(self.layers[stage]) * self.amax
         # A sum of differences in floating point: without a pipeline it is nothing, or a little less.
         breakdown["pipeline bubble and p2p"] = max(0.0, timeline.end_ms - sum(breakdown.values()))
@@ -98,7 +94,7 @@ class _Point:
             error=constant("error")[self.shape.number_format],
             breakdown_s={name: ms / 1e3 for name, ms in breakdown.items()},
             critical_stage=stage,
-            layer_gpu_ms=sum(kernels_ms(time) * speed[stage] + communication_ms(time) for time in self.passes),
+            layer_gpu_ms=sum(pass_ms(time, speed[stage]) for time in self.passes),
             layer_host_ms=self._host_ms() if self.cfg.model.cuda_graph_impl == "none" else None,
             measured_shape=self.shape in self.rates.layers,
             rates=self.rates,
@@ -108,10 +104,7 @@ class _Point:
     def pipeline(self, speed: Sequence[float]) -> Pipeline:
         slow, head, m = [factor * (1 + self.lag) for factor in speed], self.head, self.cfg.model
         forward, backward = (
-            [
-                [layers * (kernels_ms(time) * slow[stage] + communication_ms(time)) + self.amax for layers in chunks]
-                for stage, chunks in enumerate(self.layers)
-            ]
+            [[n * pass_ms(time, factor) + self.amax for n in chunks] for factor, chunks in zip(slow, self.layers)]
             for time in self.passes
         )
         forward[0][0] += head["embedding_forward"] * slow[0] + head["exchange"]
@@ -128,7 +121,7 @@ class _Point:
         parts = {name: self.number * layers * sum(time[name] for time in self.passes) for name in self.passes[0]}
         ends = (head["embedding_forward"] + head["embedding_backward"]) * (stage == 0)
         ends += (head["forward"] + head["backward"]) * (stage == self.stages - 1)
-        kernels = {name: parts[name] * speed for name in KERNELS} | {HEAD: self.number * ends * speed}
+        kernels = {name: parts[name] * speed for name in KERNELS} | {_HEAD: self.number * ends * speed}
         communication = {name: parts[name] for name in COMMUNICATION}
         communication["waits in lockstep"] += sum(kernels.values()) * self.lag
         return kernels | communication

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,6 @@ class Answer:
 
     @property
     def days(self) -> float:
-        """For the budget of tokens."""
         return days_to_train(tokens=self.cfg.total_tokens, tokens_per_s=self.tokens_per_s)
 
     @property
@@ -84,7 +82,8 @@ class Answer:
         own = (self.cfg.gpu.name, self.cfg.precision.name, self.cfg.world_size, m.global_batch_size, m.seq_length)
         rows = (
             row
-            for row in _published()
+            for table in references.names()
+            for row in references.load(table).points
             if own == (row.gpu, row.precision, row.gpus, row.global_batch_size, row.seq_length)
             and all(row.architecture[name] == getattr(m, name) for name in ("num_layers", "hidden_size"))
             and all(row.layout.get(name, 1) == size for name, size in sizes.items())
@@ -115,28 +114,17 @@ def _sizes(cfg: TrainConfig) -> dict[str, int]:
     return dict(zip(("TP", "PP", "VP", "CP"), (*sizes, m.context_parallel_size)))
 
 
-@cache
-def _published() -> tuple[ReferencePoint, ...]:
-    return tuple(point for name in references.names() for point in references.load(name).points)
-
-
 def calibration_by(cfg: TrainConfig, calibrate: str) -> Calibration:
-    """Return the factor of a point that took so many seconds, or of a run folder's own point.
-
-    Raises:
-        BenchError: it is neither, or no step of the run counts.
-    """
-    if re.fullmatch(r"\d+(\.\d+)?", calibrate):
+    """Return the factor of a point that took so many seconds, or of a run folder's own; BenchError for neither."""
+    path = Path(calibrate)
+    if re.fullmatch(r"\d+(\.\d+)?", calibrate) and float(calibrate) > 0:
         measured_s, source = float(calibrate), "as given"
-        if measured_s == 0:
-            raise BenchError("calibrate=0: give the seconds of a step, or a run folder")
-    else:
-        path, source = Path(calibrate), f"in {calibrate}"
-        if not (path / "config.yaml").is_file():
-            raise BenchError(f"calibrate={path}: not a run folder (no config.yaml), nor a number of seconds")
-        run, cfg = load_run(path), load(path / "config.yaml")
+    elif (path / "config.yaml").is_file():
+        run, cfg, source = load_run(path), load(path / "config.yaml"), f"in {calibrate}"
         if run.times is None:
             raise BenchError(f"calibrate={path}: no step of this run counts; python report.py {path} says why")
         measured_s = run.times.mean_s
+    else:
+        raise BenchError(f"calibrate={calibrate}: give a run folder (with its config.yaml), or the seconds of a step")
     answer = Answer(cfg, estimate_of(cfg))
     return Calibration(measured_s / answer.step_time_s, f"{answer.name}, {measured_s:.4g} s {source}")

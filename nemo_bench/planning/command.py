@@ -18,7 +18,6 @@ from nemo_bench.files import write_text
 from nemo_bench.planning import display
 from nemo_bench.planning.answer import Answer, Calibration, calibration_by
 from nemo_bench.planning.config import EstimateConfig
-from nemo_bench.planning.schedule_page import render
 from nemo_bench.planning.search import search
 
 # By `calibrate=`: the points of a sweep share the factor of its first.
@@ -28,9 +27,7 @@ _calibrations: dict[str, Calibration] = {}
 def run_estimate(raw: DictConfig) -> None:
     """Print the estimate of a point, or of the best layouts; write files where `output` says so.
 
-    Raises:
-        ConfigurationRefused: the point breaks rules. What only a run would need, such as files, may be missing.
-        BenchError: nothing is known of its GPU, or nothing can be calibrated by.
+    Raises BenchError for a point that breaks rules or cannot be estimated. What only a run needs may be missing.
     """
     cfg = typed_as(EstimateConfig, raw)
     if cfg.gpu.device == "cpu":
@@ -54,7 +51,7 @@ def run_estimate(raw: DictConfig) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "estimate.json", json.dumps(answer.to_dict(), indent=1) + "\n")
-            write_text(folder / "schedule.html", render(answer))
+            write_text(folder / "schedule.html", display.schedule_page(answer))
         except OSError as error:
             raise BenchError(f"output={cfg.output}: {error.strerror}: name a folder that can be written") from None
         console.print(f"written: {folder}/ (estimate.json, schedule.html)", soft_wrap=True)

@@ -1,8 +1,9 @@
-"""Estimates on the terminal, in 80 columns."""
+"""Estimates on the terminal, in 80 columns, and their schedule as a page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -29,8 +30,8 @@ def print_answer(console: Console, answer: Answer) -> None:
     low, high = map(_digits, answer.range_s)
     facts = {"step time": f"[bold]{_digits(answer.step_time_s)} s[/bold]   {low} to {high}"}
     if calibration := answer.calibration:
-        facts["uncalibrated"] = f"{_digits(estimate.step_time_s)} s"
-        facts["calibrated by"] = f"{calibration.source}: factor {calibration.factor:.4f}"
+        facts["uncalibrated"] = f"{_digits(estimate.step_time_s)} s, times {calibration.factor:.4f}"
+        facts["calibrated by"] = calibration.source
     facts["tokens/s"] = f"{answer.tokens_per_s:,.0f}"
     facts["MFU"] = _share(answer.mfu(FlopsConvention.RECIPE))
     facts["MFU, causal attention"] = _share(answer.mfu(FlopsConvention.CAUSAL))
@@ -52,10 +53,8 @@ def print_answer(console: Console, answer: Answer) -> None:
     parts.add_section()
     parts.add_row("sum", f"{estimate.step_time_s:.3f}", "100.0%")
     console.print(table, parts)
-    versions = ", ".join(f"{name} {rates.tables['versions'][name]}" for name in ("torch", "transformer_engine"))
-    console.print(
-        f"Rates: {rates.derived_from or rates.gpu}, {rates.tables['date']}, {versions}. Other software differs."
-    )
+    software = ", ".join(f"{name} {rates.tables['versions'][name]}" for name in ("torch", "transformer_engine"))
+    console.print(f"Rates: {rates.derived_from or rates.gpu}, {rates.tables['date']}, {software}.")
     if rates.derived_from:
         console.print(f"{rates.gpu}: derived from {rates.derived_from} by its memory's speed; never measured.")
     if not estimate.measured_shape:
@@ -69,10 +68,9 @@ def print_answer(console: Console, answer: Answer) -> None:
 def print_row(console: Console, answer: Answer, *, first: bool) -> None:
     """Print a point of a sweep as a row, below the header if it is the first; `*`: the host may be the limit."""
     if first:
-        header = _ROW.format("point", "step s", "from", "to", "tokens/s", "MFU", "GiB", "published")
-        console.print(header, soft_wrap=True)
+        console.print(_ROW.format("point", "step s", "from", "to", "tokens/s", "MFU", "GiB", "published"))
     published = answer.published()
-    row = _ROW.format(
+    cells = (
         answer.name + " *" * answer.estimate.host_is_limit,
         *map(_digits, (answer.step_time_s, *answer.range_s)),
         f"{answer.tokens_per_s:,.0f}",
@@ -80,7 +78,7 @@ def print_row(console: Console, answer: Answer, *, first: bool) -> None:
         _gib(answer),
         f"{published[0][0].step_time_s:g} {published[0][1]:+.1%}" if published else "-",
     )
-    console.print(row, soft_wrap=True)
+    console.print(_ROW.format(*cells), soft_wrap=True)
 
 
 def print_search(console: Console, cfg: TrainConfig, answers: Sequence[Answer]) -> None:
@@ -94,6 +92,34 @@ def print_search(console: Console, cfg: TrainConfig, answers: Sequence[Answer]) 
     console.print(table)
     for number, answer in enumerate(answers, 1):
         console.print(f"{number:2}  {answer.layout}\n    {' '.join(overrides(cfg, answer.cfg))}", soft_wrap=True)
+
+
+def schedule_page(answer: Answer) -> str:
+    """Return a page of HTML that needs nothing else: each pass of a micro-batch as a bar on its stage's line."""
+    from plotly.io import to_html
+
+    estimate = answer.estimate
+    events = sorted(estimate.timeline.events(), key=lambda event: event.start_ms)
+    drawn, traces = events[:4000], list[dict[str, Any]]()  # more would make the page slow
+    for name, colour in (("forward", "#2f7fd1"), ("backward", "#cf6a12")):
+        shown = [event for event in drawn if event.forward == (name == "forward")]
+        times = {
+            "base": [round(event.start_ms / 1e3, 5) for event in shown],
+            "x": [round((event.end_ms - event.start_ms) / 1e3, 5) for event in shown],
+            "y": [f"stage {event.stage}" for event in shown],
+            "hovertext": [f"micro-batch {event.micro_batch}, chunk {event.chunk}" for event in shown],
+        }
+        marker = {"color": colour, "line": {"width": 0.5, "color": "white"}}
+        traces.append({"type": "bar", "orientation": "h", "name": name, "marker": marker, **times})
+    step = f"Step {estimate.step_time_s:.4g} s by rates and constants; {len(drawn):,} of {len(events):,} passes"
+    layout = {
+        "height": 140 + 60 * estimate.timeline.pipeline.stages,
+        "title": {"text": f"{answer.name}: {answer.layout}<br>{step}"},
+        "barmode": "overlay",
+        "xaxis": {"title": {"text": "s"}},
+        "yaxis": {"categoryorder": "category descending", "type": "category"},
+    }
+    return str(to_html({"data": traces, "layout": layout}, validate=False, div_id="schedule"))
 
 
 def _right(*names: str) -> list[Column]:

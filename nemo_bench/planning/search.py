@@ -16,29 +16,23 @@ from nemo_bench.estimate.step import bound_s, estimate_of
 from nemo_bench.memory import GIB, estimate_memory
 from nemo_bench.planning.answer import Answer, Calibration
 
-SHOWN = 10
-# So many of the fastest by a bound without a schedule are simulated.
-_SIMULATED = 120
+_SIMULATED, _SHOWN = 120, 10  # of the fastest by a bound without a schedule, and of these
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
 _RECOMPUTATION = ((None, None, None), ("selective", None, None), ("full", "uniform", 1))
 
 
 def search(cfg: TrainConfig, calibration: Calibration | None = None) -> list[Answer]:
-    """Return the fastest layouts of this point: same model, GPUs, batch and number format.
-
-    Raises:
-        BenchError: none fits the GPU's memory.
-    """
+    """Return the fastest layouts of this model on these GPUs, fastest first; BenchError where none fits the memory."""
     fitting = [candidate for candidate in _candidates(cfg) if _works(candidate)]
     if not fitting:
-        point = f"{cfg.model.name} works on {cfg.world_size} x {cfg.gpu.name}"
-        raise BenchError(f"no layout of {point}: use another number")
+        machine = f"{cfg.world_size} x {cfg.gpu.name}"
+        raise BenchError(f"no layout of {cfg.model.name} works on {machine}: use another number")
     fitting.sort(key=bound_s)
     answers = [Answer(candidate, estimate_of(candidate), calibration) for candidate in fitting[:_SIMULATED]]
     fastest: dict[str, Answer] = {}  # of each layout
     for answer in sorted(answers, key=lambda answer: answer.step_time_s):
         fastest.setdefault(answer.layout, answer)
-    return list(fastest.values())[:SHOWN]
+    return list(fastest.values())[:_SHOWN]
 
 
 def _candidates(cfg: TrainConfig) -> Iterator[TrainConfig]:

@@ -78,8 +78,8 @@ def test_files_hold_the_estimate_and_the_schedule(estimate: Estimate, tmp_path: 
     [
         (("gpu=b200",), "gpu=b200: the rates of this GPU were never measured"),
         (("scale=local",), "estimates are of GPUs"),
-        (("calibrate=nowhere",), "calibrate=nowhere: not a run folder"),
-        (("calibrate=0",), "give the seconds of a step"),
+        (("calibrate=nowhere",), "calibrate=nowhere: give a run folder"),
+        (("calibrate=0",), "or the seconds of a step"),
         (("output=/proc/plan",), "output=/proc/plan: No such file or directory: name a folder"),
         (("serch",), "serch: not a verb of this command; its verbs: search"),
         (("scale=64gpu", "model.num_layers=81"), "must be a multiple of 20"),
