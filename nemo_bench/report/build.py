@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 from nemo_bench.errors import BenchError
@@ -50,173 +49,138 @@ def build_report(
     """
     given = given or Given()
     check(given)
-    if not 0 <= tolerance < 1:
-        raise BenchError(f"tolerance={tolerance}: a fraction from 0 to below 1; 0.05 is 5%")
-    if not 0 < total_tokens < math.inf:
-        raise BenchError(f"total_tokens={total_tokens}: must be a number above 0")
-    names = [*reference] if isinstance(reference, (list, tuple)) else [] if reference is None else [reference]
-    tables = [references.load(str(name)) for name in (references.names() if reference == "auto" else names)]
+    names = references.names() if reference == "auto" else [reference] if isinstance(reference, str) else reference
+    tables = [references.load(str(name)) for name in names or ()]
     all_runs, warnings = _load(paths, "runs", given, total_tokens)
     old_runs, old_warnings = _load(baseline, "baseline", given, total_tokens) if baseline else ([], [])
     groups, old_groups = ([*points.gather(side, tables, tolerance)] for side in (all_runs, old_runs))
-    if reference == "auto":
-        used = {group.point.reference.reference for group in groups if group.point.reference}
-        tables = [table for table in tables if table.name in used]
-    comparisons, unmatched = comparison.compare(groups, old_groups, tolerance) if baseline else ([], [])
     all_points = tuple(group.point for group in groups)
+    if reference == "auto":
+        used = {point.reference.reference for point in all_points if point.reference}
+        tables = [table for table in tables if table.name in used]
+    pairs = [(group, comparison.nearest(group, old_groups)) for group in groups]
+    comparisons = tuple(comparison.compare(group, old, tolerance) for group, old in pairs if old)
+    unmatched = [f"{group.point.name}: the baseline has no such point" for group, old in pairs if baseline and not old]
     values = {point.verdict.value for point in all_points}
     known = all(run.identity_known for run in all_runs) and all(point.gpu for point in all_points)
     regressed = any(item.regression for item in comparisons)
     good = bool(values) and values <= {*model.SUCCESSES} and known and not regressed
     return Report(
         generated_at=record.timestamp(),
-        generator=_generator(),
         inputs=tuple(map(str, paths)),
         verdict=_overall(values),
         exit_code=0 if good else 1,
         runs=tuple(all_runs),
         points=all_points,
         references=tuple(tables),
-        scaling=tuple(points.scaling(groups, tables)),
+        scaling=tuple(points.scaling(groups)),
         tolerance=tolerance,
         total_tokens=total_tokens,
         warnings=(*warnings, *old_warnings, *unmatched, *_remarks(all_runs, old_runs)),
         baseline_inputs=tuple(map(str, baseline)),
         baseline_runs=tuple(old_runs),
         baseline_points=tuple(group.point for group in old_groups),
-        comparisons=tuple(comparisons),
-        attributions=tuple(_attributions(groups, all_runs, comparisons, old_groups, old_runs)),
+        comparisons=comparisons,
+        attributions=tuple(way for pair in pairs for way in _ways(*pair) if way),
     )
 
 
-def _attributions(
-    groups: Sequence[points.Group],
-    all_runs: Sequence[Run],
-    comparisons: Sequence[model.Comparison],
-    old_groups: Sequence[points.Group],
-    old_runs: Sequence[Run],
-) -> Iterator[attribution.Attribution]:
-    """Yield where each measured point's seconds went, from its estimate and from its baseline."""
-    named, old_named = ({run.name: run for run in side} for side in (all_runs, old_runs))
-    olds, baseline_of = (
-        {old.point.name: old.point for old in old_groups},
-        {item.point: item.baseline for item in comparisons},
-    )
-    for group in groups:
-        final = [named[name] for name in group.point.final_runs]
-        found = [attribution.from_estimate(group.point, final, group.estimate)]
-        if old := olds.get(baseline_of.get(group.point.name, "")):
-            found.append(
-                attribution.from_baseline(group.point, final, old, [old_named[name] for name in old.final_runs])
-            )
-        yield from filter(None, found)
+def _ways(group: points.Group, old: points.Group | None) -> Iterator[attribution.Attribution | None]:
+    """Yield where a measured point's seconds went, from its estimate and from its baseline."""
+    yield attribution.from_estimate(group.point, group.final, group.estimate)
+    if old:
+        yield attribution.from_baseline(group.point, group.final, old.point, old.final)
 
 
 def _remarks(all_runs: Sequence[Run], old_runs: Sequence[Run]) -> Iterator[str]:
-    both = {run.path for run in all_runs} & {run.path for run in old_runs}
-    if both:
+    if both := {run.path for run in all_runs} & {run.path for run in old_runs}:
         yield f"runs= and baseline= share {len(both)} of {len(old_runs)} runs: compared with themselves"
-    unknown = [run.name for run in all_runs if not run.identity_known]
-    if unknown:
+    if unknown := [run.name for run in all_runs if not run.identity_known]:
         yield f"not known what was run, so in no point: {', '.join(unknown)} (see their warnings)"
 
 
 def _overall(values: set[str]) -> str:
     """Return the verdict of a whole report: the gravest of its points'."""
-    if not values:
-        return model.INCOMPLETE
     best = model.PASS if values & {model.PASS, model.FASTER} else model.NO_REFERENCE
-    return next((value for value in _GRAVITY if value in values), best)
-
-
-def _generator() -> str:
-    try:
-        return f"nemo-bench {metadata.version('nemo-bench')}"
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "nemo-bench"
+    return next((value for value in _GRAVITY if value in values), best if values else model.INCOMPLETE)
 
 
 def _load(paths: Sequence[Path], key: str, given: Given, total_tokens: float) -> tuple[list[Run], list[str]]:
     """Return the runs of all inputs with unique names, and a word on what could not be read: it hides no other."""
-    candidates, warnings = _find(paths, key)
+    warnings: list[str] = []
+    jobs: dict[Path, list[Path]] = {}  # the logs of one job, a file a rank
+    for path in _find(paths, key, warnings):
+        jobs.setdefault(path.with_name(_RANK.sub("rank", path.name)), []).append(path)
     named = {path.resolve() for path in paths}
     loaded: list[tuple[Path, Run]] = []
-    stepless: list[str] = []
-    jobs: dict[Path, list[Path]] = {}  # the logs of one job, a file a rank
-    for path in candidates:
-        jobs.setdefault(path.with_name(_RANK.sub("rank", path.name)), []).append(path)
+    stepless: list[str] = []  # files that lie beside the logs
     first_of: dict[str, Path] = {}
     for path, *others in jobs.values():
         try:
             run = runs.load_run(path, total_tokens) if path.is_dir() else load_log(path, others, given, total_tokens)
         except BenchError as error:
             warnings.append(str(error))
+            continue
         except OSError as error:
             warnings.append(f"{path}: cannot be read ({error.strerror or error})")
+            continue
+        first = first_of.setdefault(repr((run.point, run.record, run.steps)), path)
+        if len(run.steps) > 1 and first != path:
+            warnings.append(f"{path}: has the same steps as {first}: counts once")
+        elif run.source == "run folder" or run.steps or (path in named and run.gpus is not None):
+            loaded.append((path, run))
+        elif path in named:
+            warnings.append(f"{path}: {run.why_not_final}")  # nothing tells that it is a run's log
         else:
-            identity = repr((run.point, run.record, run.steps))
-            if len(run.steps) > 1 and first_of.setdefault(identity, path) != path:
-                warnings.append(f"{path}: has the same steps as {first_of[identity]}: counts once")
-            elif run.source == "run folder" or run.steps or (path in named and run.gpus is not None):
-                loaded.append((path, run))
-            elif path in named:
-                warnings.append(f"{path}: {run.why_not_final}")  # nothing tells that it is a run's log
-            else:
-                stepless.append(path.name)  # a file that lies beside the logs
+            stepless.append(path.name)
     if stepless:
         shown = ", ".join(stepless[:5]) + (", ..." if len(stepless) > 5 else "")
-        number = "1 file holds" if len(stepless) == 1 else f"{len(stepless)} files hold"
-        warnings.append(f"{number} no training step: {shown}")
+        warnings.append(f"files without a training step: {len(stepless)} ({shown})")
     if not loaded:
         details = "".join(f"\n  {text}" for text in warnings)
-        raise BenchError(
-            f"{key}={','.join(map(str, paths))}: no run folder and no log with training steps there{details}"
-        )
+        inputs = ",".join(map(str, paths))
+        raise BenchError(f"{key}={inputs}: no run folder and no log with training steps there{details}")
     loaded.sort(key=lambda pair: (pair[1].model or "", pair[1].precision or "", pair[1].gpus or 0, pair[0]))
     names = _unique_names([path for path, _ in loaded])
     return [replace(run, name=name) for name, (_, run) in zip(names, loaded)], warnings
 
 
-def _find(paths: Sequence[Path], key: str) -> tuple[list[Path], list[str]]:
-    """Return the run folders, and the logs in none of them, that `paths` name or hold; and what cannot be opened."""
+def _find(paths: Sequence[Path], key: str, closed: list[str]) -> list[Path]:
+    """Return the run folders, and the logs in none of them, that `paths` name or hold; `closed`: cannot be opened."""
     inputs: dict[Path, None] = {}
-    closed: list[str] = []
-    seen: set[Path] = set()
     for path in paths:
         if not path.is_file() and not path.is_dir():
             what = "neither a file nor a folder" if path.exists() else "there is no such file or folder"
             raise BenchError(f"{key}={path}: {what}\n  name run folders, folders that hold some, or log files")
-        for run in [path] if path.is_file() else _below(path, seen, closed):
-            inputs[run.resolve()] = None
-    return list(inputs), closed
+        inputs |= dict.fromkeys(run.resolve() for run in ([path] if path.is_file() else _below(path, closed)))
+    return list(inputs)
 
 
-def _below(folder: Path, seen: set[Path], closed: list[str]) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in seen:  # by a link, perhaps to a folder above
-        return
-    seen.add(real)
-    try:
-        if (folder / record.RUN).is_file():
+def _below(root: Path, closed: list[str]) -> Iterator[Path]:
+    def note(error: OSError) -> None:
+        closed.append(f"{error.filename}: cannot be looked into ({error.strerror})")
+
+    seen: set[Path] = set()
+    for name, folders, files in os.walk(root, followlinks=True, onerror=note):
+        folder = Path(name)
+        if record.RUN in files:
             yield folder
-            return
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        closed.append(f"{folder}: cannot be looked into ({error.strerror})")
-        return
-    for path in entries:
-        if path.is_dir() and not path.name.startswith("."):
-            yield from _below(path, seen, closed)
-        elif path.is_symlink() and (path.resolve().parent / record.RUN).is_file():
-            continue  # the recipe's name for the log of a run folder
-        elif path.name.endswith(_LOG_SUFFIXES) and not path.name.endswith(_DATASET_SUFFIX) and path.is_file():
-            yield path
+        if record.RUN in files or folder.resolve() in seen:  # by a link, perhaps to a folder above
+            folders.clear()
+            continue
+        seen.add(folder.resolve())
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (folder / name for name in sorted(files) if name.endswith(_LOG_SUFFIXES)):
+            # The recipe's name for the log of a run folder is a link to it.
+            in_run = path.is_symlink() and (path.resolve().parent / record.RUN).is_file()
+            if path.is_file() and not in_run and not path.name.endswith(_DATASET_SUFFIX):
+                yield path
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:
     """Return a name for each path: its last part, with as many parts before it as it takes to tell all apart."""
     names = [path.name for path in paths]
-    for depth in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+    for depth in range(2, max(len(path.parts) for path in paths) + 1):
         counts = Counter(names)
         names = ["/".join(path.parts[-depth:]) if counts[name] > 1 else name for name, path in zip(names, paths)]
     return [re.sub(r"^/+", "/", name) for name in names]

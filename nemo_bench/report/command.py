@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_bench.config import typed_as
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import write_text
 from nemo_bench.flops import Architecture
@@ -18,16 +19,16 @@ from nemo_bench.report.bare_logs import Given
 from nemo_bench.report.build import build_report
 from nemo_bench.report.config import ReportConfig
 from nemo_bench.report.model import SUCCESSES, Report
-from nemo_bench.report.runs import architecture_of
+from nemo_bench.report.terminal import make_console, print_report
 
 _GROUPS = ("model", "precision", "gpu")
 
 
 def run_report(raw: DictConfig) -> None:
     """Make the report, print it, and write its files; RunFailed, then, where a point has no success or regressed."""
-    from nemo_bench.report.terminal import make_console, print_report
-
-    cfg = _typed(raw)
+    # A group's interpolations speak of a training configuration, which is not here: they stay as they are.
+    groups: Any = OmegaConf.to_container(raw, resolve=False)
+    cfg = typed_as(ReportConfig, OmegaConf.masked_copy(raw, [str(key) for key in raw if key not in _GROUPS]))
     if cfg.archive is not None:
         archive.check(Path(cfg.archive))
     if cfg.output == "":
@@ -36,7 +37,7 @@ def run_report(raw: DictConfig) -> None:
     report = build_report(
         inputs,
         baseline=baseline,
-        given=_given(cfg),
+        given=_given(cfg, groups),
         tolerance=cfg.tolerance,
         total_tokens=cfg.total_tokens,
         reference=cfg.reference,
@@ -61,46 +62,34 @@ def run_report(raw: DictConfig) -> None:
         raise RunFailed(_failure(report))
 
 
-def _typed(raw: DictConfig) -> ReportConfig:
-    own = OmegaConf.masked_copy(raw, [str(key) for key in raw if key not in _GROUPS])
-    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ReportConfig), own))
-    assert isinstance(cfg, ReportConfig)
-    # What a group's interpolations speak of, a training configuration, is not here: they stay as they are.
-    plain: Any = OmegaConf.to_container(raw, resolve=False)
-    for key in _GROUPS:
-        setattr(cfg, key, plain[key])
-    return cfg
-
-
-def _given(cfg: ReportConfig) -> Given:
-    chosen = {key: (getattr(cfg, key) or {}).get("name") for key in _GROUPS}
+def _given(cfg: ReportConfig, groups: dict[str, Any]) -> Given:
+    sizes = groups["model"]
     return Given(
-        **chosen,
+        **{key: (groups[key] or {}).get("name") for key in _GROUPS},
         gpus=cfg.gpus,
         global_batch_size=cfg.global_batch_size,
         max_steps=cfg.max_steps,
-        seq_length=cfg.model["seq_length"] if cfg.seq_length is None and chosen["model"] else cfg.seq_length,
-        architecture=_architecture(cfg.model) if chosen["model"] else None,
+        seq_length=sizes["seq_length"] if cfg.seq_length is None and sizes else cfg.seq_length,
+        architecture=_architecture(sizes) if sizes else None,
     )
 
 
-def _architecture(sizes: dict[str, Any]) -> Architecture:
-    for size in fields(Architecture):
-        if not isinstance(sizes.get(size.name), int) or not 0 < sizes[size.name] < 10**9:
-            raise BenchError(f"model.{size.name}={sizes.get(size.name)}: must be a whole number above 0")
-    return architecture_of(sizes)
+def _architecture(model_group: dict[str, Any]) -> Architecture:
+    sizes: dict[str, Any] = {size.name: model_group.get(size.name) for size in fields(Architecture)}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or not 0 < size < 10**9:
+            raise BenchError(f"model.{name}={size}: must be a whole number above 0")
+    return Architecture(**sizes)
 
 
 def _paths(key: str, value: Any) -> list[Path]:
-    values = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    values = value if isinstance(value, list) else [] if value is None else [value]
     if "" in values or (key == "runs" and not values):  # the empty path would be the current folder
         raise BenchError(f"{key}: name at least one run folder, folder of runs, or log file")
-    paths = []
-    for text in map(str, values):
-        text = os.path.expanduser(text)
-        matches = sorted(glob.glob(text)) if glob.has_magic(text) and not Path(text).exists() else []
-        matches = [match for match in matches if Path(match).is_file() or Path(match).is_dir()] or matches
-        paths += [Path(match) for match in matches or [text]]
+    paths: list[Path] = []
+    for text in (os.path.expanduser(str(item)) for item in values):
+        matches = [] if Path(text).exists() else sorted(glob.glob(text))
+        paths += map(Path, matches or [text])
     return paths
 
 
@@ -111,18 +100,17 @@ def _write(folder: Path, files: dict[str, str]) -> None:
             # A name of a file that is no UTF-8 is escaped: readers of JSON and CSV take nothing else.
             write_text(folder / name, text.encode("utf-8", "backslashreplace").decode())
     except OSError as error:
-        raise BenchError(
-            f"output={folder}: cannot be written ({error.strerror}); name another folder, or output=null for the "
-            "terminal only"
-        ) from None
+        fix = "name another folder, or output=null for the terminal only"
+        raise BenchError(f"output={folder}: cannot be written ({error.strerror}); {fix}") from None
 
 
 def _failure(report: Report) -> str:
-    bad = [f"{point.name}: {point.verdict.text}" for point in report.points if point.verdict.value not in SUCCESSES]
-    bad += [f"{each.point}: slower than the baseline" for each in report.comparisons if each.regression]
+    """Return why the exit status is 1, a line a point or run."""
     if not report.points:
         return "it is not known what was run: name it with model=... precision=... gpus=... gpu=..."
+    bad = [f"{point.name}: {point.verdict.text}" for point in report.points if point.verdict.value not in SUCCESSES]
+    bad += [f"{item.point}: slower than the baseline" for item in report.comparisons if item.regression]
     bad += [f"{point.name}: GPU not known; name it with gpu=..." for point in report.points if point.gpu is None]
     bad += [f"{run.name}: not known what was run" for run in report.runs if not run.identity_known]
     head = "no success" if report.verdict in SUCCESSES else report.verdict
-    return "\n".join([f"{head}: {len(bad)} of {len(report.points)} points", *(f"  {text}" for text in bad)])
+    return "\n  ".join([f"{head}:", *bad])

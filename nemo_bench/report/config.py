@@ -11,6 +11,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 import nemo_bench.config  # noqa: F401  registers the resolvers that conf/ uses
+from nemo_bench.cli import quoted_path
+from nemo_bench.fields import number
 
 
 @dataclass
@@ -22,53 +24,37 @@ class ReportConfig:
     output: str | None = "auto"
     archive: str | None = None
     reference: Any = None  # a table's name or file, or a list of them
-    tolerance: float = 0.05
-    total_tokens: float = 1e12  # the budget behind "days to train"
+    tolerance: float = number(0.05, least=0, below=1)  # of a verdict, as a fraction
+    total_tokens: float = number(1e12, above=0)  # the budget behind "days to train"
     stage_path: str = MISSING
     # of bare logs; the first three are groups
     model: Any = None
     precision: Any = None
     gpu: Any = None
-    gpus: int | None = None
-    global_batch_size: int | None = None
-    seq_length: int | None = None
-    max_steps: int | None = None
+    gpus: int | None = number(None, least=1)
+    global_batch_size: int | None = number(None, least=1)
+    seq_length: int | None = number(None, least=1)
+    max_steps: int | None = number(None, least=1)
 
 
 ConfigStore.instance().store(name="report_schema", node=ReportConfig)
 
-# Hydra's options that a word follows
-_TAKES_A_VALUE = (
-    *("-c", "-p", "-cp", "-cn", "-cd"),
-    *("--cfg", "--package", "--config-path", "--config-name", "--config-dir"),
-)
 _PATHS = ("runs", "baseline", "output", "archive", "reference")
 
 
 def quoted(arguments: list[str]) -> list[str]:
     """Return the command line with its paths in Hydra's quotes; a plain path, `job.out`, means `runs=job.out`."""
-    plain, options, others = [], [], []
-    for i, argument in enumerate(arguments):
+    plain, others = [], []
+    for before, argument in zip(["", *arguments], arguments):
         key, equals, value = argument.partition("=")
-        if argument.startswith("-") or (i and arguments[i - 1] in _TAKES_A_VALUE):
-            options.append(argument)
-        elif (
-            equals
-            and key in _PATHS
-            and value
-            and value[0] not in "[\"'$"
-            and not re.fullmatch(r"[\w./-]+", value, re.ASCII)
-        ):
+        exists = Path(argument).exists()
+        if argument.startswith(("-", "+", "~")) or (before.startswith("-") and not exists):
+            others.append(argument)  # an option of Hydra's, or the word that follows one
+        elif key in _PATHS and not re.match(r"$|[\[\"'$]|[\w./-]+$", value, re.ASCII):
             # A list without brackets is Hydra's to refuse.
-            others.append(argument if "," in value and not Path(value).exists() else f"{key}={_quote(value)}")
-        elif argument.startswith(("+", "~")) or (
-            equals and re.fullmatch(r"[\w.@/]+", key) and not Path(argument).exists()
-        ):
+            others.append(argument if "," in value and not Path(value).exists() else f"{key}={quoted_path(value)}")
+        elif equals and re.fullmatch(r"[\w.@/]+", key) and not exists:
             others.append(argument)
         else:
-            plain.append(argument)
-    return [*options, *([f"runs=[{','.join(map(_quote, plain))}]"] if plain else []), *others]
-
-
-def _quote(path: str) -> str:
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", path)) + "'"
+            plain.append(quoted_path(argument))
+    return [*others, *([f"runs=[{','.join(plain)}]"] if plain else [])]

@@ -1,18 +1,15 @@
 """What a report is made of, and `results.json`: the same objects, field by field, as JSON.
 
-Times are in seconds and end in `_s`, fractions are 0 to 1, moments are ISO 8601 in UTC, memory is in GiB (2^30 bytes),
-rates of one GPU in TFLOP/s (10^12 a second). None (JSON null) means "not known" or "does not apply"; a number that is
-not finite, such as a loss, is the string "nan", "inf" or "-inf" in JSON. `Report.schema_version` rises when a field
-changes its meaning or goes away.
+Times are in seconds (`_s`), fractions are 0 to 1, moments ISO 8601 in UTC, memory is in GiB (2^30 bytes), rates of a
+GPU are in TFLOP/s. None (null) means "not known" or "does not apply".
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nemo_bench.flops import Architecture, pipeline_bubble
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
     from nemo_bench.report.attribution import Attribution
     from nemo_bench.report.references import Reference, ReferencePoint
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4  # rises when a field changes its meaning or goes away
 
 # Verdicts of a point against a published number.
 PASS = "PASS"
@@ -36,9 +33,8 @@ NOT_COMPARABLE = "NOT COMPARABLE"  # it differs from the published run in what m
 NO_REFERENCE = "NO REFERENCE"
 SUCCESSES = (PASS, FASTER, NO_REFERENCE)  # report.py ends with 0 where every point has one of these
 
-# Verdicts of a comparison with a baseline; also UNDECIDED, where too little was measured to know the noise.
+# Verdicts of a comparison with a baseline; also FASTER, and UNDECIDED where too little was measured to know the noise.
 SLOWER = "SLOWER"
-QUICKER = "FASTER"
 NO_DIFFERENCE = "NO DIFFERENCE"  # smaller than the noise
 
 
@@ -96,6 +92,11 @@ class DeviceUse:
     # Share of the steps in which the driver named each reason to hold clocks back (sw_power_cap, hw_slowdown, ...).
     throttled: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def held_back(self) -> dict[str, float]:
+        """What throttled it but for the power cap, which ends the rise of clocks at full load."""
+        return {reason: share for reason, share in self.throttled.items() if reason != "sw_power_cap"}
+
 
 @dataclass(frozen=True)
 class Record:
@@ -114,8 +115,25 @@ class Record:
     events: tuple[dict[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What was run; None where nothing tells."""
+
+    model: str | None = None  # 70b, 8b, tiny, ...
+    precision: str | None = None  # bf16, fp8, fp32
+    gpus: int | None = None  # GPUs (processes, on CPU) of the job
+    nodes: int | None = None
+    gpu: str | None = None  # the device's name in conf/gpu: h100, h200, cpu, ...
+    global_batch_size: int | None = None  # sequences a step
+    seq_length: int | None = None  # tokens a sequence
+    layout: dict[str, int] = field(default_factory=dict)  # parallel sizes: TP, PP, VP, CP, DP, MBS, GA
+    software: str | None = None  # what trained, by the record: "nemo-2.7.3", "24.09"
+    entrypoint: str | None = None  # the program that trained (conf/entrypoint)
+    data: str | None = None  # conf/data's name; "mock" is random tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Identity):
     """One run: a run folder, or one log file of anybody's run."""
 
     name: str  # unique in the report: the folder's or the file's name, with as much of its path as it takes
@@ -125,22 +143,10 @@ class Run:
     state: str = "unknown"
     why_not_final: str | None = None  # why its numbers may not be shown as results; None: they may
     invalid: str | None = None  # why its numbers cannot be right; part of why_not_final
-    # what it is; None where nothing tells
-    model: str | None = None  # 70b, 8b, tiny, ...
-    precision: str | None = None  # bf16, fp8, fp32
-    gpus: int | None = None  # GPUs (processes, on CPU) of the job
-    nodes: int | None = None
-    gpu: str | None = None  # the device's name in conf/gpu: h100, h200, cpu, ...
     gpu_reported: str | None = None  # the driver's name of it: "NVIDIA H100 80GB HBM3"; all, where a node has several
-    global_batch_size: int | None = None  # sequences a step
-    seq_length: int | None = None  # tokens a sequence
-    layout: dict[str, int] = field(default_factory=dict)  # parallel sizes: TP, PP, VP, CP, DP, MBS, GA
     architecture: Architecture | None = None  # the model's sizes
     version: str | None = None  # the folder's name under results/ ("nemo-2.7.3", "24.09"), which anybody may choose
-    software: str | None = None  # what trained, by the record: "nemo-2.7.3", "24.09"
-    entrypoint: str | None = None  # the program that trained (conf/entrypoint)
     container: str | None = None  # the image that it ran in; None: bare on the machine, or not known
-    data: str | None = None  # conf/data's name; "mock" is random tokens
     identified: dict[str, str] = field(default_factory=dict)  # field -> "run record", "path", "log", "command line"
     # what it did
     max_steps: int | None = None  # steps it was meant to reach
@@ -201,13 +207,12 @@ def point_name(model: str | None, precision: str | None, gpus: int | None, overr
 
 def flatten(config: Any, prefix: str = "") -> dict[str, str]:
     """Return a nested configuration as dotted keys with their values as text."""
-    if isinstance(config, dict) and config:
-        return {
-            key: text
-            for name, item in config.items()
-            for key, text in flatten(item, f"{prefix}.{name}" if prefix else str(name)).items()
-        }
-    return {prefix: "null" if config is None else str(config)} if prefix else {}
+    if not isinstance(config, dict) or (prefix and not config):
+        return {prefix: "null" if config is None else str(config)}
+    texts: dict[str, str] = {}
+    for name, item in config.items():
+        texts |= flatten(item, f"{prefix}.{name}" if prefix else str(name))
+    return texts
 
 
 @dataclass(frozen=True)
@@ -244,27 +249,15 @@ class Verdict:
         return f"{self.text}: {'; '.join((self.why, *self.differences))}"
 
 
-@dataclass(frozen=True)
-class Point:
-    """Repeats of one configuration on one number of GPUs; the fields of its identity are those of `Run`."""
+@dataclass(frozen=True, kw_only=True)
+class Point(Identity):
+    """Repeats of one configuration on one number of GPUs."""
 
     name: str  # `point_name`; where two points of a report share it, the second is called "... #2"
-    model: str
-    precision: str
-    gpus: int
-    gpu: str | None
-    nodes: int | None
-    software: str | None
-    entrypoint: str | None
-    global_batch_size: int | None
-    seq_length: int | None
-    layout: dict[str, int]
-    data: str | None
     runs: tuple[str, ...]  # names of all its runs
     final_runs: tuple[str, ...]  # names of those that its numbers come from
     numbers: Numbers | None = None  # at the mean of the final runs' mean step times; None where no run is final
-    # With the error over the repeats where there are two or more, else over the steps of the one run, which says
-    # nothing about the next run; None where too little was measured.
+    # Over the repeats, or over the steps of a single run, which says nothing about the next; None: too few steps.
     step_time: Mean | None = None
     median_s: float | None = None  # mean of the final runs' medians
     last_s: float | None = None  # mean of the final runs' last steps
@@ -285,9 +278,8 @@ class ScalingCurve:
     """Throughput over the number of GPUs, of points that differ in nothing else."""
 
     label: str  # "70b bf16 h100" and what else tells it from the others
-    model: str
-    precision: str
-    gpu: str | None
+    model: str | None
+    precision: str | None
     published: bool
     gpus: tuple[int, ...]  # ascending
     tokens_per_s: tuple[float, ...]  # one a number of GPUs
@@ -305,11 +297,7 @@ class Comparison:
     verdict: str  # SLOWER, FASTER, NO DIFFERENCE or UNDECIDED
     regression: bool  # slower than the noise explains, and by more than the tolerance
     why: str  # the verdict in a sentence, with how the noise was estimated
-    # what changed
-    configuration: tuple[Change, ...]
-    packages: tuple[Change, ...]
-    environment: tuple[Change, ...]
-    hardware: tuple[Change, ...]
+    changes: dict[str, tuple[Change, ...]]  # what changed, by kind: configuration, packages, environment, hardware
 
 
 @dataclass(frozen=True)
@@ -317,7 +305,6 @@ class Report:
     """Everything in `results.json`."""
 
     generated_at: str
-    generator: str  # name and version of the program
     inputs: tuple[str, ...]  # what `runs=` named
     verdict: str  # of the whole: the gravest of its points'
     exit_code: int  # what `report.py` ends with: 0, or 1 where a point has another verdict than SUCCESSES or regressed
@@ -338,16 +325,6 @@ class Report:
 
 
 def to_json(report: Report) -> str:
-    return json.dumps(_plain(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+    """Return the report as strict JSON: a number that is not finite is the string "NaN", "Infinity" or "-Infinity"."""
+    plain = json.loads(json.dumps(report, default=vars), parse_constant=str)
+    return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from nemo_bench import flops
 from nemo_bench.config import TrainConfig
@@ -21,32 +22,29 @@ def numbers_at(
 
     None where the run's GPUs, batch or sequence are not known.
     """
-    if not (run.seq_length and run.global_batch_size and run.gpus):
+    batch, seq_length, gpus = run.global_batch_size, run.seq_length, run.gpus
+    if not (seq_length and batch and gpus):
         return None
-    tokens_per_s = flops.tokens_per_second(
-        seq_length=run.seq_length, global_batch_size=run.global_batch_size, step_time_s=step_time_s
-    )
+    step: dict[str, Any] = {"global_batch_size": batch, "step_time_s": step_time_s}
+    tokens_per_s = flops.tokens_per_second(seq_length=seq_length, **step)
     recipe, causal = None, None
     if run.architecture is not None:
         recipe, causal = (
             flops.tflops_per_gpu(
-                global_batch_size=run.global_batch_size,
-                flops_per_sequence=run.architecture.flops_per_sequence(run.seq_length, convention),
-                step_time_s=step_time_s,
-                num_gpus=run.gpus,
+                flops_per_sequence=run.architecture.flops_per_sequence(seq_length, convention), num_gpus=gpus, **step
             )
             for convention in (flops.FlopsConvention.RECIPE, flops.FlopsConvention.CAUSAL)
         )
     return Numbers(
         step_time_s=step_time_s,
         tokens_per_s=tokens_per_s,
-        tokens_per_s_per_gpu=tokens_per_s / run.gpus,
+        tokens_per_s_per_gpu=tokens_per_s / gpus,
         tflops_per_gpu=recipe,
         tflops_per_gpu_causal=causal,
         peak_tflops=peak_tflops,
         peak_source=peak_source,
-        mfu=recipe / peak_tflops if recipe is not None and peak_tflops else None,
-        mfu_causal=causal / peak_tflops if causal is not None and peak_tflops else None,
+        mfu=recipe / peak_tflops if recipe and peak_tflops else None,
+        mfu_causal=causal / peak_tflops if causal and peak_tflops else None,
         total_tokens=total_tokens,
         days_to_train=flops.days_to_train(tokens=total_tokens, tokens_per_s=tokens_per_s),
     )
@@ -57,21 +55,18 @@ def rates_of_step(cfg: TrainConfig, measured_peaks: Sequence[float], step_time_s
 
     `measured_peaks` (TFLOP/s of each rank) count where no peak is published.
     """
+    if step_time_s <= 0:
+        return {}
+    seq_length, gpus = cfg.model.seq_length, cfg.world_size
+    step: dict[str, Any] = {"global_batch_size": cfg.model.global_batch_size, "step_time_s": step_time_s}
+    tokens_per_s = flops.tokens_per_second(seq_length=seq_length, **step)
+    work = cfg.architecture.flops_per_sequence(seq_length)
+    tflops = flops.tflops_per_gpu(flops_per_sequence=work, num_gpus=gpus, **step)
+    rates = {"tokens_per_s_per_gpu": tokens_per_s / gpus, "tflops_per_gpu": tflops}
     peak = cfg.gpu.peak_tflops.get(cfg.precision.name)
     if peak is None and measured_peaks:
         peak = statistics.fmean(measured_peaks)
-    run = Run(
-        name="",
-        path="",
-        source="run folder",
-        gpus=cfg.world_size,
-        global_batch_size=cfg.model.global_batch_size,
-        seq_length=cfg.model.seq_length,
-        architecture=cfg.architecture,
-    )
-    numbers = numbers_at(step_time_s, run, peak, None, cfg.total_tokens) if step_time_s > 0 else None
-    names = ("tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")
-    return {name: value for name in names if (value := getattr(numbers, name, None)) is not None}
+    return {**rates, "mfu": tflops / peak} if peak else rates
 
 
 def counted(times: StepTimes) -> str:
@@ -88,8 +83,5 @@ def unit_name(run: Run) -> str:
 
 
 def tokens_text(number: float) -> str:
-    """Return 1e12 as 1T."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if number >= unit:
-            return f"{number / unit:g}{name}"
-    return f"{number:g}"
+    """Return 15e12 as 15T."""
+    return f"{number / 1e12:g}T"

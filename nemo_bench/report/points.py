@@ -5,21 +5,17 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nemo_bench.estimate.step import Estimate
 from nemo_bench.report import attribution, verdict
-from nemo_bench.report.model import BESIDE_PERFORMANCE, Numbers, Point, Run, ScalingCurve, flatten
+from nemo_bench.report.model import BESIDE_PERFORMANCE, Identity, Point, Run, ScalingCurve, flatten
 from nemo_bench.report.numbers import numbers_at
-from nemo_bench.report.references import Reference, ReferencePoint
+from nemo_bench.report.references import Reference
 from nemo_bench.report.statistics import mean_of_repeats
 
 _IDENTITY = ("gpu", "gpu_reported", "software", "entrypoint", "container", "data", "global_batch_size", "seq_length")
-_OF_ITS_RUN = (
-    *("model", "precision", "gpus", "gpu", "nodes", "software", "entrypoint"),
-    *("global_batch_size", "seq_length", "layout", "data"),
-)
 # What a scaling curve runs over.
 _SCALE = ("trainer.num_nodes", "trainer.devices", "model.global_batch_size", "global_batch_size")
 
@@ -33,10 +29,11 @@ def _identity(run: Run) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Group:
-    """A point, with the run that stands for it."""
+    """A point with its runs."""
 
     point: Point
-    representative: Run  # stands for all: a finished one where there is one
+    run: Run  # stands for all: a finished one where there is one
+    final: tuple[Run, ...]
     estimate: Estimate | None  # None: no rates of its GPU, or no configuration recorded
 
 
@@ -51,77 +48,65 @@ def gather(runs: Sequence[Run], references: Sequence[Reference], tolerance: floa
         name = members[0].point
         taken[name] += 1
         final = [run for run in members if run.numbers is not None]
-        representative = (final or members)[0]
-        point = _point(name if taken[name] == 1 else f"{name} #{taken[name]}", members, final, representative)
-        point = replace(point, reference=verdict.published(representative, references))
-        estimate = attribution.estimate_of_run(representative)
-        point = replace(point, estimate_s=estimate.step_time_s if estimate else None)
+        run = (final or members)[0]
+        estimate = attribution.estimate_of_run(run)
+        point = Point(
+            name=name if taken[name] == 1 else f"{name} #{taken[name]}",
+            runs=tuple(member.name for member in members),
+            final_runs=tuple(member.name for member in final),
+            reference=verdict.published(run, references),
+            estimate_s=estimate.step_time_s if estimate else None,
+            **{field.name: getattr(run, field.name) for field in fields(Identity)},
+            **_results(final),
+        )
         point = replace(point, verdict=verdict.judge(point, members, references, tolerance))
-        yield Group(point, representative, estimate)
+        yield Group(point, run, tuple(final), estimate)
 
 
-def _point(name: str, runs: Sequence[Run], final: Sequence[Run], run: Run) -> Point:
-    names: dict[str, Any] = {
-        "name": name,
-        "runs": tuple(repeat.name for repeat in runs),
-        "final_runs": tuple(repeat.name for repeat in final),
-        **{field: getattr(run, field) for field in _OF_ITS_RUN},
-    }
-    times = [repeat.times for repeat in final if repeat.times is not None]
+def _results(final: Sequence[Run]) -> dict[str, Any]:
+    """Return a point's fields that come from its final runs: numbers at their mean step time and their mean peak."""
+    times = [run.times for run in final if run.times is not None]
     if not times:
-        return Point(**names)
-    means_s = [statistic.mean_s for statistic in times]
-    return Point(
-        **names,
-        numbers=_numbers(final, statistics.fmean(means_s)),
-        step_time=mean_of_repeats(means_s) or times[0].mean,
-        median_s=statistics.fmean(statistic.median_s for statistic in times),
-        last_s=statistics.fmean(statistic.last_s for statistic in times),
-    )
-
-
-def _numbers(final: Sequence[Run], step_time_s: float) -> Numbers | None:
-    """Return the numbers at the runs' mean step time, and at the mean of their peaks where those were measured."""
+        return {}
+    means_s = [run_times.mean_s for run_times in times]
     numbers = [run.numbers for run in final if run.numbers is not None]
-    peaks = [each.peak_tflops for each in numbers if each.peak_tflops]
-    source = numbers[0].peak_source
+    peaks, source = [run.peak_tflops for run in numbers if run.peak_tflops], numbers[0].peak_source
     if len(set(peaks)) > 1:
         source = f"{source}; mean of {len(peaks)} runs"
     peak = statistics.fmean(peaks) if peaks else None
-    return numbers_at(step_time_s, final[0], peak, source, numbers[0].total_tokens)
+    return {
+        "numbers": numbers_at(statistics.fmean(means_s), final[0], peak, source, numbers[0].total_tokens),
+        "step_time": mean_of_repeats(means_s) or times[0].mean,
+        "median_s": statistics.fmean(run_times.median_s for run_times in times),
+        "last_s": statistics.fmean(run_times.last_s for run_times in times),
+    }
 
 
-def scaling(groups: Sequence[Group], references: Sequence[Reference]) -> Iterator[ScalingCurve]:
-    """Yield curves of points that differ in nothing but their size, then the tables that these are judged by.
-
-    One point is no curve, unless there is a published one to hold it against.
-    """
+def scaling(groups: Sequence[Group]) -> Iterator[ScalingCurve]:
+    """Yield curves of points that differ in nothing but their size, each followed by what was published for them."""
     curves: dict[tuple[Any, ...], dict[int, Point]] = {}
     for group in groups:
-        if group.point.numbers is not None:
-            same = {key: value for key, value in _identity(group.representative).items() if key not in _SCALE}
-            size = (group.point.model, group.point.precision, *sorted(same.items()))
-            curves.setdefault(size, {}).setdefault(group.point.gpus, group.point)
-    judged_by: dict[tuple[str, str, str], None] = {}
-    for points in curves.values():
-        point = next(iter(points.values()))
-        if point.reference is not None and point.verdict.ratio is not None:
-            judged_by[point.reference.model, point.precision, point.reference.reference] = None
-        elif len(points) == 1:
-            continue
-        label = " ".join(text for text in (point.model, point.precision, point.gpu, point.software) if text)
-        rates = {gpus: point.numbers.tokens_per_s for gpus, point in points.items() if point.numbers}
-        yield _curve(label, point, rates, published=False)
-    for model, precision, name in judged_by:
-        rows = [row for table in references if table.name == name for row in table.points]
-        rows = [row for row in rows if (row.model, row.precision) == (model, precision)]
-        rates = {row.gpus: row.tokens_per_s_from_step_time for row in rows}
-        yield _curve(f"{model} {precision} {rows[0].gpu} published ({name})", rows[0], rates, published=True)
+        point = group.point
+        if point.gpus and point.numbers is not None:
+            same = {key: value for key, value in _identity(group.run).items() if key not in _SCALE}
+            key = (point.model, point.precision, *sorted(same.items()))
+            curves.setdefault(key, {}).setdefault(point.gpus, point)
+    for curve in (curve for curve in curves.values() if len(curve) > 1):
+        first = next(iter(curve.values()))
+        label = " ".join(text for text in (first.model, first.precision, first.gpu, first.software) if text)
+        measured = {gpus: point.numbers.tokens_per_s for gpus, point in curve.items() if point.numbers}
+        published = {
+            gpus: point.reference.tokens_per_s_from_step_time
+            for gpus, point in curve.items()
+            if point.reference is not None and point.verdict.ratio is not None
+        }
+        yield _curve(label, first, measured, published=False)
+        if published:
+            yield _curve(f"{label}, published", first, published, published=True)
 
 
-def _curve(label: str, first: Point | ReferencePoint, rates: dict[int, float], *, published: bool) -> ScalingCurve:
-    gpus = tuple(sorted(rates))
-    tokens = tuple(rates[number] for number in gpus)
-    alone = tokens[0] / gpus[0]
-    efficiency = tuple(rate / number / alone for rate, number in zip(tokens, gpus))
-    return ScalingCurve(label, first.model, first.precision, first.gpu, published, gpus, tokens, efficiency)
+def _curve(label: str, first: Point, tokens_per_s: dict[int, float], *, published: bool) -> ScalingCurve:
+    gpus = tuple(sorted(tokens_per_s))
+    rates = tuple(tokens_per_s[number] for number in gpus)
+    efficiency = tuple(rate / number / (rates[0] / gpus[0]) for number, rate in zip(gpus, rates))
+    return ScalingCurve(label, first.model, first.precision, published, gpus, rates, efficiency)

@@ -84,11 +84,9 @@ def architecture_in_recipe(
     release: str | None, model: str | None, precision: str | None, gpus: int | None
 ) -> Architecture | None:
     """Return the sizes that this release of NVIDIA's recipe gave a model on so many GPUs, where they are published."""
-    for path in _FOLDER.glob("*.yaml") if release else ():
-        if f'"{release}"' in path.read_text():  # most tables are of other releases, and loading takes its time
-            for point in load(path.stem).points:
-                if release in point.recipes and (point.model, point.precision, point.gpus) == (model, precision, gpus):
-                    return Architecture(**point.architecture)
+    for point in (point for name in names() if release for point in load(name).points):
+        if release in point.recipes and (point.model, point.precision, point.gpus) == (model, precision, gpus):
+            return Architecture(**point.architecture)
     return None
 
 
@@ -104,9 +102,8 @@ def load(name: str) -> Reference:
                 f"  valid: auto, {', '.join(names())}, null, or a YAML file of the form of {_FOLDER}/{names()[0]}.yaml"
             )
     try:
-        content = OmegaConf.create(plain_yaml(path))
-        table = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Reference), content))
-        assert isinstance(table, Reference)
+        content = OmegaConf.merge(OmegaConf.structured(Reference), OmegaConf.create(plain_yaml(path)))
+        table: Reference = OmegaConf.to_object(content)  # type: ignore[assignment]
         table.name = path.stem
         for point in table.points:
             _complete(point, table)
@@ -126,13 +123,13 @@ def _complete(point: ReferencePoint, table: Reference) -> None:
     point.settings = {**table.settings, **table.model_settings.get(point.model, {}), **point.settings}
     layers = {"num_layers": point.layout["layers"]} if "layers" in point.layout else {}
     point.architecture = {**table.architecture[point.model], **point.architecture, **layers}
+    name = f"{point.model} {point.precision} {point.gpus}"
     steps = re.fullmatch(r"mean of steps (\d+) to (\d+)", point.statistic)
     if point.statistic not in ("last step", "mean") and not (steps and 1 <= int(steps[1]) <= int(steps[2])):
-        raise ValueError(f"statistic: {point.statistic}; valid: last step, mean, mean of steps 11 to 44")
+        raise ValueError(f"{name}: statistic {point.statistic}; valid: last step, mean, mean of steps 11 to 44")
     numbers = [*point.layout.values(), point.gpus, point.global_batch_size, point.seq_length, point.step_time_s]
     if not all(0 < number < math.inf for number in numbers):
-        raise ValueError(f"{point.model} {point.precision} {point.gpus}: every number must be positive and finite")
+        raise ValueError(f"{name}: every number must be positive and finite")
     sizes = {size.name for size in fields(Architecture)}
     if point.architecture.keys() != sizes or not point.gpu:
-        needed = f"needs gpu, and as architecture {', '.join(sorted(sizes))}"
-        raise ValueError(f"{point.model} {point.precision} {point.gpus}: {needed}")
+        raise ValueError(f"{name}: needs gpu, and as architecture {', '.join(sorted(sizes))}")

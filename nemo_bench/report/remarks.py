@@ -29,14 +29,15 @@ _PERCENT = re.compile(r"\d+(?:\.\d+)?%")
 def of_runs(runs: Sequence[Run]) -> list[str]:
     """Return what repeats show; remarks that differ in their percentages only stand once, with their number."""
     remarks: dict[str, list[str]] = {}
-    for run in runs:
-        for text in _of_run(run):
-            remarks.setdefault(_PERCENT.sub("%", text), []).append(text)
+    for text in (text for run in runs for text in _of_run(run)):
+        remarks.setdefault(_PERCENT.sub("%", text), []).append(text)
     if len(runs) == 1:
         return [text for texts in remarks.values() for text in texts]
-    counts = {texts[0]: f"in {len(texts)} of {len(runs)} runs" for texts in remarks.values()}
-    several = {texts[0]: "; numbers of the first" for texts in remarks.values() if len(set(texts)) > 1}
-    return [f"{text} ({count}{several.get(text, '')})" for text, count in counts.items()]
+    texts = []
+    for first, *others in remarks.values():
+        several = "; numbers of the first" if {first, *others} != {first} else ""
+        texts.append(f"{first} (in {1 + len(others)} of {len(runs)} runs{several})")
+    return texts
 
 
 def _of_run(run: Run) -> Iterator[str]:
@@ -66,19 +67,18 @@ def _of_run(run: Run) -> Iterator[str]:
 
 
 def throttling(run: Run) -> Iterator[str]:
-    """Yield what held clocks back, by the driver; but for the power cap, which ends their rise at full load."""
-    faults = [
-        (max(shares.values()), device, shares)
-        for device in run.devices
-        if (shares := {reason: share for reason, share in device.throttled.items() if reason != "sw_power_cap"})
-    ]
-    faults.sort(key=lambda fault: (-fault[0], fault[1].rank))
-    for _, device, shares in faults[:_SHOWN_FAULTS]:
-        texts = [f"{reason.replace('_', ' ')} in {share:.0%} of its steps" for reason, share in shares.items()]
+    """Yield what held clocks back, by the driver, the worst first."""
+    devices = sorted(
+        (-max(device.held_back.values()), device.rank, device) for device in run.devices if device.held_back
+    )
+    for _, rank, device in devices[:_SHOWN_FAULTS]:
+        texts = [
+            f"{reason.replace('_', ' ')} in {share:.0%} of its steps" for reason, share in device.held_back.items()
+        ]
         host = f" on {device.host}" if device.host else ""
-        yield f"clocks of rank {device.rank}'s GPU{host} held back: {', '.join(texts)}"
-    if len(faults) > _SHOWN_FAULTS:
-        yield f"and of {len(faults) - _SHOWN_FAULTS} more ranks' GPUs"
+        yield f"clocks of rank {rank}'s GPU{host} held back: {', '.join(texts)}"
+    if len(devices) > _SHOWN_FAULTS:
+        yield f"and of {len(devices) - _SHOWN_FAULTS} more ranks' GPUs"
 
 
 def invalid(run: Run, numbers: Numbers | None) -> str | None:
@@ -89,19 +89,19 @@ def invalid(run: Run, numbers: Numbers | None) -> str | None:
 def _bad_steps(steps: Steps) -> str | None:
     losses = [(step, loss) for step, loss in zip(steps.step, steps.loss) if loss is not None]
     norms = _bad_norms(steps)
-    skipped = len(norms) == 1 and norms[0][0] != steps.last
-    huge = [(step, loss) for step, loss in losses if not abs(loss) < _HUGE_LOSS]
-    for name, bad in (("loss", huge), ("gradient norm", [] if skipped else norms)):
+    if len(norms) == 1 and norms[0][0] != steps.last:
+        norms = []  # a skipped step
+    broken = [(step, loss) for step, loss in losses if not 0 < loss < _HUGE_LOSS]
+    for name, bad in (("loss", broken), ("gradient norm", norms)):
         if bad:
             others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-            return f"the {name} is {bad[0][1]} at step {bad[0][0]}{others}"
-    if zero := [(step, loss) for step, loss in losses if loss <= 0]:
-        return f"the loss is {zero[0][1]:g} at step {zero[0][0]}"
+            return f"the {name} is {bad[0][1]:g} at step {bad[0][0]}{others}"
     if losses:
         first, last = losses[0][1], losses[-1][1]
-        grown = [step for step, loss in losses if loss > _DIVERGED * max(first, 1)]
-        if grown and last > _DIVERGED * max(first, 1):
-            return f"the loss grows from {first:.4g} to {last:.4g}, tenfold at step {grown[0]}"
+        limit = _DIVERGED * max(first, 1)
+        if last > limit:
+            grown = next(step for step, loss in losses if loss > limit)
+            return f"the loss grows from {first:.4g} to {last:.4g}, tenfold at step {grown}"
     return None
 
 
@@ -114,7 +114,7 @@ def _bad_norms(steps: Steps) -> list[tuple[int, float]]:
 def _bad_formats(config: dict[str, Any]) -> str | None:
     """Return how the precision's name, a free label, contradicts its number formats."""
     precision = config.get("precision") or {}
-    plain = {"32": "fp32"}.get(str(precision.get("trainer_precision")), "bf16")
+    plain = "fp32" if str(precision.get("trainer_precision")) == "32" else "bf16"
     formats = "fp4" if precision.get("fp4") else "fp8" if precision.get("fp8") else plain
     if not precision or formats in str(precision["name"]):  # also fp8_cs, mxfp8
         return None

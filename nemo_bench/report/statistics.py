@@ -1,10 +1,4 @@
-"""The steps of a run, which of them count, and statistics of their times that say how sure they are.
-
-Step times of one run depend on each other (garbage collection, clocks, neighbours on the network), so an interval that
-took them as independent would be too narrow. The interval of one run's mean comes from *batches*: about sqrt(n)
-consecutive batches of about sqrt(n) steps, whose means are the observations of Student's t. What changes from run to
-run (other nodes, other days) only repeats show: where there are some, the interval is over their means.
-"""
+"""The steps of a run, which of them count, and statistics of their times with intervals."""
 
 from __future__ import annotations
 
@@ -13,13 +7,13 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 # Fewer steps than this after the warm-up give no number that could be defended.
 MIN_STEADY_STEPS = 5
 # Fewer steps than three batches of three are taken one by one.
 MIN_BATCHED_STEPS = 9
-CONFIDENCE = 0.95
 # A larger share of the steps is no warm-up: it is a run that became faster.
 LONGEST_WARM_UP = 0.2
 
@@ -56,23 +50,23 @@ class Steps:
     def __len__(self) -> int:
         return len(self.step)
 
+    @property
+    def _columns(self) -> tuple[list[Any], ...]:
+        return self.step, self.time_s, self.loss, self.grad_norm, self.excluded
+
     def append(
         self, step: int, time_s: float, loss: float | None, grad_norm: float | None, excluded: str | None = None
     ) -> None:
-        self.step.append(step)
-        self.time_s.append(time_s)
-        self.loss.append(loss)
-        self.grad_norm.append(grad_norm)
-        self.excluded.append(excluded)
+        for column, value in zip(self._columns, (step, time_s, loss, grad_norm, excluded)):
+            column.append(value)
 
     def restart(self, step: int) -> int:
         """Forget this step and later ones, which a restarted process does again; return how many there were."""
-        length = bisect.bisect_left(self.step, step)
-        removed = len(self.step) - length
-        for column in (self.step, self.time_s, self.loss, self.grad_norm, self.excluded):
-            del column[length:]  # type: ignore[attr-defined]  # each is a list
+        length, removed = bisect.bisect_left(self.step, step), len(self.step)
+        for column in self._columns:
+            del column[length:]
         self.restarts = [*(start for start in self.restarts if start < step), step]
-        return removed
+        return removed - length
 
 
 @dataclass(frozen=True)
@@ -103,8 +97,6 @@ class StepTimes:
     mean_s: float
     p5_s: float  # quantiles, interpolated between neighbours
     p95_s: float
-    min_s: float
-    max_s: float
     steps: int  # that have a time
     warmup_steps: int  # leading ones left out
     unsteady_steps: int  # leading ones slower than the rest; as many as warmup_steps, unless too many for a warm-up
@@ -127,7 +119,7 @@ def t_quantile(freedom: int) -> float:
     """Return the 97.5% quantile of Student's t: half the width of a 95% interval, in standard errors."""
     if freedom <= len(_T):
         return _T[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+    z = statistics.NormalDist().inv_cdf(0.975)
     # Cornish and Fisher's expansion: within 1e-5 from 30 degrees on.
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
@@ -174,43 +166,43 @@ def _mark(steps: Steps) -> int:
 def step_times(steps: Steps) -> StepTimes | None:
     """Mark in `excluded` which steps do not count, beside those marked; return statistics of the others, if any."""
     unsteady_steps = _mark(steps)
-    timed = [time for time, why in zip(steps.time_s, steps.excluded) if why != NO_TIME]
-    counted = [time for time, why in zip(steps.time_s, steps.excluded) if why is None]
+    timed = [(time, why) for time, why in zip(steps.time_s, steps.excluded) if why != NO_TIME]
+    counted = [time for time, why in timed if why is None]
     if not counted:
         return None
     twentieths = statistics.quantiles(counted, n=20, method="inclusive") if len(counted) > 1 else counted
-    reasons = [why for why in steps.excluded if why not in (None, NO_TIME)]
+    reasons = [why for _, why in timed if why]
     half = len(counted) // 2
     return StepTimes(
-        last_s=[time for time, why in zip(steps.time_s, steps.excluded) if why not in (NO_TIME, OTHER_BATCH)][-1],
+        last_s=[time for time, why in timed if why != OTHER_BATCH][-1],
         median_s=statistics.median(counted),
         mean_s=statistics.fmean(counted),
         p5_s=twentieths[0],
         p95_s=twentieths[-1],
-        min_s=min(counted),
-        max_s=max(counted),
         steps=len(timed),
         warmup_steps=reasons.count(WARM_UP),
         unsteady_steps=unsteady_steps,
-        excluded={why: reasons.count(why) for why in sorted({*reasons} - {WARM_UP}) if why},
+        excluded={why: reasons.count(why) for why in sorted({*reasons} - {WARM_UP})},
         drift=statistics.fmean(counted[half:]) / statistics.fmean(counted[:half]) - 1 if half else 0.0,
         mean=mean_of_steps(counted),
     )
 
 
 def mean_of_steps(counted: Sequence[float]) -> Mean | None:
-    """Return the mean of one run's steps with its error, by batches; None of a single step."""
-    if len(counted) < 2:
-        return None
+    """Return the mean of one run's steps with its error; None of a single step.
+
+    Steps depend on each other (garbage collection, clocks, neighbours on the network): an interval that took them as
+    independent would be too narrow. The observations of Student's t are the means of about sqrt(n) batches of about
+    sqrt(n) consecutive steps.
+    """
     length = math.isqrt(len(counted) - 1) + 1 if len(counted) >= MIN_BATCHED_STEPS else 1
-    batches = len(counted) // length
-    rest = len(counted) - batches * length  # the earliest steps are spared, being the nearest to the warm-up
-    means = [statistics.fmean(counted[rest + i * length : rest + (i + 1) * length]) for i in range(batches)]
-    return Mean(statistics.fmean(counted), statistics.stdev(means) / math.sqrt(batches), batches - 1)
+    rest = len(counted) % length  # the earliest steps are spared, being the nearest to the warm-up
+    of_batches = mean_of_repeats([statistics.fmean(counted[i : i + length]) for i in range(rest, len(counted), length)])
+    return of_batches and replace(of_batches, value=statistics.fmean(counted))
 
 
 def mean_of_repeats(means: Sequence[float]) -> Mean | None:
-    """Return the mean over repeated runs with its error; None with fewer than two."""
+    """Return the mean over repeated runs with its error, which holds what changes from run to run; None of one run."""
     if len(means) < 2:
         return None
     return Mean(statistics.fmean(means), statistics.stdev(means) / math.sqrt(len(means)), len(means) - 1)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from nemo_bench.report import model
 from nemo_bench.report.attribution import Attribution
-from nemo_bench.report.comparison import KINDS
 from nemo_bench.report.model import Change, Comparison, Point, Report, Run, bubble_of
 from nemo_bench.report.numbers import tokens_text
 
@@ -25,7 +24,7 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]  # a cell a column; "" if nothing is known
-    notes: tuple[str, ...]  # a line about each row, "" for none; empty if no row has one
+    notes: tuple[str, ...]  # a line about each row, "" for none
     words: tuple[bool, ...]  # which columns hold words, which are aligned to the left, rather than numbers
 
 
@@ -34,8 +33,7 @@ def make_table(title: str, rows: Sequence[dict[str, str]], notes: Iterable[str] 
     columns = tuple(name for name in (rows[0] if rows else ()) if any(row[name] for row in rows))
     words = (not all(is_numeric(row[name]) for row in rows) for name in columns[1:])
     cells = tuple(tuple(row[name] for name in columns) for row in rows)
-    texts = tuple(notes)
-    return Table(title, columns, cells, texts if any(texts) else (), (True, *words))
+    return Table(title, columns, cells, tuple(notes), (True, *words))
 
 
 def is_numeric(cell: object) -> bool:
@@ -46,11 +44,6 @@ def is_numeric(cell: object) -> bool:
 def significant(value: float | None, digits: int = 4) -> str:
     """Return a number of that many significant digits, whole and with separators from 1000 on."""
     return "" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
-
-
-def integer(value: float | None) -> str:
-    """Return a number as a whole one with separators."""
-    return "" if value is None else f"{value:,.0f}"
 
 
 def percent(value: float | None, decimals: int = 2) -> str:
@@ -75,7 +68,7 @@ def points_table(report: Report) -> Table:
                 "verdict": judged.text if published else "",
                 "step time (s)": significant(n.step_time_s) + margin if n else "",
                 "of published": percent(judged.ratio, 1),
-                "tokens/s": integer(n.tokens_per_s) if n else "",
+                "tokens/s": significant(n.tokens_per_s) if n else "",
                 "MFU": percent(n.mfu) if n else "",
                 f"days to {tokens_text(report.total_tokens)}": f"{n.days_to_train:,.2f}" if n else "",
                 "published (s)": significant(reference.step_time_s) if reference else "",
@@ -83,7 +76,7 @@ def points_table(report: Report) -> Table:
                 "median (s)": significant(point.median_s),
                 "last (s)": significant(point.last_s),
                 "runs": f"{len(point.final_runs)}/{len(point.runs)}",
-                "tokens/s a GPU": integer(n.tokens_per_s_per_gpu) if n else "",
+                "tokens/s a GPU": significant(n.tokens_per_s_per_gpu) if n else "",
                 "TFLOP/s a GPU": significant(n.tflops_per_gpu) if n else "",
                 "causal": percent(n.mfu_causal) if n else "",
                 "bubble": percent(bubble_of(point.layout), 1),
@@ -95,18 +88,26 @@ def points_table(report: Report) -> Table:
     return make_table("Points", rows, notes)
 
 
-def attribution_table(attribution: Attribution) -> Table:
+def attribution_table(way: Attribution) -> Table:
     """Return a row a term, then the unexplained rest and the step; the way in a line as a note."""
-    a = attribution
-    rows = [(t.name, t.expected_s, t.measured_s, t.difference_s, t.evidence) for t in a.terms]
-    rows.append(("unexplained", None, None, a.unexplained_s, f"{abs(a.unexplained_s) / a.measured_s:.1%} of the step"))
-    rows.append(("step", a.expected_s, a.measured_s, a.measured_s - a.expected_s, ""))
-    names = ("term (ms)", a.source.partition(",")[0], "measured", "more", "rests on")
-    cells = [
-        (name, _ms(expected), _ms(measured), _ms(more, "+"), text) for name, expected, measured, more, text in rows
+    share = f"{abs(way.unexplained_s) / way.measured_s:.1%} of the step"
+    terms = [
+        *((term.name, term.expected_s, term.measured_s, term.difference_s, term.evidence) for term in way.terms),
+        ("unexplained", None, None, way.unexplained_s, share),
+        ("step", way.expected_s, way.measured_s, way.measured_s - way.expected_s, ""),
     ]
-    notes = [""] * len(a.terms) + ["; ".join(a.findings), a.summary]
-    return make_table(f"{a.point}: from {a.source} to measured", [dict(zip(names, row)) for row in cells], notes)
+    rows = [
+        {
+            "term (ms)": name,
+            way.source.partition(",")[0]: _ms(expected_s),
+            "measured": _ms(measured_s),
+            "more": _ms(more_s, "+"),
+            "rests on": evidence,
+        }
+        for name, expected_s, measured_s, more_s, evidence in terms
+    ]
+    notes = [""] * len(way.terms) + ["; ".join(way.findings), way.summary]
+    return make_table(f"{way.point}: from {way.source} to measured", rows, notes)
 
 
 def _ms(value_s: float | None, sign: str = "") -> str:
@@ -147,7 +148,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
             "point": item.point,
             "verdict": item.verdict + (", REGRESSION" if item.regression else ""),
             "of baseline": percent(item.ratio, 1),
-            "95% interval": f"{item.interval[0]:.1%} to {item.interval[1]:.1%}" if item.interval else "",
+            "95% interval": " to ".join(percent(end, 1) for end in item.interval or ()),
             "baseline's point": item.baseline,
         }
         for item in comparisons
@@ -159,8 +160,8 @@ def changes_table(comparisons: Sequence[Comparison]) -> Table:
     """Return what changed since the baseline, with the points at which each change was made."""
     points: dict[tuple[str, Change], list[str]] = {}
     for item in comparisons:
-        for kind in KINDS:
-            for change in getattr(item, kind):
+        for kind, changes in item.changes.items():
+            for change in changes:
                 points.setdefault((kind, change), []).append(item.point)
     rows = [
         {
@@ -177,40 +178,31 @@ def changes_table(comparisons: Sequence[Comparison]) -> Table:
 
 def markdown(report: Report) -> str:
     """Return the report for a wiki or an issue."""
-    lines = ["# Benchmark report", "", f"{report.generated_at}, {report.generator}. Overall: **{report.verdict}**.", ""]
-    shown = [points_table(report)]
-    if report.comparisons:
-        shown += [comparison_table(report.comparisons), changes_table(report.comparisons)]
-    shown += [attribution_table(way) for way in report.attributions]
-    for table in [*shown, runs_table(report.runs)]:
-        lines += _markdown_table(table)
+    text = f"# Benchmark report\n\n{report.generated_at}. Overall: **{report.verdict}**.\n"
+    compared = (comparison_table(report.comparisons), changes_table(report.comparisons))
+    ways = map(attribution_table, report.attributions)
+    text += "".join(map(_markdown_table, (points_table(report), *compared, *ways, runs_table(report.runs))))
     for reference in report.references:
-        lines += [f"## Published numbers: {_escaped(reference.title)}", ""]
-        lines += [_escaped(f"{reference.source}. {reference.hardware}."), ""]
-        lines += [*(f"- {_escaped(note)}" for note in reference.notes), ""]
+        notes = "".join(f"- {_escaped(note)}\n" for note in reference.notes)
+        about = _escaped(f"{reference.source}. {reference.hardware}.")
+        text += f"\n## Published numbers: {_escaped(reference.title)}\n\n{about}\n\n{notes}"
     if report.warnings:
-        lines += ["## Warnings", "", *(f"- {_escaped(text)}" for text in report.warnings)]
-    return "\n".join(lines).rstrip("\n") + "\n"
+        text += "\n## Warnings\n\n" + "".join(f"- {_escaped(warning)}\n" for warning in report.warnings)
+    return text
 
 
-def _markdown_table(table: Table) -> list[str]:
+def _markdown_table(table: Table) -> str:
     if not table.rows:
-        return []
-    head = "| " + " | ".join(table.columns) + " |"
-    rule = "|" + "|".join("---" if words else "---:" for words in table.words) + "|"
-    rows = ["| " + " | ".join(map(_escaped, row)) + " |" for row in table.rows]
-    notes = [f"- **{_escaped(row[0])}**: {_escaped(note)}" for row, note in zip(table.rows, table.notes) if note]
-    return [f"## {table.title}", "", head, rule, *rows, "", *notes, *([""] if notes else [])]
+        return ""
+    rule = ["---" if words else "---:" for words in table.words]
+    rows = [table.columns, rule, *(map(_escaped, row) for row in table.rows)]
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    notes = [f"- **{_escaped(row[0])}**: {_escaped(note)}\n" for row, note in zip(table.rows, table.notes) if note]
+    return f"\n## {table.title}\n\n{lines}" + "".join(["\n", *notes] if notes else [])
 
 
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").replace("*", "\\*")
-
-
-_OF_A_RUN = (
-    *("path", "state", "why_not_final", "model", "precision", "gpus", "nodes", "gpu", "version", "software"),
-    *("entrypoint", "container", "data", "global_batch_size", "seq_length", "peak_memory_gib"),
-)
 
 
 def csv_text(report: Report) -> str:
@@ -225,30 +217,21 @@ def csv_text(report: Report) -> str:
 
 
 def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
-    judged = point if point and (run.final or not point.final_runs) else None
-    verdict, reference = (judged.verdict, judged.reference) if judged else (None, None)
-    row: dict[str, object] = {
-        "run": run.name,
-        "point": point.name if point else None,
-        "verdict": verdict.text if verdict else None,
-        "why": verdict.why if verdict else None,
-        "differences": "; ".join(verdict.differences) if verdict else None,
-        "remarks": "; ".join(verdict.remarks) if verdict else None,
-        "final": run.final,
-        **{name: getattr(run, name) for name in _OF_A_RUN},
-        **run.layout,
-        "pipeline_bubble": bubble_of(run.layout),
-        "ratio_of_published": verdict.ratio if verdict else None,
-        "statistic": verdict.statistic if verdict else None,
-        "published_step_time_s": reference.step_time_s if reference else None,
-        "reference": reference.reference if reference else None,
-    }
-    if run.times:
-        row |= {"warmup_steps": run.times.warmup_steps, "counted_steps": run.times.counted}
-        row["excluded_steps"] = sum(run.times.excluded.values())
-    if run.final and run.times:
-        row |= {f"step_time_{key}": value for key, value in vars(run.times).items() if key.endswith("_s")}
-        row |= {"first_loss": run.first_loss, "last_loss": run.last_loss}
-    if run.numbers:
-        row |= {key: value for key, value in vars(run.numbers).items() if key != "step_time_s"}
-    return row
+    row: dict[str, object] = {"run": run.name, "point": point.name if point else None, "verdict": None}
+    if point and (run.final or not point.final_runs):
+        verdict, published = point.verdict, point.reference
+        texts = {"differences": "; ".join(verdict.differences), "remarks": "; ".join(verdict.remarks)}
+        row |= {"verdict": verdict.text, "why": verdict.why, **texts}
+        row |= {"ratio_of_published": verdict.ratio, "statistic": verdict.statistic}
+        if published:
+            row |= {"published_step_time_s": published.step_time_s, "reference": published.reference}
+    row |= {"final": run.final} | _plain_fields(run) | run.layout | {"pipeline_bubble": bubble_of(run.layout)}
+    if run.final and run.times and run.numbers:
+        row |= _plain_fields(run.times, "step_time_") | _plain_fields(run.numbers)
+    return row if run.final else {**row, "first_loss": None, "last_loss": None}
+
+
+def _plain_fields(part: object, prefix: str = "") -> dict[str, object]:
+    """Return the fields that hold a text or a number."""
+    plain = (str, int, float, type(None))
+    return {f"{prefix}{name}": value for name, value in vars(part).items() if isinstance(value, plain)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from nemo_bench.record import folder as record
 from nemo_bench.report import model, tables
 from nemo_bench.report.model import Report, Run
 from nemo_bench.report.numbers import LAST_LOSSES, counted, tokens_text, unit_name
-from nemo_bench.report.tables import integer, percent, significant
+from nemo_bench.report.remarks import throttling
+from nemo_bench.report.tables import percent, significant
 
 # More rows than this are for the files, not for a terminal.
 SHOWN_RUNS = 30
@@ -38,6 +39,13 @@ _PHASES = {
     "checkpoint": "writing a checkpoint",
     "done": "finishing",
 }
+# What the GPUs did: name, field of `DeviceUse`, and how one number is made of those of all ranks.
+_DEVICE_ROWS: tuple[tuple[str, str, Callable[..., float], str], ...] = (
+    ("power (W)", "power_w", statistics.fmean, "mean"),
+    ("SM clock (MHz)", "sm_clock_mhz", statistics.fmean, "mean"),
+    ("  lowest", "sm_clock_min_mhz", min, "lowest"),
+    ("temperature (°C)", "temperature_max_c", max, "highest"),
+)
 _STYLES = dict.fromkeys((model.FAIL, model.INVALID, model.INCOMPLETE), "bold red")
 _STYLES |= {model.PASS: "green", model.FASTER: "cyan", model.NOT_COMPARABLE: "yellow", model.UNDECIDED: "yellow"}
 
@@ -119,13 +127,8 @@ def print_summary(console: Console, run: Run) -> None:
     console.print(f"evidence: {run.path}", soft_wrap=True, highlight=False)
 
 
-def summary_rows(run: Run) -> list[tuple[str, str, str]]:
-    """Return (name, value, remark) of each number; of a run that is not final, why."""
-    why = [("no result", "", run.why_not_final)] if run.why_not_final else []
-    return [*_result_rows(run), *_device_rows(run), *(("remark", "", text) for text in run.remarks), *why]
-
-
-def _result_rows(run: Run) -> Iterator[tuple[str, str, str]]:
+def summary_rows(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, value, remark) of each number; of a run that is not final, why."""
     unit, t, n = unit_name(run), run.times, run.numbers
     if losses := tables.loss_text(run):
         yield "loss", losses, f"first step, mean of the last {LAST_LOSSES}"
@@ -134,7 +137,11 @@ def _result_rows(run: Run) -> Iterator[tuple[str, str, str]]:
         yield "  median (s)", significant(t.median_s), f"5% to 95%: {significant(t.p5_s)} to {significant(t.p95_s)}"
         yield "  last step (s)", significant(t.last_s), "what the 24.09 recipe reads"
     if n:
-        yield "tokens/s", integer(n.tokens_per_s), f"{integer(n.tokens_per_s_per_gpu)} a {unit}, {run.gpus} in all"
+        yield (
+            "tokens/s",
+            significant(n.tokens_per_s),
+            f"{significant(n.tokens_per_s_per_gpu)} a {unit}, {run.gpus} in all",
+        )
         if n.tflops_per_gpu is not None:
             causal = f"causal convention: {significant(n.tflops_per_gpu_causal)}"
             yield f"TFLOP/s a {unit}", significant(n.tflops_per_gpu), causal
@@ -144,74 +151,52 @@ def _result_rows(run: Run) -> Iterator[tuple[str, str, str]]:
         yield f"days to {tokens_text(n.total_tokens)} tokens", f"{n.days_to_train:,.2f}", "at this throughput"
     if run.peak_memory_gib is not None:
         yield "peak memory (GiB)", f"{run.peak_memory_gib:.1f}", f"of one {unit}"
-
-
-def _device_rows(run: Run) -> Iterator[tuple[str, str, str]]:
-    """Yield what the GPUs did: power, energy, clocks, and what held these back."""
-    gpus = f"mean of {len(run.devices)} GPUs" if len(run.devices) > 1 else "mean"
-
-    def measured(name: str) -> list[tuple[float, int]]:
-        values = ((getattr(device, name), device.rank) for device in run.devices)
-        return [(value, rank) for value, rank in values if value is not None]
-
-    if powers := measured("power_w"):
-        power_w = statistics.fmean(power for power, _ in powers)
-        energy = ""
-        if n := run.numbers:
-            tokens_per_joule = n.tokens_per_s_per_gpu / power_w
-            energy = f", {power_w * n.step_time_s:,.0f} J a step and GPU, {tokens_per_joule:.3g} tokens/J"
-        yield "power (W)", integer(power_w), gpus + energy
-    if (clocks := measured("sm_clock_mhz")) and (lowest := measured("sm_clock_min_mhz")):
-        clock, rank = min(lowest)
-        mean = integer(statistics.fmean(clock for clock, _ in clocks))
-        yield "SM clock (MHz)", mean, f"{gpus}, lowest {clock:,.0f} (rank {rank})"
-    if temperatures := measured("temperature_max_c"):
-        degrees, rank = max(temperatures)
-        yield "temperature (°C)", integer(degrees), f"highest (rank {rank})"
-    for reason in sorted({reason for device in run.devices for reason in device.throttled}):
-        shares = [device.throttled[reason] for device in run.devices if reason in device.throttled]
-        usual = ", usual at full load" if reason == "sw_power_cap" else ""
-        where = f"of the steps, on {len(shares)} of {len(run.devices)} GPUs{usual}"
-        yield f"  {reason.replace('_', ' ')}", f"{max(shares):.0%}", where
+    for name, field, pick, word in _DEVICE_ROWS:
+        if values := [value for device in run.devices if (value := getattr(device, field)) is not None]:
+            yield name, significant(pick(values)), f"{word} of {len(values)} GPUs"
+    for text in (*throttling(run), *run.remarks):
+        yield "remark", "", text
+    if run.why_not_final:
+        yield "no result", "", run.why_not_final
 
 
 def print_report(console: Console, report: Report) -> None:
     """Print points with their verdicts, the comparison with the baseline, runs and warnings."""
-    if report.points:
-        print_table(console, tables.points_table(report))
+    print_table(console, tables.points_table(report))
     if report.comparisons:
         print_table(console, tables.comparison_table(report.comparisons))
-        changes = tables.changes_table(report.comparisons)
-        for key, before, now, *_ in changes.rows[:SHOWN_CHANGES]:
+        changes = tables.changes_table(report.comparisons).rows
+        for key, before, now, *_ in changes[:SHOWN_CHANGES]:
             _print_line(console, key, f"{before} -> {now}")
-        if len(changes.rows) > SHOWN_CHANGES:
-            _print_line(console, "...", f"{len(changes.rows) - SHOWN_CHANGES} more changes, in results.md")
-    if len(report.attributions) <= SHOWN_WAYS:
-        for way in report.attributions:
+        if len(changes) > SHOWN_CHANGES:
+            _print_line(console, "...", f"{len(changes) - SHOWN_CHANGES} more changes, in results.md")
+    for way in report.attributions:
+        if len(report.attributions) <= SHOWN_WAYS:
             print_table(console, tables.attribution_table(way))
-    else:
-        for way in report.attributions:
+        else:
             _print_line(console, way.point, way.summary)
+    warnings = report.warnings
     if len(report.runs) == 1:
         print_summary(console, report.runs[0])
-        for text in report.runs[0].warnings:
-            _print_line(console, "warning", text, "yellow")
+        warnings = report.runs[0].warnings + warnings
     elif len(report.runs) <= SHOWN_RUNS:
         print_table(console, tables.runs_table(report.runs))
-    for text in report.warnings:
+    for text in warnings:
         _print_line(console, "warning", text, "yellow")
 
 
 def print_table(console: Console, table: tables.Table) -> None:
     """Print as many of the first columns as fit, then the notes; a long name may wrap between its words."""
+    if not table.rows:
+        return
     wide, total = console.options.update(max_width=100_000), len(table.columns)
     for columns, name_width in [(total, 1000), *((count, NAME_WIDTH) for count in range(total, 0, -1))]:
         shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
         for name, words in zip(table.columns[:columns], table.words):
             shown.add_column(name, justify="left" if words else "right", no_wrap=True)
-        for row in table.rows:
-            name = textwrap.fill(row[0], name_width, break_on_hyphens=False, break_long_words=False)
-            cells = (name, *row[1:columns])
+        for name, *cells in table.rows:
+            name = textwrap.fill(name, name_width, break_on_hyphens=False, break_long_words=False)
+            cells = [name, *cells[: columns - 1]]
             shown.add_row(*(Text(cell, style=_STYLES.get(cell.partition(",")[0], "")) for cell in cells))
         if Measurement.get(console, wide, shown).maximum <= console.width:
             break

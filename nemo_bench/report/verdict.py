@@ -16,7 +16,6 @@ from nemo_bench.report.runs import device, options
 from nemo_bench.report.statistics import LONGEST_WARM_UP, OTHER_BATCH, Steps, is_time
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-_MEAN_OF_STEPS = re.compile(r"mean of steps (\d+) to (\d+)$")
 _VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to this, times TP
 
 
@@ -32,13 +31,10 @@ def must_agree(run: Run, row: ReferencePoint) -> list[Change]:
         **{name: (row.architecture[name], sizes.get(name)) for name in _SIZES},
         "padded vocabulary": (theirs, ours),
         "gpu": (row.gpu, _gpu(run)),
-        "gpus": (row.gpus, run.gpus),
-        "precision": (row.precision, run.precision),
-        "seq_length": (row.seq_length, run.seq_length),
+        **{key: (getattr(row, key), getattr(run, key)) for key in ("gpus", "precision", "seq_length")},
         "global_batch_size": (row.global_batch_size, run.global_batch_size),
     }
-    texts = {key: [None if value is None else str(value) for value in pair] for key, pair in pairs.items()}
-    return [Change(key, before, after) for key, (before, after) in texts.items()]
+    return [Change(key, str(before), None if after is None else str(after)) for key, (before, after) in pairs.items()]
 
 
 def _gpu(run: Run) -> str | None:
@@ -56,27 +52,25 @@ def differences(run: Run, row: ReferencePoint) -> list[str]:
     if _other_software(run, row):
         ours = [run.software or "not known", run.container or ("no container" if run.source == "run folder" else "")]
         texts.append(f"software: {' in '.join(filter(None, ours))}, published with {row.software} in {row.container}")
-    layout = {key: run.layout[key] for key, value in row.layout.items() if run.layout.get(key, value) != value}
+    layout = [key for key, value in row.layout.items() if run.layout.get(key, value) != value]
     if layout:
-        theirs = " ".join(f"{key}{row.layout[key]}" for key in layout)
-        texts.append(f"layout: {' '.join(f'{key}{value}' for key, value in layout.items())}, published with {theirs}")
+        ours, theirs = ([f"{key}{sizes[key]}" for key in layout] for sizes in (run.layout, row.layout))
+        texts.append(f"layout: {' '.join(ours)}, published with {' '.join(theirs)}")
     if run.data is not None and run.data != row.data:
         data = "random tokens (data=mock)" if run.data == "mock" else f"data={run.data}"
         texts.append(f"data: {data}, published with {row.data}")
-    environment = run.record.environment
-    if environment:
-        texts += _unequal("environment", environment, row.environment)
+    if run.record.environment:
+        texts += _unequal("environment", run.record.environment, row.environment)
     if run.record.config:
         texts += _unequal("settings", flatten(run.record.config), {key: str(v) for key, v in row.settings.items()})
     return texts
 
 
 def _other_software(run: Run, row: ReferencePoint) -> bool:
-    if run.software == row.software or (run.container and run.container == row.container):
-        return False
-    if run.source == "log" and run.software in row.recipes:
-        return False
-    return run.software != row.software and (run.software is not None or run.source == "run folder")
+    same = run.software == row.software or (run.container and run.container == row.container)
+    if run.source == "log":
+        return not (same or run.software is None or run.software in row.recipes)
+    return not same
 
 
 def _unequal(kind: str, ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
@@ -91,13 +85,13 @@ def published(run: Run, references: Sequence[Reference]) -> ReferencePoint | Non
     Of several: one that it is comparable with, of its own software and layout, of its software, of what its program
     stands for, of its layout, of the first table.
     """
-    sizes = {name: getattr(run.architecture, name, None) for name in _SIZES}
+    sizes = [getattr(run.architecture, name, None) for name in _SIZES]
     rows = [
         row
         for table in references
         for row in table.points
         if (row.precision, row.gpus) == (run.precision, run.gpus)
-        and (row.model == run.model or all(row.architecture[name] == size for name, size in sizes.items()))
+        and (row.model == run.model or [row.architecture[name] for name in _SIZES] == sizes)
     ]
 
     def likeness(row: ReferencePoint) -> tuple[int, bool, bool, bool, bool, bool]:
@@ -151,13 +145,12 @@ def _obstacles(must_agree: Sequence[Change]) -> str:
 
 
 def _judged(verdict: Verdict, point: Point, final: Sequence[Run], row: ReferencePoint, tolerance: float) -> Verdict:
-    statistic, measured_s = _measured(final, row)
+    statistic, measured_s = _measured(point, final, row)
     ratio = row.step_time_s / measured_s
     value = _level(ratio, tolerance)
-    way = "faster" if ratio >= 1 else "slower"
     why = (
-        f"{abs(ratio - 1):.1%} {way} than published by the {statistic} ({measured_s:.4g} s, published "
-        f"{row.step_time_s:g} s), tolerance {tolerance:.1%}"
+        f"{abs(ratio - 1):.1%} {'faster' if ratio >= 1 else 'slower'} than published by the {statistic} "
+        f"({measured_s:.4g} s, published {row.step_time_s:g} s), tolerance {tolerance:.1%}"
     )
     if final[0].source == "log":
         sources = {key: final[0].identified.get(key) for key in ("model", "precision", "gpus", "seq_length")}
@@ -174,16 +167,17 @@ def _level(ratio: float, tolerance: float) -> str:
     return model.FASTER if ratio > 1 + tolerance else model.PASS
 
 
-def _measured(final: Sequence[Run], row: ReferencePoint) -> tuple[str, float]:
+def _measured(point: Point, final: Sequence[Run], row: ReferencePoint) -> tuple[str, float]:
     """Return the reference's own statistic, else the mean of the steps that count, and its value over the repeats."""
-    times = [run.times for run in final if run.times is not None]
+    assert point.numbers is not None and point.last_s is not None
     if row.statistic == "last step":
-        return row.statistic, statistics.fmean(run_times.last_s for run_times in times)
-    if match := _MEAN_OF_STEPS.match(row.statistic):
-        means = [_mean_between(run.steps, int(match[1]), int(match[2])) for run in final]
-        if all(means):
+        return row.statistic, point.last_s
+    if row.statistic != "mean":  # mean of steps 35 to 44
+        first, last = map(int, re.findall(r"\d+", row.statistic))
+        means = [_mean_between(run.steps, first, last) for run in final]
+        if None not in means:
             return row.statistic, statistics.fmean(mean for mean in means if mean)
-    return "mean of the steps that count", statistics.fmean(run_times.mean_s for run_times in times)
+    return "mean of the steps that count", point.numbers.step_time_s
 
 
 def _mean_between(steps: Steps, first: int, last: int) -> float | None:
@@ -201,33 +195,27 @@ def _doubts(tolerance: float, point: Point, final: Sequence[Run], row: Reference
         name: _level(row.step_time_s / time_s, tolerance)
         for name, time_s in (("mean", mean_s), ("median", point.median_s), ("last step", point.last_s))
     }
-    if {*levels.values(), value} != {value}:
+    if {*levels.values()} != {value}:
         doubts.append(", ".join(f"{verdict} by the {name}" for name, verdict in levels.items()))
     if point.step_time is not None and point.step_time.margin > tolerance * mean_s:
-        ends = {
-            _level(row.step_time_s / end, tolerance) if end > 0 else model.FASTER for end in point.step_time.interval
-        }
+        # Of a lower end below zero, nothing is known but that it is faster.
+        ends = {_level(row.step_time_s / max(end, 1e-9), tolerance) for end in point.step_time.interval}
         if ends != {value}:
-            doubts.append(
-                f"the 95% interval of the mean, ± {point.step_time.margin / mean_s:.0%}, exceeds the tolerance"
-            )
+            margin = f"± {point.step_time.margin / mean_s:.0%}"
+            doubts.append(f"the 95% interval of the mean, {margin}, exceeds the tolerance")
     if value == model.FAIL:
         return doubts
     if mean_s > (1 + tolerance) * point.median_s:
         doubts.append(f"the mean exceeds the median by {mean_s / point.median_s - 1:.0%}")
-    starts = [(times.unsteady_steps, times.steps) for run in final if (times := run.times)]
     if any(run.state == "unknown" for run in final):
         doubts.append("the log does not say how many steps were meant; max_steps=... does")
-    left_out = [(_disturbed(run), len(run.steps)) for run in final]
-    if many := [pair for pair in left_out if pair[0] > LONGEST_WARM_UP * pair[1]]:
-        doubts.append(f"{many[0][0]} of {many[0][1]} steps are left out")
-    if slow := [start for start in starts if start[0] > LONGEST_WARM_UP * start[1]]:
-        doubts.append(f"the first {slow[0][0]} of {slow[0][1]} steps are slower: no warm-up is so long")
-    return doubts
-
-
-def _disturbed(run: Run) -> int:
-    """Return how many steps after the warm-up do not count; but for a batch ramp-up, which is another job."""
-    assert run.times is not None
-    disturbed = sum(number for reason, number in run.times.excluded.items() if reason != OTHER_BATCH)
-    return disturbed + len(run.steps) - run.times.steps
+    for run in final:
+        assert run.times is not None
+        # Steps of a batch ramp-up are another job's.
+        disturbed = len(run.steps) - run.times.warmup_steps - run.times.counted - run.times.excluded.get(OTHER_BATCH, 0)
+        if disturbed > LONGEST_WARM_UP * len(run.steps):
+            doubts.append(f"{disturbed} of {len(run.steps)} steps are left out")
+        if run.times.unsteady_steps > LONGEST_WARM_UP * run.times.steps:
+            slow = f"the first {run.times.unsteady_steps} of {run.times.steps} steps are slower"
+            doubts.append(f"{slow}: no warm-up is so long")
+    return list(dict.fromkeys(doubts))

@@ -7,7 +7,7 @@ import random
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_bench.report.statistics import (
@@ -57,7 +57,7 @@ def test_each_step_left_out_says_why() -> None:
     assert [i for i, why in enumerate(steps.excluded) if why == "no time"] == [4, 8, 10]
     assert result is not None
     assert (result.steps, result.warmup_steps, result.excluded, result.counted) == (9, 1, {"checkpoint": 1}, 7)
-    assert result.median_s == result.mean_s == result.max_s == 1.0
+    assert result.median_s == result.mean_s == result.p95_s == 1.0
     assert step_times(Steps()) is None and step_times(steps_of([math.nan, -1.0, 1e10])) is None
 
 
@@ -74,6 +74,7 @@ def test_mean_and_quantiles_tell_what_the_median_alone_hides() -> None:
     assert measured([1.0] * 20 + [1.1] * 20).drift == pytest.approx(0.1)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=60),
     st.sets(st.integers(0, 60)),
@@ -90,8 +91,8 @@ def test_any_times_are_sorted_out(times: list[float], restarts: set[int], paused
     if result is not None:
         assert result.counted == len(counted)
         # a sum of numbers near the largest may round up over it
-        assert result.min_s <= result.p5_s * (1 + 1e-9) <= result.median_s * (1 + 2e-9) <= result.max_s * (1 + 3e-9)
-        assert result.p95_s <= result.max_s * (1 + 1e-9)
+        assert min(counted) <= result.p5_s * (1 + 1e-9) <= result.median_s * (1 + 2e-9) <= max(counted) * (1 + 3e-9)
+        assert result.p95_s <= max(counted) * (1 + 1e-9)
         assert result.mean is None or result.mean.interval[0] <= result.mean_s <= result.mean.interval[1]
 
 
