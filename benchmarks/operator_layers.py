@@ -69,7 +69,7 @@ def prepare() -> OneGpuGroup:
     patches.te_weight_gradient_accumulation()
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(name, value)
-    torch.cuda.set_device(0)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group("nccl")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
