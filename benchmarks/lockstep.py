@@ -24,7 +24,7 @@ os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_NVLS_ENABLE": "0", "TOR
 
 from benchmarks import operator_layers  # noqa: E402
 from benchmarks.operator_traces import Case  # noqa: E402
-from nemo_bench.estimate.tensor_parallel import lockstep_wait  # noqa: E402
+from nemo_bench.estimate.layer import lockstep_wait  # noqa: E402
 
 CASE = Case(8192, 28672, 64, 8, 4, 1, 4096, "bf16", layers=1)
 

@@ -1,6 +1,6 @@
 """Times of a layer and of the head on one rank, from the rates of its GPU kind.
 
-What tensor parallelism adds was measured on two GPUs, or played on one; docs/estimate.md says how.
+What tensor parallelism adds was measured on a few GPUs, or played on one; docs/estimate.md says how.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Layer:
         """
         times: list[dict[str, float]] = []
         deviation = self.rates.tables["unsteadiness"][self.shape.number_format]
-        wait = _lockstep_wait(self.shape.tensor_parallel * self.shape.context_parallel, lag, deviation)
+        wait = lockstep_wait(self.shape.tensor_parallel * self.shape.context_parallel, lag, deviation)
         for (direction, own), added in zip(self.passes.items(), self._tensor_parallel_ms()):
             kernels = {
                 "matrix products": sum(own.products_ms.values()),
@@ -122,7 +122,9 @@ class Layer:
         return 2 * gather + 2 * scatter, 2 * gather + sum(beside)
 
     def _nccl_ms(self, collective: str, moved_bytes: float | None = None) -> float:
-        measured = self.rates.tables["nccl"][collective]
+        by_ranks = self.rates.tables["nccl"][collective]
+        # Of the largest group that was measured, up to this one.
+        measured = by_ranks[str(max(ranks for ranks in map(int, by_ranks) if ranks <= self.shape.tensor_parallel))]
         speed = measured["gb_s"] * self.network.nvlink_factor * 1e6
         return float(measured["latency_ms"] + (moved_bytes or self.moved_bytes) / speed)
 
@@ -163,7 +165,7 @@ def slowest_of(number: int) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def _lockstep_wait(ranks: int, slowest_lag: float, deviation: float) -> float:
+def lockstep_wait(ranks: int, slowest_lag: float, deviation: float) -> float:
     """Return how much longer a layer takes where `ranks` wait for each other, as a share of its time."""
     # Each rank's time is normal with this deviation (power control at its limit); one lags behind by `slowest_lag`,
     # which is not counted. The mean of the largest, integrated.
