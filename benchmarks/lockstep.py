@@ -9,11 +9,13 @@ Options: output=FILE, seconds=1.5 (of each run, behind as long a warm-up), preci
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def meeting_ms(meet: Callable[[], object]) -> float:
     """Return what a meeting takes behind work that is as long on every GPU."""
     import torch
 
-    means = []
+    means: list[float] = []
     for often in (0, 1) * 3:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         torch.cuda._sleep(20_000_000)
@@ -76,15 +78,13 @@ def in_lockstep(series: Sequence[Sequence[float]]) -> float:
     """Return the mean time of layers that each wait for the slowest of these GPUs, their series shifted at random."""
     number, sums = min(map(len, series)), []
     for shift in range(0, number, max(1, number // 40)):
-        rows = zip(*(one[k * shift % number :] + one[: k * shift % number] for k, one in enumerate(series)))
+        rows = zip(*([*one[k * shift % number :], *one[: k * shift % number]] for k, one in enumerate(series)))
         sums.append(statistics.fmean(map(max, rows)))
     return statistics.fmean(sums)
 
 
 def measure(precision: str, seconds: float, rank: int, world: int, operators: Any) -> list[dict[str, Any]]:
     """Return the waits of each group size, as rank 0 sees all ranks."""
-    from dataclasses import replace
-
     import torch
     import torch.distributed as dist
 
@@ -97,12 +97,13 @@ def measure(precision: str, seconds: float, rank: int, world: int, operators: An
         count = int(seconds * 1e3 / float(one_ms))
         for size, group in groups.items():
             if rank < size:
-                runs = {"alone": None, "together": lambda group=group: dist.all_reduce(number, group=group)}
+                meet = functools.partial(dist.all_reduce, number, group=group)
+                runs = {"alone": None, "together": meet}
                 own: dict[str, list[list[float]]] = {name: [] for name in runs}
                 for name in ("alone", "together") * 2:
                     own[name].append(replayed(layers, runs[name], count))
                 seen: list[Any] = [None] * size
-                dist.all_gather_object(seen, {**own, "meet_ms": meeting_ms(runs["together"])}, group=group)
+                dist.all_gather_object(seen, {**own, "meet_ms": meeting_ms(meet)}, group=group)
                 if rank == 0:
                     entries.append({"precision": precision, "ranks": size, **waits(seen), "series": seen})
             dist.barrier()
