@@ -86,13 +86,12 @@ def llama3_tokenizer(folder: Path) -> None:
 def run_ours(source: Path, tokenizer: Path, folder: Path, cores: set[int]) -> dict[str, Any]:
     """One file through `prepare_data.py` on these cores."""
     folder.mkdir()
-    settings = {"sources": f"[{source}]", "tokenizer_folder": tokenizer, "data.folder": folder, "threads": len(cores)}
+    settings = {"sources": f"[{source}]", "tokenizer_folder": tokenizer, "data.folder": folder}
     script = str(PROJECT / "prepare_data.py")
     measured = run([sys.executable, script, *(f"{key}={value}" for key, value in settings.items())], cores)
     (path,) = folder.glob("*_document.json")
     made = json.loads(path.read_bytes())
-    seconds = {"seconds": made["seconds"]["tokenising"], "verify_s": made["seconds"]["verifying"]}
-    return {**measured, **seconds, "documents": made["documents"], "tokens": made["tokens"]}
+    return {**measured, "seconds": made["tokenising_s"], "documents": made["documents"], "tokens": made["tokens"]}
 
 
 def run_megatron(source: Path, tokenizer: Path, prefix: Path, cores: set[int]) -> dict[str, Any]:

@@ -31,4 +31,4 @@ if __name__ == "__main__":
                 ranges[-1][1] = code
             else:
                 ranges.append([code, code])
-    print(json.dumps([f"{first:X}-{last:X}" for first, last in ranges], indent=1))
+    print(json.dumps([f"{chr(first)}-{chr(last)}" for first, last in ranges], indent=1))

@@ -45,8 +45,7 @@ class OptimConfig:
     use_distributed_optimizer: bool = True  # shard optimizer state over the data-parallel ranks
     overlap_grad_reduce: bool = True  # reduce gradients while the backward pass goes on
     overlap_param_gather: bool = True  # gather parameters while the next forward pass goes on
-    # Gather the first chunk's parameters while the optimizer works on the others; null: where NVIDIA does so
-    overlap_param_gather_with_optimizer_step: bool | None = None
+    overlap_param_gather_with_optimizer_step: bool | None = None  # of the first chunk; null: where NVIDIA does so
     grad_reduce_in_fp32: bool = False  # the recipe reduces gradients in bf16
     use_precision_aware_optimizer: bool | None = kernel(None)  # null: see TrainConfig.precision_aware_optimizer
     store_param_remainders: bool = False  # with it: of a main weight only the 16 bits that the bf16 parameter lacks
@@ -95,8 +94,7 @@ class ModelConfig:
     gradient_accumulation_fusion: bool = kernel(True)  # the weight gradient's product adds to the step's gradient
     # communication and the pipeline
     defer_embedding_wgrad_compute: bool | None = None  # null: see TrainConfig.defers_embedding_wgrad
-    # The embedding, or the loss, stands in the place of a layer on its stage: 126 layers on 8 stages of 8 chunks.
-    account_for_embedding_in_pipeline_split: bool = False
+    account_for_embedding_in_pipeline_split: bool = False  # it stands in the place of a layer on its stage
     account_for_loss_in_pipeline_split: bool = False
     pipeline_model_parallel_layout: str | None = None  # every layer's chunk, in Megatron's grammar: "Et*2|(t*2|)*3,tL"
     wgrad_deferral_limit: int = number(22, least=0, most=2**24)  # micro-batches deferred at most; 0: all
@@ -204,7 +202,7 @@ class ClusterConfig:
     gres: str | None = None  # in its place where the cluster wants --gres=gpu:8
     cpus_per_task: int | None = number(None, least=1, most=10_000)
     nvlink_gpus: int | None = number(None, least=1, most=10_000)  # joined by NVLink: 72 on NVL72; null: a node's
-    # What the links reach, for the estimate; null: DGX H100's, in nemo_bench/estimate/constants.yaml.
+    # for the estimate; null: DGX H100's, in nemo_bench/estimate/constants.yaml
     nvlink_gb_s: float | None = number(None, above=0)  # between two GPUs, one direction
     nic_gb_s: float | None = number(None, above=0)  # one NIC (one a GPU), in a ring over two nodes
     dependency: str | None = None
@@ -231,8 +229,7 @@ class EntrypointConfig:
     image: str = MISSING  # file name of its container image in the stage folder
     program: str | None = None  # nemo_24_09: path of its program, inside the container; nemo2 is a module of ours
     env: dict[str, str | None] = field(default_factory=dict)  # environment of every rank; null: not set
-    # nemo_24_09: keys of NeMo 1's own configuration that no key here stands for; they win over all others
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # nemo_24_09: NeMo 1's own keys; they win over all others
 
 
 @dataclass
@@ -240,8 +237,7 @@ class CheckpointConfig:
     """Off by default: a performance benchmark writes none."""
 
     every_n_steps: int | None = number(None, least=1, most=10**9)
-    # A run folder, whose last checkpoint is taken, or one checkpoint's folder.
-    resume_from: str | None = field(default=None, metadata=PATH)  # weights, optimizer, schedule and data position
+    resume_from: str | None = field(default=None, metadata=PATH)  # a run, or one checkpoint: all of its state
     weights_from: str | None = field(default=None, metadata=PATH)  # weights alone
 
 
@@ -313,8 +309,8 @@ class TrainConfig:
     def defers_embedding_wgrad(self) -> bool:
         """Whether the output layer's weight gradients wait for the end of a step (`defer_embedding_wgrad_compute`).
 
-        It needs a bubble, and the fusion that Megatron asks for. Gradients that are reduced during the backward pass
-        lose what is deferred (github.com/NVIDIA/Megatron-LM/issues/1012); `true` measures the recipe's timing.
+        Gradients that are reduced during the backward pass lose what is deferred
+        (github.com/NVIDIA/Megatron-LM/issues/1012); `true` measures the recipe's timing.
         """
         m, wanted = self.model, self.model.defer_embedding_wgrad_compute
         reduced_meanwhile = m.optim.overlap_grad_reduce and self.data_parallel_size * m.context_parallel_size > 1

@@ -48,16 +48,6 @@ def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[An
             yield from settings(value, f"{prefix}{setting.name}.")
 
 
-def _values(config: Any) -> Iterator[tuple[str, Any, Field[Any]]]:
-    """Give every value of a configuration, those in lists and dictionaries one by one."""
-    for key, owner, setting in settings(config):
-        value = getattr(owner, setting.name)
-        if isinstance(value, dict):
-            yield from ((f"{key}.{name}", item, setting) for name, item in value.items())
-        else:
-            yield from ((key, item, setting) for item in (value if isinstance(value, list) else [value]))
-
-
 def field_problems(config: Any) -> list[Problem]:
     """Return a problem for every number out of its range, every word that is no choice, and every empty path."""
     problems = []
@@ -74,14 +64,23 @@ def field_problems(config: Any) -> list[Problem]:
     return problems
 
 
+def _values(config: Any) -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Give every value of a configuration, those in lists and dictionaries one by one."""
+    for key, owner, setting in settings(config):
+        value = getattr(owner, setting.name)
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", item, setting) for name, item in value.items())
+        else:
+            yield from ((key, item, setting) for item in (value if isinstance(value, list) else [value]))
+
+
 def _number_problems(key: str, value: float, setting: Field[Any]) -> list[Problem]:
     limits = {name: limit for name, limit in setting.metadata.items() if name in _LIMITS}
     exceeded = [name for name, limit in limits.items() if not _LIMITS[name][0](value, limit)]
     if math.isfinite(value) and not exceeded:
         return []
-    rule = " and ".join(f"{_LIMITS[name][1]} {limit}" for name, limit in limits.items()) or "a finite number"
-    no_default = setting.default in (NO_DEFAULT, MISSING, None)
-    fix = "leave it out for the default" if no_default else f"the default: {setting.default}"
+    rule = " and ".join(f"{_LIMITS[name][1]} {limit}" for name, limit in limits.items())
+    fix = f"the default: {text_of(setting.default) if setting.default not in (NO_DEFAULT, MISSING) else 'leave it out'}"
     if math.isfinite(value) and exceeded[0] in ("least", "most"):
         fix = f"nearest that works: {limits[exceeded[0]]}"
     return [Problem(key, value, f"must be {rule}", fix)]
@@ -98,20 +97,15 @@ def absolute(path: str) -> str:
 
 
 def normalise(config: Any) -> None:
-    """Make every path absolute.
-
-    Raises:
-        ConfigurationRefused: a section, list or dictionary is none; OmegaConf lets `${...}` and [[1]] through.
-    """
+    """Make every path absolute; raise ConfigurationRefused for a section, list or dictionary that is none."""
     problems = []
     for key, owner, setting in settings(config):
         value, kind = getattr(owner, setting.name), str(setting.type).partition("[")[0]
-        fits = type(value).__name__ == kind or kind not in ("list", "dict")
+        # OmegaConf lets `${...}` and [[1]] through.
+        fits = kind not in ("list", "dict") or type(value).__name__ == kind
         if "Config" in kind:
             kind, fits = "section", value is None or is_dataclass(value)
-        elif kind == "list":
-            fits = fits and not any(isinstance(item, (list, dict)) for item in value)
-        if not fits:
+        if not fits or (kind == "list" and any(isinstance(item, (list, dict)) for item in value)):
             problems.append(Problem(key, value, f"is not a {kind} of plain values", "write them out"))
         elif setting.metadata.get("path") and value:
             setattr(owner, setting.name, absolute(value) if isinstance(value, str) else [*map(absolute, value)])

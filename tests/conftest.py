@@ -64,7 +64,5 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nemo_bench.data import corpus, tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    trained = tokenizer.train((file.text for file in corpus.collect(300_000)), vocab_size=1000)
-    for name, text in tokenizer.render(trained).items():
-        (folder / name).write_text(text, encoding="utf-8")
+    tokenizer.write(folder, corpus.collect(300_000).values(), vocab_size=1000)
     return folder

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, open_dict
 # The function that submits the points of each script.
 SUBMITTERS = {
     "train": ("nemo_bench.launch.submission", "submit_points"),
-    "prepare_data": ("nemo_bench.data.jobs", "submit_preparations"),
+    "prepare_data": ("nemo_bench.data.prepare", "submit_preparations"),
     "setup_stage": ("nemo_bench.stage.command", "submit_stage"),
 }
 

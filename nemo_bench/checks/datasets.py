@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.data.corpus import collect
 from nemo_bench.data.encoder import Encoder
-from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect, last_ids, optimal_dtype
-from nemo_bench.data.manifest import read_manifest
+from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect, optimal_dtype
+from nemo_bench.data.shard import read_manifest
 from nemo_bench.data.split import empty_parts
 from nemo_bench.errors import BenchError, Need, Problem
 from nemo_bench.files import sha256_of
 
 NO_FILES = "data=local and data=mock need no files"
-SAMPLE_BYTES, SAMPLE_DOCUMENTS = 1 << 20, 1000
+SAMPLE_TOKENS = 1 << 18
 _inspect = functools.cache(inspect)  # the points of a sweep share their datasets
 
 
@@ -37,7 +38,7 @@ def dataset_problems(cfg: TrainConfig) -> list[Problem]:
 
 
 def dataset_remarks(cfg: TrainConfig) -> list[str]:
-    """Say which datasets of `data.paths` have documents without the end-of-document token of `data.tokenizer`."""
+    """Say which datasets of `data.paths` lack the end-of-document token of `data.tokenizer`."""
     return _remarks(tuple(cfg.data.paths), cfg.data.tokenizer or "")
 
 
@@ -47,11 +48,10 @@ def _remarks(prefixes: tuple[str, ...], tokenizer: str) -> list[str]:
     foreign = [Path(prefix) for prefix in prefixes if read_manifest(Path(prefix)) is None]
     try:
         eod = Encoder(Path(tokenizer), "tokenizers").eod if foreign else 0
-        ending = {prefix: last_ids(_inspect(prefix), SAMPLE_DOCUMENTS) for prefix in foreign}
+        without = [prefix for prefix in foreign if eod not in _sample(_inspect(prefix))]
     except BenchError:  # named by the rules
         return []
-    text = f"none of its first documents ends in the end-of-document token of {tokenizer}, id {eod}"
-    return [f"{prefix}: {text}" for prefix, ids in ending.items() if eod not in ids]
+    return [f"{prefix}: no document ends in the end-of-document token of {tokenizer}, id {eod}" for prefix in without]
 
 
 def _tokenizer_rules(cfg: TrainConfig, need: Need, info: DatasetInfo) -> None:
@@ -65,7 +65,7 @@ def _tokenizer_rules(cfg: TrainConfig, need: Need, info: DatasetInfo) -> None:
     has = f"and the model has {vocab_size:,} (model.vocab_size)"
     refuse(info.dtype == "uint16" and optimal_dtype(vocab_size) != "uint16", f"holds ids of 16 bits, {has}")
     if manifest is None:
-        largest = _largest_sampled_id(info)
+        largest = int(_sample(info).max())
         refuse(largest >= vocab_size, f"holds token id {largest:,}, {has}")
         return
     refuse(manifest["vocab_size"] > vocab_size, f"was made with a vocabulary of {manifest['vocab_size']:,}, {has}")
@@ -75,14 +75,13 @@ def _tokenizer_rules(cfg: TrainConfig, need: Need, info: DatasetInfo) -> None:
     refuse(other, f"was made with another tokenizer than {tokenizer}")
 
 
-def _largest_sampled_id(info: DatasetInfo) -> int:
-    """Return the largest token id in the first, the middle and the last MiB."""
+def _sample(info: DatasetInfo) -> Any:
+    """Return token ids from the beginning, the middle and the end."""
     import numpy as np
 
-    ids = np.memmap(bin_path(info.prefix), np.dtype(info.dtype).newbyteorder("<"), "r")
-    count = SAMPLE_BYTES // ids.itemsize
-    middle = max(0, len(ids) // 2 - count // 2)
-    return max(int(ids[start : start + count].max()) for start in (0, middle, max(0, len(ids) - count)))
+    ids = info.ids
+    starts = (0, max(0, (len(ids) - SAMPLE_TOKENS) // 2), max(0, len(ids) - SAMPLE_TOKENS))
+    return np.concatenate([ids[start : start + SAMPLE_TOKENS] for start in starts])
 
 
 def _split_rules(cfg: TrainConfig, need: Need, dataset: str, documents: int) -> None:

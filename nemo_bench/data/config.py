@@ -22,7 +22,7 @@ class PreparationConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # with hydra/launcher=submitit_slurm
     stage_path: str = field(default=MISSING, metadata=PATH)
     url: str = MISSING  # of shard {shard}
-    shards: list[int] = field(default_factory=list)
+    shards: list[int] = field(default_factory=list, metadata={"least": 0})
     sources: list[str] = field(default_factory=list)  # URLs or files instead of the shards; one dataset for each
     only: int | None = number(None, least=0)  # of the shards or sources: one alone, as in a job of its own
     output_prefix: str = MISSING  # <data.folder>/<output_prefix>_<number>_<text_key>_document.bin and .idx
@@ -30,7 +30,6 @@ class PreparationConfig:
     text_key: str = "text"  # the text's key in a JSON document, or column in a Parquet file
     encoder: str = choice("auto", "tokenizers")  # auto: gigatoken where it can be used
     max_bad_share: float = number(1e-4, least=0, most=1)  # of the documents may be broken; left out, counted and shown
-    threads: int | None = number(None, least=1)  # null: as many as serve
     overwrite: bool = False  # make existing datasets again
     wait: bool = True  # for submitted jobs, and show what they made
 

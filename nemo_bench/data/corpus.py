@@ -6,27 +6,16 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_bench.errors import BenchError
 
 MINIMUM_BYTES = 1_000_000  # less stops being meaningful; a caller may ask for less
 
-# Installed packages, tests and caches; then generated tables: character maps, and the language reference as one escaped
-# literal, which would be an eighth of the corpus in a single document.
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
+# Installed packages, tests and caches; then generated tables, one of which would be an eighth of the corpus.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _SKIPPED_FOLDERS |= {"encodings", "pydoc_data"}
 _SKIPPED_FILES = {"html/entities.py", "stringprep.py"}
-
-
-@dataclass(frozen=True)
-class CorpusFile:
-    """One document: its path in the library, with "/" between the parts, its text, and the size of that in UTF-8."""
-
-    name: str
-    text: str
-    size_bytes: int
 
 
 def library_folder() -> Path:
@@ -44,27 +33,26 @@ def _names(root: Path) -> Iterator[str]:
                 yield name
 
 
-def collect(corpus_bytes: int) -> list[CorpusFile]:
-    """Return library files of `corpus_bytes` bytes in all, or all there are; raise BenchError if that is too little.
+def collect(corpus_bytes: int) -> dict[str, str]:
+    """Return library files, text by name, of `corpus_bytes` bytes in all, or all there are; BenchError if too few.
 
     They come in the order of the SHA-256 of their names: Megatron splits by ranges of documents, and sorted names would
     make the validation split one package.
     """
-    root, chosen, total = library_folder(), list[CorpusFile](), 0
+    root, texts, total = library_folder(), dict[str, str](), 0
     for name in sorted(_names(root), key=lambda name: (hashlib.sha256(name.encode()).digest(), name)):
         try:
-            data = (root / name).read_bytes()
-            text = data.decode("utf-8")
+            text = (root / name).read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError):  # a dangling link, or an old encoding
             continue
         if text.strip():
-            chosen.append(CorpusFile(name, text, len(data)))
-            total += len(data)
+            texts[name] = text
+            total += len(text.encode())
         if total >= corpus_bytes:
-            return chosen
+            return texts
     if total < MINIMUM_BYTES:
         raise BenchError(
             f"This Python's standard library in {root} holds only {total:,} bytes of source text, too little for the "
             "local dataset. Install the whole library (Debian and Ubuntu: libpython3-stdlib)."
         )
-    return chosen
+    return texts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,33 +14,23 @@ from nemo_bench.errors import BenchError
 
 FORMATS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 
-#: Bytes of text in a block: this much keeps all threads busy, and some dozens of blocks in memory are little.
-BLOCK_BYTES = 2 << 20
-#: A line longer than this is not a document but a file of another kind.
-_LONGEST_LINE = 256 << 20
-_PARQUET_ROWS = 64
+BLOCK_BYTES = 2 << 20  # of text: enough to keep all threads busy, and some dozens of blocks in memory are little
+_LONGEST_LINE = 256 << 20  # a longer one is not a document but a file of another kind
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive documents, not yet decoded: whole lines of JSON, or rows of a Parquet column."""
+    """Consecutive documents, not yet decoded: lines of JSON, or values of a Parquet column."""
 
-    rows: bytes | Any
+    rows: Any
     before: int  # lines or rows that precede it in the file
-
-    @property
-    def lines(self) -> int:
-        if not isinstance(self.rows, bytes):
-            return len(self.rows)
-        return self.rows.count(b"\n") + (not self.rows.endswith(b"\n") and bool(self.rows))
 
     def texts(self, text_key: str) -> tuple[list[str], list[tuple[int, str]]]:
         """Return the usable documents in order, and of the others the line, which counts from 1, and the reason."""
         texts: list[str] = []
         bad: list[tuple[int, str]] = []
-        is_json = isinstance(self.rows, bytes)
-        rows: Iterable[Any] = self.rows.split(b"\n") if is_json else self.rows
-        for number, row in enumerate(rows, start=self.before + 1):
+        is_json = isinstance(self.rows, list)
+        for number, row in enumerate(self.rows, start=self.before + 1):
             try:
                 text = _text_of_line(row, text_key) if is_json else _checked(row.as_py(), text_key)
                 if text is not None:
@@ -81,16 +71,15 @@ def _checked(value: object, text_key: str) -> str:
 
 
 class Reader:
-    """The blocks of one file; BenchError if its format is unknown or it cannot be read.
+    """The blocks of one file, of which `bytes_read` of `size_bytes` have been read.
 
-    `bytes_read`, of `size_bytes`, says how far the reading is in the stored file; `cut_short`, at its end, why the rest
-    of the file cannot be read, as a clause ("": it was read to its end).
+    Raises BenchError if its format is unknown, it cannot be read, or is damaged or cut short.
     """
 
     def __init__(self, path: Path, text_key: str = "text") -> None:
         self.path, self.text_key = path, text_key
         self.format = format_of(path.name)
-        self.bytes_read, self.cut_short = 0, ""
+        self.bytes_read = 0
         try:
             with open(path, "rb"):
                 self.size_bytes = path.stat().st_size
@@ -98,37 +87,32 @@ class Reader:
             raise BenchError(f"Cannot read {path}: {error.strerror}. Correct the path or its permissions.") from error
 
     def blocks(self) -> Iterator[Block]:
-        """Give all blocks in order, up to the last whole document that can be read; raise OSError for the disk."""
+        """Give all blocks in order; raise OSError for the disk."""
         return self._parquet() if self.format == ".parquet" else self._json_lines()
 
     def _json_lines(self) -> Iterator[Block]:
         from backports import zstd
 
-        before = 0
-        data = bytearray()  # of the next block
-        with open(self.path, "rb") as stored:
-            try:
+        before, rest = 0, b""
+        try:
+            with open(self.path, "rb") as stored:
                 stream = self._decompressed(stored)
-                # `read` would lose what it has already decompressed when it meets the end of a truncated file.
-                while piece := stream.read1(BLOCK_BYTES):
+                while piece := stream.read(BLOCK_BYTES):
                     self.bytes_read = stored.tell()
-                    data += piece
-                    if len(data) > _LONGEST_LINE:
+                    *lines, rest = (rest + piece).split(b"\n")
+                    yield Block(lines, before)
+                    before += len(lines)
+                    if len(rest) > _LONGEST_LINE:
                         long = f"line {before + 1:,} is longer than {_LONGEST_LINE >> 20} MiB"
                         raise BenchError(f"{self.path}: {long}: is this a file of JSON Lines, one document a line?")
-                    if len(data) >= BLOCK_BYTES and b"\n" in piece:
-                        block = _take_lines(data, before)
-                        before += block.lines
-                        yield block
-            except EOFError:
-                self.cut_short = "the compressed data end in the middle: the file is truncated"
-            except (zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
-                self.cut_short = f"the compressed data are damaged ({error})"
-            self.bytes_read = stored.tell()
-        # A line that was cut through is lost with the rest.
-        last = _take_lines(data, before) if self.cut_short else Block(bytes(data), before)
-        if last.rows:
-            yield last
+        except EOFError:
+            raise self._damaged("the compressed data end in the middle: the file is truncated") from None
+        except (zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
+            raise self._damaged(f"the compressed data are damaged ({error})") from None
+        yield Block([rest], before)
+
+    def _damaged(self, damage: str) -> BenchError:
+        return BenchError(f"{self.path}: {damage}. Download or copy it again")
 
     def _decompressed(self, stored: IO[bytes]) -> Any:
         from backports import zstd
@@ -153,14 +137,15 @@ class Reader:
                         f"{self.path} has no column {self.text_key!r}: text_key=... names the column that holds the "
                         f"text; the columns are {', '.join(file.schema_arrow.names)}"
                     )
-                for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[self.text_key]):
+                for batch in file.iter_batches(batch_size=64, columns=[self.text_key]):
                     yield Block(batch.column(0), before)
                     before += batch.num_rows
                     self.bytes_read = self.size_bytes * before // file.metadata.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's, not the file's
-            self.cut_short = f"the Parquet file is damaged or truncated ({str(error).splitlines()[0]})"
+            damage = f"the Parquet file is damaged or truncated ({str(error).splitlines()[0]})"
+            raise self._damaged(damage) from None
 
 
 def format_of(name: str) -> str:
@@ -169,11 +154,3 @@ def format_of(name: str) -> str:
         if name.lower().endswith(suffix):
             return suffix
     raise BenchError(f"{name}: unknown format; valid: {', '.join(FORMATS)}")
-
-
-def _take_lines(data: bytearray, before: int) -> Block:
-    """Take the whole lines out of `data`, which keeps the beginning of the next line."""
-    end = data.rfind(b"\n") + 1
-    block = Block(bytes(data[:end]), before)
-    del data[:end]
-    return block

@@ -1,9 +1,8 @@
 """Text to token ids, exactly as the Hugging Face tokenizer gives them, at many times its speed.
 
-gigatoken encodes (Megatron-LM offers it too); `tokenizers`, the Hugging Face library that Megatron's preprocessing
-uses, is the reference. The two are known to differ in one thing: the version of Unicode that says which characters are
-letters or digits. Documents with characters that changed go to the reference, as does every document if gigatoken does
-not support the tokenizer. A sample of all documents is encoded by both and compared.
+gigatoken encodes; `tokenizers`, which Megatron's preprocessing uses, is the reference. They differ in the version of
+Unicode that says which characters are letters or digits: documents with characters that changed go to the reference, as
+do all where gigatoken does not support the tokenizer. A sample of the documents is encoded by both and compared.
 """
 
 from __future__ import annotations
@@ -11,17 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_bench.errors import BenchError, RunFailed
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    Encoded = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]  # ids of all texts, number of ids of each
+Encoded = tuple[Any, Any]  # arrays: ids of all texts (uint32), number of ids of each (int64)
 
 # Texts on which implementations of the split expression and of added tokens differ.
 _PROBES = (
@@ -35,30 +31,22 @@ _PROBES = (
     "\x00\x01\x7f \ufffd " + "x" * 300 + " " * 300 + "\n" * 50 + "-" * 200,
 )
 
+# Characters of another kind in Unicode 17 (gigatoken 0.10) than in 16 (tokenizers 0.22), by benchmarks/unicode17.py:
+# ranges, each as "first-last".
+_ASTRAL = "\U00010000"
+_CHANGED: list[str] = json.loads(Path(__file__).with_name("unicode17.json").read_bytes())
+_NEWER = re.compile(f"[{''.join(_CHANGED)}]")
+_SUSPECT = re.compile(f"[{''.join(pair for pair in _CHANGED if pair < _ASTRAL)}{_ASTRAL}-{chr(sys.maxunicode)}]")
 
-def _character_class(ranges: Iterable[tuple[int, int]]) -> re.Pattern[str]:
-    return re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges) + "]")
-
-
-# Characters of another kind in Unicode 17 (gigatoken 0.10) than in 16 (tokenizers 0.22), by benchmarks/unicode17.py.
-_CHANGED: list[tuple[int, int]] = [
-    (int(first, 16), int(last, 16))
-    for first, last in (line.split("-") for line in json.loads(Path(__file__).with_name("unicode17.json").read_bytes()))
-]
-_NEWER = _character_class(_CHANGED)
-_SUSPECT = _character_class([*(pair for pair in _CHANGED if pair[1] < 0x10000), (0x10000, 0x10FFFF)])
-
-#: The first 16 documents of each shard, and then one in 8192, are encoded by the reference too, but none of more than
-#: 50,000 characters: it needs a second for a million.
+# The first documents of a shard, and one in so many, but none of more characters: the reference takes a second a MB.
 SAMPLE_FIRST, SAMPLE_EVERY, SAMPLE_LONGEST = 16, 8192, 50_000
 
 
 class Encoder:
     """The tokenizer of a Hugging Face folder; BenchError if that holds no usable one.
 
-    `vocab_size` counts added tokens too, as Hugging Face's `len(tokenizer)`; `eod` is the id of the folder's
-    `eos_token`, which Megatron's --append-eod appends; `fingerprint` is the SHA-256 of tokenizer.json; `library` is the
-    one that encodes, gigatoken where it can.
+    `vocab_size` counts added tokens too; `eod` is the id of the folder's `eos_token`, which Megatron's --append-eod
+    appends; `fingerprint` is the SHA-256 of tokenizer.json; `library` is the one that encodes, gigatoken where it can.
     """
 
     def __init__(self, folder: Path, library: str = "auto", report: Callable[[str], None] = lambda line: None) -> None:
@@ -75,9 +63,9 @@ class Encoder:
         self.eod = _end_of_document(folder, self._reference)
         self.library = library
         if library == "auto":
-            reason = self._load_gigatoken(content)
-            self.library = "tokenizers" if reason else "gigatoken"
-            if reason:
+            self.library = "gigatoken"
+            if reason := self._load_gigatoken(content):
+                self.library = "tokenizers"
                 report(f"encoding with Hugging Face tokenizers, which is slower: {reason}")
 
     def _load_gigatoken(self, content: bytes) -> str:
@@ -103,59 +91,49 @@ class Encoder:
         """
         import numpy as np
 
-        if self.library == "tokenizers":
+        if self.library == "tokenizers" or not texts:
             encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
-            return _joined([encoding.ids for encoding in encodings])
-        ids, lengths = self._encode_fast(texts)
-        newer = [number for number, text in enumerate(texts) if _may_differ(text)]
-        if not newer:
-            return ids, lengths
-        rows: list[Any] = np.split(ids, np.cumsum(lengths)[:-1])
-        for number in newer:
-            rows[number] = self._reference_ids(texts[number])
-        return _joined(rows)
+            rows: list[Any] = [encoding.ids for encoding in encodings]
+        else:
+            ids, lengths = self._encode_fast(texts)
+            newer = [number for number, text in enumerate(texts) if _may_differ(text)]
+            if not newer:
+                return ids, lengths
+            rows = np.split(ids, np.cumsum(lengths)[:-1])
+            for number in newer:
+                rows[number] = self._reference_ids(texts[number])
+        joined = np.concatenate([np.asarray(row, np.uint32) for row in [(), *rows]])
+        return joined, np.asarray([len(row) for row in rows], np.int64)
 
-    def check(self, texts: Sequence[str], before: int, ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
+    def check(self, texts: Sequence[str], before: int, ids: Any, lengths: Any) -> None:
         """Compare a sample of what `encode` returned, after `before` documents, with the reference (RunFailed)."""
         if self.library == "tokenizers":
             return
-        first = range(max(0, min(SAMPLE_FIRST - before, len(texts))))
-        sample = sorted({*first, *range(-before % SAMPLE_EVERY, len(texts), SAMPLE_EVERY)})
-        short = [number for number in sample if len(texts[number]) <= SAMPLE_LONGEST]
-        for number in self._differing(texts, ids, lengths, short):
+        numbers = range(before, before + len(texts))
+        sample = [place for place, number in enumerate(numbers) if number < SAMPLE_FIRST or number % SAMPLE_EVERY == 0]
+        short = [place for place in sample if len(texts[place]) <= SAMPLE_LONGEST]
+        for place in self._differing(texts, ids, lengths, short):
             raise RunFailed(
-                f"gigatoken and Hugging Face tokenizers encode document {before + number + 1:,} differently "
-                f"({texts[number][:40]!r}...): nothing was written. Use encoder=tokenizers, which is slower."
+                f"gigatoken and Hugging Face tokenizers encode document {before + place + 1:,} differently "
+                f"({texts[place][:40]!r}...): nothing was written. Use encoder=tokenizers, which is slower."
             )
 
     def _reference_ids(self, text: str) -> Any:
         return self._reference.encode(text, add_special_tokens=False).ids
 
-    def _differing(self, texts: Sequence[str], ids: Any, lengths: Any, numbers: Iterable[int]) -> list[int]:
-        """Return which of the documents `numbers` the reference encodes differently."""
+    def _differing(self, texts: Sequence[str], ids: Any, lengths: Any, places: Iterable[int]) -> list[int]:
+        """Return at which of these places in `texts` the reference gives other ids."""
         ends = lengths.cumsum()
-        return [
-            number
-            for number in numbers
-            if ids[ends[number] - lengths[number] : ends[number]].tolist() != self._reference_ids(texts[number])
-        ]
+        starts = ends - lengths
+        return [n for n in places if ids[starts[n] : ends[n]].tolist() != self._reference_ids(texts[n])]
 
     def _encode_fast(self, texts: Sequence[str]) -> Encoded:
         import numpy as np
 
-        if not texts:
-            return np.empty(0, np.uint32), np.empty(0, np.int64)
         # parallel=False: on this thread, with the interpreter lock released. The threads are the caller's.
         layout = self._fast.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
-
-
-def _joined(rows: Sequence[Any]) -> Encoded:
-    import numpy as np
-
-    ids = np.concatenate([np.asarray(row, np.uint32) for row in rows]) if rows else np.empty(0, np.uint32)
-    return ids, np.asarray([len(row) for row in rows], np.int64)
 
 
 def _may_differ(text: str) -> bool:
@@ -170,24 +148,22 @@ def read_tokenizer(folder: Path) -> tuple[bytes, str]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise BenchError(
-            f"There is no tokenizer: {path}: No such file or directory.\n"
-            "`python setup_stage.py 'parts=[tokenizer]'` downloads Llama's; with tokenizer=local it trains one that "
-            "needs no account; tokenizer_folder=... names another folder"
+            f"There is no tokenizer: {path}: No such file or directory.\n`python setup_stage.py 'parts=[tokenizer]'` "
+            "downloads Llama's; with tokenizer=local it trains one that needs no account; tokenizer_folder=... names "
+            "another folder"
         )
     content = path.read_bytes()
     return content, hashlib.sha256(content).hexdigest()
 
 
 def _end_of_document(folder: Path, reference: Any) -> int:
-    names = ("tokenizer_config.json", "special_tokens_map.json")
-    for path in [folder / name for name in names if (folder / name).exists()]:
-        try:
-            token = json.loads(path.read_bytes()).get("eos_token")
-        except ValueError as error:
-            raise BenchError(f"Cannot read {path}: {error}. Download the tokenizer's files again.") from None
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is not None:
-            if (number := reference.token_to_id(token)) is None:
-                raise BenchError(f"{path} names {token!r} as eos_token, but tokenizer.json has no such token.")
-            return int(number)
-    raise BenchError(f"{folder} names no eos_token, which ends each document: {' or '.join(names)} must.")
+    path = folder / "tokenizer_config.json"
+    try:
+        token = json.loads(path.read_bytes()).get("eos_token")
+    except (OSError, ValueError) as error:
+        raise BenchError(f"Cannot read {path}: {error}. Download the tokenizer's files again.") from None
+    text = token.get("content") if isinstance(token, dict) else token
+    number = None if text is None else reference.token_to_id(text)
+    if number is None:
+        raise BenchError(f"{path} must name a token of tokenizer.json as eos_token, and names {text}.")
+    return int(number)

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from email import message_from_string
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -37,33 +38,23 @@ class _Interrupted(Exception):
     """The transfer broke off; another attempt may work."""
 
 
-def fetch(url: str, destination: Path, sha256: str, report: Report, announce: Announce) -> str:
-    """Download `url` to `destination`, unless that file exists, and return its SHA-256.
+def fetch(url: str, destination: Path, report: Report, announce: Announce) -> None:
+    """Download `url` to `destination`, unless that file exists; of two processes at once, one downloads.
 
-    The bytes so far lie in `.<name>.part/` next to it; however a call ends, the next one continues from them.
-    `sha256` is the checksum to expect ("": any); one that the Hub knows is always compared.
-    Raises BenchError if the server refuses, the transfer keeps breaking off, or the checksum differs.
+    The bytes so far lie in `.<name>.part/` next to it, and the next call continues from them.
+    Raises BenchError if the server refuses, the transfer keeps breaking off, or the Hub knows another checksum.
     """
     part = part_of(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with locked(destination.with_name(f".{destination.name}.lock"), f"downloads {destination.name}", report) as lock:
-        path = destination
-        if destination.exists():
-            actual = sha256_of(destination)
-        elif hub := hub_address(url):
-            repo, name, revision, kind = hub
-            path, _, actual = hub_file(repo, name, part, revision, kind, report, announce)
-        else:
+        if not destination.exists():
             part.mkdir(exist_ok=True)
-            path = _retried(lambda: _curl_file(url, part, announce, lock), part, shown(url), report)
-            actual = sha256_of(path)
-        if sha256 not in ("", actual):
-            raise BenchError(
-                f"{shown(url)} has the SHA-256 {actual} instead of {sha256}: correct the checksum or delete {path}"
-            )
-        os.replace(path, destination)
+            if hub := _hub_address(url):
+                path, _ = hub_file(*hub, part, report, announce)
+            else:
+                path = _retried(lambda: _curl_file(url, part, announce, lock), part, shown(url), report)
+            os.replace(path, destination)
         shutil.rmtree(part, ignore_errors=True)
-    return actual
 
 
 def shown(url: str) -> str:
@@ -109,49 +100,45 @@ def _curl_file(url: str, part: Path, announce: Announce, lock: int) -> Path:
         answer = _curl(url, "--head").strip().split("\r\n\r\n")[-1]
     except BenchError:  # signed URLs may allow only GET
         answer = ""
-    headers = {name.lower(): value for name, value in re.findall(r"^([\w-]+): *(.*?)\r?$", answer, re.MULTILINE)}
+    headers = message_from_string(answer.partition("\n")[2])
     size = int(headers["content-length"]) if "content-length" in headers else None
     announce(size)
     # A file that has changed on the server gets another name here, and so starts from its beginning.
-    version = f"{headers.get('etag') or headers.get('last-modified')} {size}"
+    version = f"{headers['etag'] or headers['last-modified']} {size}"
     path = part / hashlib.sha256(version.encode()).hexdigest()[:16]
     if size is None or not path.exists() or path.stat().st_size != size:
         # A curl whose caller was killed goes on, and keeps the lock until it ends: two would write into one file.
         _curl(url, "--continue-at", "-", "--output", str(path), pass_fds=[lock])
-    if size not in (None, path.stat().st_size):
-        raise _Interrupted(f"it has {path.stat().st_size:,} bytes instead of {size:,}")
     return path
 
 
 def _curl(url: str, *options: str, pass_fds: Sequence[int] = ()) -> str:
     """Run curl on `url` and return what it printed; raise _Interrupted if another attempt may work."""
     config = 'url = "{}"'.format(url.replace("\\", "%5C").replace('"', "%22"))
-    try:
-        done = subprocess.run([*_CURL, *options], input=config, capture_output=True, text=True, pass_fds=pass_fds)
-    except FileNotFoundError:
-        raise BenchError("curl is not installed, but downloads from URLs need it") from None
+    if shutil.which("curl") is None:
+        raise BenchError("curl is not installed, and downloads need it")
+    done = subprocess.run([*_CURL, *options], input=config, capture_output=True, text=True, pass_fds=pass_fds)
     if done.returncode == 0:
         return done.stdout
-    cause = done.stderr.strip().partition(") ")[2] or f"curl ended with status {done.returncode}"
+    cause = done.stderr.strip().partition(") ")[2]
     if done.returncode in _BROKEN or _BUSY.search(cause):
         raise _Interrupted(cause)
     raise BenchError(f"{shown(url)} cannot be downloaded: {cause}")
 
 
-def hub_address(url: str) -> tuple[str, str, str, str] | None:
-    """Return repository, file, revision and repository type of a URL on the Hub or its mirror (HF_ENDPOINT)."""
+def _hub_address(url: str) -> tuple[str, str, str, str] | None:
+    """Return repository type, repository, revision and file of a URL on the Hub or its mirror (HF_ENDPOINT)."""
     parts = urlsplit(url)
     match = _HUB_PATH.fullmatch(parts.path)
     is_hub = f"{parts.scheme}://{parts.netloc}" in (HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"))
-    return (match[2], unquote(match[4]), unquote(match[3]), match[1] or "model") if match and is_hub else None
+    return (match[1] or "model", match[2], unquote(match[3]), unquote(match[4])) if match and is_hub else None
 
 
 def hub_file(
-    repo: str, name: str, folder: Path, revision: str, repo_type: str, report: Report, announce: Announce
-) -> tuple[Path, str, str]:
-    """Download a file of a Hub repository into `folder`; return its path, the commit it belongs to, and its SHA-256.
+    repo_type: str, repo: str, revision: str, name: str, folder: Path, report: Report, announce: Announce
+) -> tuple[Path, str]:
+    """Download a file of a Hub repository into `folder`; return its path, and the commit it belongs to.
 
-    Token, endpoint and time limits are huggingface_hub's: HF_TOKEN or its stored login, HF_ENDPOINT, HF_HUB_*.
     Raises BenchError if the Hub refuses or does not have the file, cannot be reached, or has another checksum.
     """
     # Read at the import: transfers over Xet cannot be resumed by another process, those over HTTP can.
@@ -172,28 +159,27 @@ def hub_file(
             path = hf_hub_download(repo, name, repo_type=repo_type, revision=commit, local_dir=folder)
             return Path(path), commit, about.etag or ""
         except (OSError, ValueError) as error:
-            # The client itself retries all but these. It reports a body of the wrong length as a bare OSError.
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            short = type(error) is OSError and error.errno is None
-            if short or status == 429 or isinstance(error, requests.exceptions.ChunkedEncodingError):
-                raise _Interrupted("the Hub is busy" if status else "the connection broke off") from None
-            if isinstance(error, OSError) and error.errno is not None:
+            if getattr(error, "errno", None) is not None:
                 raise  # the disk's
-            page = f"{HUB}/{'datasets/' if repo_type == 'dataset' else ''}{repo}"
-            raise BenchError(_explained(error, status, repo, page, f"{name} in revision {revision}")) from error
+            # The client itself retries all but these. It reports a body of the wrong length as a bare OSError.
+            busy = getattr(getattr(error, "response", None), "status_code", None) == 429
+            if busy or type(error) is OSError or isinstance(error, requests.exceptions.ChunkedEncodingError):
+                raise _Interrupted("the Hub is busy" if busy else "the connection broke off") from None
+            raise BenchError(_explained(error, repo, repo_type, f"{name} in revision {revision}")) from error
 
     path, commit, etag = _retried(transfer, folder, f"{name} of {repo}", report)
-    sha256 = sha256_of(path)
-    if len(etag) == 64 and etag != sha256:  # the Hub knows the SHA-256 of large files
+    if len(etag) == 64 and etag != sha256_of(path):  # the Hub knows the SHA-256 of large files
         path.unlink()
         raise BenchError(f"{name} of {repo} was damaged on its way (checksum): run the same command again")
-    return path, commit, sha256
+    return path, commit
 
 
-def _explained(error: Exception, status: int | None, repo: str, page: str, file: str) -> str:
+def _explained(error: Exception, repo: str, repo_type: str, file: str) -> str:
     """Say what an error of huggingface_hub means for the user, without its own text, which may quote signed URLs."""
     from huggingface_hub import constants, errors, get_token
 
+    page = f"{HUB}/{'datasets/' if repo_type == 'dataset' else ''}{repo}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HFValidationError):
         return f"{repo} is not the name of a repository, ORGANISATION/NAME"
     if isinstance(error, errors.OfflineModeIsEnabled):

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_bench.data import corpus, tokenizer
-from nemo_bench.data.corpus import CorpusFile
 from nemo_bench.data.indexed_dataset import inspect
-from nemo_bench.data.manifest import read_manifest
-from nemo_bench.data.shard import Shard, prepare
+from nemo_bench.data.shard import Shard, prepare, read_manifest
 from nemo_bench.errors import BenchError
 from nemo_bench.files import atomic_folder, explained_disk_errors, locked
 
@@ -29,7 +27,7 @@ _FORMAT_VERSION = 2  # raise it when the same inputs would give other files
 
 @dataclass(frozen=True)
 class LocalDataset:
-    """A local dataset on disk; paths are absolute."""
+    """A local dataset on disk, with absolute paths."""
 
     prefix: Path
     tokenizer_folder: Path
@@ -38,24 +36,22 @@ class LocalDataset:
     tokens: int
 
 
-def prepare_local(
-    parent: Path, *, vocab_size: int, corpus_bytes: int, report: Callable[[str], None] = lambda line: None
-) -> LocalDataset:
+def prepare_local(parent: Path, *, vocab_size: int, corpus_bytes: int, report: Callable[[str], None]) -> LocalDataset:
     """Make the local dataset of about `corpus_bytes` of text in a folder of `parent`, or return the one that is there.
 
     Of several processes at once one builds, and the others wait. A small corpus gives fewer tokens than `vocab_size`.
-    Raises BenchError if the folder is damaged or cannot be written, or vocabulary or text are too small.
+    Raises BenchError if the folder is damaged or cannot be written, or the text is too small.
     """
-    files = corpus.collect(corpus_bytes)
-    folder = _folder(parent, files, vocab_size)
+    texts = corpus.collect(corpus_bytes)
+    prefix = _prefix(parent, texts, vocab_size)
+    folder = prefix.parent
     if not folder.exists():
         with explained_disk_errors(parent, "the local dataset needs 50 MB: free them, or choose another data.folder"):
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent / ".local.lock", "makes the local dataset", report):
                 if not folder.exists():
                     with atomic_folder(folder) as building:
-                        _build(building, files, vocab_size, report)
-    prefix = folder / DATASET_NAME
+                        _build(building, texts, vocab_size, report)
     try:
         info, manifest = inspect(prefix), read_manifest(prefix) or {}
     except BenchError as error:
@@ -65,31 +61,25 @@ def prepare_local(
 
 def local_prefix(parent: Path, *, vocab_size: int, corpus_bytes: int) -> Path:
     """Return where the local dataset of these inputs is, or would be."""
-    return _folder(parent, corpus.collect(corpus_bytes), vocab_size) / DATASET_NAME
+    return _prefix(parent, corpus.collect(corpus_bytes), vocab_size)
 
 
-def _folder(parent: Path, files: list[CorpusFile], vocab_size: int) -> Path:
+def _prefix(parent: Path, texts: dict[str, str], vocab_size: int) -> Path:
     inputs = [
         _FORMAT_VERSION,
         f"{platform.python_implementation()} {platform.python_version()}",
         [tokenizer.LLAMA3_SPLIT, tokenizer.SPECIAL_TOKENS, tokenizer.MIN_FREQUENCY, vocab_size],
-        [(file.name, hashlib.sha256(file.text.encode()).hexdigest()) for file in files],
+        list(texts.items()),
     ]
-    return parent.absolute() / f"local-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    return parent.absolute() / f"local-{digest[:16]}" / DATASET_NAME
 
 
-def _build(folder: Path, files: list[CorpusFile], vocab_size: int, report: Callable[[str], None]) -> None:
-    size = sum(file.size_bytes for file in files)
-    report(f"Training a tokenizer of {vocab_size:,} tokens on {len(files):,} files ({size / 1e6:.1f} MB).")
-    trained = tokenizer.train((file.text for file in files), vocab_size=vocab_size)
-    if trained.get_vocab_size() < vocab_size:
-        report(f"The text is too small for {vocab_size:,} tokens: the tokenizer has {trained.get_vocab_size():,}.")
-    (folder / "tokenizer").mkdir()
-    for name, text in tokenizer.render(trained).items():
-        (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
+def _build(folder: Path, texts: dict[str, str], vocab_size: int, report: Callable[[str], None]) -> None:
+    report(f"Training a tokenizer of {vocab_size:,} tokens on {len(texts):,} files of Python's standard library.")
+    tokenizer.write(folder / "tokenizer", texts.values(), vocab_size=vocab_size)
     # From here on it is a shard like any other.
     lines = folder / "corpus.jsonl"
-    lines.write_text("".join(json.dumps({"text": file.text}) + "\n" for file in files))
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()))
     prepare(Shard(str(lines), str(folder / DATASET_NAME), str(folder / "tokenizer")), report)
     lines.unlink()
-    report("Prepared.")

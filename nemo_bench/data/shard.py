@@ -7,37 +7,44 @@ comes first and the index last: an index with its description means a complete d
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urldefrag, urlsplit
+from urllib.parse import unquote, urlsplit
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from nemo_bench.data import fetch
-from nemo_bench.data.display import shown
 from nemo_bench.data.documents import Reader
 from nemo_bench.data.encoder import Encoder
-from nemo_bench.data.indexed_dataset import bin_path, idx_path, inspect
-from nemo_bench.data.manifest import FORMAT, FORMAT_VERSION, manifest_path, read_manifest
-from nemo_bench.data.tokenize import Counts, tokenize
+from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect
+from nemo_bench.data.tokenize import tokenize
 from nemo_bench.errors import BenchError
-from nemo_bench.files import explained_disk_errors, fsync, hidden_folder, locked, sha256_of, write_json
+from nemo_bench.files import explained_disk_errors, fsync, hidden_folder, locked, sha256_of, size_text, write_json
+from nemo_bench.report.terminal import make_console
+
+FORMAT = "nemo-bench dataset"
+_KEYS = {"inputs", "source", "documents", "tokens", "vocab_size", "bad", "products", "made_at"}
 
 
 @dataclass(frozen=True)
 class Shard:
     """A source of documents and the dataset to make from it."""
 
-    source: str  # a URL, which may end in "#sha256=...", or the absolute path of a file
+    source: str  # a URL, or the absolute path of a file
     prefix: str  # of the dataset: absolute, without suffix
     tokenizer_folder: str
+    number: int = 0  # of the shards of one command
     text_key: str = "text"  # JSON key or Parquet column
     encoder: str = "auto"
     max_bad_share: float = 0.0
-    threads: int | None = None  # None: as many as serve
     overwrite: bool = False  # make it again, whatever exists
 
     @property
@@ -53,8 +60,10 @@ class Shard:
         return fetch.shown(self.source) + (f"?{_hash(query)}" if query else "")
 
     @property
-    def download_path(self) -> Path:
-        """Where a URL's file goes: its name, after a hash of the URL."""
+    def path(self) -> Path:
+        """The file of documents; of a URL where it is downloaded to."""
+        if not is_url(self.source):
+            return Path(self.source)
         name = unquote(urlsplit(self.source).path).rpartition("/")[2]
         return Path(self.prefix).parent / "downloads" / f"{_hash(self.shown_source)}-{name}"
 
@@ -76,29 +85,28 @@ def is_url(source: str) -> bool:
     return urlsplit(source).scheme in ("http", "https")
 
 
-def why_missing(shard: Shard, tokenizer_sha256: str) -> str:
-    """Return why the dataset has to be made ("": it exists); raise BenchError if another one is in its place."""
+def is_made(shard: Shard, tokenizer_sha256: str) -> bool:
+    """Return whether the dataset exists; raise BenchError if another one is in its place."""
     prefix = Path(shard.prefix)
     manifest = read_manifest(prefix)
     if manifest is None:
         if bin_path(prefix).exists() or idx_path(prefix).exists():
             raise BenchError(f"{prefix} was not made by prepare_data.py: move it away, or overwrite=true")
-        return "there is none yet"
+        return False
     try:
         inspect(prefix)
-    except BenchError as error:  # an attempt that did not finish, or damage
-        return str(error)
+    except BenchError:  # an attempt that did not finish, or damage
+        return False
     then, now = manifest["inputs"], shard.inputs(tokenizer_sha256)
     # A source file that no longer exists is not another one, and has no size or date to compare.
     differing = {key: f"{key}: {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]}
-    if list(differing) == ["source_mtime_ns"] and sha256_of(Path(shard.source)) == manifest["source"]["sha256"]:
-        return ""
-    if differing:
+    touched = list(differing) == ["source_mtime_ns"] and sha256_of(shard.path) == manifest["source"]["sha256"]
+    if differing and not touched:
         raise BenchError(
             f"{prefix} was made from something else ({'; '.join(differing.values())}).\n"
             "overwrite=true makes it again; output_prefix=... or stage_path=... makes another one"
         )
-    return ""
+    return True
 
 
 def prepare(shard: Shard, report: Callable[[str], None]) -> None:
@@ -112,66 +120,106 @@ def prepare(shard: Shard, report: Callable[[str], None]) -> None:
     with explained_disk_errors(prefix.parent, remedy):
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with locked(prefix.with_name(f".{shard.name}.lock"), f"makes {shard.name}", report):
-            if not shard.overwrite and not (reason := why_missing(shard, encoder.fingerprint)):
+            if not shard.overwrite and is_made(shard, encoder.fingerprint):
                 return
-            if not shard.overwrite and manifest_path(prefix).exists():
-                report(f"made again: {reason}")
             with hidden_folder(prefix) as folder:
                 _make(shard, encoder, folder / shard.name, report)
 
 
 def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str], None]) -> None:
-    """Make the dataset `building`, verify it and move it into place."""
-    source, source_sha256 = _download(shard, report) if is_url(shard.source) else (Path(shard.source), "")
-    reader = Reader(source, shard.text_key)
-    began = time.time()
-    with shown(f"{shard.name}: tokenising", lambda: reader.bytes_read, lambda: reader.size_bytes):
-        counts = tokenize(reader, encoder, building, threads=shard.threads, max_bad_share=shard.max_bad_share)
-    tokenised = time.time()
+    """Make the dataset `building`, read it back from the disk, and move it into place: the index last."""
+    if is_url(shard.source):
+        part, sizes = fetch.part_of(shard.path), list[int | None]([None])
+        with _shown(f"{shard.name}: downloading", lambda: fetch.bytes_in(part), lambda: sizes[-1]):
+            fetch.fetch(shard.source, shard.path, report, sizes.append)
+    reader, began = Reader(shard.path, shard.text_key), time.time()
+    with _shown(f"{shard.name}: tokenising", lambda: reader.bytes_read, lambda: reader.size_bytes):
+        counts = tokenize(reader, encoder, building, shard.max_bad_share)
+    tokenising_s = time.time() - began
     if counts.bad:
-        report(f"{source}: {counts.bad.total():,} bad documents were left out:{counts.listed()}")
-    products = _read_back(building, encoder, counts)
-    manifest = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "inputs": shard.inputs(encoder.fingerprint),
-        "source": {"size_bytes": reader.size_bytes, "sha256": source_sha256 or sha256_of(source)},
-        "documents": counts.documents,
-        "tokens": counts.tokens,
-        "text_bytes": counts.text_bytes,
-        "vocab_size": encoder.vocab_size,
-        "bad": dict(counts.bad),
-        "bad_examples": counts.examples,
-        "products": products,
-        "seconds": {"tokenising": tokenised - began, "verifying": time.time() - tokenised},
-        "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "encoder": encoder.library,
-    }
-    _move_into_place(building, Path(shard.prefix), manifest)
-
-
-def _download(shard: Shard, report: Callable[[str], None]) -> tuple[Path, str]:
-    """Return the downloaded file and its SHA-256."""
-    path, (url, fragment) = shard.download_path, urldefrag(shard.source)
-    sha256 = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else ""
-    sizes: list[int | None] = [None]
-    with shown(f"{shard.name}: downloading", lambda: fetch.bytes_in(fetch.part_of(path)), lambda: sizes[-1]):
-        return path, fetch.fetch(url, path, sha256, report, sizes.append)
-
-
-def _read_back(building: Path, encoder: Encoder, counts: Counts) -> dict[str, Any]:
-    """Read everything that was written from the files again; return their sizes and SHA-256."""
+        report(f"{shard.path}: {counts.bad.total():,} bad documents were left out:{counts.listed()}")
     info = inspect(building, vocab_size=encoder.vocab_size, read_tokens=True)
     if (info.documents, info.tokens) != (counts.documents, counts.tokens):
         raise BenchError(f"{building} does not read back as it was written: the disk or its driver loses data")
-    paths = (bin_path(building), idx_path(building))
-    return {path.suffix: {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
-
-
-def _move_into_place(building: Path, prefix: Path, manifest: dict[str, Any]) -> None:
-    """Give the verified files their names: the description first, the index last."""
+    manifest = {
+        "format": FORMAT,
+        "inputs": shard.inputs(encoder.fingerprint),
+        "source": {"size_bytes": reader.size_bytes, "sha256": sha256_of(shard.path)},
+        "documents": counts.documents,
+        "tokens": counts.tokens,
+        "vocab_size": encoder.vocab_size,
+        "bad": dict(counts.bad),
+        "products": {path.suffix: {"sha256": sha256_of(path)} for path in (bin_path(building), idx_path(building))},
+        "tokenising_s": tokenising_s,
+        "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "encoder": encoder.library,
+    }
+    prefix = Path(shard.prefix)
     idx_path(prefix).unlink(missing_ok=True)
     write_json(manifest_path(prefix), manifest)
     os.replace(bin_path(building), bin_path(prefix))
     os.replace(idx_path(building), idx_path(prefix))
     fsync(prefix.parent)
+
+
+@contextmanager
+def _shown(title: str, done_bytes: Callable[[], int], total_bytes: Callable[[], int | None]) -> Iterator[None]:
+    """Show, until the block ends, how many bytes are done, of how many if that is known."""
+    console = make_console()
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn()]
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+    row, ended = bar.add_task(title, total=None), threading.Event()
+
+    def show() -> None:
+        print(time.strftime("%H:%M:%S"), title, flush=True)
+        while not ended.wait(10.0 if bar.disable else 0.2):
+            done, total = done_bytes(), total_bytes()
+            bar.update(row, completed=done, total=total)
+            if bar.disable:
+                of = f" of {size_text(total)}" if total else ""
+                print(time.strftime("%H:%M:%S"), f"{title}: {size_text(done)}{of}", flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    with bar:
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def manifest_path(prefix: Path) -> Path:
+    """Return the description next to a dataset."""
+    return Path(f"{prefix}.json")
+
+
+def read_manifest(prefix: Path) -> dict[str, Any] | None:
+    """Return the description of the dataset `prefix`, or None if there is none; raise BenchError if it is damaged."""
+    path = manifest_path(prefix)
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not manifest.keys() >= _KEYS:
+        raise BenchError(f"{path} does not describe a dataset, or is damaged: overwrite=true makes both again")
+    return manifest
+
+
+def datasets_in(folder: Path) -> list[Path]:
+    """Return the prefixes of the datasets in a folder that prepare_data.py made, including incomplete ones."""
+    prefixes = {path.with_suffix("") for path in folder.glob("*.*") if path.suffix in (".bin", ".idx")}
+    return sorted(prefix for prefix in prefixes if manifest_path(prefix).exists())
+
+
+def verify(prefix: Path) -> tuple[DatasetInfo, dict[str, Any]]:
+    """Read a whole dataset and return it with its description; raise BenchError if it is not as it was made."""
+    info, manifest = inspect(prefix), read_manifest(prefix)
+    if manifest is None:
+        raise BenchError(f"{prefix} was not made by prepare_data.py")
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if sha256_of(path) != manifest["products"][path.suffix]["sha256"]:
+            raise BenchError(f"{path} has changed since it was made: overwrite=true makes it again")
+    return info, manifest

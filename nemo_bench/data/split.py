@@ -19,7 +19,7 @@ def split_shares(split: str) -> list[float] | None:
 
 
 def split_documents(split: str, documents: int) -> dict[str, int]:
-    """Return how many of a dataset's documents each of PARTS gets by a valid split, rounded as in megatron-core."""
+    """Return how many documents each of PARTS gets by a valid split, rounded as in megatron-core."""
     shares = split_shares(split) or [1.0, 0.0, 0.0]
     ends = [round(end * documents) for end in accumulate(share / sum(shares) for share in shares)]
     return {part: end - begin for part, begin, end in zip(PARTS, [0, *ends], ends)}

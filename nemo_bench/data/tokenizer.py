@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,14 +18,12 @@ BOS_TOKEN = "<|begin_of_text|>"
 EOS_TOKEN = "<|end_of_text|>"
 SPECIAL_TOKENS = (BOS_TOKEN, EOS_TOKEN)
 
-#: Llama 3's split expression, as in its tokenizer.json.
+# As in Llama 3's tokenizer.json.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-#: Of a pair of tokens that is merged: one seen once teaches nothing about the text.
-MIN_FREQUENCY = 2
+MIN_FREQUENCY = 2  # of a pair of tokens that is merged: one seen once teaches nothing about the text
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -54,23 +53,22 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def render(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the files of its Hugging Face folder by name (`tokenizers` makes of a full disk a bare Exception)."""
+def write(folder: Path, texts: Iterable[str], *, vocab_size: int) -> None:
+    """Train on `texts` the new Hugging Face folder `folder`; see `train`."""
+    tokenizer = train(texts, vocab_size=vocab_size)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     added = {str(tokenizer.token_to_id(token)): {"content": token, **flags} for token in SPECIAL_TOKENS}
     config = {
         "added_tokens_decoder": added,
-        "bos_token": BOS_TOKEN,
-        # True would remove spaces from decoded text.
-        "clean_up_tokenization_spaces": False,
-        "eos_token": EOS_TOKEN,
+        "clean_up_tokenization_spaces": False,  # they would be missing in decoded text
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": 131072,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     special = {"bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN}
-    return {
-        "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
-        "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True) + "\n",
-        "special_tokens_map.json": json.dumps(special, indent=2, sort_keys=True) + "\n",
-    }
+    contents = {"tokenizer_config.json": config | special, "special_tokens_map.json": special}
+    files = {name: json.dumps(content, indent=2, sort_keys=True) for name, content in contents.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    # `Tokenizer.save` makes of a full disk a bare Exception.
+    for name, text in {"tokenizer.json": tokenizer.to_str(pretty=True), **files}.items():
+        (folder / name).write_text(text + "\n", encoding="utf-8")

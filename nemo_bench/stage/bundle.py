@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from backports.zstd import tarfile
 
-from nemo_bench.data.manifest import datasets_in, verify
+from nemo_bench.data.shard import datasets_in, verify
 from nemo_bench.errors import BenchError
 from nemo_bench.files import explained_disk_errors, fsync, hidden_folder, locked, size_text
 from nemo_bench.record.folder import timestamp

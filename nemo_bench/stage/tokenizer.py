@@ -11,7 +11,6 @@ from nemo_bench.data import corpus, tokenizer
 from nemo_bench.data.encoder import Encoder
 from nemo_bench.data.fetch import HUB, hub_file, shown
 from nemo_bench.errors import BenchError
-from nemo_bench.files import write_text
 from nemo_bench.stage.config import StageConfig, TokenizerConfig
 from nemo_bench.stage.stage import Part, place_inside, print_line
 
@@ -53,9 +52,7 @@ def verify(folder: Path, vocab_size: int | None) -> int:
 def _train(folder: Path, cfg: TokenizerConfig) -> None:
     """Write the tokenizer that `python train.py` trains for its local dataset."""
     print_line(f"tokenizer: training one of {cfg.vocab_size:,} tokens on the sources of this Python's standard library")
-    texts = (file.text for file in corpus.collect(cfg.corpus_bytes))
-    for name, text in tokenizer.render(tokenizer.train(texts, vocab_size=cfg.vocab_size or 0)).items():
-        write_text(folder / name, text)
+    tokenizer.write(folder, corpus.collect(cfg.corpus_bytes).values(), vocab_size=cfg.vocab_size or 0)
 
 
 def _download(folder: Path, cfg: TokenizerConfig) -> str:
@@ -65,7 +62,7 @@ def _download(folder: Path, cfg: TokenizerConfig) -> str:
     try:
         for name in cfg.files:
             # The first file's commit holds for the others, whatever is pushed meanwhile.
-            _, commit, _ = hub_file(cfg.repo, name, folder, commit, "model", print_line, lambda _: None)
+            _, commit = hub_file("model", cfg.repo, commit, name, folder, print_line, lambda _: None)
     except BenchError as error:
         other = "tokenizer=local needs no account and no network; `install bundle=FILE` brings that of another cluster"
         raise BenchError(f"{error}\n{other}") from error

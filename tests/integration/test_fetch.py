@@ -25,7 +25,10 @@ REPO, NAME = "org/pile", "train/00.jsonl.zst"
 CHILD = """
 import pathlib, sys
 from nemo_bench.data.fetch import fetch
-print(fetch(sys.argv[1], pathlib.Path(sys.argv[2]), "", lambda line: print(line, flush=True), lambda _: None))
+from nemo_bench.files import sha256_of
+path = pathlib.Path(sys.argv[2])
+fetch(sys.argv[1], path, lambda line: print(line, flush=True), lambda _: None)
+print(sha256_of(path))
 """
 
 
@@ -47,10 +50,6 @@ def url(request: pytest.FixtureRequest, server: FileServer) -> str:
 def body_path(url: str) -> str:
     """The path whose GET sends the bytes."""
     return f"/cdn/{SHA256}" if "resolve" in url else "/00.jsonl.zst"
-
-
-def fetched(server: FileServer, destination: Path, path: str = "/a", sha256: str = "") -> str:
-    return fetch.fetch(server.url(path), destination, sha256, lambda _: None, lambda _: None)
 
 
 def start(url: str, destination: Path, server: FileServer, **environment: str) -> subprocess.Popen[str]:
@@ -123,7 +122,7 @@ def test_refusals_of_any_server(server: FileServer, tmp_path: Path, status: int)
     server.script("/a", Twist(method="HEAD", status=status), Twist(status=status))
     url = server.url("/a").replace("//", "//user:passw0rd@") + "?signature=s3cret"
     with pytest.raises(BenchError) as caught:
-        fetch.fetch(url, tmp_path / "file", "", lambda _: None, lambda _: None)
+        fetch.fetch(url, tmp_path / "file", lambda _: None, lambda _: None)
     assert str(caught.value) == f"{server.url('/a')} cannot be downloaded: The requested URL returned error: {status}"
 
 
@@ -157,5 +156,5 @@ def test_giving_up(server: FileServer, tmp_path: Path, monkeypatch: pytest.Monke
     server.put("/a", DATA)
     server.script("/a", Twist(cut_after=1000), *[Twist(drop=True)] * fetch.ATTEMPTS)
     with pytest.raises(BenchError, match=r"7 attempts in a row brought nothing new .*1\.0 kB are here"):
-        fetched(server, tmp_path / "file")
-    assert fetched(server, tmp_path / "file") == SHA256
+        fetch.fetch(server.url("/a"), tmp_path / "file", lambda _: None, lambda _: None)
+    assert run(server.url("/a"), tmp_path / "file", server) == SHA256

@@ -27,7 +27,7 @@ def test_random_tokens_need_no_files(forked: Callable[..., Run]) -> None:
 def test_the_recipes_dataset_trains(forked: Callable[..., Run], stage: Path) -> None:
     """`data=pile`, its two blended shards, on the small model: the loss falls, and both are read."""
     run_script(stage, "setup_stage.py", "tokenizer=local", "parts=[tokenizer]", "tokenizer.vocab_size=512")
-    texts = [file.text for file in collect(2_000_000)]
+    texts = list(collect(2_000_000).values())
     with FileServer() as server:
         for number in range(2):
             lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[number::2])

@@ -75,7 +75,7 @@ def server() -> Iterator[FileServer]:
 @pytest.fixture(scope="module")
 def shards() -> list[bytes]:
     """Two shards of real text, as JSON Lines."""
-    texts = [file.text for file in collect(3_000_000)]
+    texts = list(collect(3_000_000).values())
     halves = (texts[::2], texts[1::2])
     return ["".join(json.dumps({"text": text}) + "\n" for text in half).encode() for half in halves]
 
@@ -150,7 +150,7 @@ def test_killed_at_any_moment(
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_half_made_is_left(stage: Stage, signum: signal.Signals) -> None:
     (stage.folder / "a.jsonl").write_text((json.dumps({"text": "some words, " * 5000}) + "\n") * 1000)
-    process = stage.start("sources=[a.jsonl]", "encoder=tokenizers", "threads=1")  # takes a minute
+    process = stage.start("sources=[a.jsonl]", "encoder=tokenizers")  # takes a minute
     wait_for(lambda: stage.leftovers(), "a half-written dataset")
     process.send_signal(signum)
     _, err = process.communicate(timeout=30)
@@ -177,7 +177,6 @@ def test_secrets_in_urls_stay_out_of_records(stage: Stage, server: FileServer) -
     assert "passw0rd" not in said and "s3cret" not in said
     other = url.replace("s3cret", "another")
     assert "made from something else (source:" in stage.run(f"sources=['{other}']", code=2)
-    assert "has the SHA-256" in stage.run(f"sources=['{other}#sha256={'0' * 64}']", "overwrite=true", code=2)
 
 
 def test_another_source_or_tokenizer_is_noticed(stage: Stage) -> None:
@@ -216,7 +215,7 @@ def test_sources_of_every_kind(stage: Stage, server: FileServer, shards: list[by
     urls = [server.url("/c/c.jsonl.zst"), server.url("/d/c.jsonl.zst")]
     out = stage.run(f"sources=[a.parquet,b.jsonl,{','.join(urls)}]")
     assert stage.dataset(0) == stage.dataset(1) == stage.dataset(2) == stage.dataset(3)
-    assert "data.paths=[" in out and "data.weights=[1,1,1,1]" in out
+    assert "data.paths=[" in out and "data.weights=[]" in out
 
 
 @pytest.fixture
@@ -258,11 +257,10 @@ def test_bad_documents(stage: Stage) -> None:
     ("overrides", "words"),
     [
         (["shards=[]"], ["there is nothing to prepare"]),
-        (["shards=[1,1]"], ["must hold each number once"]),
+        (["shards=[-1]"], ["shards=-1", "must be at least 0"]),
         (["sources=[missing.jsonl]"], ["not found: ", "missing.jsonl"]),
         (["sources=[a.txt]"], [".jsonl.zst, .jsonl.gz, .parquet"]),
         (["url=http://127.0.0.1:9/x.jsonl"], ["must hold {shard}"]),
-        (["threads=0"], ["threads=0", "must be at least 1"]),
         (["max_bad_share=2"], ["max_bad_share=2.0", "must be at least 0 and at most 1"]),
         (["text_key="], ["text_key=", "not empty"]),
         (["output_prefix=a/b"], ["output_prefix=a/b", "without a slash"]),
@@ -272,9 +270,8 @@ def test_bad_documents(stage: Stage) -> None:
         (["data=mine"], ["valid: local, mock, pile"]),
         (["data.split='nan,1,0'"], ["data.split=nan,1,0: must be three numbers"]),
         (["hydra/launcher=submitit_local"], ["hydra/launcher=submitit_slurm"]),
-        (["sources=['s3://bucket/x.jsonl']"], ["http:// or https://"]),
         (["chek"], ["not a verb", "check"]),
-        (["check", "hydra/launcher=submitit_slurm"], ["check needs no job"]),
+        (["check", "hydra/launcher=submitit_slurm"], ["needs no job"]),
         (["hydra/launcher=submitit_slurm", "cluster.time=abc"], ["cluster.time=abc", "such as 90 (minutes)"]),
         (["hydra/launcher=submitit_slurm", "cluster.account=''"], ["cluster.account=", "not empty"]),
         (["hydra/launcher=submitit_slurm", "cluster.gpus_per_node=a"], ["cluster.gpus_per_node=a", "number of GPUs"]),

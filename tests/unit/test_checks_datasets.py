@@ -89,5 +89,5 @@ def test_documents_without_an_end_are_said(tmp_path: Path, small_tokenizer: Path
     paths = ",".join(f"{tmp_path}/{name}" for name in ("without", "with", "ours"))
     cfg = composed("scale=64gpu", f"data.paths=[{paths}]", f"data.tokenizer={small_tokenizer}")
     (remark,) = dataset_remarks(cfg)
-    assert remark.startswith(f"{tmp_path}/without: none of its first documents ends in the end-of-document token")
+    assert remark.startswith(f"{tmp_path}/without: no document ends in the end-of-document token")
     assert remark in plan(cfg)

@@ -179,7 +179,7 @@ def test_the_submitting_side_imports_nothing_heavy(project: Path, tmp_path: Path
     """Not even what runs only once a job starts: preparing data, starting ranks, following them, reporting."""
     modules = "nemo_bench.data.local, nemo_bench.launch.point, nemo_bench.planning.command, nemo_bench.report.terminal"
     code = f"import pathlib, {modules}; "
-    code += "nemo_bench.data.local.prepare_local(pathlib.Path('d'), vocab_size=300, corpus_bytes=9999)"
+    code += "nemo_bench.data.local.prepare_local(pathlib.Path('d'), vocab_size=300, corpus_bytes=9999, report=print)"
     script = str(project / "train.py")
     arguments = [{"train.py": script, "{code}": code}.get(word, word) for word in command.split()]
     python, environment = [sys.executable, "-X", "importtime"], {**os.environ, "PYTHONPATH": str(project)}

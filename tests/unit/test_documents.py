@@ -35,17 +35,20 @@ def write(path: Path, data: bytes) -> Path:
 
 
 def read(path: Path, text_key: str = "text") -> tuple[list[str], list[tuple[int, str]], str]:
-    """Return the texts of a file, what was bad in it, and why its rest is missing."""
+    """Return the texts of a file, what was bad in it, and why it cannot be read to its end."""
     texts: list[str] = []
     bad: list[tuple[int, str]] = []
     lines = 0
     reader = Reader(path, text_key)
-    for block in reader.blocks():
-        assert block.before == lines
-        good, wrong = block.texts(text_key)
-        texts, bad, lines = texts + good, bad + wrong, lines + block.lines
-    assert reader.cut_short or reader.bytes_read == reader.size_bytes
-    return texts, bad, reader.cut_short
+    try:
+        for block in reader.blocks():
+            assert block.before == lines
+            good, wrong = block.texts(text_key)
+            texts, bad, lines = texts + good, bad + wrong, lines + len(block.rows)
+    except BenchError as error:
+        return texts, bad, str(error)
+    assert reader.bytes_read == reader.size_bytes
+    return texts, bad, ""
 
 
 @pytest.fixture(params=[1, 64, 2 << 20], ids=["tiny blocks", "small blocks", "real blocks"])
@@ -87,13 +90,13 @@ def test_bad_documents_are_named(tmp_path: Path, line: bytes, reason: str) -> No
 @pytest.mark.parametrize("line", [b'{"text": "a", "score": NaN}', b'{"text": "a", "n": 1e999}', b' {"text":"a"} '])
 def test_what_pythons_json_reads_is_read(line: bytes) -> None:
     """Megatron's preprocessing reads with Python's json, which takes more than the standard allows."""
-    assert Block(line, 0).texts("text") == (["a"], [])
+    assert Block([line], 0).texts("text") == (["a"], [])
 
 
 @pytest.mark.usefixtures("block_bytes")
 @pytest.mark.parametrize("suffix", [".zst", ".gz"])
 def test_truncated_anywhere(tmp_path: Path, suffix: str) -> None:
-    """Whole documents of the readable part, never half of one, and always word of the rest."""
+    """Never half of a document, and always word of the rest."""
     texts = [f"document {number} " + random.Random(number).randbytes(40).hex() for number in range(200)]
     whole = write(tmp_path / f"whole.jsonl{suffix}", lines_of(texts)).read_bytes()
     path = tmp_path / f"cut.jsonl{suffix}"
@@ -111,7 +114,7 @@ def test_damaged_in_the_middle(tmp_path: Path, suffix: str) -> None:
     data[len(data) // 2 : len(data) // 2 + 64] = b"\xff" * 64
     for content in (bytes(data), b"<html>Not found</html>"):
         path.write_bytes(content)
-        assert read(path)[2].startswith("the compressed data ")
+        assert "a.jsonl" in read(path)[2] and ": the compressed data " in read(path)[2]
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -125,8 +128,7 @@ def test_parquet(tmp_path: Path) -> None:
         pyarrow.parquet.write_table(table, path, row_group_size=333)
         assert read(path) == (expected, [(701, "no 'text'")], "")
     assert {reason for _, reason in read(path, "id")[1]} == {"'id' is not a string but int"}
-    with pytest.raises(BenchError, match=r"no column 'body'.* the columns are id, text"):
-        read(path, "body")
+    assert "no column 'body'" in read(path, "body")[2] and "the columns are id, text" in read(path, "body")[2]
     path.write_bytes(path.read_bytes()[:1000])
     assert "damaged or truncated" in read(path)[2]
     wrong = pyarrow.array([b"good", b"\xff\xfe", b"fine"]).view(pyarrow.string())
@@ -149,13 +151,13 @@ def test_any_text_comes_back(texts: list[str]) -> None:
     for ascii_only in (True, False):
         data = "\n".join(json.dumps({"text": text}, ensure_ascii=ascii_only) for text in texts)
         usable = [text for text in texts if not any("\ud800" <= character <= "\udfff" for character in text)]
-        assert Block(data.encode("utf-8", "surrogatepass"), 0).texts("text")[0] == usable
+        assert Block(data.encode("utf-8", "surrogatepass").split(b"\n"), 0).texts("text")[0] == usable
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_survived(data: bytes) -> None:
-    block = Block(data, 10)
-    texts, bad = block.texts("text")
-    assert len(texts) + len(bad) <= block.lines
-    assert all(10 < number <= 10 + block.lines for number, _ in bad)
+    lines = data.split(b"\n")
+    texts, bad = Block(lines, 10).texts("text")
+    assert len(texts) + len(bad) <= len(lines)
+    assert all(10 < number <= 10 + len(lines) for number, _ in bad)

@@ -85,7 +85,7 @@ def test_every_character_is_encoded_alike(fast: Encoder, slow: Encoder) -> None:
 
 def test_characters_of_another_kind(fast: Encoder, slow: Encoder) -> None:
     """4,804 by the Unicode versions of the two libraries."""
-    newer = [chr(code) for first, last in module._CHANGED for code in range(first, last + 1)]
+    newer = [chr(code) for pair in module._CHANGED for code in range(ord(pair[0]), ord(pair[2]) + 1)]
     assert len(newer) == 4804 and all(map(_may_differ, newer))
     assert not any(map(_may_differ, ["plain", "é 你好", "\U0001f600", "\ufffe", "\U0010ffff", "\u0378"]))
     texts = [f" {c}1 {c}" for c in newer]
@@ -127,14 +127,13 @@ def test_a_tokenizer_that_gigatoken_gets_wrong_is_not_trusted(folder: Path, monk
     [
         ("tokenizer.json", None, r"There is no tokenizer: [^\n]*\n.*setup_stage\.py"),
         ("tokenizer.json", "{}", "is not a Hugging Face tokenizer"),
-        ("tokenizer_config.json", '{"eos_token": "<nobody>"}', "names '<nobody>' as eos_token, but"),
+        ("tokenizer_config.json", '{"eos_token": "<nobody>"}', "must name a token .* as eos_token, and names <nobody>"),
         ("tokenizer_config.json", "[", "Cannot read .*tokenizer_config.json"),
-        ("tokenizer_config.json", "{}", "names no eos_token"),
+        ("tokenizer_config.json", "{}", "as eos_token, and names None"),
     ],
 )
 def test_bad_folders(folder: Path, name: str, content: str | None, message: str) -> None:
     (folder / name).unlink()
-    (folder / "special_tokens_map.json").unlink()
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises(BenchError, match=message):

@@ -35,7 +35,7 @@ def files(prefix: Path) -> tuple[bytes, bytes]:
 
 def test_bytes_are_megatrons(tmp_path: Path, encoder: Encoder, small_tokenizer: Path) -> None:
     pytest.importorskip("megatron.core")
-    texts = [file.text for file in collect(400_000)]
+    texts = list(collect(400_000).values())
     texts[3:3] = ["", "<|end_of_text|>", " ", "\U00011de0 newer than Unicode 16", "你好 \U0001f600", ""]
     source = write(tmp_path / "a.jsonl", texts)
     megatron_preprocess.preprocess(str(source), str(small_tokenizer), str(tmp_path / "megatron"), 1)
@@ -43,9 +43,8 @@ def test_bytes_are_megatrons(tmp_path: Path, encoder: Encoder, small_tokenizer: 
     counts = tokenize(Reader(source), encoder, tmp_path / "fast", threads=2)
     assert files(tmp_path / "fast") == expected
     assert counts.documents == len(texts) and not counts.bad
-    assert counts.text_bytes == sum(len(text.encode()) for text in texts)
     slow = Encoder(small_tokenizer, "tokenizers")
-    tokenize(Reader(write(tmp_path / "a.jsonl.zst", texts)), slow, tmp_path / "slow", threads=1)
+    tokenize(Reader(write(tmp_path / "a.jsonl.zst", texts)), slow, tmp_path / "slow")
     assert files(tmp_path / "slow") == expected
 
 
@@ -55,7 +54,7 @@ def test_threads_and_blocks_change_nothing(
 ) -> None:
     texts = [f"document {number} " * (number % 50) for number in range(3000)]
     source = write(tmp_path / "a.jsonl", texts)
-    tokenize(Reader(source), encoder, tmp_path / "one", threads=1)
+    tokenize(Reader(source), encoder, tmp_path / "one")
     monkeypatch.setattr(documents, "BLOCK_BYTES", 10_000)
     tokenize(Reader(source), encoder, tmp_path / "many", threads=threads)
     assert files(tmp_path / "many") == files(tmp_path / "one")
@@ -64,16 +63,14 @@ def test_threads_and_blocks_change_nothing(
 def test_truncated(tmp_path: Path, encoder: Encoder) -> None:
     source = write(tmp_path / "a.jsonl.zst", [f"document {number} {number**50}" for number in range(1000)])
     source.write_bytes(source.read_bytes()[:-100])
-    with pytest.raises(BenchError, match=r"a\.jsonl\.zst after \d+ documents: the compressed data end in the middle"):
-        tokenize(Reader(source), encoder, tmp_path / "a", threads=1, max_bad_share=0.5)
+    with pytest.raises(BenchError, match=r"a\.jsonl\.zst: the compressed data end in the middle"):
+        tokenize(Reader(source), encoder, tmp_path / "a", threads=1, max_bad_share=1)
     assert not idx_path(tmp_path / "a").exists()
-    counts = tokenize(Reader(source), encoder, tmp_path / "a", threads=1, max_bad_share=1)
-    assert 0 < counts.documents < 1000 and counts.bad.total() == 1
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
 def test_nothing_to_write(tmp_path: Path, encoder: Encoder, content: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(BenchError, match="holds no document with text"):
-        tokenize(Reader(tmp_path / "a.jsonl"), encoder, tmp_path / "a", threads=1)
+        tokenize(Reader(tmp_path / "a.jsonl"), encoder, tmp_path / "a")
     assert not idx_path(tmp_path / "a").exists()
