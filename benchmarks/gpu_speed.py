@@ -153,7 +153,7 @@ def numbers_of(run: RunFolder) -> dict[str, Any]:
     rows, _ = read_lines(run.path / STEPS)
     return {
         "step_time_s": times.median_s,
-        "spread": times.spread,
+        "spread": (times.p95_s - times.p5_s) / times.median_s,
         "steps": times.counted,
         "tflops_per_gpu": derived.tflops_per_gpu,
         "mfu": derived.mfu,

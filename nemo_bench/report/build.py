@@ -34,15 +34,11 @@ def build_report(
     total_tokens: float = runs.DEFAULT_TOTAL_TOKENS,
     reference: str | Sequence[str] | None = DEFAULT_REFERENCE,
 ) -> Report:
-    """Return everything that is to be said about the runs that `paths` name or hold.
+    """Return everything that is to be said about the run folders and logs that `paths` name or hold.
 
-    Args:
-        paths: run folders, folders of them, log files.
-        baseline: the same of what they are compared with.
-        given: what the command line says of bare logs.
-        tolerance: of a verdict, as a fraction.
-        total_tokens: budget behind the days to train.
-        reference: names or files of published tables; auto: those that come with the program; None: no verdicts.
+    `baseline` are what they are compared with, and `given` is what the command line says of bare logs. `tolerance` is a
+    verdict's, as a fraction; `total_tokens` is the budget behind the days to train. `reference` are names or files of
+    published tables; auto: those that come with the program; None: no verdicts.
 
     Raises:
         BenchError: an input does not exist or holds no run.
@@ -179,7 +175,7 @@ def _below(root: Path, closed: list[str]) -> Iterator[Path]:
 def _unique_names(paths: Sequence[Path]) -> list[str]:
     """Return a name for each path: its last part, with as many parts before it as it takes to tell all apart."""
     names = [path.name for path in paths]
-    for depth in range(2, max(len(path.parts) for path in paths) + 1):
+    for depth in range(2, max(len(path.parts) for path in paths)):
         counts = Counter(names)
         names = ["/".join(path.parts[-depth:]) if counts[name] > 1 else name for name, path in zip(names, paths)]
-    return [re.sub(r"^/+", "/", name) for name in names]
+    return names

@@ -13,7 +13,7 @@ from itertools import cycle
 from typing import Any
 
 from nemo_bench.report.attribution import Attribution
-from nemo_bench.report.model import Point, Run, ScalingCurve
+from nemo_bench.report.model import Run, ScalingCurve
 
 Figure = dict[str, Any]
 
@@ -92,24 +92,6 @@ def scaling(curves: Sequence[ScalingCurve]) -> list[Figure]:
         _figure(f"{name}: throughput", throughput, x, {"title": {"text": "tokens/s"}, "type": "log"}),
         _figure(f"{name}: parallel efficiency", efficiency, x, {"tickformat": ".0%", "rangemode": "tozero"}),
     ]
-
-
-def mfu(points: Sequence[Point]) -> Figure:
-    """Return the MFU of each point that has one, by both conventions, and the published one."""
-    known = [(point, point.numbers) for point in reversed(points) if point.numbers and point.numbers.mfu]
-    names = ["<br>".join(textwrap.wrap(point.name, 52, break_on_hyphens=False)) for point, _ in known]
-    series = {
-        "published": [point.reference.mfu if point.reference else None for point, _ in known],
-        "causal convention": [numbers.mfu_causal for _, numbers in known],
-        "the recipe's convention": [numbers.mfu for _, numbers in known],
-    }
-    traces = [
-        {"type": "bar", "orientation": "h", "name": name, "x": x, "y": names, "marker": {"pattern": {"shape": shape}}}
-        for (name, x), shape in zip(series.items(), ("/", ".", ""))
-    ]
-    return _figure(
-        "Model FLOPs utilisation", traces, {"tickformat": ".0%"}, {"type": "category"}, 120 + 55 * len(known)
-    )
 
 
 def waterfall(way: Attribution) -> Figure | None:

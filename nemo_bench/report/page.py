@@ -78,7 +78,7 @@ def held_back(devices: Sequence[DeviceUse]) -> list[DeviceUse]:
 
 _FILTERS: tuple[Callable[..., Any], ...] = (
     *(tables.points_table, tables.runs_table, tables.comparison_table, tables.changes_table, tables.attribution_table),
-    *(figures.mfu, figures.scaling, figures.series, figures.step_times, figures.waterfall),
+    *(figures.scaling, figures.series, figures.step_times, figures.waterfall),
     *(tables.percent, tables.significant, counted, unit_name, recorded, slowest, held_back),
     *(profile.communication, profile.title),
 )

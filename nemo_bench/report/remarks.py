@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_bench.report.model import Numbers, Run
 from nemo_bench.report.numbers import unit_name
-from nemo_bench.report.statistics import Steps
+from nemo_bench.report.statistics import NO_TIME, Steps
 
 # A loss that has grown so much is no training any more.
 _DIVERGED = 10
@@ -18,9 +18,8 @@ _HUGE_LOSS = 1e30
 _SAME_LOSS = 0.001
 # Printed rates are rounded, and printed a step; ours is a mean.
 _SAME_RATE = 0.02
-# Beyond these, a run's steps are worth a word.
+# Beyond this, it is worth a word.
 _DRIFT = 0.02
-_SPREAD = 0.05
 _SHOWN_FAULTS = 5
 
 _PERCENT = re.compile(r"\d+(?:\.\d+)?%")
@@ -46,17 +45,13 @@ def _of_run(run: Run) -> Iterator[str]:
         yield f"no driver names its GPU, which is {run.gpu} by its configuration"
     times = run.times
     if times is not None:
-        pauses = {reason: number for reason, number in times.excluded.items() if reason != "restart"}
-        pauses |= {"no time": missing} if (missing := len(run.steps) - times.steps) else {}
-        if pauses:
-            yield f"steps left out: {', '.join(f'{number} ({reason})' for reason, number in pauses.items())}"
-        if times.excluded.get("restart"):
-            yield "the run was restarted"
+        left_out = {**times.excluded, NO_TIME: len(run.steps) - times.steps}
+        if any(left_out.values()):
+            texts = (f"{number} ({reason})" for reason, number in left_out.items() if number)
+            yield f"steps left out: {', '.join(texts)}"
         noise = 2 * times.mean.margin / times.mean_s if times.mean else 1.0
         if abs(times.drift) > max(_DRIFT, noise):
             yield f"steps became {abs(times.drift):.1%} {'slower' if times.drift > 0 else 'faster'} during the run"
-        if times.spread > _SPREAD:
-            yield f"steps spread by {times.spread:.0%} of their median (5% to 95% quantile)"
     slow = [rank for rank in run.ranks if rank.straggler]
     for rank in slow[:_SHOWN_FAULTS]:
         by = "" if rank.slower is None else f", {rank.slower:.0%} slower than the others"
@@ -129,34 +124,33 @@ def _beyond_physics(run: Run, numbers: Numbers | None) -> str | None:
     return f"{numbers.mfu_causal:.0%} of the GPUs' peak is impossible: one of these is wrong: {values}"
 
 
-def warnings(run: Run, numbers: Numbers | None, rates: dict[str, float]) -> list[str]:
-    """Return what in the steps is odd without being impossible; `rates` are those that the log prints."""
+def warnings(run: Run, numbers: Numbers | None, rates: dict[str, float]) -> Iterator[str]:
+    """Yield what in the steps is odd without being impossible; `rates` are those that the log prints."""
     steps = run.steps
     strides = [after - before for before, after in itertools.pairwise(steps.step)]
     if not strides:
-        return []
+        return
     norms = _bad_norms(steps)
     first, last = run.first_loss or math.nan, run.last_loss or math.nan
     guessing = math.log(run.architecture.vocab_size) if run.architecture else math.inf
     gaps = sum(strides) - len(strides) * min(strides)
-    # Of random tokens there is nothing to learn.
-    flat = run.data != "mock" and last > first * (1 - _SAME_LOSS)
-    texts = [
-        text
-        for applies, text in (
-            (len(norms) == 1, f"step {norms[0][0] if norms else None} has no finite gradient norm: it was skipped"),
-            (run.first_loss is None, "no loss was logged"),
-            (flat, f"the loss does not fall: {first:.4g} to {last:.4g}"),
-            (first > 2 * guessing, f"the first loss is {first:.4g}; guessing gives {guessing:.3g}"),
-            (set(steps.grad_norm) == {0.0}, "the gradient norm is 0 throughout"),
-            (steps.step[0] > min(strides), f"the record begins at step {steps.step[0]}"),
-            (gaps > 0, f"{gaps} steps are missing between others"),
-        )
-        if applies
-    ]
+    if len(norms) == 1:
+        yield f"step {norms[0][0]} has no finite gradient norm: it was skipped"
+    if run.first_loss is None:
+        yield "no loss was logged"
+    if run.data != "mock" and last > first * (1 - _SAME_LOSS):  # of random tokens there is nothing to learn
+        yield f"the loss does not fall: {first:.4g} to {last:.4g}"
+    if first > 2 * guessing:
+        yield f"the first loss is {first:.4g}; guessing gives {guessing:.3g}"
+    if set(steps.grad_norm) == {0.0}:
+        yield "the gradient norm is 0 throughout"
+    if steps.step[0] > min(strides):
+        yield f"the record begins at step {steps.step[0]}"
+    if gaps > 0:
+        yield f"{gaps} steps are missing between others"
     times = run.times
     if numbers is None or times is None:
-        return texts
+        return
     usual = numbers.at(times.median_s)
     ours = {
         "tokens_per_s_per_gpu": (usual.tokens_per_s_per_gpu,),
@@ -166,5 +160,4 @@ def warnings(run: Run, numbers: Numbers | None, rates: dict[str, float]) -> list
         known = [value for value in ours[name] if value is not None]
         if known and printed > 0 and all(abs(value / printed - 1) > _SAME_RATE for value in known):
             unit = "tokens/s a GPU" if name.startswith("tokens") else "TFLOP/s a GPU"
-            texts.append(f"the log prints {printed:,.4g} {unit}, and this report finds {known[0]:,.4g}")
-    return texts
+            yield f"the log prints {printed:,.4g} {unit}, and this report finds {known[0]:,.4g}"

@@ -12,15 +12,11 @@ from typing import Any
 
 # Fewer steps than this after the warm-up give no number that could be defended.
 MIN_STEADY_STEPS = 5
-# Fewer steps than three batches of three are taken one by one.
-MIN_BATCHED_STEPS = 9
 # A larger share of the steps is no warm-up: it is a run that became faster.
 LONGEST_WARM_UP = 0.2
 
 WARM_UP, RESTART, NO_TIME = "warm-up", "restart", "no time"
 VALIDATION, CHECKPOINT, PROFILE, OTHER_BATCH = "validation", "checkpoint", "profile", "other batch size"
-# No step takes thirty years: a damaged line does.
-_LONGEST_S = 1e9
 
 # Student's t, 97.5% quantile, for 1 to 30 degrees of freedom.
 _T = (
@@ -44,7 +40,6 @@ class Steps:
 
     @property
     def last(self) -> int:
-        """The number of the last step; -1 without one."""
         return self.step[-1] if self.step else -1
 
     def __len__(self) -> int:
@@ -79,12 +74,11 @@ class Mean:
 
     @property
     def margin(self) -> float:
-        """Half the width of the 95% confidence interval."""
+        """Half the width of the 95% interval."""
         return t_quantile(self.degrees_of_freedom) * self.standard_error
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% confidence interval."""
         return self.value - self.margin, self.value + self.margin
 
 
@@ -109,11 +103,6 @@ class StepTimes:
         """Steps behind the mean."""
         return self.steps - self.warmup_steps - sum(self.excluded.values())
 
-    @property
-    def spread(self) -> float:
-        """From the 5% to the 95% quantile, over the median."""
-        return (self.p95_s - self.p5_s) / self.median_s
-
 
 def t_quantile(freedom: int) -> float:
     """Return the 97.5% quantile of Student's t: half the width of a 95% interval, in standard errors."""
@@ -124,9 +113,9 @@ def t_quantile(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def is_time(time_s: float | None) -> bool:
-    """Return whether a step can have taken so long."""
-    return time_s is not None and 0 < time_s < _LONGEST_S
+def is_time(time_s: float) -> bool:
+    """Return whether a step can have taken so long: thirty years are a damaged line's."""
+    return 0 < time_s < 1e9
 
 
 def _limit(times: Sequence[float]) -> float:
@@ -193,9 +182,9 @@ def mean_of_steps(counted: Sequence[float]) -> Mean | None:
 
     Steps depend on each other (garbage collection, clocks, neighbours on the network): an interval that took them as
     independent would be too narrow. The observations of Student's t are the means of about sqrt(n) batches of about
-    sqrt(n) consecutive steps.
+    sqrt(n) consecutive steps; of fewer than 9 steps, the steps.
     """
-    length = math.isqrt(len(counted) - 1) + 1 if len(counted) >= MIN_BATCHED_STEPS else 1
+    length = math.isqrt(len(counted) - 1) + 1 if len(counted) >= 9 else 1
     rest = len(counted) % length  # the earliest steps are spared, being the nearest to the warm-up
     of_batches = mean_of_repeats([statistics.fmean(counted[i : i + length]) for i in range(rest, len(counted), length)])
     return of_batches and replace(of_batches, value=statistics.fmean(counted))

@@ -80,11 +80,7 @@ def _unequal(kind: str, ours: dict[str, str], theirs: dict[str, str]) -> list[st
 
 
 def published(run: Run, references: Sequence[Reference]) -> ReferencePoint | None:
-    """Return the row to hold a run against; None where nothing is published for its model, precision and GPUs.
-
-    Of several: one that it is comparable with, of its own software and layout, of its software, of what its program
-    stands for, of its layout, of the first table.
-    """
+    """Return the row to hold a run against, the likest one; None: nothing is published for its model and GPUs."""
     sizes = [getattr(run.architecture, name, None) for name in _SIZES]
     rows = [
         row
@@ -123,9 +119,8 @@ def judge(point: Point, runs: Sequence[Run], references: Sequence[Reference], to
     if not final:
         unknown = "global_batch_size or seq_length is not known: name it with global_batch_size=... or seq_length=..."
         reasons = "; ".join(dict.fromkeys(run.why_not_final or unknown for run in runs))
-        if any(run.invalid for run in runs):
-            return replace(verdict, value=model.INVALID, why=f"no valid run: {reasons}")
-        return replace(verdict, value=model.INCOMPLETE, why=f"no finished run: {reasons}")
+        value, kind = (model.INVALID, "valid") if any(run.invalid for run in runs) else (model.INCOMPLETE, "finished")
+        return replace(verdict, value=value, why=f"no {kind} run: {reasons}")
     if row is None:
         return verdict
     if obstacles := _obstacles(verdict.must_agree):

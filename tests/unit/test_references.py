@@ -56,6 +56,9 @@ def test_the_recipes_twelve_points_are_there_as_printed() -> None:
         assert [(p.gpus, p.step_time_s, p.tokens_per_s, p.days_to_1t_tokens) for p in points] == rows
     assert [p.mfu for p in of_70b if p.precision == "bf16"] == [0.5410, 0.5406, 0.5381, 0.5348, 0.5338, 0.5338]
     assert all(p.global_batch_size == p.gpus * 2 and p.seq_length == 8192 for p in of_70b)
+    assert "11.31 s" in " ".join(RECIPE.notes) and "8129" in " ".join(RECIPE.notes)
+    for table in TABLES.values():
+        assert table.points and "github.com" in table.source and table.container and table.date
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -82,21 +85,6 @@ def test_throughput_days_and_mfu_follow_from_the_step_time(point: ReferencePoint
     assert consistent == (key_of(point) != CONTRADICTORY)
     assert consistent or any("14.92 s" in note and "2239949" in note for note in point.notes)
     assert point.flops_convention == "recipe" and point.statistic and point.layout
-
-
-def test_the_recipes_worked_examples_and_what_does_not_fit_together() -> None:
-    rate = flops.tokens_per_second(seq_length=8192, global_batch_size=128, step_time_s=11.31)
-    assert round(rate) == 92712
-    assert round(flops.days_to_train(tokens=1e12, tokens_per_s=92712), 2) == 124.84
-    assert f"{flops.Architecture(**RECIPE.architecture['70b']).flops_per_sequence(8192):.2e}" == "3.94e+15"
-    notes = " ".join(RECIPE.notes)
-    assert "11.31 s" in notes and "8129" in notes
-
-
-def test_every_table_says_where_it_comes_from() -> None:
-    for name in references.names():
-        table = references.load(name)
-        assert table.name == name and table.points and "github.com" in table.source and table.container and table.date
 
 
 def test_a_table_of_ones_own(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import tempfile
 from dataclasses import replace
@@ -12,14 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from nemo_bench.record.node import NODE
 from nemo_bench.report import model, references, tables
 from nemo_bench.report.bare_logs import Given
 from nemo_bench.report.build import build_report
 from nemo_bench.report.model import to_json
-from nemo_bench.report.terminal import print_report
 from nemo_bench.report.verdict import must_agree
 
 from ..reports import H100, SIZES, judged, log_text, published_run, write
@@ -197,12 +193,6 @@ def test_repeats_that_disagree_are_undecided(tmp_path: Path) -> None:
     assert point.verdict.value == model.UNDECIDED and "exceeds the tolerance" in point.verdict.why
 
 
-def test_a_contradiction_in_what_was_published_is_shown(tmp_path: Path) -> None:
-    path = write(tmp_path, log_text([14.98] * 50, batch=4096), "bf16", 2048)
-    (point,) = build_report([path], given=H100).points
-    assert any("belong to 14.92 s" in text for text in point.verdict.remarks)
-
-
 # --- the property ---
 
 
@@ -216,7 +206,7 @@ def test_a_contradiction_in_what_was_published_is_shown(tmp_path: Path) -> None:
     seq_length=st.sampled_from([4096, 8192]),
     layers=st.sampled_from([4, 80]),
 )
-def test_pass_means_that_all_that_must_agree_does_and_every_output_says_so(
+def test_a_verdict_means_that_all_that_must_agree_does(
     times: list[float], steady: bool, batch: int, gpus: int, gpu: str | None, seq_length: int, layers: int
 ) -> None:
     given_ = Given(gpu=gpu, seq_length=seq_length, architecture=replace(SIZES, num_layers=layers))
@@ -231,15 +221,3 @@ def test_pass_means_that_all_that_must_agree_does_and_every_output_says_so(
         assert point.numbers is not None and (point.numbers.mfu_causal or 0) < 1
         assert (batch, gpus, gpu, seq_length, layers) in {(128, 64, "h100", 8192, 80), (256, 128, "h100", 8192, 80)}
     assert (report.exit_code == 0) == (verdict.value in model.SUCCESSES)
-    (content,) = json.loads(to_json(report))["points"]
-    assert content["verdict"]["value"] == verdict.value
-    (row,) = csv.DictReader(io.StringIO(tables.csv_text(report)))
-    if point.numbers is not None:
-        assert row["verdict"].startswith(verdict.value)
-        assert float(row["tokens_per_s"]) == content["numbers"]["tokens_per_s"] == point.numbers.tokens_per_s
-    markdown, terminal = tables.markdown(report), io.StringIO()
-    print_report(Console(file=terminal, width=400), report)
-    for text in (markdown, terminal.getvalue()):
-        assert verdict.value in text and all(difference in text for difference in verdict.differences)
-        if point.numbers is not None:
-            assert f"{point.numbers.tokens_per_s:,.0f}" in text
