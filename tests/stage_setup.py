@@ -1,4 +1,4 @@
-"""`setup_stage.py` for tests: a copy of the project that needs little, a stage folder, fakes of enroot and sbatch."""
+"""`setup_stage.py` for tests: a copy of the project that needs little, a stage folder, a fake of enroot."""
 
 from __future__ import annotations
 
@@ -25,12 +25,6 @@ case "$FAKE" in
     while [ ! -e "$here/release" ]; do sleep 0.02; done ;;
 esac
 cp "$here/prepared.sqsh" "$3"
-"""
-
-# Takes every job, and runs none.
-SBATCH = """#!/bin/sh
-if [ "$1" = --test-only ]; then echo "sbatch: Job 1 to start at once" >&2; exit 0; fi
-case " $* " in *" --parsable "*) echo $$ ;; *) echo "Submitted batch job $$" ;; esac
 """
 
 

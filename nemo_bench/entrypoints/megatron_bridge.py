@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints.nemo2 import Nemo2
-from nemo_bench.errors import Need, Problem
 
-
-class MegatronBridge(Nemo2):
-    """The program of `Nemo2`, which imports Bridge in the place of NeMo 2."""
-
-    def problems(self, cfg: TrainConfig) -> list[Problem]:
-        need, rule = Need(cfg), f"entrypoint={cfg.entrypoint.name} writes and reads no checkpoints"
-        for name, value in vars(cfg.checkpoint).items():
-            need(value is None, f"checkpoint.{name}", rule, "use null, or entrypoint=nemo2")
-        return super().problems(cfg) + need.problems
-
-
-ENTRYPOINT = MegatronBridge()
+ENTRYPOINT = Nemo2()  # the same program, which imports Bridge in the place of NeMo 2

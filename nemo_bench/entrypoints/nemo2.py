@@ -6,7 +6,6 @@ from pathlib import Path
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import Entrypoint
-from nemo_bench.errors import Need, Problem
 
 BLACKWELL = 10.0  # compute capability
 
@@ -28,12 +27,6 @@ class Nemo2(Entrypoint):
         if m.cuda_graph_impl == "none":
             environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         return environment
-
-    def problems(self, cfg: TrainConfig) -> list[Problem]:
-        need = Need(cfg)
-        rule = "are NeMo 1's (entrypoint=nemo2)"
-        need(not cfg.entrypoint.settings, "entrypoint.settings", rule, "leave them out, or entrypoint=nemo_24_09")
-        return need.problems
 
     def rank_command(self, cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:
         return [python, "-u", "-m", "nemo_bench.training.rank", str(run_dir)]

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from nemo_bench.cluster import nsys
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import Entrypoint
-from nemo_bench.errors import Need, Problem, text_of, value_of
+from nemo_bench.errors import Need, Problem, text_of
 from nemo_bench.project import PROJECT
 
 NAME = "nemo_24_09"
@@ -54,26 +54,6 @@ _ON_THE_COMMAND_LINE = (
     "model.nsys_profile.enabled",
 )
 
-# Settings that nemo:24.09 does not know, or offers no choice in.
-_NEMO2_ONLY = (
-    "model.cuda_graph_impl",
-    "model.use_transformer_engine_op_fuser",
-    "model.fused_single_qkv_rope",
-    "model.cross_entropy_fusion_impl",
-    "model.account_for_embedding_in_pipeline_split",
-    "model.account_for_loss_in_pipeline_split",
-    "model.pipeline_model_parallel_layout",
-    "model.optim.overlap_param_gather_with_optimizer_step",
-    "precision.fp4",
-    "model.optim.use_precision_aware_optimizer",
-    "model.optim.store_param_remainders",
-    "model.optim.exp_avg_dtype",
-    "model.optim.exp_avg_sq_dtype",
-    "model.optim.bucket_size",
-    "precision.fp8_dot_product_attention",
-    "precision.first_last_layers_bf16",
-)
-
 
 class Nemo2409(Entrypoint):
     """`megatron_gpt_pretraining.py`, inside its container or, on a CPU, behind a module that answers for the GPU."""
@@ -81,33 +61,16 @@ class Nemo2409(Entrypoint):
     memory_is_estimated = False
 
     def problems(self, cfg: TrainConfig) -> list[Problem]:
-        need, here, m, defaults = Need(cfg), f"(entrypoint={NAME})", cfg.model, TrainConfig()
-        for key in _NEMO2_ONLY:
-            default = value_of(defaults, key)
-            rule = f"has no effect with entrypoint={NAME}; entrypoint=nemo2 has it"
-            need(value_of(cfg, key) == default, key, rule, f"leave it out ({text_of(default)})")
-        for name, value in vars(cfg.checkpoint).items():
-            rule = f"entrypoint={NAME} writes and reads no checkpoints"
-            need(value is None, f"checkpoint.{name}", rule, "use null, or entrypoint=nemo2")
-        delayed = cfg.precision.fp8 is None or cfg.precision.fp8_recipe == "delayed"
-        rule = f"is newer than Transformer Engine in nemo:24.09 {here}"
-        need(delayed, "precision.fp8_recipe", rule, "use delayed")
+        need, here, m = Need(cfg), f"(entrypoint={NAME})", cfg.model
         backends = (*_ATTENTION, "auto")
         known = m.attention_backend in backends or cfg.gpu.device != "cuda"
         need(known, "model.attention_backend", f"unknown attention backend {here}", f"valid: {', '.join(backends)}")
         holds_tokens = m.vocab_size >= MOCK_TOKEN_IDS or cfg.data.kind != "mock"
         rule = f"is smaller than the token ids in NeMo's mock data {here}"
         need(holds_tokens, "model.vocab_size", rule, f"nearest that works: {MOCK_TOKEN_IDS}")
-        rule = f"this program can only be profiled by nsys {here}"
-        need(cfg.profile.kind != "torch", "profile", rule, "use profile=nsys", value="torch")
-        core_only = m.recompute_granularity != "selective" or list(m.recompute_modules) == ["core_attn"]
-        rule = f"this program recomputes the attention's core and nothing else {here}"
-        need(core_only, "model.recompute_modules", rule, "use [core_attn]")
         tables = ["auto", *([LAUNCHERS_FP8] if cfg.precision.fp8 else []), None]
         rule, fix = f"unknown table of user buffers {here}", f"valid: {', '.join(map(text_of, tables))}"
         need(m.tp_comm_overlap_cfg in tables, "model.tp_comm_overlap_cfg", rule, fix)
-        fix = "give the path of megatron_gpt_pretraining.py"
-        need(cfg.entrypoint.program, "entrypoint.program", f"a program is needed {here}", fix)
         return need.problems
 
     def machine_problems(self, cfg: TrainConfig) -> list[Problem]:

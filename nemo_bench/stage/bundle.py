@@ -1,7 +1,6 @@
 """A stage folder as one file, for a cluster without internet: a tar archive, plain or compressed by Zstandard.
 
-Its first member is a stage.json that lists all others with sizes and SHA-256. They are named by their paths in the
-stage folder, so that `tar xf stage.tar nemo_bench` extracts the program that installs the rest.
+Its first member is a stage.json that lists all others, which are named by their paths in the stage folder.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ from nemo_bench.errors import BenchError
 from nemo_bench.files import explained_disk_errors, fsync, hidden_folder, locked, size_text
 from nemo_bench.record.folder import timestamp
 from nemo_bench.stage.config import PARTS
-from nemo_bench.stage.stage import NAME, Entry, Part, Stage, describe, differences, manifest_json, read_manifest
+from nemo_bench.stage.stage import NAME, Entry, Part, Stage, describe, difference, manifest_json, read_manifest
 
 DATASET = "dataset"  # prepare_data.py describes a dataset in a file next to it
-_DATASETS = "llama3.1-dataset"
 # In the order in which they are installed: an index with its description means a complete dataset.
 _SUFFIXES = (".json", ".bin", ".idx")
 
@@ -57,7 +55,7 @@ def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
 def _datasets(stage: Stage) -> dict[str, Entry]:
     """Verify the datasets of the stage folder and return an entry for each."""
     entries = {}
-    for prefix in datasets_in(stage.folder / _DATASETS):
+    for prefix in datasets_in(stage.folder / "llama3.1-dataset"):
         verify(prefix)
         place = prefix.relative_to(stage.folder).as_posix()
         json_record, bin_record, idx_record = (describe(Path(f"{prefix}{end}"), f"{place}{end}") for end in _SUFFIXES)
@@ -81,8 +79,7 @@ def _write(stage: Stage, entries: dict[str, Entry], path: Path) -> None:
 def install(stage: Stage, bundle: Path, *, dry: bool) -> None:
     """Install what the stage folder lacks of the bundle; if the bundle is damaged, nothing (BenchError)."""
     with stage.disk_errors(), ExitStack() as stack:
-        tar = stack.enter_context(_open(bundle))
-        entries = _read_entries(bundle, tar)
+        tar, entries = stack.enter_context(_opened(bundle))
         if not dry:
             stage.folder.mkdir(parents=True, exist_ok=True)
             for name in PARTS:
@@ -94,61 +91,42 @@ def install(stage: Stage, bundle: Path, *, dry: bool) -> None:
             print(f"{stage.folder / place}: {'there already, and kept' if exists else 'to be installed'}")
             lacking |= {} if exists else {place: entry}
         if lacking and not dry:
-            _extract(bundle, tar, lacking, folder)
+            files = {name: file for entry in lacking.values() for name, file in entry.files.items()}
+            while member := tar.next():
+                if member.name in files and member.isreg():
+                    tar.extract(member, folder, filter="data")
+            if damage := difference(folder, files, contents=True):
+                raise ValueError(f"it {damage}")
             for place, entry in lacking.items():
-                if entry.part == DATASET:
-                    _put_dataset(stage.folder, folder, list(entry.files))
-                else:
+                if entry.part != DATASET:
                     stage.put(folder / place, place, entry)
+                    continue
+                for name in entry.files:  # the index last, as prepare_data.py does
+                    fsync(folder / name)
+                    (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(folder / name, stage.folder / name)
+                fsync((stage.folder / place).parent)
             print(f"installed {', '.join(lacking)}")
 
 
-def _put_dataset(stage_folder: Path, folder: Path, names: list[str]) -> None:
-    """Move the files of a dataset into place, its index last, as prepare_data.py does."""
-    for name in names:
-        fsync(folder / name)
-        (stage_folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder / name, stage_folder / name)
-    fsync((stage_folder / names[0]).parent)
-
-
 @contextmanager
-def _open(bundle: Path) -> Iterator[tarfile.TarFile]:
-    """Open a bundle, to be read from its beginning to its end."""
+def _opened(bundle: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, Entry]]]:
+    """Open a bundle, which is read from its beginning to its end, and give it with what its stage.json lists."""
     if not bundle.is_file():
         raise BenchError(f"bundle={bundle} does not exist")
     try:
         with tarfile.open(bundle, "r|*") as tar:
-            yield tar
-    except tarfile.TarError as error:
-        raise BenchError(
-            f"{bundle} is damaged, cut off, or not a bundle ({error}): copy it again. Nothing was installed"
-        ) from None
-
-
-def _read_entries(bundle: Path, tar: tarfile.TarFile) -> dict[str, Entry]:
-    """Read the bundle's stage.json."""
-    first = tar.next()
-    try:
-        if first is None or first.name != NAME or (file := tar.extractfile(first)) is None:
-            raise ValueError(f"its first member is not {NAME}")
-        entries = read_manifest(file.read())
-        for place, entry in entries.items():
-            for name in (place, *entry.files):
-                path = PurePosixPath(name)
-                outside = not place or place.startswith((".", "/", NAME)) or ".." in path.parts
-                if outside or not str(path).startswith(place):
-                    raise ValueError(f"{name!r} is not a path of a stage folder")
-        return entries
-    except ValueError as error:
-        raise BenchError(f"{bundle} is not a bundle made by `setup_stage.py pack`, or is damaged: {error}") from None
-
-
-def _extract(bundle: Path, tar: tarfile.TarFile, entries: dict[str, Entry], folder: Path) -> None:
-    """Extract the files of these entries into `folder`, and compare them with the entries."""
-    files = {name: file for entry in entries.values() for name, file in entry.files.items()}
-    while member := tar.next():
-        if member.name in files and member.isreg():
-            tar.extract(member, folder, filter="data")
-    for difference in differences(folder, files, contents=True):
-        raise BenchError(f"{bundle} is damaged or cut off: it {difference}. Copy it again; nothing was installed")
+            first = tar.next()
+            if first is None or first.name != NAME or (file := tar.extractfile(first)) is None:
+                raise ValueError(f"its first member is not {NAME}")
+            entries = read_manifest(file.read())
+            for place, entry in entries.items():
+                for name in (place, *entry.files):
+                    path = PurePosixPath(name)
+                    outside = not place or place.startswith((".", "/", NAME)) or ".." in path.parts
+                    if outside or not str(path).startswith(place):
+                        raise ValueError(f"{name!r} is not a path of a stage folder")
+            yield tar, entries
+    except (tarfile.TarError, ValueError) as error:
+        damage = f"is damaged, cut off, or not a bundle made by `setup_stage.py pack` ({error})"
+        raise BenchError(f"{bundle} {damage}: copy it again. Nothing was installed") from None

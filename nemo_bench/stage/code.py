@@ -20,8 +20,12 @@ _PATTERNS += ["nemo_bench/**/*", "hydra_plugins/**/*", "conf/**/*"]
 
 def code_part(_cfg: StageConfig, _stage_folder: Path) -> Part:
     """Return the part `<stage>/nemo_bench`."""
+    digest = hashlib.sha256()
+    for path in _project_files():
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(PROJECT).as_posix()}\0{len(content)}\0".encode() + content)
     plan = f"copy {PROJECT}, and download the packages it needs (pip wheel)"
-    return Part("code", "nemo_bench", {"project": _fingerprint()}, plan, _make)
+    return Part("code", "nemo_bench", {"project": digest.hexdigest()[:12]}, plan, _make)
 
 
 def _make(folder: Path, _lock: int) -> str:
@@ -37,10 +41,8 @@ def _make(folder: Path, _lock: int) -> str:
     print_line("code: copying this project, and downloading the packages it needs (pip wheel)")
     done = subprocess.run([*command, *project["dependencies"]], stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
-        raise BenchError(
-            f"pip could not download the packages that {project['name']} needs:\n{done.stderr.strip()}\n"
-            "Run this where there is internet or a package index (PIP_INDEX_URL), or without this part (parts=...)"
-        )
+        remedy = "Run this where there is internet or a package index (PIP_INDEX_URL), or without this part (parts=...)"
+        raise BenchError(f"pip could not download the packages it needs:\n{done.stderr.strip()}\n{remedy}")
     return f"{project['version']}, for Python {sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -48,12 +50,3 @@ def _project_files() -> Iterator[Path]:
     for pattern in _PATTERNS:
         files = (path for path in PROJECT.glob(pattern) if path.is_file() and "__pycache__" not in path.parts)
         yield from sorted(files)
-
-
-def _fingerprint() -> str:
-    """Return a hash of the names and contents of the project's files."""
-    digest = hashlib.sha256()
-    for path in _project_files():
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(PROJECT).as_posix()}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()[:12]

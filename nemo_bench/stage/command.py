@@ -21,8 +21,6 @@ from nemo_bench.stage.image import image_part
 from nemo_bench.stage.stage import Part, Stage, fill, print_line
 from nemo_bench.stage.tokenizer import tokenizer_part
 
-LOGS = "results.stage_setup"
-
 
 def run_stage(raw: DictConfig) -> None:
     """Fill, check, pack or install the stage folder; raise BenchError if something is missing or in the way."""
@@ -38,53 +36,49 @@ def run_stage(raw: DictConfig) -> None:
 def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
     """Submit the command of each point, for login nodes without enroot or room, and with `wait` follow the jobs."""
     # HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.
-    configs = [typed_as(StageConfig, point.config) for point in points]
-    scripts: dict[Path, str] = {}
-    for cfg, point in zip(configs, points):
+    dry, scripts = False, list[tuple[str, Path]]()
+    for point in points:
+        cfg = typed_as(StageConfig, point.config)
         jobs.check_command(cfg)
-        folder = Path(cfg.stage_path) / LOGS / dated_name()
+        dry |= cfg.launch is Launch.dry
+        folder = Path(cfg.stage_path) / "results.stage_setup" / dated_name()
         command = jobs.repeated_command("setup_stage.py", point.overrides, cfg.stage_path)
         name = f"nemo-bench-setup-stage-{cfg.action}"
-        scripts[folder] = slurm.command_script(cfg.cluster, name, command, folder)
-    if any(cfg.launch is Launch.dry for cfg in configs):
-        jobs.show_commands(list(scripts.values()))
+        scripts.append((slurm.command_script(cfg.cluster, name, command, folder), folder))
+    if dry:
+        jobs.show_commands([script for script, _ in scripts])
         return
     jobs.require_sbatch()
-    submitted = [jobs.submit_command(script, folder) for folder, script in scripts.items()]
+    submitted = [jobs.submit_command(*script) for script in scripts]
+    print("`python setup_stage.py check` shows what exists; `python jobs.py` lists the jobs", flush=True)
     if wait:
         jobs.follow(make_console(), submitted)
-    else:
-        print("`python setup_stage.py check` shows what exists; `python jobs.py` lists the jobs")
 
 
 def _run(cfg: StageConfig, stage: Stage) -> None:
     dry = cfg.launch is Launch.dry
     if cfg.action in ("pack", "install") and cfg.bundle is None:
         raise BenchError(f"{cfg.action} needs a file: bundle=stage.tar, or bundle=stage.tar.zst (compressed)")
-    if cfg.action == "install":
-        install(stage, Path(cfg.bundle or ""), dry=dry)
-    elif cfg.action == "check":
-        _check(stage, _parts(cfg, stage.folder))
-    elif dry:
-        _print_plan(stage, _parts(cfg, stage.folder))
-    elif cfg.action == "fill":
-        _fill(stage, _parts(cfg, stage.folder))
-    else:
-        pack(stage, _parts(cfg, stage.folder), Path(cfg.bundle or ""))
-
-
-def _parts(cfg: StageConfig, stage_folder: Path) -> list[Part]:
-    """Return the parts that the configuration names; the one that takes longest comes last."""
     if not cfg.parts:
         raise BenchError(f"parts=[] is empty: choose from {', '.join(PARTS)}")
+    # The one that takes longest comes last.
     makers = {"tokenizer": tokenizer_part, "code": code_part, "image": image_part}
-    return [part_of(cfg, stage_folder) for name, part_of in makers.items() if name in cfg.parts]
+    parts = [part_of(cfg, stage.folder) for name, part_of in makers.items() if name in cfg.parts]
+    bundle = Path(cfg.bundle or "")
+    if cfg.action == "install":
+        install(stage, bundle, dry=dry)
+    elif cfg.action == "check":
+        _check(stage, parts)
+    elif dry:
+        _print_plan(stage, parts)
+    elif cfg.action == "fill":
+        _fill(stage, parts)
+    else:
+        pack(stage, parts, bundle)
 
 
 def _fill(stage: Stage, parts: list[Part]) -> None:
     """Make the parts that do not exist; one that cannot be made does not stop the others."""
-    with stage.disk_errors():
-        stage.folder.mkdir(parents=True, exist_ok=True)
     problems = []
     for part in parts:
         try:
@@ -99,9 +93,11 @@ def _fill(stage: Stage, parts: list[Part]) -> None:
 def _print_plan(stage: Stage, parts: list[Part]) -> None:
     print_line(f"stage folder: {stage.folder}")
     for part in parts:
-        path, problem = stage.folder / part.place, stage.problem(part.place, part.settings, contents=False)
-        state = f"REFUSED: {path} {problem}" if path.exists() else part.plan
-        print_line(f"{part.name}: {state if problem else f'complete ({path})'}")
+        path, state = stage.folder / part.place, part.plan
+        if path.exists():
+            problem = stage.problem(part.place, part.settings, contents=False)
+            state = f"REFUSED: {path} {problem}" if problem else f"complete ({path})"
+        print_line(f"{part.name}: {state}")
     print_line("launch=dry: nothing was done.")
 
 

@@ -15,8 +15,7 @@ from nemo_bench.errors import BenchError
 from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.stage import Part, place_inside, print_line
 
-# enroot removes its temporary folders when it is terminated.
-_GRACE_S = 10.0
+_GRACE_S = 10.0  # enroot removes its temporary folders when it is terminated
 
 
 def image_part(cfg: StageConfig, stage_folder: Path) -> Part:
@@ -30,23 +29,17 @@ def image_part(cfg: StageConfig, stage_folder: Path) -> Part:
 def enroot_uri(reference: str) -> str:
     """Return a registry reference in enroot's spelling: docker://nvcr.io#nvidia/nemo:25.11, or raise BenchError.
 
-    As for docker, the first component is a registry if it has a dot or a port, or is `localhost`, and a digest
-    wins over a tag; enroot 3 takes a digest in the tag's place. One of enroot's own URIs stays as it is.
+    As for docker, the first component is a registry if it has a dot or a port, or is `localhost`.
+    One of enroot's own URIs stays as it is.
     """
     if re.fullmatch(r"(docker|dockerd|podman)://\S+", reference):
         return reference
-    match = re.fullmatch(
-        r"(?:([^/@\s]+)/)?([a-z0-9._-]+(?:/[a-z0-9._-]+)*)(:[\w][\w.-]*)?(?:@(sha256:[0-9a-f]{64}))?", reference
-    )
+    name = r"[a-z0-9._-]+(?:/[a-z0-9._-]+)*(?::\w[\w.-]*)?"
+    match = re.fullmatch(rf"(?:((?:[\w-]+[.:][\w.:-]*|localhost))/)?({name})", reference)
     if match is None:
-        raise BenchError(
-            f"entrypoint.container={reference} is not an image reference: use REGISTRY/NAME:TAG, "
-            "for example nvcr.io/nvidia/nemo:25.11"
-        )
-    first, name, tag, digest = match.groups()
-    if first is not None and not ("." in first or ":" in first or first == "localhost"):
-        first, name = None, f"{first}/{name}"
-    return f"docker://{first + '#' if first else ''}{name}{f':{digest}' if digest else tag or ''}"
+        example = "REGISTRY/NAME:TAG, for example nvcr.io/nvidia/nemo:25.11"
+        raise BenchError(f"entrypoint.container={reference} is not an image reference: use {example}")
+    return "docker://" + "#".join(filter(None, match.groups()))
 
 
 def _command(cfg: StageConfig, output: Path) -> list[str]:
@@ -55,11 +48,10 @@ def _command(cfg: StageConfig, output: Path) -> list[str]:
 
 def _import(cfg: StageConfig, output: Path, lock: int) -> str:
     reference = cfg.entrypoint.container
-    executable = shutil.which(cfg.enroot)
-    if executable is None:
+    if shutil.which(cfg.enroot) is None:
         raise BenchError(
-            f"{cfg.enroot} is not installed on this machine; it makes the container image from {reference}. Run this "
-            "on a node that has it (hydra/launcher=submitit_slurm submits it as a job), or give its path (enroot=...)"
+            f"{cfg.enroot} is not installed on this machine: run this on a node that has it "
+            "(hydra/launcher=submitit_slurm submits it as a job), or give its path (enroot=...)"
         )
     free_gib = shutil.disk_usage(output.parent).free / 2**30
     if free_gib < cfg.image_gib:
@@ -70,8 +62,7 @@ def _import(cfg: StageConfig, output: Path, lock: int) -> str:
     status = _run(command, lock)
     if status != 0 or not output.exists():
         raise BenchError(_failure(reference, status))
-    version = subprocess.run([executable, "version"], capture_output=True, text=True, check=False)
-    return f"{reference}, by enroot {version.stdout.strip()}"
+    return reference
 
 
 def _run(command: list[str], lock: int) -> int:
@@ -93,9 +84,8 @@ def _run(command: list[str], lock: int) -> int:
 def _failure(reference: str, status: int) -> str:
     registry = enroot_uri(reference).partition("://")[2].rpartition("#")[0].rpartition("@")[2] or "registry-1.docker.io"
     host = registry.partition(":")[0]  # enroot looks for it without the port
-    login = "<user> password <password>"
-    if registry == "nvcr.io":
-        login = "$oauthtoken password <key from https://org.ngc.nvidia.com/setup/api-keys>"
+    key = "$oauthtoken password <key from https://org.ngc.nvidia.com/setup/api-keys>"
+    login = key if registry == "nvcr.io" else "<user> password <password>"
     return (
         f"enroot could not import {reference} (exit status {status}); its own messages are above\n"
         "  access refused (401, 403): ~/.config/enroot/.credentials (or $ENROOT_CONFIG_PATH/.credentials) must hold\n"

@@ -1,14 +1,14 @@
 """A stage folder and its manifest, stage.json: the settings each part was made with, and its files' sizes and SHA-256.
 
-A part is made in a hidden folder next to its place, recorded, and renamed into its place, in this order: a kill at any
-moment leaves no part or a whole one, which its record describes. What exists is never replaced.
+A part is made in a hidden folder, recorded, and renamed into its place, in this order: a kill leaves no part or a whole
+one, which its record describes. What exists is never replaced.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +21,6 @@ from nemo_bench.record.folder import timestamp
 
 NAME = "stage.json"
 FORMAT, VERSION = "nemo-bench stage", 2
-REMEDY = "free some space, or choose another stage folder (STAGE_PATH, or stage_path=...), and run this again"
 print_line = partial(print, flush=True)  # at once, also into a file
 
 
@@ -48,24 +47,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Part:
-    """A part as the configuration asks for it.
-
-    `make` makes and verifies it at a new path and returns its version; the descriptor is that of the part's lock.
-    """
+    """A part as the configuration asks for it."""
 
     name: str
     place: str  # relative to the stage folder
     settings: dict[str, Any]
     plan: str  # what `make` does, for launch=dry
-    make: Callable[[Path, int], str]
+    make: Callable[[Path, int], str]  # makes it at a new path, under the lock of that descriptor; returns its version
 
 
 class Stage:
     """A stage folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = folder / NAME
+        self.folder, self.manifest = folder, folder / NAME
 
     def entries(self) -> dict[str, Entry]:
         """Return what is recorded, by place; raise BenchError if stage.json is damaged."""
@@ -74,16 +69,14 @@ class Stage:
         try:
             return read_manifest(self.manifest.read_bytes())
         except ValueError as error:
-            raise BenchError(
-                f"{self.manifest} is damaged, or of another version: {error}\n"
-                f"`mv {self.manifest} {self.manifest}.old`, and run this again"
-            ) from None
+            remedy = f"`mv {self.manifest} {self.manifest}.old`, and run this again"
+            raise BenchError(f"{self.manifest} is damaged, or of another version: {error}\n{remedy}") from None
 
     def disk_errors(self) -> AbstractContextManager[None]:
-        return disk.explained_disk_errors(self.folder, REMEDY)
+        remedy = "free some space, or choose another stage folder (STAGE_PATH, or stage_path=...), and run this again"
+        return disk.explained_disk_errors(self.folder, remedy)
 
     def lock(self, name: str) -> AbstractContextManager[int]:
-        """Hold the lock of whoever makes this part."""
         return disk.locked(self.folder / f".stage-{name}.lock", f"fills the part {name}", print_line)
 
     def problem(self, place: str, settings: dict[str, Any], *, contents: bool) -> str:
@@ -96,13 +89,12 @@ class Stage:
         for key, value in settings.items():
             if entry.settings.get(key) != value:
                 return f"was made with {key}={entry.settings.get(key)}, not {value}"
-        return next(differences(self.folder, entry.files, contents=contents), "")
+        return difference(self.folder, entry.files, contents=contents)
 
     def put(self, new: Path, place: str, entry: Entry) -> None:
         """Record the file or folder `new`, which lies in a hidden folder, and move it to `place`."""
         destination = self.folder / place
         disk.fsync_tree(new)
-        # Entries that other processes write at the same time are kept.
         with disk.locked(self.folder / ".stage.lock", "writes stage.json", print_line):
             for leftover in self.folder.glob(f".{NAME}.*.tmp"):  # of a process that was killed
                 leftover.unlink()
@@ -135,10 +127,8 @@ def _is_complete(stage: Stage, part: Part) -> bool:
     if not problem:
         print_line(f"{part.name}: complete ({destination})")
     elif os.path.lexists(destination):
-        raise BenchError(
-            f"{destination} {problem}\nIt is left alone: move it away (`mv {destination} {destination}.old`), or "
-            "choose another stage folder (stage_path=...), and run this again"
-        )
+        remedy = f"It is left alone: move it away (`mv {destination} {destination}.old`)"
+        raise BenchError(f"{destination} {problem}\n{remedy}, or choose another stage folder, and run this again")
     return not problem
 
 
@@ -170,14 +160,15 @@ def describe(path: Path, place: str) -> dict[str, FileRecord]:
     return {name: FileRecord(file.stat().st_size, disk.sha256_of(file)) for name, file in files.items()}
 
 
-def differences(folder: Path, files: dict[str, FileRecord], *, contents: bool) -> Iterator[str]:
-    """Give what is wrong with these files in `folder`, as predicates: "lacks a.txt"."""
+def difference(folder: Path, files: dict[str, FileRecord], *, contents: bool) -> str:
+    """Return what is wrong with these files in `folder`, as a predicate ("lacks a.txt"); "" if nothing is."""
     for name, recorded in files.items():
         path = folder / name
         if not path.exists():
-            yield f"lacks {name}"
-        elif path.stat().st_size != recorded.size_bytes or (contents and disk.sha256_of(path) != recorded.sha256):
-            yield f"has changed since it was recorded: {name}"
+            return f"lacks {name}"
+        if path.stat().st_size != recorded.size_bytes or (contents and disk.sha256_of(path) != recorded.sha256):
+            return f"has changed since it was recorded: {name}"
+    return ""
 
 
 def place_inside(stage_folder: Path, value: str, key: str) -> str:

@@ -20,9 +20,9 @@ def tokenizer_part(cfg: StageConfig, stage_folder: Path) -> Part:
     c = cfg.tokenizer
     place = place_inside(stage_folder, c.folder, "tokenizer.folder")
     if c.source == "local":
-        keys, plan = ("vocab_size", "corpus_bytes"), f"train a tokenizer of {c.vocab_size} tokens"
         if c.vocab_size is None:
             raise BenchError("tokenizer.source=local needs tokenizer.vocab_size")
+        keys, plan = ("vocab_size", "corpus_bytes"), f"train a tokenizer of {c.vocab_size} tokens"
     else:
         keys, plan = ("repo", "revision"), f"download {c.repo} ({c.revision}: {', '.join(c.files)})"
     settings = {f"tokenizer.{key}": getattr(c, key) for key in ("source", *keys)}
@@ -32,7 +32,8 @@ def tokenizer_part(cfg: StageConfig, stage_folder: Path) -> Part:
 def _make(cfg: TokenizerConfig, folder: Path, _lock: int) -> str:
     folder.mkdir()
     if cfg.source == "local":
-        _train(folder, cfg)
+        print_line(f"tokenizer: training one of {cfg.vocab_size:,} tokens on this Python's standard library")
+        tokenizer.write(folder, corpus.collect(cfg.corpus_bytes).values(), vocab_size=cfg.vocab_size or 0)
         return f"trained here, {verify(folder, None):,} tokens"  # a small corpus gives fewer than asked for
     commit = _download(folder, cfg)
     return f"{cfg.repo} {commit}, {verify(folder, cfg.vocab_size):,} tokens"
@@ -42,17 +43,9 @@ def verify(folder: Path, vocab_size: int | None) -> int:
     """Return the number of tokens of the tokenizer in `folder`; raise BenchError if it is not `vocab_size`."""
     size = Encoder(folder, "tokenizers").vocab_size
     if vocab_size not in (None, size):
-        raise BenchError(
-            f"tokenizer.json has {size:,} tokens, and tokenizer.vocab_size={vocab_size}: it is a different tokenizer "
-            "(tokenizer.vocab_size=null accepts any)"
-        )
+        other = f"tokenizer.vocab_size={vocab_size}: it is another tokenizer (tokenizer.vocab_size=null accepts any)"
+        raise BenchError(f"tokenizer.json has {size:,} tokens, and {other}")
     return size
-
-
-def _train(folder: Path, cfg: TokenizerConfig) -> None:
-    """Write the tokenizer that `python train.py` trains for its local dataset."""
-    print_line(f"tokenizer: training one of {cfg.vocab_size:,} tokens on the sources of this Python's standard library")
-    tokenizer.write(folder, corpus.collect(cfg.corpus_bytes).values(), vocab_size=cfg.vocab_size or 0)
 
 
 def _download(folder: Path, cfg: TokenizerConfig) -> str:

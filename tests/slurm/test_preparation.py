@@ -98,15 +98,3 @@ def test_without_waiting_and_cancelled(scripts: Scripts, slurm: SlurmCluster, se
     again = scripts.run("prepare_data.py", *SUBMIT, url(server), "shards=[0]")
     assert again.returncode == 0, again.stdout + again.stderr
     assert server.seen("GET", "/train/00.jsonl.zst")[-1].headers["range"].startswith("bytes=")
-
-
-def test_dry_asks_the_scheduler(scripts: Scripts, server: FileServer) -> None:
-    done = scripts.run("prepare_data.py", *SUBMIT, url(server), "launch=dry", SLURM_GPUS_PER_NODE="8")
-    assert done.returncode == 0 and done.stdout.count("sbatch --test-only: accepted") == 2
-    assert done.stdout.count("#SBATCH --gpus-per-node=8") == 2 and "nothing was submitted" in done.stdout
-    for script, jobs in (("prepare_data.py", 2), ("setup_stage.py", 1)):
-        wrong = (*SUBMIT, "cluster.partition=nosuch")
-        refused = scripts.run(script, *wrong, "launch=dry")
-        assert refused.returncode == 2 and f"Slurm refuses {jobs} of {jobs} jobs" in refused.stderr
-        refused = scripts.run(script, *wrong)
-        assert refused.returncode == 2 and "invalid partition specified: nosuch" in refused.stderr

@@ -59,12 +59,6 @@ def test_an_interpreter_without_the_packages_is_told_where_they_are(script: str)
     assert done.returncode == 2 and "source .venv/bin/activate" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("override", ["trainer.devices=two", "model.num_layers=0"])
-def test_hydra_full_error_still_shows_the_traceback(train_cli: Cli, override: str) -> None:
-    result = train_cli(override, HYDRA_FULL_ERROR="1")
-    assert result.returncode != 0 and "Traceback" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
@@ -112,22 +106,6 @@ def test_a_sweep_goes_on_after_a_refused_point_and_ends_with_its_code(train_cli:
     assert result.stdout.count("the configuration's checks passed") == 2
     assert "must divide the number of GPUs" in result.stderr
     assert list(tmp_path.iterdir()) == []  # nor anything of Hydra's own
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ("scale=64gpu", "cluster=slurm"),  # not silently run here
-        ("data=mock stage_path={file}/stage", "STAGE_PATH"),
-        ("model.global_batch_size=7 model.num_query_groups=3", "2 problems in this configuration:"),
-    ],
-)
-def test_a_refused_point_leaves_nothing_behind(train_cli: Cli, tmp_path: Path, arguments: str, text: str) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    result = train_cli(*arguments.format(file=file).split())
-    assert result.returncode == 2 and text in result.stderr and "Traceback" not in result.stderr
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_ctrl_c_during_the_imports_shows_no_traceback(project: Path, tmp_path: Path) -> None:

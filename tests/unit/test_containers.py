@@ -44,5 +44,5 @@ def test_a_containers_settings_win_over_the_models_and_the_command_line_over_the
 
 def test_bridge_refuses_what_it_would_ignore() -> None:
     cfg = composed("entrypoint=bridge_26_06", "scale=64gpu", "checkpoint.every_n_steps=10")
-    (problem,) = entrypoint_of(cfg).problems(cfg)
-    assert problem.key == "checkpoint.every_n_steps" and "entrypoint=bridge_26_06 writes" in str(problem)
+    (problem,) = configuration_problems(cfg)
+    assert problem.key == "checkpoint.every_n_steps" and "which writes and reads no checkpoints" in problem.rule

@@ -44,13 +44,3 @@ def test_the_recipe_counts_7_2_percent_more_than_the_causal_convention() -> None
 )
 def test_parameters_of_the_published_models(architecture: Architecture, published: int) -> None:
     assert architecture.num_parameters == published
-
-
-@pytest.mark.parametrize(
-    ("stages", "virtual", "micro_batches", "share"),
-    # Narayanan et al. 2021: (p - 1) / m of the work, so 3/8 of it, or 3/11 of the step; interleaved v times: a v-th
-    [(1, 1, 4, 0), (4, 1, 8, 3 / 11), (4, 5, 64, 0.6 / 64.6)],
-)
-def test_the_pipeline_bubble(stages: int, virtual: int, micro_batches: int, share: float) -> None:
-    bubble = flops.pipeline_bubble(pipeline_stages=stages, virtual_stages=virtual, micro_batches=micro_batches)
-    assert bubble == pytest.approx(share)

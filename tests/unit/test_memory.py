@@ -49,11 +49,6 @@ def test_runs_on_h200s(run: Path) -> None:
     assert estimate_memory(load(run / "config.yaml")).total_bytes / GIB == pytest.approx(measured_gib, rel=0.06)
 
 
-def test_parameter_remainders_save_what_was_measured() -> None:
-    cfg = changed(load(GPU_SPEED / "bf16_gbs4/config.yaml"), store_param_remainders=True)
-    assert estimate_memory(cfg).total_bytes / GIB == pytest.approx(86.39, rel=0.06)  # variants.json
-
-
 @pytest.mark.parametrize(
     "point",
     ["scale=64gpu", "scale=64gpu precision=fp8", "model=405b scale=576gpu precision=fp8", "model=8b scale=8gpu"],
@@ -82,23 +77,6 @@ def test_the_70bs_parts_by_hand() -> None:
     assert few.activations_bytes == pytest.approx(tokens * 20 * 33.5 * 8192 + working)
 
 
-@pytest.mark.parametrize(
-    ("change", "less"),
-    [
-        ({"tensor_model_parallel_size": 8}, True),
-        ({"pipeline_model_parallel_size": 8}, True),
-        ({"context_parallel_size": 4}, True),
-        ({"num_layers": 40}, True),
-        ({"micro_batch_size": 2}, False),
-        ({"sequence_parallel": False}, False),
-        ({"seq_length": 16384}, False),
-    ],
-)
-def test_what_takes_less_and_what_takes_more(change: dict[str, Any], less: bool) -> None:
-    ratio = published(**change).total_bytes / published().total_bytes
-    assert ratio < 0.95 if less else ratio > 1.05
-
-
 def test_the_last_stage_has_the_logits_and_the_fewest_activations() -> None:
     wide: dict[str, Any] = {"vocab_size": 1_048_576, "num_layers": 20}  # outweighs the first stage
     estimate = published(**wide)
@@ -122,11 +100,6 @@ def test_what_the_optimizer_keeps_and_copies(
     assert estimate.optimizer_bytes == pytest.approx(usual.optimizer_bytes * optimizer)
     assert estimate.optimizer_step_bytes == usual.optimizer_step_bytes * optimizer_step
     assert estimate.gradients_bytes == usual.gradients_bytes * gradients
-
-
-def test_the_precision_aware_optimizer_takes_the_usual_way_with_other_than_delayed_scaling() -> None:
-    saving: dict[str, Any] = {"use_precision_aware_optimizer": True, "store_param_remainders": True}
-    assert published(**saving, fp8="hybrid", fp8_recipe="tensorwise").optimizer_bytes == published().optimizer_bytes
 
 
 def test_recomputed_layers_keep_their_input_alone() -> None:
