@@ -56,9 +56,13 @@ def build_report(
         tables = [table for table in tables if table.name in used]
     pairs = [(group, comparison.nearest(group, old_groups)) for group in groups]
     comparisons = tuple(comparison.compare(group, old, tolerance) for group, old in pairs if old)
-    unmatched = [f"{group.point.name}: the baseline has no such point" for group, old in pairs if baseline and not old]
+    warnings += [f"{group.point.name}: the baseline has no such point" for group, old in pairs if baseline and not old]
+    if both := {run.path for run in all_runs} & {run.path for run in old_runs}:
+        warnings.append(f"runs= and baseline= share {len(both)} of {len(old_runs)} runs: compared with themselves")
+    if unknown := [run.name for run in all_runs if not run.identity_known]:
+        warnings.append(f"not known what was run, so in no point: {', '.join(unknown)} (see their warnings)")
     values = {point.verdict.value for point in all_points}
-    known = all(run.identity_known for run in all_runs) and all(point.gpu for point in all_points)
+    known = not unknown and all(point.gpu for point in all_points)
     regressed = any(item.regression for item in comparisons)
     good = bool(values) and values <= {*model.SUCCESSES} and known and not regressed
     return Report(
@@ -72,7 +76,7 @@ def build_report(
         scaling=tuple(points.scaling(groups)),
         tolerance=tolerance,
         total_tokens=total_tokens,
-        warnings=(*warnings, *old_warnings, *unmatched, *_remarks(all_runs, old_runs)),
+        warnings=(*warnings, *old_warnings),
         baseline_inputs=tuple(map(str, baseline)),
         baseline_runs=tuple(old_runs),
         baseline_points=tuple(group.point for group in old_groups),
@@ -86,13 +90,6 @@ def _ways(group: points.Group, old: points.Group | None) -> Iterator[attribution
     yield attribution.from_estimate(group.point, group.final, group.estimate)
     if old:
         yield attribution.from_baseline(group.point, group.final, old.point, old.final)
-
-
-def _remarks(all_runs: Sequence[Run], old_runs: Sequence[Run]) -> Iterator[str]:
-    if both := {run.path for run in all_runs} & {run.path for run in old_runs}:
-        yield f"runs= and baseline= share {len(both)} of {len(old_runs)} runs: compared with themselves"
-    if unknown := [run.name for run in all_runs if not run.identity_known]:
-        yield f"not known what was run, so in no point: {', '.join(unknown)} (see their warnings)"
 
 
 def _overall(values: set[str]) -> str:

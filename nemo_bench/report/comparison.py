@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 
 from nemo_bench.report import model
-from nemo_bench.report.model import Change, Comparison, Point, Run, flatten
+from nemo_bench.report.model import Change, Comparison, Identity, Run, flatten
 from nemo_bench.report.points import Group
 from nemo_bench.report.statistics import ratio_of
 
@@ -18,16 +19,15 @@ _VOLATILE = re.compile(
 
 def nearest(group: Group, baseline: Sequence[Group]) -> Group | None:
     """Return the baseline's point of the same model, precision and number of GPUs that is most like this one."""
-    sizes = ("model", "precision", "gpus")
-    point = group.point
-    candidates = [old for old in baseline if all(getattr(old.point, key) == getattr(point, key) for key in sizes)]
-    return max(candidates, key=lambda old: _likeness(point, old.point), default=None)
 
+    def agreeing(old: Group, names: Sequence[str]) -> int:
+        return sum(getattr(old.point, name) == getattr(group.point, name) for name in names)
 
-def _likeness(point: Point, other: Point) -> int:
-    keys = ("gpu", "software", "entrypoint", "data", "global_batch_size", "seq_length", "layout", "nodes")
-    same = [key for key in keys if getattr(point, key) == getattr(other, key)]
-    return len(same) + (other.numbers is not None)
+    def likeness(old: Group) -> int:
+        return agreeing(old, [field.name for field in fields(Identity)]) + (old.point.numbers is not None)
+
+    candidates = [old for old in baseline if agreeing(old, ("model", "precision", "gpus")) == 3]
+    return max(candidates, key=likeness, default=None)
 
 
 def compare(group: Group, old_group: Group, tolerance: float) -> Comparison:

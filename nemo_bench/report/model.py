@@ -279,7 +279,6 @@ class ScalingCurve:
 
     label: str  # "70b bf16 h100" and what else tells it from the others
     model: str | None
-    precision: str | None
     published: bool
     gpus: tuple[int, ...]  # ascending
     tokens_per_s: tuple[float, ...]  # one a number of GPUs

@@ -109,4 +109,4 @@ def _curve(label: str, first: Point, tokens_per_s: dict[int, float], *, publishe
     gpus = tuple(sorted(tokens_per_s))
     rates = tuple(tokens_per_s[number] for number in gpus)
     efficiency = tuple(rate / number / (rates[0] / gpus[0]) for number, rate in zip(gpus, rates))
-    return ScalingCurve(label, first.model, first.precision, published, gpus, rates, efficiency)
+    return ScalingCurve(label, first.model, published, gpus, rates, efficiency)

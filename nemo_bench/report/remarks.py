@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,25 +18,13 @@ _HUGE_LOSS = 1e30
 _SAME_LOSS = 0.001
 # Printed rates are rounded, and printed a step; ours is a mean.
 _SAME_RATE = 0.02
-# Beyond this, it is worth a word.
-_DRIFT = 0.02
 _SHOWN_FAULTS = 5
-
-_PERCENT = re.compile(r"\d+(?:\.\d+)?%")
 
 
 def of_runs(runs: Sequence[Run]) -> list[str]:
-    """Return what repeats show; remarks that differ in their percentages only stand once, with their number."""
-    remarks: dict[str, list[str]] = {}
-    for text in (text for run in runs for text in _of_run(run)):
-        remarks.setdefault(_PERCENT.sub("%", text), []).append(text)
-    if len(runs) == 1:
-        return [text for texts in remarks.values() for text in texts]
-    texts = []
-    for first, *others in remarks.values():
-        several = "; numbers of the first" if {first, *others} != {first} else ""
-        texts.append(f"{first} (in {1 + len(others)} of {len(runs)} runs{several})")
-    return texts
+    """Return what repeats show; of several, each remark with the number of runs that it is of."""
+    counts = Counter(text for run in runs for text in dict.fromkeys(_of_run(run)))
+    return [f"{text} (in {count} of {len(runs)} runs)" if len(runs) > 1 else text for text, count in counts.items()]
 
 
 def _of_run(run: Run) -> Iterator[str]:
@@ -47,33 +35,32 @@ def _of_run(run: Run) -> Iterator[str]:
     if times is not None:
         left_out = {**times.excluded, NO_TIME: len(run.steps) - times.steps}
         if any(left_out.values()):
-            texts = (f"{number} ({reason})" for reason, number in left_out.items() if number)
-            yield f"steps left out: {', '.join(texts)}"
-        noise = 2 * times.mean.margin / times.mean_s if times.mean else 1.0
-        if abs(times.drift) > max(_DRIFT, noise):
-            yield f"steps became {abs(times.drift):.1%} {'slower' if times.drift > 0 else 'faster'} during the run"
-    slow = [rank for rank in run.ranks if rank.straggler]
-    for rank in slow[:_SHOWN_FAULTS]:
+            numbers = (f"{number} ({reason})" for reason, number in left_out.items() if number)
+            yield f"steps left out: {', '.join(numbers)}"
+    texts = []
+    for rank in (rank for rank in run.ranks if rank.straggler):
         by = "" if rank.slower is None else f", {rank.slower:.0%} slower than the others"
-        yield f"straggling {unit_name(run)}: rank {rank.rank} ({rank.measure}{by})"
-    if len(slow) > _SHOWN_FAULTS:
-        yield f"and {len(slow) - _SHOWN_FAULTS} more stragglers"
+        texts.append(f"straggling {unit_name(run)}: rank {rank.rank} ({rank.measure}{by})")
+    yield from _first(texts, "stragglers")
     yield from throttling(run)
 
 
-def throttling(run: Run) -> Iterator[str]:
-    """Yield what held clocks back, by the driver, the worst first."""
-    devices = sorted(
-        (-max(device.held_back.values()), device.rank, device) for device in run.devices if device.held_back
-    )
-    for _, rank, device in devices[:_SHOWN_FAULTS]:
-        texts = [
+def throttling(run: Run) -> list[str]:
+    """Return what held clocks back, by the driver, the worst first."""
+    texts = []
+    for device in sorted(run.devices, key=lambda device: -max(device.held_back.values(), default=0)):
+        reasons = [
             f"{reason.replace('_', ' ')} in {share:.0%} of its steps" for reason, share in device.held_back.items()
         ]
         host = f" on {device.host}" if device.host else ""
-        yield f"clocks of rank {rank}'s GPU{host} held back: {', '.join(texts)}"
-    if len(devices) > _SHOWN_FAULTS:
-        yield f"and of {len(devices) - _SHOWN_FAULTS} more ranks' GPUs"
+        if reasons:
+            texts.append(f"clocks of rank {device.rank}'s GPU{host} held back: {', '.join(reasons)}")
+    return _first(texts, "ranks' GPUs")
+
+
+def _first(texts: list[str], what: str) -> list[str]:
+    more = len(texts) - _SHOWN_FAULTS
+    return [*texts[:_SHOWN_FAULTS], f"and {more} more {what}"] if more > 0 else texts
 
 
 def invalid(run: Run, numbers: Numbers | None) -> str | None:

@@ -95,7 +95,6 @@ class StepTimes:
     warmup_steps: int  # leading ones left out
     unsteady_steps: int  # leading ones slower than the rest; as many as warmup_steps, unless too many for a warm-up
     excluded: dict[str, int]  # others left out: reason -> number of steps
-    drift: float  # mean of the second half over that of the first, less 1: 0.02 is a run that became 2% slower
     mean: Mean | None  # with its error, by batches of steps; None of a single step
 
     @property
@@ -161,7 +160,6 @@ def step_times(steps: Steps) -> StepTimes | None:
         return None
     twentieths = statistics.quantiles(counted, n=20, method="inclusive") if len(counted) > 1 else counted
     reasons = [why for _, why in timed if why]
-    half = len(counted) // 2
     return StepTimes(
         last_s=[time for time, why in timed if why != OTHER_BATCH][-1],
         median_s=statistics.median(counted),
@@ -172,7 +170,6 @@ def step_times(steps: Steps) -> StepTimes | None:
         warmup_steps=reasons.count(WARM_UP),
         unsteady_steps=unsteady_steps,
         excluded={why: reasons.count(why) for why in sorted({*reasons} - {WARM_UP})},
-        drift=statistics.fmean(counted[half:]) / statistics.fmean(counted[:half]) - 1 if half else 0.0,
         mean=mean_of_steps(counted),
     )
 

@@ -146,8 +146,8 @@ def summary_rows(run: Run) -> Iterator[tuple[str, str, str]]:
             causal = f"causal convention: {significant(n.tflops_per_gpu_causal)}"
             yield f"TFLOP/s a {unit}", significant(n.tflops_per_gpu), causal
         if n.mfu is not None:
-            yield "MFU", percent(n.mfu), f"causal convention: {percent(n.mfu_causal)}"
-            yield "  of a peak of", f"{significant(n.peak_tflops)} TFLOP/s", n.peak_source or ""
+            peak = f"of {significant(n.peak_tflops)} TFLOP/s ({n.peak_source})"
+            yield "MFU", percent(n.mfu), f"{peak}; causal convention: {percent(n.mfu_causal)}"
         yield f"days to {tokens_text(n.total_tokens)} tokens", f"{n.days_to_train:,.2f}", "at this throughput"
     if run.peak_memory_gib is not None:
         yield "peak memory (GiB)", f"{run.peak_memory_gib:.1f}", f"of one {unit}"

@@ -214,11 +214,8 @@ def test_no_valid_run_is_no_success_where_nothing_is_published_either(tmp_path: 
 
 
 def test_remarks_are_said_once_for_all_repeats(tmp_path: Path) -> None:
-    for name, drift in (("a", 1.03), ("b", 1.04), ("c", 1.0)):
-        lines = log_text([11.0] * 25 + [11.0 * drift] * 25).splitlines(keepends=True)
+    for name, step_time_s in (("a", 11.0), ("b", 11.1), ("c", 11.2)):
+        lines = log_text([step_time_s] * 50).splitlines(keepends=True)
         write(tmp_path, "".join(lines[:20]) + "Saving checkpoint\n" + "".join(lines[20:]), name=name)
     (point,) = build_report([tmp_path], given=H100).points
-    assert point.verdict.remarks[:2] == (
-        "steps left out: 1 (checkpoint) (in 3 of 3 runs)",
-        "steps became 3.0% slower during the run (in 2 of 3 runs; numbers of the first)",
-    )
+    assert point.verdict.remarks[0] == "steps left out: 1 (checkpoint) (in 3 of 3 runs)"

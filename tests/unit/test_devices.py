@@ -88,8 +88,8 @@ def test_throttling_is_blamed_and_the_power_cap_is_not(run_dir: Path) -> None:
     ]
     write_ranks(run_dir, [rank(number, *hot) for number in range(8)])
     faults = [*throttling(load_run(run_dir))]
-    assert len(faults) == 6 and faults[-1] == "and of 3 more ranks' GPUs"
-    assert "and of 3 more ranks' GPUs" in build_report([run_dir]).points[0].verdict.remarks
+    assert len(faults) == 6 and faults[-1] == "and 3 more ranks' GPUs"
+    assert "and 3 more ranks' GPUs" in build_report([run_dir]).points[0].verdict.remarks
 
 
 def test_the_summary_shows_power_clocks_and_throttling(run_dir: Path) -> None:

@@ -68,7 +68,6 @@ def test_mean_and_quantiles_tell_what_the_median_alone_hides() -> None:
     result = measured([60.0 if i % 10 == 9 else 11.0 for i in range(50)])
     assert (result.median_s, result.p5_s, result.p95_s, result.last_s) == (11.0, 11.0, 60.0, 60.0)
     assert result.mean_s == pytest.approx(15.9)
-    assert measured([1.0] * 20 + [1.1] * 20).drift == pytest.approx(0.1)
 
 
 @settings(deadline=None)
