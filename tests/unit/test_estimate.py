@@ -67,6 +67,9 @@ def test_no_pass_starts_before_its_input_or_while_its_stage_works() -> None:
         ("scale=128gpu", "precision=fp8"),
         ("scale=2048gpu", "precision=fp8", "precision.fp8_recipe=tensorwise"),
         ("scale=8gpu", "model=8b"),
+        ("experiment=dgxc_26_06/llama31_70b_fp8_h100", "scale=1024gpu"),
+        ("experiment=dgxc_26_06/llama31_405b_fp8_h100",),
+        ("experiment=dgxc_26_06/llama31_8b_fp8_h100",),
         ("scale=576gpu", "model=405b", "model.defer_embedding_wgrad_compute=true"),
         ("scale=1gpu", "model=70b_slice", "gpu=h200", "cluster.tp_comm_overlap=false"),
         (
