@@ -7,19 +7,12 @@ explains nothing. What neither explains stands at the end.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from nemo_bench.config import typed
-from nemo_bench.errors import BenchError
-from nemo_bench.estimate.step import Estimate, estimate_of
+from nemo_bench.estimate.step import Estimate
 from nemo_bench.report.kernel_classes import ATTENTION, COMMUNICATION, GEMM, OPTIMIZER, OTHER_COMMUNICATION
-from nemo_bench.report.model import Point, Run
+from nemo_bench.report.model import Attribution, Point, Run, Term
 from nemo_bench.report.profile import StepProfile
 from nemo_bench.report.remarks import throttling
 
@@ -32,53 +25,6 @@ _COMMUNICATION = (
     *("gradient reduction", "parameter gathering", OTHER_COMMUNICATION),
 )
 NO_EVIDENCE = "no evidence"
-
-
-@dataclass(frozen=True)
-class Term:
-    """A part of a step; None: not known."""
-
-    name: str  # of the estimate's terms, several where the evidence cannot tell them apart
-    expected_s: float | None
-    measured_s: float | None
-    evidence: str  # what `measured_s` rests on, or that there is none
-
-    @property
-    def difference_s(self) -> float | None:
-        known = self.expected_s is not None and self.measured_s is not None
-        return (self.measured_s or 0) - (self.expected_s or 0) if known else None
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """The way from an expected step time to the measured one."""
-
-    point: str  # `Point.name`
-    source: str  # of what was expected: "estimate", or the baseline's point
-    expected_s: float
-    measured_s: float
-    terms: tuple[Term, ...]
-    unexplained_s: float  # the measured time, less the expected one and all known differences
-    findings: tuple[str, ...]  # what ranks, clocks and the machine's check say beside it
-    published_s: float | None = None
-
-    @property
-    def summary(self) -> str:
-        """The way in a line: the largest differences first."""
-        known = [(term.difference_s, term.name) for term in self.terms if term.difference_s is not None]
-        parts = [f"{name} {1e3 * difference:+,.0f} ms" for difference, name in sorted(known, key=lambda k: -abs(k[0]))]
-        rest = f"unexplained {1e3 * self.unexplained_s:+,.0f} ms ({abs(self.unexplained_s) / self.measured_s:.1%})"
-        head = f"{self.measured_s / self.expected_s - 1:+.1%} on {self.expected_s:.4g} s"
-        return f"{head}: {', '.join([*parts[:4], rest])}"
-
-
-def estimate_of_run(run: Run) -> Estimate | None:
-    """Return what a run should take; None where its GPU's rates or its configuration are not known."""
-    if run.record.config is None or run.numbers is None:
-        return None
-    with contextlib.suppress(BenchError, OmegaConfBaseException):
-        return estimate_of(typed(OmegaConf.create(run.record.config)))
-    return None
 
 
 def from_estimate(point: Point, runs: Sequence[Run], estimate: Estimate | None) -> Attribution | None:

@@ -85,7 +85,7 @@ def build_report(
     )
 
 
-def _ways(group: points.Group, old: points.Group | None) -> Iterator[attribution.Attribution | None]:
+def _ways(group: points.Group, old: points.Group | None) -> Iterator[model.Attribution | None]:
     """Yield where a measured point's seconds went, from its estimate and from its baseline."""
     yield attribution.from_estimate(group.point, group.final, group.estimate)
     if old:

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Any
 
-from nemo_bench.report.attribution import Attribution
-from nemo_bench.report.model import Run, ScalingCurve
+from nemo_bench.report.model import Attribution, Run, ScalingCurve
 
 Figure = dict[str, Any]
 

@@ -17,7 +17,6 @@ from nemo_bench.report.profile import StepProfile
 from nemo_bench.report.statistics import Mean, Steps, StepTimes
 
 if TYPE_CHECKING:
-    from nemo_bench.report.attribution import Attribution
     from nemo_bench.report.references import Reference, ReferencePoint
 
 SCHEMA_VERSION = 4  # rises when a field changes its meaning or goes away
@@ -297,6 +296,44 @@ class Comparison:
     regression: bool  # slower than the noise explains, and by more than the tolerance
     why: str  # the verdict in a sentence, with how the noise was estimated
     changes: dict[str, tuple[Change, ...]]  # what changed, by kind: configuration, packages, environment, hardware
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of a step; None: not known."""
+
+    name: str  # of the estimate's terms, several where the evidence cannot tell them apart
+    expected_s: float | None
+    measured_s: float | None
+    evidence: str  # what `measured_s` rests on, or that there is none
+
+    @property
+    def difference_s(self) -> float | None:
+        known = self.expected_s is not None and self.measured_s is not None
+        return (self.measured_s or 0) - (self.expected_s or 0) if known else None
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The way from an expected step time to the measured one."""
+
+    point: str  # `Point.name`
+    source: str  # of what was expected: "estimate", or the baseline's point
+    expected_s: float
+    measured_s: float
+    terms: tuple[Term, ...]
+    unexplained_s: float  # the measured time, less the expected one and all known differences
+    findings: tuple[str, ...]  # what ranks, clocks and the machine's check say beside it
+    published_s: float | None = None
+
+    @property
+    def summary(self) -> str:
+        """The way in a line: the largest differences first."""
+        known = [(term.difference_s, term.name) for term in self.terms if term.difference_s is not None]
+        parts = [f"{name} {1e3 * difference:+,.0f} ms" for difference, name in sorted(known, key=lambda k: -abs(k[0]))]
+        rest = f"unexplained {1e3 * self.unexplained_s:+,.0f} ms ({abs(self.unexplained_s) / self.measured_s:.1%})"
+        head = f"{self.measured_s / self.expected_s - 1:+.1%} on {self.expected_s:.4g} s"
+        return f"{head}: {', '.join([*parts[:4], rest])}"
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from nemo_bench.estimate.step import Estimate
-from nemo_bench.report import attribution, verdict
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_bench.config import typed
+from nemo_bench.errors import BenchError
+from nemo_bench.estimate.step import Estimate, estimate_of
+from nemo_bench.report import verdict
 from nemo_bench.report.model import BESIDE_PERFORMANCE, Identity, Point, Run, ScalingCurve, flatten
 from nemo_bench.report.numbers import numbers_at
 from nemo_bench.report.references import Reference
@@ -49,7 +55,7 @@ def gather(runs: Sequence[Run], references: Sequence[Reference], tolerance: floa
         taken[name] += 1
         final = [run for run in members if run.numbers is not None]
         run = (final or members)[0]
-        estimate = attribution.estimate_of_run(run)
+        estimate = _estimate(run)
         point = Point(
             name=name if taken[name] == 1 else f"{name} #{taken[name]}",
             runs=tuple(member.name for member in members),
@@ -61,6 +67,15 @@ def gather(runs: Sequence[Run], references: Sequence[Reference], tolerance: floa
         )
         point = replace(point, verdict=verdict.judge(point, members, references, tolerance))
         yield Group(point, run, tuple(final), estimate)
+
+
+def _estimate(run: Run) -> Estimate | None:
+    """Return what a run should take; None where its GPU's rates or its configuration are not known."""
+    if run.record.config is None or run.numbers is None:
+        return None
+    with contextlib.suppress(BenchError, OmegaConfBaseException):
+        return estimate_of(typed(OmegaConf.create(run.record.config)))
+    return None
 
 
 def _results(final: Sequence[Run]) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nemo_bench.report import model
-from nemo_bench.report.attribution import Attribution
-from nemo_bench.report.model import Change, Comparison, Point, Report, Run, bubble_of
+from nemo_bench.report.model import Attribution, Change, Comparison, Point, Report, Run, bubble_of
 from nemo_bench.report.numbers import tokens_text
 
 NONE = "\u2013"  # a dash: not known, or does not apply

@@ -13,9 +13,9 @@ import pytest
 from nemo_bench.files import write_json
 from nemo_bench.report import page
 from nemo_bench.report import profile as step_profile
-from nemo_bench.report.attribution import NO_EVIDENCE, Attribution, Term
+from nemo_bench.report.attribution import NO_EVIDENCE
 from nemo_bench.report.build import build_report
-from nemo_bench.report.model import to_json
+from nemo_bench.report.model import Attribution, Term, to_json
 from nemo_bench.report.tables import markdown
 
 from ..traces import ADAM, ADD, ALL_GATHER, COPY, GEMM, Event, kernel, launched, mark, write
