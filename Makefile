@@ -45,9 +45,16 @@ build/bridge/.complete: Makefile
 		megatron-bridge==0.3.0 megatron-core==0.16.0 six==1.17.0
 	touch $@
 
-# PYTHON312=/path/to/python, with torch, for Bridge 0.4 and later.
-test-stacks: $(STAMP)
-	PYTHON=$(BIN)/python tests/stacks.sh build/stacks
+# PYTHON312=/path/to/python3.12 for Bridge 0.4 and later: its torch takes 5 GB.
+test-stacks: $(STAMP) $(if $(PYTHON312),build/python312/.complete)
+	PYTHON=$(BIN)/python $(if $(PYTHON312),PYTHON312=build/python312/bin/python) tests/stacks.sh build/stacks
+
+build/python312/.complete: Makefile pyproject.toml constraints.txt
+	$(PYTHON312) -m venv build/python312
+	build/python312/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	build/python312/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
+		transformers peft accelerate datasets einops tensorboard wandb nvidia-modelopt nvidia-resiliency-ext
+	touch $@
 
 # What a login node needs: no torch, no NeMo. A test checks points, prepares data and reports with it.
 light: build/light/.complete
