@@ -12,7 +12,6 @@ app = cli.Application(EstimateConfig)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="estimate")
 def main(cfg: DictConfig) -> None:
-    # Imported here: composing and printing a configuration needs none of it.
     from nemo_bench.planning.command import run_estimate
 
     app.guard(run_estimate, cfg)

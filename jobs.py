@@ -1,4 +1,12 @@
-"""Lists the jobs submitted to Slurm, shows a log, cancels, resubmits (`--help`)."""
+"""Jobs submitted to Slurm. Commands:
+
+list      all submitted runs: state, step reached, step time (the default)
+follow    the active ones, or these, until they end
+log       why a job failed, and the end of its logs
+show      a run's numbers; --path: a job's folder
+cancel    these jobs
+resubmit  these jobs, or all failed ones, with the configuration they had
+"""
 
 import nemo_bench.startup  # noqa: F401  # isort: skip  (first)
 import argparse
@@ -10,26 +18,23 @@ from nemo_bench.errors import BenchError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = ("list", "follow", "log", "show", "cancel", "resubmit")
+    parser.add_argument("command", nargs="?", choices=commands, default="list")
+    parser.add_argument("job", nargs="*")
+    parser.add_argument("--path", action="store_true")
     parser.add_argument("--stage", type=Path, default=default_stage_path(), help="stage folder (STAGE_PATH)")
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    commands.add_parser("list", help="all submitted runs: state, step reached, step time (the default)")
-    commands.add_parser("follow", help="the active ones, until they end").add_argument("job", nargs="*")
-    commands.add_parser("log", help="why a job failed, and the end of its logs").add_argument("job", nargs=1)
-    show = commands.add_parser("show", help="a run's numbers; --path: a job's folder")
-    show.add_argument("job", nargs=1)
-    show.add_argument("--path", action="store_true")
-    commands.add_parser("cancel", help="these jobs").add_argument("job", nargs="+")
-    resubmit_help = "these jobs, or all failed ones, with the configuration they had"
-    commands.add_parser("resubmit", help=resubmit_help).add_argument("job", nargs="*")
-    arguments = parser.parse_args()
-    ids = getattr(arguments, "job", [])
-    run("path" if getattr(arguments, "path", False) else arguments.command, arguments.stage.absolute(), ids)
+    arguments = parser.parse_intermixed_args()
+    command, ids = arguments.command, arguments.job
+    if (command in ("log", "show") and len(ids) != 1) or (command == "cancel" and not ids):
+        parser.error(f"{command} takes the id of a job")
+    run("path" if arguments.path else command, arguments.stage.absolute(), ids)
 
 
 def run(command: str, stage: Path, ids: list[str]) -> None:
     from nemo_bench.cluster import jobs
     from nemo_bench.launch.diagnosis import failure_text
+    from nemo_bench.launch.submission import resubmit
     from nemo_bench.report.runs import load_run
     from nemo_bench.report.terminal import make_console, print_summary
 
@@ -38,21 +43,15 @@ def run(command: str, stage: Path, ids: list[str]) -> None:
     console, submitted = make_console(), jobs.submitted(stage)
     chosen = [jobs.find(submitted, job_id, stage) for job_id in ids]
     if command == "log":
-        (job,) = chosen
-        failed = job.is_run and not job.active and job.state != "COMPLETED"
-        failure = failure_text(job.folder) if failed else ""
-        print("\n\n".join(filter(None, [failure, job.log_text()])))
+        failed = chosen[0].is_run and not chosen[0].active and chosen[0].state != "COMPLETED"
+        failure = failure_text(chosen[0].folder) if failed else ""
+        print("\n\n".join(filter(None, [failure, chosen[0].log_text()])))
     elif command == "path":
-        print(chosen[0].folder)
-    elif command == "show":
-        (job,) = chosen
-        if job.is_run and job.progress.steps:
-            print_summary(console, load_run(job.folder))
-        else:
-            console.print(jobs.table(chosen))
+        print(*[job.folder for job in chosen], sep="\n")
+    elif command == "show" and chosen[0].is_run and chosen[0].progress.steps:
+        print_summary(console, load_run(chosen[0].folder))
     elif command == "cancel":
-        cancelled = jobs.cancel(chosen)
-        print(f"cancelled: {' '.join(cancelled) or 'none: they had ended'}")
+        print(f"cancelled: {' '.join(jobs.cancel(chosen)) or 'none: they had ended'}")
     elif command == "follow":
         jobs.follow(console, chosen or [job for job in submitted if job.active], failure_text)
     elif not submitted:
@@ -60,26 +59,7 @@ def run(command: str, stage: Path, ids: list[str]) -> None:
     elif command == "resubmit":
         resubmit(stage, ids)
     else:
-        console.print(jobs.table(submitted))
-
-
-def resubmit(stage: Path, ids: list[str]) -> None:
-    """Submit these jobs again, or all that failed; of two such commands at once the second finds nothing to do."""
-    from nemo_bench.cluster import jobs
-    from nemo_bench.cluster.job import FAILURES
-    from nemo_bench.files import locked
-    from nemo_bench.launch import submission
-
-    with locked(stage / ".resubmit.lock", "resubmits jobs", print):
-        submitted = jobs.submitted(stage)
-        # What was cancelled was meant to end.
-        failed = [job for job in submitted if job.is_run and job.state in FAILURES]
-        chosen = [jobs.find(submitted, job_id, stage) for job_id in ids] if ids else failed
-        again = [job for job in chosen if "resubmitted_as" not in job.content]
-        for job in again:
-            print(f"job {submission.resubmit(job).job_id}: {job.folder.name} again")
-    if not again:
-        print("no job to resubmit: none has failed that was not submitted again")
+        console.print(jobs.table(chosen or submitted))
 
 
 if __name__ == "__main__":

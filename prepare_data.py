@@ -12,7 +12,6 @@ app = cli.Application(PreparationConfig)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
-    # Imported here: composing and printing a configuration needs none of it.
     from nemo_bench.data.prepare import run_preparation
 
     app.guard(run_preparation, cfg)

@@ -14,7 +14,6 @@ app = cli.Application(ReportConfig)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="report")
 def main(cfg: DictConfig) -> None:
-    # Imported here: composing and printing a configuration needs none of it.
     from nemo_bench.report.command import run_report
 
     app.guard(run_report, cfg)

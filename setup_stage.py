@@ -12,7 +12,6 @@ app = cli.Application(StageConfig)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="setup_stage")
 def main(cfg: DictConfig) -> None:
-    # Imported here: composing and printing a configuration needs none of it.
     from nemo_bench.stage.command import run_stage
 
     app.guard(run_stage, cfg)

@@ -15,8 +15,7 @@ app = cli.Application(TrainConfig)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    # Imported here: composing and printing a configuration needs none of it.
-    from nemo_bench.launch.allocation import start_point
+    from nemo_bench.launch.submission import start_point
 
     app.guard(start_point, cfg)
 

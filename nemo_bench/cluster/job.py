@@ -26,8 +26,8 @@ _SLURMS_WORDS = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTI
 class Job(SlurmJob[None]):
     """One submitted job as it stood when `done()` was last called.
 
-    submitit's own registers with Slurm's books, cancels and waits. Its executor is not used: it runs sbatch without a
-    time limit, cannot tell a refusal from no answer, and forgets the id when its last file cannot be written.
+    submitit's executor is not used: it runs sbatch without a time limit, cannot tell a refusal from no answer, and
+    forgets the id when its last file cannot be written.
     """
 
     watcher = slurm.Books()
@@ -88,16 +88,15 @@ class Job(SlurmJob[None]):
 
     def _is_ours(self, info: Mapping[str, str]) -> bool:
         """Return whether Slurm speaks of this job: ids start over when a controller is installed anew."""
-        if info.get("JobName") != self.name:
-            return False
         try:
             slurm_time = datetime.fromisoformat(info["Submit"]).astimezone()
             our_time = datetime.fromisoformat(self.content["submitted_at"].replace("Z", "+00:00"))
         except (KeyError, ValueError):
-            return True
+            return info.get("JobName") == self.name
         later_s = (slurm_time - our_time).total_seconds()
         # By Slurm's account a requeued job was submitted when it was requeued.
-        return later_s > -CLOCKS_S and (later_s < CLOCKS_S or self.content.get("requeue", True))
+        in_time = later_s > -CLOCKS_S and (later_s < CLOCKS_S or self.content.get("requeue", True))
+        return in_time and info.get("JobName") == self.name
 
     def _read_record(self) -> None:
         run = RunFolder(self.folder)
@@ -122,6 +121,8 @@ class Job(SlurmJob[None]):
 
 def _left_state(end: Status | None) -> str:
     """Return Slurm's word for what a job has left."""
-    if end is None or end.exit_code is not None:
-        return slurm.UNKNOWN if end is None else "FAILED" if end.exit_code else "COMPLETED"
+    if end is None:
+        return slurm.UNKNOWN
+    if end.exit_code is not None:
+        return "FAILED" if end.exit_code else "COMPLETED"
     return next((state for words, state in _SLURMS_WORDS.items() if words in str(end.reason)), "CANCELLED")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
@@ -11,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from nemo_bench.cli import quoted_path
@@ -35,7 +35,6 @@ from nemo_bench.report.terminal import print_summary
 
 FOLDERS = ("results/*/*/*/*/*", "results.data_preparation/*/*", "results.stage_setup/*")
 TICK_S = 1.0
-SHOWN_IDS = 12
 
 
 def require_slurm(cluster: ClusterConfig) -> None:
@@ -46,18 +45,16 @@ def require_slurm(cluster: ClusterConfig) -> None:
 def check_command(cfg: Any) -> None:
     """Raise BenchError if the configuration of a command, not of a run, asks Slurm for what it cannot give."""
     require_slurm(cfg.cluster)
-    need = Need(cfg)
-    slurm_rules(cfg, need)
+    slurm_rules(cfg, need := Need(cfg))
     if need.problems:
         raise ConfigurationRefused(need.problems)
 
 
 def require_sbatch() -> None:
     if shutil.which("sbatch") is None:
-        raise BenchError(
-            "sbatch is not on this machine: submit from a login node of the cluster.\n"
-            "launch=dry prints the scripts; without hydra/launcher=... (train.py: and with scale=local) it is done here"
-        )
+        others = "without hydra/launcher=... (train.py: and with scale=local) it is done here"
+        login = "sbatch is not on this machine: submit from a login node of the cluster."
+        raise BenchError(f"{login}\nlaunch=dry prints the scripts; {others}")
 
 
 def show(script: str, *files: str) -> bool:
@@ -76,10 +73,10 @@ def repeated_command(script: str, overrides: list[str], stage: str, *more: str) 
     Slurm runs it in our working folder, where relative paths mean the same.
     """
     # These concern the submission alone, or are given as this process sees them.
-    dropped = ("cluster", "launch", "stage_path", "wait")
-    kept = [text for text in overrides if text.lstrip("+").partition("=")[0].partition(".")[0] not in dropped]
-    arguments = ["cluster=local", *kept, *more, f"stage_path={quoted_path(stage)}"]
-    return [sys.executable, "-u", str(PROJECT / script), *arguments]
+    dropped = re.compile(r"\+*(cluster|launch|stage_path|wait)\b")
+    kept = [text for text in overrides if not dropped.match(text)]
+    stage_path = f"stage_path={quoted_path(stage)}"
+    return [sys.executable, "-u", str(PROJECT / script), "cluster=local", *kept, *more, stage_path]
 
 
 def submit_command(script: str, folder: Path, **details: Any) -> Job:
@@ -106,22 +103,18 @@ def submit(script: str, folder: Path, **details: Any) -> Job:
     Raises slurm.Refused, with no `job.json` left; or BenchError, where the job may have been submitted.
     """
     (quoted_name,) = re.findall(r"^#SBATCH --job-name=(.*)$", script, re.MULTILINE)
-    (name,) = shlex.split(quoted_name)
-    content = {"id": None, "cluster": slurm.cluster_name(), "name": name, "submitted_at": record.timestamp()}
-    content |= {"command": shlex.join(["python", *sys.argv]), **details}
-    write_json(folder / record.JOB, content)
+    job = _recorded(folder, None, shlex.split(quoted_name)[0], details)
     try:
-        content["id"] = slurm.submit(script, folder, name)
-        write_json(folder / record.JOB, content)
+        job_id = slurm.submit(script, folder, job.name)
     except slurm.Refused:
         (folder / record.JOB).unlink()
         raise
+    try:
+        write_json(folder / record.JOB, {**job.content, "id": job_id})
     except OSError as error:
-        if content["id"] is None:
-            raise
-        message = f"job {content['id']} was submitted, then: {error}\n`scancel {content['id']}` takes it back"
+        message = f"job {job_id} was submitted, then: {error}\n`scancel {job_id}` takes it back"
         raise BenchError(message) from None
-    job = Job(folder, content)
+    job = Job(folder, {**job.content, "id": job_id})
     job.state = "PENDING"
     return job
 
@@ -129,12 +122,12 @@ def submit(script: str, folder: Path, **details: Any) -> Job:
 def adopt(script: str, folder: Path, **details: Any) -> Job:
     """Keep a batch script in `folder` as one that runs in the job that this process is part of."""
     write_text(folder / slurm.SCRIPT, script)
-    names = {
-        "id": os.environ["SLURM_JOB_ID"],
-        "name": os.environ.get("SLURM_JOB_NAME"),
-        "cluster": slurm.cluster_name(),
-    }
-    content = {**names, "submitted_at": record.timestamp(), "command": shlex.join(["python", *sys.argv]), **details}
+    return _recorded(folder, os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_JOB_NAME"), details)
+
+
+def _recorded(folder: Path, job_id: str | None, name: str | None, details: dict[str, Any]) -> Job:
+    content = {"id": job_id, "cluster": slurm.cluster_name(), "name": name, "submitted_at": record.timestamp()}
+    content |= {"command": shlex.join(["python", *sys.argv]), **details}
     write_json(folder / record.JOB, content)
     return Job(folder, content)
 
@@ -165,7 +158,7 @@ def _content(folder: Path) -> dict[str, Any]:
         content["id"] = slurm.find(folder, str(content.get("name")))
         if content["id"] is None:
             return {**content, "problem": "its submission was interrupted, and Slurm knows no job of this folder"}
-        with contextlib.suppress(OSError):  # another user's
+        with suppress(OSError):  # another user's
             write_json(folder / record.JOB, content)
     return content
 
@@ -175,11 +168,9 @@ def find(jobs: Sequence[Job], job_id: str, stage: Path) -> Job:
     for job in reversed(jobs):
         if job.job_id == job_id:
             return job
-    last = ", ".join(job.job_id for job in jobs[-SHOWN_IDS:]) or "none"
-    raise BenchError(
-        f"no job {job_id} was submitted from {stage}; the last ones: {last}\n"
-        "--stage (or STAGE_PATH) names another stage folder"
-    )
+    last = ", ".join(job.job_id for job in jobs[-12:]) or "none"
+    hint = "--stage (or STAGE_PATH) names another stage folder"
+    raise BenchError(f"no job {job_id} was submitted from {stage}; the last ones: {last}\n{hint}")
 
 
 def cancel(jobs: Iterable[Job]) -> list[str]:
@@ -195,13 +186,11 @@ def cancel(jobs: Iterable[Job]) -> list[str]:
 
 def table(jobs: Sequence[Job]) -> Group:
     """Return the listing: a table, then for each job its folder, and what there is to say of it."""
-    listing = Table(box=box.SIMPLE_HEAD)
-    for name in ("job", "state"):
-        listing.add_column(name, no_wrap=True)
-    listing.add_column("point or command", overflow="fold")
     results = ("TFLOP/s", "MFU", "verdict") if any(job.is_run and job.state == "COMPLETED" for job in jobs) else ()
-    for name in ("step", "step time (s)", "ETA", *results):
-        listing.add_column(name, justify="right", no_wrap=name != "verdict")
+    columns = [Column("job", no_wrap=True), Column("state", no_wrap=True), Column("point or command", overflow="fold")]
+    for name in ("step", "step time (s)", *results):
+        columns.append(Column(name, justify="right", no_wrap=name != "verdict"))
+    listing = Table(*columns, box=box.SIMPLE_HEAD)
     above = Path(os.path.commonpath([job.folder.parent for job in jobs]))
     notes = [] if Job.watcher.answered else ["Slurm does not answer: the states are what the jobs have left"]
     notes.append(f"folders, in {above}:")
@@ -214,18 +203,15 @@ def table(jobs: Sequence[Job]) -> Group:
 
 
 def _cells(job: Job) -> list[str]:
+    cells = [job.job_id, job.state, job.what]
     if not job.is_run:
-        return [job.job_id, job.state, job.what]
-    steps, step_time_s = job.progress.steps, job.progress.step_time_s
-    cells = [job.job_id, job.state, job.what, f"{steps}/{job.max_steps}"]
-    if job.state == "COMPLETED":
-        step_time, *result = _result(job)
-        return [*cells, step_time, "", *result]
-    if step_time_s is not None:
-        left_s = int((job.max_steps - steps) * step_time_s)
-        eta = f"{left_s // 60}:{left_s % 60:02d}" if job.active and not job.reason else ""
-        cells += [f"{step_time_s:.4g}", eta]
-    return cells
+        return cells
+    cells.append(f"{job.progress.steps}/{job.max_steps}")
+    return [*cells, *(_result(job) if job.state == "COMPLETED" else [_step_time(job)])]
+
+
+def _step_time(job: Job) -> str:
+    return f"{job.progress.step_time_s:.4g}" if job.progress.step_time_s else ""
 
 
 def _result(job: Job) -> list[str]:
@@ -234,57 +220,56 @@ def _result(job: Job) -> list[str]:
         try:
             (point,) = build_report([job.folder]).points
         except (BenchError, ValueError):  # its record is damaged, or names no point
-            return [f"{job.progress.step_time_s:.4g}" if job.progress.step_time_s else ""]
+            return [_step_time(job)]
         numbers = point.numbers
         values = (numbers.step_time_s, numbers.tflops_per_gpu, numbers.mfu) if numbers else (None, None, None)
         shown = [f"{value:{form}}" if value is not None else "" for value, form in zip(values, (".4g", ".4g", ".1%"))]
         job.content = {**job.content, "result": [*shown, point.verdict.value]}
-        with contextlib.suppress(OSError):  # another user's
+        with suppress(OSError):  # another user's
             write_json(job.folder / record.JOB, job.content)
     return list(job.content["result"])
-
-
-def wait(jobs: Sequence[Job], tick: Callable[[], None]) -> None:
-    """Wait until all jobs are over, calling `tick` at each look; Ctrl-C leaves them running and raises RunFailed."""
-    try:
-        while not all([job.done() for job in jobs]):
-            tick()
-            time.sleep(TICK_S)
-        tick()
-    except KeyboardInterrupt:
-        ids = " ".join(job.job_id for job in jobs if not job.over)
-        raise RunFailed(f"stopped watching; the jobs go on ({ids}): python jobs.py follow shows them", 130) from None
 
 
 def follow(console: Console, jobs: Sequence[Job], explain: Callable[[Path], str] | None = None) -> None:
     """Show these jobs until all are over, then the numbers of the runs and the logs of the commands.
 
-    Raises RunFailed if a job did not complete, with the words of `explain` about its folder, or on Ctrl-C.
+    Raises RunFailed if a job did not complete, with the words of `explain` about its folder, or on Ctrl-C, which leaves
+    the jobs running.
     """
     if not jobs:
         console.print("no job is active")
         return
-    if console.is_terminal:
-        with Live(console=console, refresh_per_second=2) as live:
-            wait(jobs, lambda: live.update(table(jobs)))
-    else:
-        shown: dict[str, str] = {}
-        wait(jobs, lambda: _print_changes(jobs, shown))
+    shown: dict[str, str] = {}
+    try:
+        with Live(console=console, refresh_per_second=2) if console.is_terminal else nullcontext() as live:
+            while True:
+                over = all([job.done() for job in jobs])
+                if live:
+                    live.update(table(jobs))
+                else:
+                    _print_changes(jobs, shown)
+                if over:
+                    break
+                time.sleep(TICK_S)
+    except KeyboardInterrupt:
+        ids = " ".join(job.job_id for job in jobs if not job.over)
+        raise RunFailed(f"stopped watching; the jobs go on ({ids}): python jobs.py follow shows them", 130) from None
     for job in jobs:
         if not job.is_run:
             print(job.log_text())
         elif job.state == "COMPLETED":
             print_summary(console, load_run(job.folder))
     failed = [job for job in jobs if job.state != "COMPLETED"]
-    if failed:
-        lines = [f"{len(failed)} of {len(jobs)} jobs did not complete:"]
-        for job in failed:
-            lines.append(f"  job {job.job_id} ({job.what}): {job.state}: {job.reason or 'see its log'}")
-            if explain is not None and job.is_run:
-                lines += [f"    {line}" for line in explain(job.folder).splitlines()]
-        lines += ["python jobs.py log JOB shows more"]
-        raise RunFailed("\n".join(lines), 1 if failed[0].is_run else failed[0].exit_code or 1)
-    print(f"all {len(jobs)} jobs completed")
+    if not failed:
+        print(f"all {len(jobs)} jobs completed")
+        return
+    lines = [f"{len(failed)} of {len(jobs)} jobs did not complete:"]
+    for job in failed:
+        lines.append(f"  job {job.job_id} ({job.what}): {job.state}: {job.reason or 'see its log'}")
+        if explain is not None and job.is_run:
+            lines += [f"    {line}" for line in explain(job.folder).splitlines()]
+    lines += ["python jobs.py log JOB shows more"]
+    raise RunFailed("\n".join(lines), 1 if failed[0].is_run else failed[0].exit_code or 1)
 
 
 def _print_changes(jobs: Sequence[Job], shown: dict[str, str]) -> None:

@@ -1,7 +1,6 @@
-"""Run single ranks of a run under NVIDIA Nsight Systems.
+"""Run single ranks of a run under NVIDIA Nsight Systems: such a rank replaces itself with `nsys profile <itself>`.
 
-A rank that is to be profiled replaces itself with `nsys profile <itself>`: srun starts one command for all ranks, and
-in a container `nsys` is the container's. It keeps its number, its process group and its open files.
+srun starts one command for all ranks, and in a container `nsys` is the container's.
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ def wrap(profile: ProfileConfig, run_dir: Path, rank: int) -> None:
     if wrapped or profile.kind != "nsys" or rank not in profile.ranks:
         return
     if shutil.which("nsys") is None:
-        raise BenchError(
-            "profile=nsys: there is no `nsys` on PATH where the ranks run (in the container, where there is one)\n"
-            "install NVIDIA Nsight Systems there; profile=torch needs nothing"
-        )
+        where = "on PATH where the ranks run (in the container, where there is one)"
+        raise BenchError(f"profile=nsys: there is no `nsys` {where}\ninstall it there; profile=torch needs nothing")
     (run_dir / PROFILE).mkdir(exist_ok=True)
     # Transformer Engine names its parts for nsys where it is asked to.
     environment = {"NVTE_NVTX_ENABLED": "1", **os.environ, VARIABLE: "1"}

@@ -58,19 +58,16 @@ class ProcessGroup:
 
     def stop(self) -> None:
         """End every rank and every process that a rank started; return when they are gone."""
-        self._signal(signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
-            time.sleep(0.05)
-        # Also after a rank has ended: its data loaders are in its group and may live on.
-        self._signal(signal.SIGKILL)
+        # SIGKILL also after a rank has ended: its data loaders are in its group and may live on.
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            for process in self.processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signum)
+            while time.monotonic() < deadline and None in [process.poll() for process in self.processes]:
+                time.sleep(0.05)
         for process in self.processes:
             process.wait()
-
-    def _signal(self, signum: int) -> None:
-        for process in self.processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signum)
 
 
 @contextmanager

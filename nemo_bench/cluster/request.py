@@ -21,35 +21,30 @@ RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_JOB_ID"),
 )
-# Words for no limit, which 0 means too.
-UNLIMITED = ("INFINITE", "UNLIMITED", "-1")
 
 
 def slurm_rules(cfg: Any, need: Need) -> None:
     """Check what is asked of Slurm by any configuration that has a `cluster`."""
     c = cfg.cluster
     for key, owner, setting in settings(c, "cluster."):
-        value = getattr(owner, setting.name)
-        if isinstance(value, str):
+        if isinstance(value := getattr(owner, setting.name), str):
             one_line = value.strip() and "\n" not in value
             need(one_line, key, "must be one line that is not empty", "use null to leave the option out")
     size = c.mem is None or re.fullmatch(r"\d+([KMGT](i?B)?)?", c.mem, re.IGNORECASE)
     fix = "such as 0 (all of a node's memory), 512G or null"
     need(size, "cluster.mem", "must be a size in sbatch's words", fix)
-    limit = math.inf if c.time is None else _limit_s(c.time)
+    limit_s = math.inf if c.time is None else _limit_s(c.time)
     rule, fix = "must be a time limit in sbatch's words", "such as 90 (minutes), 01:30:00, 2-12 or null"
-    need(limit, "cluster.time", rule, fix)
-    if isinstance(cfg, TrainConfig):
+    need(limit_s, "cluster.time", rule, fix)
+    if limit_s and isinstance(cfg, TrainConfig) and cfg.checkpoint.every_n_steps is not None:
         rule = f"must be less than the time limit, cluster.time={c.time}: the job would only checkpoint and requeue"
-        in_time = not limit or cfg.checkpoint.every_n_steps is None or c.signal_s < limit
-        need(in_time, "cluster.signal_s", rule, "use a longer limit, or signal later")
+        need(c.signal_s < limit_s, "cluster.signal_s", rule, "use a longer limit, or signal later")
     _gpus(cfg, need)
     for name, value in c.additional_parameters.items():
-        option, rule = name.replace("_", "-"), "follows from other settings of the configuration"
+        key, option = f"cluster.additional_parameters.{name}", name.replace("_", "-")
         ours = option in OURS or (option in ("mem-per-cpu", "mem-per-gpu") and c.mem is not None)
-        need(not ours, f"cluster.additional_parameters.{name}", rule, "leave it out")
-        plain = not isinstance(value, (list, dict))
-        need(plain, f"cluster.additional_parameters.{name}", "must be one value", "write it as sbatch reads it")
+        need(not ours, key, "follows from other settings of the configuration", "leave it out")
+        need(not isinstance(value, (list, dict)), key, "must be one value", "write it as sbatch reads it")
     for name, value in c.env.items():
         key, fix = f"cluster.env.{name}", "leave it out"
         need(name.isascii() and name.isidentifier(), key, "is not a variable's name", fix, value=value)
@@ -58,8 +53,8 @@ def slurm_rules(cfg: Any, need: Need) -> None:
 
 
 def _limit_s(time: str) -> float | None:
-    """Return a time limit in sbatch's words in seconds; None if it is not one."""
-    if time.upper() in UNLIMITED:
+    """Return a time limit in sbatch's words in seconds; None if it is not one. 0 means no limit."""
+    if time.upper() in ("INFINITE", "UNLIMITED", "-1"):
         return math.inf
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
@@ -67,8 +62,7 @@ def _limit_s(time: str) -> float | None:
     days, *numbers = (int(number) if number else None for number in match.groups())
     from_hours = days is not None or numbers[-1] is not None  # else minutes, or minutes:seconds
     units_s = (3600, 60, 1) if from_hours else (60, 1)
-    seconds = 86400 * (days or 0) + sum((number or 0) * unit_s for number, unit_s in zip(numbers, units_s))
-    return seconds or math.inf
+    return 86400 * (days or 0) + sum((number or 0) * unit_s for number, unit_s in zip(numbers, units_s)) or math.inf
 
 
 def _gpus(cfg: Any, need: Need) -> None:
@@ -85,8 +79,7 @@ def _gpus(cfg: Any, need: Need) -> None:
         if count and devices > int(count[1]):
             rule = f"ranks on a node, and a node has cluster.gpus_per_node={c.gpus_per_node} GPUs"
             nodes = math.ceil(cfg.world_size / int(count[1]))
-            fix = f"as many GPUs: trainer.devices={count[1]} trainer.num_nodes={nodes}"
-            need(False, "trainer.devices", rule, fix)
+            need(False, "trainer.devices", rule, f"as many: trainer.devices={count[1]} trainer.num_nodes={nodes}")
 
 
 def _paths(cfg: Any, need: Need) -> None:

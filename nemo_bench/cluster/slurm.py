@@ -26,7 +26,9 @@ SCRIPT = "job.sbatch"
 TIMEOUT_S = 30  # of sbatch, squeue, sacct and scontrol
 ASK_EVERY_S = 10
 # sbatch's words for a controller that may have taken the job all the same.
-_NO_ANSWER = re.compile("timed out|Unable to contact|Zero Bytes|Unexpected message|connect failure|reset by peer", re.I)
+_NO_ANSWER = re.compile(
+    "timed out|Unable to contact|Zero Bytes|Unexpected message|connect failure|reset by|configuration source", re.I
+)
 
 
 class Refused(BenchError):
@@ -61,8 +63,7 @@ def batch_script(
         "output": f"{literal(folder)}/slurm-%j.out",
         "open-mode": "append",
         "signal": signal,
-        "requeue": requeue,
-        "no-requeue": not requeue,
+        "requeue" if requeue else "no-requeue": True,
         **{option.replace("_", "-"): value for option, value in c.additional_parameters.items()},
     }
     lines = [
@@ -78,11 +79,8 @@ def batch_script(
 
 
 def command_script(cluster: ClusterConfig, name: str, command: list[str], folder: Path) -> str:
-    """Return the batch script of one command on one node. It must bear being killed and run again: it is requeued.
-
-    There is no srun: a step of one task would be bound to one core.
-    """
-    # What this interpreter needs besides: a project unpacked from a bundle has its packages on the path.
+    """Return the batch script of one command on one node. It must bear being killed and run again: it is requeued."""
+    # No srun: a step of one task would be bound to one core. Its path: a project unpacked from a bundle needs it.
     inherited = cluster.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
     environment = {**cluster.env, "PYTHONPATH": python_path(inherited), "PYTHONUNBUFFERED": "1"}
     return batch_script(cluster, name=name, folder=folder, command=command, environment=environment)
@@ -100,9 +98,10 @@ def test_only(script: str) -> tuple[bool, str]:
     except subprocess.TimeoutExpired:
         return True, f"no answer within {TIMEOUT_S} s"
     words = _scheduler_words(done.stderr)
-    if done.returncode and (_NO_ANSWER.search(words) or "configuration source" in words):
-        return True, f"no answer: {words}"
-    return done.returncode == 0, f"{'REFUSED' if done.returncode else 'accepted'}: {words}"
+    if not done.returncode:
+        return True, f"accepted: {words}"
+    no_answer = bool(_NO_ANSWER.search(words))
+    return no_answer, f"{'no answer' if no_answer else 'REFUSED'}: {words}"
 
 
 def submit(script: str, folder: Path, name: str) -> str:
@@ -116,10 +115,8 @@ def submit(script: str, folder: Path, name: str) -> str:
         done = _run("sbatch", "--parsable", str(path))
         words = _scheduler_words(done.stderr)
         if done.returncode and not _NO_ANSWER.search(words):
-            raise Refused(
-                f"Slurm refused {name}: {words}\n"
-                "it checks cluster.account, cluster.partition, cluster.qos, cluster.time and the number of nodes"
-            )
+            checked = "cluster.account, cluster.partition, cluster.qos, cluster.time and the number of nodes"
+            raise Refused(f"Slurm refused {name}: {words}\nit checks {checked}")
         # A site's own sbatch may print more; a federation adds `;cluster`.
         job_id = (done.stdout.split() or [""])[-1].partition(";")[0]
         if done.returncode == 0 and job_id.isdigit():
@@ -128,10 +125,8 @@ def submit(script: str, folder: Path, name: str) -> str:
         words = f"no answer within {TIMEOUT_S} s"
     if (known := find(folder, name)) is not None:
         return known
-    raise BenchError(
-        f"sbatch did not say whether Slurm took {name}: {words}\n"
-        f"if it did, python jobs.py lists the job; its batch script is {path}"
-    )
+    advice = f"if it did, python jobs.py lists the job; its batch script is {path}"
+    raise BenchError(f"sbatch did not say whether Slurm took {name}: {words}\n{advice}")
 
 
 def find(folder: Path, name: str) -> str | None:

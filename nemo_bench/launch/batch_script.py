@@ -1,7 +1,6 @@
-"""One benchmark point as one Slurm job: the request and the batch script.
+"""One benchmark point as one Slurm job: a script that starts the ranks with srun, to be read and run again by hand.
 
-The script stands whole in the run folder, to be read and to be run again by hand. It starts the ranks with srun; they
-find everything else in the run folder. Nothing is pickled: the interpreter on the nodes (a container's) may differ.
+Nothing is pickled: the interpreter on the nodes (a container's) may differ.
 """
 
 from __future__ import annotations
@@ -56,21 +55,18 @@ def _srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
     ]
     if c.cpus_per_task is not None:
         command.append(f"--cpus-per-task={c.cpus_per_task}")  # srun does not inherit it
-    python = sys.executable
     if c.container is not None:
-        python = c.container.python
         mounts = [f"{path}:{path}" for path in _mounted_paths(cfg)] + list(c.container.mounts)
         command += [f"--container-image={c.container.image}", f"--container-mounts={','.join(mounts)}"]
-        if c.container.writable:
-            command.append("--container-writable")
-        if not c.container.mount_home:
-            command.append("--no-container-mount-home")
+        command += ["--container-writable"] if c.container.writable else []
+        command += [] if c.container.mount_home else ["--no-container-mount-home"]
         # By default the image's own values win over those of the job.
         command.append(f"--container-env={','.join(rank_environment(cfg))}")
     bind = []
     if c.numa_gpus is not None:
         node = f"node=$((SLURM_LOCALID / {c.numa_gpus}))"
         bind = ["bash", "-c", f'{node}; exec numactl --cpunodebind=$node --membind=$node "$@"', "bash"]
+    python = sys.executable if c.container is None else c.container.python
     return [*command, *c.srun_args, *bind, *entrypoint.rank_command(cfg, run_dir, python)]
 
 

@@ -1,8 +1,4 @@
-"""Why a run failed, in words, and what to change: read from its ranks' exceptions and logs, and from Slurm's.
-
-All known causes stand in `causes.yaml`; to some, this run's own numbers are added. An unknown failure keeps its own
-words: its first error line, and the file it stands in.
-"""
+"""Why a run failed, in words, and what to change: from its ranks' exceptions, its logs and the table `causes.yaml`."""
 
 from __future__ import annotations
 
@@ -24,9 +20,7 @@ from nemo_bench.record.first_error import first_error
 from nemo_bench.record.folder import CONFIG, RunFolder, tail
 
 CAUSES = Path(__file__).with_name("causes.yaml")
-# The end of a log: it holds a C++ stack trace of each process group after the lines of interest.
-LOG_LINES = 600
-SHOWN_RANKS = 8
+LOG_LINES = 600  # of a log's end, which holds a C++ stack trace of each process group after the lines of interest
 
 # torch's words in the log of a rank that saw a time-out; others are told of it before torch ends them.
 _TIMEOUT, _TOLD = "Watchdog caught collective operation timeout", "Received a dump signal due to a collective timeout"
@@ -72,10 +66,8 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
     if error is not None and not (first and first.killed):
         text = f"{error['type']}: {error['message']}"
     lines = explain(cfg, text, logs) or []
-    cause, advice = (lines[0] if lines else None), lines[1:]
-    if first is None:
-        return Diagnosis(cause, advice)
-    return Diagnosis(cause, [*advice, f"first error, in {first.log}: {first.line}"], first.line)
+    last = [f"first error, in {first.log}: {first.line}"] if first else []
+    return Diagnosis(lines[0] if lines else None, lines[1:] + last, first.line if first else "")
 
 
 def failure_text(run_dir: Path) -> str:
@@ -86,35 +78,30 @@ def failure_text(run_dir: Path) -> str:
         diagnosis = diagnose(load(run_dir / CONFIG), run, int(error["rank"]) if error else None, error)
     except (BenchError, OSError, ValueError) as problem:  # a full disk may have cut the record off
         return f"unreadable record: {problem}"
-    own_words = [f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}"] if error else []
-    if diagnosis.refused:
-        return own_words[0]
-    return "\n".join([*own_words, *filter(None, [diagnosis.cause]), *diagnosis.advice])
+    own_words = f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}" if error else None
+    explained = [] if diagnosis.refused else [diagnosis.cause, *diagnosis.advice]
+    return "\n".join(filter(None, [own_words, *explained]))
 
 
 def explain(cfg: TrainConfig, text: str, logs: Mapping[int, str]) -> list[str] | None:
     """Return a line about the cause and lines about what to do; None if the cause is not known.
 
-    `text` is the exception's message or, without one, the log from the first error on; `logs` has each rank's end. The
-    entries of the stage folder's own `causes.yaml` come first.
+    `text`: the exception's message, or the log from the first error on; `logs`: each rank's end.
     """
     if _TOLD in text:
         text = next((log for log in logs.values() if _TIMEOUT in log), text)
-    causes, problem = read_causes(CAUSES), []
-    if (own := Path(cfg.stage_path) / CAUSES.name).exists():
-        try:
-            causes = read_causes(own) + causes
-        except BenchError as error:  # must not hide why the run failed
-            problem = str(error).splitlines()
+    causes, problem, own = read_causes(CAUSES), [], Path(cfg.stage_path) / CAUSES.name
+    try:
+        causes = (read_causes(own) if own.exists() else []) + causes
+    except BenchError as error:  # must not hide why the run failed
+        problem = str(error).splitlines()
     for cause in causes:
         if match := re.search(cause.pattern, text, re.MULTILINE):
             values = {"vocab_size": f"{cfg.padded_vocab_size:,}", **match.groupdict("")}
-            meaning, remedy = (
-                Template(words).safe_substitute(values).strip() for words in (cause.meaning, cause.remedy)
-            )
+            texts = [Template(text).safe_substitute(values).strip() for text in (cause.meaning, cause.remedy)]
             numbers = {"memory": _memory, "ranks": _ranks_that_waited}.get(cause.numbers)
             own_numbers = numbers(cfg, logs) if numbers else []
-            return [meaning.removesuffix(":"), *own_numbers, *filter(None, [remedy]), *problem]
+            return [texts[0].removesuffix(":"), *own_numbers, *filter(None, texts[1:]), *problem]
     return None
 
 
@@ -150,19 +137,18 @@ def _ranks_that_waited(cfg: TrainConfig, logs: Mapping[int, str]) -> list[str]:
     if silent := sorted(set(range(cfg.world_size)) - {*reported}):
         lines.append(f"not reported by {_ranks(silent)}, for which the others may have waited: look there first")
         return lines + [f"  rank{rank}.out ends: {_last_line(logs.get(rank, ''))}" for rank in silent[:3]]
-    enqueued = {
-        rank: (match["group"], int(match["number"])) for rank, log in logs.items() if (match := _ENQUEUED.search(log))
-    }
-    # Sorted by number: what stays of a process group is the last collective that any rank has begun.
-    last = dict(sorted(enqueued.values(), key=lambda work: work[1]))
-    if behind := sorted(rank for rank, (group, number) in enqueued.items() if number < last[group]):
+    works = {rank: work for rank, log in logs.items() if (work := _ENQUEUED.search(log))}
+    most: dict[str, int] = {}  # the last collective that any rank of a process group has begun
+    for work in works.values():
+        most[work["group"]] = max(most.get(work["group"], -1), int(work["number"]))
+    if behind := sorted(rank for rank, work in works.items() if int(work["number"]) < most[work["group"]]):
         return [*lines, f"{_ranks(behind)} had begun fewer collectives than the others: look there first"]
     return [*lines, "all ranks reported it: the network or a GPU is a likelier cause than one process"]
 
 
 def _ranks(ranks: list[int]) -> str:
-    more = f" and {len(ranks) - SHOWN_RANKS} more" if len(ranks) > SHOWN_RANKS else ""
-    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks[:SHOWN_RANKS]))}{more}"
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks[:8]))}{more}"
 
 
 def _last_line(log: str) -> str:

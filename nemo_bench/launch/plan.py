@@ -27,17 +27,16 @@ def plan(cfg: TrainConfig, missing: Iterable[Problem] = ()) -> str:
     """Return what a point is: layout, batch, work, memory, where its results go, and what is missing to run it."""
     m = cfg.model
     per_sequence = cfg.architecture.flops_per_sequence(m.seq_length)
-    sequence_parallel = " SP" if m.sequence_parallel and m.tensor_model_parallel_size > 1 else ""
     virtual = m.virtual_pipeline_model_parallel_size or 1
     share = bubble_of({"PP": m.pipeline_model_parallel_size, "VP": virtual, "GA": cfg.num_micro_batches})
-    bubble = f": {share:.1%} of a step is pipeline bubble, if all stages have equal work" if share else ""
+    layout = f"VP{virtual} CP{m.context_parallel_size} DP{cfg.data_parallel_size}"
+    layout += " SP" if m.sequence_parallel and m.tensor_model_parallel_size > 1 else ""
+    layout += f": {share:.1%} of a step is pipeline bubble, if all stages have equal work" if share else ""
     lines = [
         f"Llama 3.1 {m.name} ({cfg.architecture.num_parameters / 1e9:.3g}B parameters), {cfg.precision.name}, "
         f"{cfg.world_size} x {cfg.gpu.name} ({cfg.trainer.num_nodes} nodes x {cfg.trainer.devices}): "
         "the configuration's checks passed",
-        f"  layout     TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} "
-        f"VP{virtual} CP{m.context_parallel_size} DP{cfg.data_parallel_size}"
-        f"{sequence_parallel}{bubble}",
+        f"  layout     TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} {layout}",
         *_attention(cfg),
         f"  batch      MBS {m.micro_batch_size}, GBS {m.global_batch_size}, GA {cfg.num_micro_batches}, "
         f"sequence {m.seq_length}: {m.seq_length * m.global_batch_size:,} tokens a step",
@@ -47,7 +46,7 @@ def plan(cfg: TrainConfig, missing: Iterable[Problem] = ()) -> str:
         f"  data       {cfg.data.name}: {', '.join(cfg.data.paths) or cfg.data.folder or 'random tokens'}",
         *(f"             {remark}" for remark in dataset_remarks(cfg)),
         *_memory(cfg),
-        *profile_plan(cfg),
+        *_profile(cfg),
         f"  results    {results_dir(cfg)}/<run>/",
     ]
     if missing:
@@ -66,14 +65,13 @@ def _memory(cfg: TrainConfig) -> list[str]:
     if cfg.gpu.device == "cpu" or not entrypoint_of(cfg).memory_is_estimated:
         return []
     needed_gib, gpu_gib = estimate_memory(cfg).total_bytes / GIB, cfg.gpu.memory_gib
-    gpu = "" if gpu_gib is None else f"; {cfg.gpu.name} has {gpu_gib:g}"
-    # Refused where it exceeds the estimate's own error.
-    warning = ": this does not fit" if gpu_gib is not None and needed_gib > gpu_gib else ""
-    return [f"  memory     about {needed_gib:.0f} GiB a GPU, by an estimate{gpu}{warning}"]
+    line = f"  memory     about {needed_gib:.0f} GiB a GPU, by an estimate"
+    if gpu_gib is not None:
+        line += f"; {cfg.gpu.name} has {gpu_gib:g}{': this does not fit' if needed_gib > gpu_gib else ''}"
+    return [line]
 
 
-def profile_plan(cfg: TrainConfig) -> list[str]:
-    """Return the plan's lines about the profile; none if nothing is profiled."""
+def _profile(cfg: TrainConfig) -> list[str]:
     p = cfg.profile
     if p.kind == "none":
         return []

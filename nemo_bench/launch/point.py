@@ -27,15 +27,11 @@ from nemo_bench.project import python_path
 from nemo_bench.record.folder import RunFolder, Status, tail
 
 LOG_TAIL_LINES = 15
-# With less than this free, a run ended for want of disk space.
-FULL_DISK_BYTES = 1 << 20
+FULL_DISK_BYTES = 1 << 20  # with less than this free, a run ended for want of disk space
 
 
 def run_point(raw: DictConfig) -> None:
-    """Run the point; with launch=dry, print what would run.
-
-    Raises ConfigurationRefused, with every problem and nothing started; or RunFailed, where it did not complete.
-    """
+    """Run the point, or print what would run; ConfigurationRefused with nothing started, RunFailed if incomplete."""
     cfg = typed(raw)
     dry, here = cfg.launch is Launch.dry, cfg.cluster.scheduler == "none"
     broken = problems(cfg)
@@ -46,9 +42,9 @@ def run_point(raw: DictConfig) -> None:
         print(f"{rank_plan(cfg)}\n" if here else "hydra/launcher=submitit_slurm prints the batch script. ", end="")
         print("launch=dry: nothing was started.")
     elif not here:
+        others = "launch=dry checks it and prints it; scale=local runs here; cluster=local uses this machine's GPUs"
         raise BenchError(
-            f"cluster={cfg.cluster.name}: add hydra/launcher=submitit_slurm to submit this point.\n"
-            "launch=dry checks it and prints it; scale=local runs here; cluster=local uses this machine's GPUs"
+            f"cluster={cfg.cluster.name}: add hydra/launcher=submitit_slurm to submit this point.\n{others}"
         )
     else:
         for _ in range(cfg.repeats):
@@ -86,8 +82,8 @@ def prepare_data(cfg: TrainConfig) -> TrainConfig:
         report=lambda line: print(line, flush=True),
     )
     data = replace(cfg.data, paths=[str(prepared.prefix)], tokenizer=str(prepared.tokenizer_folder))
-    sizes = f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary"
-    print(f"data: {sizes}")
+    sizes = f"{prepared.documents:,} documents, {prepared.tokens:,} tokens"
+    print(f"data: {sizes}, {prepared.vocab_size:,} in vocabulary")
     return replace(cfg, data=data)
 
 
@@ -100,10 +96,7 @@ def new_run(cfg: TrainConfig, command: list[str], overrides: list[str], state: s
 
 
 def execute(cfg: TrainConfig, run: RunFolder, tick: Callable[[], None]) -> None:
-    """Run the ranks of a recorded run on this machine, calling `tick` meanwhile, and record how it ended.
-
-    Raises RunFailed if it did not complete; all ranks are gone.
-    """
+    """Run a recorded run's ranks here, calling `tick`, and record how it ended; RunFailed if it did not complete."""
     entrypoint = entrypoint_of(cfg)
     entrypoint.write_files(cfg, run.path)
     try:
@@ -164,6 +157,6 @@ def _reason(exit_code: int, error: Mapping[str, Any] | None, diagnosis: Diagnosi
     if exit_code >= 0:
         return ": ".join(filter(None, [f"exit status {exit_code}", diagnosis.cause or diagnosis.error_line]))
     reason = f"killed by {signal.Signals(-exit_code).name}"
-    if diagnosis.cause is None and -exit_code == signal.SIGKILL:
-        return f"{reason} (from outside, or by the kernel for want of memory: `dmesg` says)"
+    if -exit_code == signal.SIGKILL and not diagnosis.cause:
+        reason += " (from outside, or by the kernel for want of memory: `dmesg` says)"
     return ": ".join(filter(None, [reason, diagnosis.cause]))

@@ -22,9 +22,6 @@ from nemo_bench.record.first_error import error_in  # noqa: E402
 from nemo_bench.record.folder import PROFILE, EventLog, RunFolder  # noqa: E402
 from nemo_bench.record.node import write_node  # noqa: E402
 
-# A message of NCCL or CUDA has several lines.
-ERROR_LINES = 8
-
 
 class ProgramError(Exception):
     """The program ended with an exit status; the message is what its log says from its first error on."""
@@ -33,8 +30,7 @@ class ProgramError(Exception):
 def main(run: RunFolder, command: list[str]) -> int:
     """Run the command and return its exit status, or end by the signal that ended it; rank 0 records the machine first.
 
-    `--in` is the folder that the command runs in, and imports from first. `--on-ranks` puts a profiler's command line
-    in front of it on some ranks, with their number for `{rank}`.
+    `--in`: the folder to run in and import from. `--on-ranks`: a profiler, with the rank's number for `{rank}`.
     """
     rank, folder = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"]), None
     if command[0].startswith("--in="):
@@ -50,7 +46,8 @@ def main(run: RunFolder, command: list[str]) -> int:
     events = EventLog(run, enabled=rank == 0)
     if rank == 0:
         write_node(run.path)
-        _link_log(run)
+        if job_id := os.environ.get("SLURM_JOB_ID"):
+            _link_log(run, job_id)
     events.write("importing")
     try:
         status = subprocess.call(command, cwd=folder)
@@ -64,20 +61,19 @@ def main(run: RunFolder, command: list[str]) -> int:
         os.kill(os.getpid(), -status)
     if status:
         error_in_log = error_in(run.log(rank))
-        text = error_in_log.text if error_in_log else f"exit status {status}"
-        run.write_rank_error(rank, ProgramError("\n".join(text.splitlines()[:ERROR_LINES])))
+        lines = error_in_log.text.splitlines() if error_in_log else [f"exit status {status}"]
+        run.write_rank_error(rank, ProgramError("\n".join(lines[:8])))  # a message of NCCL or CUDA has several
     else:
         events.write("done")
     return status
 
 
-def _link_log(run: RunFolder) -> None:
+def _link_log(run: RunFolder, job_id: str) -> None:
     """Give rank 0's log of a Slurm job the name that the recipe's own has, beside the run folders of its point."""
-    if job_id := os.environ.get("SLURM_JOB_ID"):
-        gpus, model = run.path.parent.name, run.path.parents[1].name
+    gpus, model = run.path.parent.name, run.path.parents[1].name
+    with contextlib.suppress(FileExistsError):  # the job was requeued
         link = run.path.parent / f"log-nemo_llama3.1_{model}_{gpus}_{job_id}.out"
-        with contextlib.suppress(FileExistsError):  # the job was requeued
-            link.symlink_to(Path(run.path.name) / run.log(0).name)
+        link.symlink_to(Path(run.path.name) / run.log(0).name)
 
 
 if __name__ == "__main__":

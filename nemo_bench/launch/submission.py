@@ -1,26 +1,51 @@
-"""Submit the points of a sweep to Slurm: all are checked before any is submitted."""
+"""Points as Slurm jobs, all checked before any is submitted; or within the job that this process is part of."""
 
 from __future__ import annotations
 
-import contextlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import jobs, slurm
-from nemo_bench.cluster.job import Job
+from nemo_bench.cluster.job import FAILURES, Job
 from nemo_bench.config import ComposedPoint, Launch, TrainConfig, load, typed
 from nemo_bench.entrypoints import entrypoint_of
-from nemo_bench.errors import BenchError, Problem, RunFailed
-from nemo_bench.files import dated_name, write_json
+from nemo_bench.errors import BenchError, ConfigurationRefused, Problem, RunFailed
+from nemo_bench.files import dated_name, locked, write_json
 from nemo_bench.launch.batch_script import batch_script
 from nemo_bench.launch.diagnosis import failure_text
 from nemo_bench.launch.plan import files_plan, plan, results_dir
-from nemo_bench.launch.point import new_run, prepare_data
+from nemo_bench.launch.point import new_run, prepare_data, run_point
 from nemo_bench.record.folder import CONFIG, JOB, Status
 from nemo_bench.report.model import point_name
 from nemo_bench.report.terminal import make_console
+
+
+def start_point(raw: DictConfig) -> None:
+    """Run a cluster's point in this process's Slurm allocation (`sbatch launch.sh`), if there is one; else here."""
+    cfg = typed(raw)
+    # A job inside a job is never submitted: the point's batch script runs here.
+    if cfg.launch is Launch.dry or cfg.cluster.scheduler != "slurm" or "SLURM_JOB_ID" not in os.environ:
+        run_point(raw)
+        return
+    if broken := problems(cfg):
+        raise ConfigurationRefused(broken)
+    nodes, needed = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)), cfg.trainer.num_nodes
+    if nodes < needed:
+        raise BenchError(f"this allocation has {nodes} nodes, and the point needs {needed}: sbatch -N {needed}")
+    for _ in range(cfg.repeats):
+        overrides = list(HydraConfig.get().overrides.task)
+        job = submit_run(prepare_data(cfg), ["python", *sys.argv], overrides, submit=jobs.adopt)
+        print(f"run folder: {job.folder}", flush=True)
+        if status := subprocess.call(["bash", str(job.folder / slurm.SCRIPT)]):
+            raise RunFailed(f"the point failed: python jobs.py log {job.job_id}", status)
 
 
 def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
@@ -34,14 +59,15 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     dry = any(cfg.launch is Launch.dry for cfg in configs)
     broken = [problems(cfg) for cfg in configs]
     # launch=dry also serves to plan on a laptop, which has no stage folder: it lists what is missing.
-    refused = {
-        point.name: [problem for problem in point_problems if not (dry and problem.missing)]
-        for point, point_problems in zip(points, broken)
-    }
-    if any(refused.values()):
-        raise BenchError(_all_problems(refused))
+    refused = [[problem for problem in of_point if not (dry and problem.missing)] for of_point in broken]
+    if any(refused):
+        raise BenchError(_all_problems([point.name for point in points], refused))
     if dry:
-        accepted = [_show(point, cfg, missing) for point, cfg, missing in zip(points, configs, broken)]
+        accepted = []
+        for point, cfg, missing in zip(points, configs, broken):
+            print(f"# {point.name}\n{plan(cfg, missing)}")
+            accepted.append(jobs.show(batch_script(cfg, results_dir(cfg) / "<run>"), *files_plan(cfg)))
+            print("launch=dry: nothing was submitted.\n")
         if not all(accepted):
             raise BenchError(f"Slurm refuses {accepted.count(False)} of {len(points)} points, as sbatch says above")
         return
@@ -58,27 +84,19 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
         print("python jobs.py lists them, shows a log, cancels and resubmits")
 
 
-def _all_problems(refused: dict[str, list[Problem]]) -> str:
+def _all_problems(points: list[str], refused: list[list[Problem]]) -> str:
     """Return every problem of every point; what several points share is said once."""
     shared: dict[str, list[str]] = {}
-    for point, broken in refused.items():
+    for point, broken in zip(points, refused):
         for problem in broken:
             shared.setdefault(str(problem), []).append(point)
     problem_count = f"{len(shared)} problem{'s' if len(shared) > 1 else ''}"
-    lines = [f"{problem_count} in {sum(map(bool, refused.values()))} of {len(refused)} points; nothing was submitted:"]
+    lines = [f"{problem_count} in {sum(map(bool, refused))} of {len(points)} points; nothing was submitted:"]
     for text, names in shared.items():
         lines += ["", f"  {text}"]
-        if len(refused) > 1:
+        if len(points) > 1:
             lines.append(f"    in: {'; '.join(names)}")
     return "\n".join(lines)
-
-
-def _show(point: ComposedPoint, cfg: TrainConfig, missing: list[Problem]) -> bool:
-    """Print what would be submitted, and return whether Slurm, if it is there, would take it."""
-    print(f"# {point.name}\n{plan(cfg, missing)}")
-    accepted = jobs.show(batch_script(cfg, results_dir(cfg) / "<run>"), *files_plan(cfg))
-    print("launch=dry: nothing was submitted.\n")
-    return accepted
 
 
 def _submit_all(runs: list[tuple[ComposedPoint, TrainConfig]]) -> list[Job]:
@@ -96,7 +114,7 @@ def _submit_all(runs: list[tuple[ComposedPoint, TrainConfig]]) -> list[Job]:
             ids = " ".join(job.job_id for job in submitted)
             print(f"{len(submitted)} of {len(runs)} jobs submitted: {file}; `scancel {ids}` takes them back")
             rows = [{"job_id": job.job_id, "run_dir": str(job.folder), **job.content} for job in submitted]
-            with contextlib.suppress(OSError):  # a full disk must not hide which job was submitted last
+            with suppress(OSError):  # a full disk must not hide which job was submitted last
                 file.parent.mkdir(parents=True)
                 write_json(file, rows)
     return submitted
@@ -124,13 +142,25 @@ def submit_run(
         raise
 
 
-def resubmit(job: Job) -> Job:
+def resubmit(stage: Path, ids: list[str]) -> None:
+    """Submit these jobs again, or all that failed; of two such commands at once the second finds nothing to do."""
+    with locked(stage / ".resubmit.lock", "resubmits jobs", print):
+        submitted = jobs.submitted(stage)
+        # What was cancelled was meant to end.
+        failed = [job for job in submitted if job.is_run and job.state in FAILURES]
+        chosen = [jobs.find(submitted, job_id, stage) for job_id in ids] if ids else failed
+        again = [job for job in chosen if "resubmitted_as" not in job.content]
+        for job in again:
+            print(f"job {_resubmit(job).job_id}: {job.folder.name} again", flush=True)
+    if not again:
+        print("no job to resubmit: none has failed that was not submitted again")
+
+
+def _resubmit(job: Job) -> Job:
     """Submit a run again, with the very configuration it had, into a run folder of its own."""
     if not job.is_run:
-        raise BenchError(
-            f"job {job.job_id} ({job.what}) is not a run of train.py: "
-            f"the same command again does what is still missing\n  {job.content['command']}"
-        )
+        what = f"job {job.job_id} ({job.what}) is not a run of train.py"
+        raise BenchError(f"{what}: the same command again does what is missing\n  {job.content['command']}")
     if job.active:
         raise BenchError(f"job {job.job_id} is {job.state}: cancel it first (python jobs.py cancel {job.job_id})")
     command = ["python", "jobs.py", "resubmit", job.job_id]

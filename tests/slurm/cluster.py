@@ -19,6 +19,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -94,6 +95,7 @@ def wait_for(condition: Callable[[], T], what: str, timeout: float) -> T:
     return value
 
 
+@dataclass
 class SlurmCluster:
     """A Slurm cluster for the length of a `with` block.
 
@@ -107,21 +109,12 @@ class SlurmCluster:
     knows of a job some seconds late.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        live_nodes: int,
-        total_nodes: int,
-        accounting: bool = False,
-        pyxis: Path | None = None,  # where PyXis and enroot are installed; None: srun starts no containers
-    ) -> None:
-        self.folder = folder
-        self.live_nodes = live_nodes
-        self.total_nodes = total_nodes
-        self.accounting = accounting
-        self.pyxis = pyxis
-        self._init: subprocess.Popen[str] | None = None
+    folder: Path
+    live_nodes: int
+    total_nodes: int
+    accounting: bool = False
+    pyxis: Path | None = None  # where PyXis and enroot are installed; None: srun starts no containers
+    _init: subprocess.Popen[str] | None = None
 
     @property
     def environment(self) -> dict[str, str]:

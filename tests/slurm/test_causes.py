@@ -8,19 +8,15 @@ from ..integration.conftest import SMALL
 from .cluster import SlurmCluster
 from .conftest import SHARED, Scripts
 
+NONE = "cluster.container=null"
+PLUGIN = "srun: error: Couldn't find the specified plugin name for mpi/nosuch"
 CASES = {
     "starts no containers": (
         ["cluster.container.image=nvidia/nemo:1"],
         "srun: unrecognized option '--container-image=",
     ),
-    "srun asks for other GPUs than the job has": (
-        ["cluster.container=null", "cluster.srun_args=['--gres=gpu:99']"],
-        "srun: error: ",
-    ),
-    "this Slurm has no MPI plugin nosuch": (
-        ["cluster.container=null", "cluster.srun_args=['--mpi=nosuch']"],
-        "srun: error: Couldn't find the specified plugin name for mpi/nosuch",
-    ),
+    "srun asks for other GPUs than the job has": ([NONE, "cluster.srun_args=['--gres=gpu:99']"], "srun: error: "),
+    "this Slurm has no MPI plugin nosuch": ([NONE, "cluster.srun_args=['--mpi=nosuch']"], PLUGIN),
 }
 
 

@@ -70,20 +70,18 @@ def test_two_nodes_train_in_the_image(scripts: Scripts) -> None:
     assert seen == {"SLURM_NNODES": "2", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
 
 
+PYTHON = "cluster.container.python"
 CAUSES = {
     "forgotten mount": (["cluster.container.mounts=[]"], f"the node has no {sys.executable}: a wrong interpreter"),
     "missing mount": ([mounts("/no/data:/data")], "the node does not have /no/data"),
-    "missing image": (
-        ["cluster.container.image=127.0.0.1:9/nemo:1"],
-        "the container image could not be imported: 127.0.0.1:9/nemo:1",
-    ),
+    "missing image": (["cluster.container.image=127.0.0.1:9/nemo:1"], "the container image could not be imported: 127"),
     "image on no node": (
         ["cluster.container.image=${stage_path}/a.sqsh", "cluster.setup=['rm $STAGE_PATH/a.sqsh']"],
         "the node does not have {stage}/a.sqsh",
     ),
     "missing interpreter": (["cluster.container.python=/opt/no/python"], "the node has no /opt/no/python"),
     "wrong interpreter": (
-        [f"cluster.container.python={sys.base_prefix}/bin/python3"],
+        [f"{PYTHON}={sys.base_prefix}/bin/python3"],
         "the interpreter of the ranks has no module hydra",
     ),
     "read-only container": (

@@ -10,8 +10,7 @@ import yaml
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.launch.diagnosis import CAUSES, Diagnosis, diagnose, explain, read_causes
-from nemo_bench.record.first_error import first_error
-from nemo_bench.record.folder import EXIT, RunFolder
+from nemo_bench.record.folder import RunFolder
 
 from ..composing import composed
 
@@ -77,28 +76,6 @@ def test_a_killed_rank_comes_before_the_exceptions_that_it_caused(cfg: TrainConf
     cfg.stage_path = str(tmp_path)
     error = {"rank": 0, "type": "RuntimeError", "message": "Connection closed by peer"}
     assert (diagnose(cfg, RunFolder(tmp_path), 0, error).cause or "").startswith("rank 1 on n2 was killed")
-
-
-@pytest.mark.parametrize(
-    ("log", "reason"),
-    [
-        ("", "exit status 2"),
-        ("slurmstepd: error: execve(): python: No such file or directory\n", "exit status 2: slurmstepd: error: exec"),
-        ("srun: error: n2: task 3: Killed\n", "srun: error: n2: task 3: Killed"),
-    ],
-)
-def test_a_jobs_state_comes_with_its_first_error(log: str, reason: str, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    run.create(config_yaml="{}\n", command=["train.py"], overrides=[], state="submitted")
-    (tmp_path / "slurm-12.out").write_text(log)
-    (tmp_path / EXIT).write_text('{"exit_code": 2, "job_id": "12", "ended_at": "2026-11-28T10:00:00Z"}')
-    status = run.status()
-    assert (status.reason or "").startswith(reason) and status.rank == (3 if "task 3" in log else None)
-
-
-def test_a_log_without_an_error_names_none(tmp_path: Path) -> None:
-    (tmp_path / "rank0.out").write_text(BOOST + "step 50 of 50\n")
-    assert first_error(tmp_path) is None
 
 
 @pytest.mark.parametrize(

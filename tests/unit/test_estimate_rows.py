@@ -98,15 +98,8 @@ def own_ratio(run: Path) -> float:
 
 
 OWN = (
-    "tp2_bf16",
-    "tp2_fp8",
-    "pp2_vp2_bf16",
-    "cp2_bf16",
-    "dp2_bf16",
-    "8b_dp2_bf16",
-    "bf16_gbs32",
-    "fp8_gbs32",
-    "8b_fp8",
+    *("tp2_bf16", "tp2_fp8", "pp2_vp2_bf16", "cp2_bf16", "dp2_bf16", "8b_dp2_bf16"),
+    *("bf16_gbs32", "fp8_gbs32", "8b_fp8"),
 )
 
 
