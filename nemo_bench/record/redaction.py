@@ -16,9 +16,10 @@ _HARMLESS = re.compile(
     r"(?:^|[._-])(?:(?:(?:total|num|max|min|train|special)_)?tokens(?:_per_\w+)?"
     r"|(?:eos|bos|pad|unk|cls|sep|mask)_token(?:_id)?)$"
 )
-# NAME=value, NAME: value, "NAME": "value", --name value; the value up to a space, or the closing quote.
+# NAME=value, NAME: value, "NAME": "value", --name value; the value up to a space, or between its quotes, which stay.
 _ASSIGNED = re.compile(
-    rf"(?P<name>{_NAME})(?P<between>[\"']?[^\S\n]*[=:][^\S\n]*)(?P<value>\"[^\"\n]*\"|'[^'\n]*'|[^\s,;\"'}}\])]+)",
+    rf"(?P<name>{_NAME})(?P<between>[\"']?[^\S\n]*[=:][^\S\n]*[\"']?)"
+    r"(?:(?<=\")[^\"\n]*(?=\")|(?<=')[^'\n]*(?=')|[^\s,;\"'}\])]+)",
     re.IGNORECASE,
 )
 # Tokens of Hugging Face, NVIDIA, GitHub, GitLab, OpenAI and others, Slack, AWS, Google; JSON web tokens; private keys,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench import flops
-from nemo_bench.errors import BenchError
 from nemo_bench.record.redaction import redact
 from nemo_bench.report import ranks, runs
 from nemo_bench.report.logs import Log, read_log
@@ -33,18 +32,6 @@ class Given:
     seq_length: int | None = None  # tokens
     max_steps: int | None = None  # meant
     architecture: flops.Architecture | None = None  # the model's sizes; None: those of conf/model/<model>.yaml
-
-
-def check(given: Given) -> None:
-    """Refuse names that no configuration group has, and sizes below 1."""
-    for group in ("model", "precision", "gpu"):
-        name, names = getattr(given, group), runs.options(group)
-        if name is not None and name not in names:
-            raise BenchError(f"{group}={name}: there is no such {group}\n  valid: {', '.join(names)}")
-    for key in ("gpus", "global_batch_size", "seq_length", "max_steps"):
-        value = getattr(given, key)
-        if value is not None and value < 1:
-            raise BenchError(f"{key}={value}: must be at least 1")
 
 
 def load_log(path: Path, others: Sequence[Path], given: Given, total_tokens: float) -> Run:
@@ -72,18 +59,14 @@ def load_log(path: Path, others: Sequence[Path], given: Given, total_tokens: flo
         run,
         state=state,
         why_not_final=why,
-        remarks=(*run.remarks, *runs.network_remarks(log, run)),
-        invalid=runs.contradiction(run, log),
-        gpu_reported=log.printed.get("gpu"),
         max_steps=max_steps,
         steps=log.steps,
-        peak_memory_gib=log.peak_memory_gib,
-        ranks=ranks.of_log(log),
+        ranks=ranks.compared((), {}, log),
         warnings=tuple(warnings),
     )
     known = run.gpu is not None and run.precision is not None
     peak = runs.peak(runs.device(str(run.gpu)), str(run.precision), {}) if known else (None, None)
-    return runs.measured(run, *peak, total_tokens, log.rates)
+    return runs.measured(run, log, peak, total_tokens)
 
 
 def _identified(path: Path, given: Given, log: Log) -> Run:
@@ -134,7 +117,7 @@ def _log_state(log: Log, max_steps: int | None) -> tuple[str, str | None]:
         return "unknown", f"no line with train_step_timing and a step{framework}{because}"
     if log.unreadable_end:
         return "incomplete", f"the log is unreadable after step {log.steps.last}{because}"
-    if log.reached or log.done == max_steps:
+    if log.reached or (max_steps is not None and (log.done or 0) >= max_steps):
         return "completed", None
     if max_steps is None and not log.last_error:
         return "unknown", None

@@ -12,7 +12,7 @@ from pathlib import Path
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
 from nemo_bench.report import attribution, comparison, model, points, references, runs
-from nemo_bench.report.bare_logs import Given, check, load_log
+from nemo_bench.report.bare_logs import Given, load_log
 from nemo_bench.report.model import Report, Run
 
 DEFAULT_REFERENCE = "auto"
@@ -41,10 +41,9 @@ def build_report(
     published tables; auto: those that come with the program; None: no verdicts.
 
     Raises:
-        BenchError: an input does not exist or holds no run, or an argument is not valid.
+        BenchError: an input does not exist or holds no run.
     """
     given = given or Given()
-    check(given)
     names = references.names() if reference == "auto" else [reference] if isinstance(reference, str) else reference
     tables = [references.load(str(name)) for name in names or ()]
     all_runs, warnings = _load(paths, "runs", given, total_tokens)

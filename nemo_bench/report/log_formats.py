@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+from nemo_bench.report.statistics import CHECKPOINT, PROFILE, VALIDATION
+
 _NUMBER = r"[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|nan|inf)"
 
 
@@ -77,7 +79,12 @@ LABEL = re.compile(
 )
 # Parts of lines that tell of something beside the steps
 SIGNS = ("alidation", "heckpoint", "nsys profiling", "STRAGGLER DETECTION", "Using network Socket")
-CHECKPOINT_SAVED = re.compile(r"checkpoint save|\bsav(?:ed|ing)\b[^|]*checkpoint", re.IGNORECASE)
+# What the step after such a line feels
+DISTURBANCES = {
+    CHECKPOINT: re.compile(r"(?i)checkpoint save|\bsav(?:ed|ing)\b[^|]*checkpoint"),
+    VALIDATION: re.compile(r"Validation|validation loss at"),
+    PROFILE: re.compile(r"(?:Start|End) nsys profiling"),
+}
 STRAGGLER = re.compile(r"StragglerId\(rank=(\d{1,6})\b")
 
 # Before the first step: what Megatron-LM and Lightning print of a run, and GPUs as nvidia-smi lists them, or on lines
@@ -98,6 +105,4 @@ ERROR = re.compile(
 OTHER_FRAMEWORKS = {
     "Hugging Face Trainer": re.compile(r"\{'loss': [\d.]+, .*'epoch': "),
     "torchtitan": re.compile(r"\bstep: +\d+ .*\bloss: +[\d.]+ .*\btps: "),
-    "DeepSpeed": re.compile(r"\bsteps: \d+ loss: [\d.]+ iter time \(s\): "),
-    "MaxText": re.compile(r"completed step: \d+, seconds: [\d.]+, TFLOP/s/device: "),
 }

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
-import lzma
 import re
 import statistics
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from nemo_bench.report import log_formats as formats
 from nemo_bench.report.log_formats import MEGATRON, NEMO, Format
-from nemo_bench.report.statistics import CHECKPOINT, OTHER_BATCH, PROFILE, VALIDATION, Steps, is_time
+from nemo_bench.report.statistics import OTHER_BATCH, PROFILE, Steps, is_time
 
 # A line of more characters is no text, and is read in parts.
 _LONGEST_LINE = 1 << 16
 _HEAD_LINES, _TAIL_LINES = 20_000, 2_000
-_COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 @dataclass
@@ -40,38 +36,34 @@ class Log:
     reached: bool = False  # the trainer said that it had come to the end
     max_steps: int | None = None  # of how many steps, if it said so
     global_batch_size: int | None = None  # printed, or the samples consumed in one step
-    samples_a_step: int | None = None  # by which consumed_samples grow, where that is not the printed batch
     peak_memory_gib: float | None = None  # largest allocation printed
     rates: dict[str, float] = field(default_factory=dict)  # tokens_per_s_per_gpu, tflops_per_gpu: median as printed
     rank_times_s: dict[int, float] = field(default_factory=dict)  # median of each labelled rank, of several
-    stragglers: list[int] = field(default_factory=list)  # ranks that NVIDIA's straggler detection warned of
+    stragglers: set[int] = field(default_factory=set)  # ranks that NVIDIA's straggler detection warned of
     sockets: bool = False  # NCCL takes TCP sockets between nodes
     last_error: str | None = None  # the last line after the steps that tells of an error or a cancelled job
     framework: str | None = None  # of a log without steps, where another program's is recognised
     program: str | None = None  # that wrote the steps, where their form tells it
-    printed: dict[str, str] = field(default_factory=dict)  # what it prints of the run: "gpus", "num_layers", "gpu", ...
+    printed: dict[str, str] = field(default_factory=dict)  # what it prints of the run: "num_layers", "gpu", ...
 
 
 def read_log(path: Path) -> Log:
-    """Return everything that `path` says of a run; a log without steps gives empty columns.
+    """Return everything that `path`, plain or gzipped, says of a run; a log without steps gives empty columns.
 
     Raises:
         OSError: the file cannot be read.
     """
-    reader, cut_off = _Reader(), False
+    reader = _Reader()
     with open(path, "rb") as file:
-        start = file.read(5)
-    opener = next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), open)
+        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     # Carriage returns end lines, too.
-    with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+    with opener(path, "rt", encoding="utf-8", errors="replace") as text:
         try:
-            for line in iter(partial(file.readline, _LONGEST_LINE), ""):
+            for line in iter(partial(text.readline, _LONGEST_LINE), ""):
                 reader.line(line)
-        except (EOFError, zlib.error, lzma.LZMAError):  # compressed data that ends early, or is damaged
-            cut_off = True
-    log = reader.finish()
-    log.unreadable_end |= cut_off
-    return log
+        except (EOFError, zlib.error):  # compressed data that ends early, or is damaged
+            reader.log.unreadable_end = True
+    return reader.finish()
 
 
 class _Rank:
@@ -108,24 +100,23 @@ class _Rank:
         """Return the values of that name by their steps."""
         return {step: values[name] for step, values in sorted(self.values.items()) if name in values}
 
-    def growth(self) -> dict[int, int]:
-        """Return by how many samples each step grew what was consumed."""
-        consumed = self.column("samples")
+    def batches(self) -> dict[int, int]:
+        """Return the batch of each step: printed, or the samples that it consumed."""
+        consumed, sizes = self.column("samples"), {}
         if 0 in consumed or len(consumed) == 1:  # of a log that begins later, the first step does not tell
             consumed = {-1: 0, **consumed}
-        sizes = {}
         for (before, old), (step, new) in pairwise(consumed.items()):
             size, rest = divmod(new - old, step - before)
             if size > 0 and not rest:
                 sizes[step] = int(size)
-        return sizes
+        return sizes | {step: int(size) for step, size in self.column("batch").items() if size}
 
 
 class _Reader:
     def __init__(self) -> None:
         self.ranks = defaultdict[tuple[int, int] | None, _Rank](_Rank)  # by (node, rank); None: lines without a label
         self.log = Log()
-        self.formats: tuple[Format, ...] = (NEMO, MEGATRON)  # after the first step, its own: a log is of one program
+        self.formats = [NEMO, MEGATRON]  # after the first step, its own: a log is of one program
         self.listed: list[float] = []  # step times as NeMo 1 lists them at the end
         self.bridge: list[tuple[float, float]] = []  # step time, TFLOP/s: Bridge's second line of a step
         self.bar_offset = 1  # a bar shows step 99 at 100/100, and in a second epoch begins anew
@@ -155,17 +146,12 @@ class _Reader:
     def _sign(self, line: str) -> None:
         """Note what happened beside the steps."""
         if "STRAGGLER DETECTION" in line:
-            self.log.stragglers += [int(rank) for rank in formats.STRAGGLER.findall(line)]
-            return
+            self.log.stragglers |= {*map(int, formats.STRAGGLER.findall(line))}
         self.log.sockets |= "Using network Socket" in line
-        profile = "nsys profiling" in line
-        validation = "Validation" in line or "validation loss at" in line
-        reason = PROFILE if profile else VALIDATION if validation else None
-        if reason is None and formats.CHECKPOINT_SAVED.search(line):
-            reason = CHECKPOINT
-        for rank in self.ranks.values() if reason else ():
-            rank.disturbance = reason
-            rank.profiling = "Start" in line if profile else rank.profiling
+        for reason, pattern in formats.DISTURBANCES.items():
+            for rank in self.ranks.values() if pattern.search(line) else ():
+                rank.disturbance = reason
+                rank.profiling = "Start" in line if reason == PROFILE else rank.profiling
 
     def _steps(self, kind: Format, line: str) -> None:
         """Read a line with at least one step; ranks that share a file may put several into it."""
@@ -194,18 +180,18 @@ class _Reader:
         bar = formats.BAR.search(part) if kind is NEMO and not done else None
         if bar:
             done, total = bar[1] or bar[3], bar[2]
-        logged = texts.pop("step", "")
-        if "time" not in texts or not (done or _is_whole(logged)):
-            return False
+        number = int(done) - (self.bar_offset if bar else 0) if done else -1
         # A bar prints large numbers with three digits (2e+3), and its own count in full.
-        number = int(float(logged)) if _is_whole(logged) else int(done or 0) - (self.bar_offset if bar else 0)
-        if number < 0:
+        if _is_whole(logged := texts.pop("step", "")):
+            number = int(float(logged))
+        if number < 0 or "time" not in texts:
             return False
-        if bar:
+        if bar and done:
             # The smaller one: it is drawn ahead, too, with the values of the step before.
-            self.bar_offset = min(self.bar_offset, int(done or 0) - number)
+            self.bar_offset = min(self.bar_offset, int(done) - number)
         if done:
-            self.log.total = int(total) if total and total != "?" else None
+            # NeMo 2 counts from 0, to one less.
+            self.log.total = int(total) + (kind is NEMO and not bar) if total and total != "?" else None
         whole = ("batch", "samples", "memory_bytes")
         values = {name: float(text) for name, text in texts.items() if name not in whole or _is_whole(text)}
         values["time"] /= kind.times_in_a_second
@@ -213,7 +199,7 @@ class _Reader:
             values["grad_norm"] = float("nan")  # which is why Megatron-LM skips a step
         rank.add(number, values, redrawn=bar is not None)
         if len(self.formats) > 1:
-            self.formats = (kind,)
+            self.formats = [kind]
             self.log.program = "Megatron-LM" if kind is MEGATRON else "NeMo 2" if start and start[1] else None
         return True
 
@@ -239,60 +225,41 @@ class _Reader:
             log.rates.setdefault("tflops_per_gpu", statistics.median(tflops for _, tflops in self.bridge))
         memory = [size for rank in self.ranks.values() for size in rank.column("memory_bytes").values()]
         log.peak_memory_gib = max(memory) / 2**30 if memory else None
-        log.stragglers = sorted({*log.stragglers})
         if log.steps:
-            self._read_progress(rank)
+            log.done = log.steps.last + (log.program != "Megatron-LM")  # which counts from 1
+            log.total = log.total if log.done <= (log.total or 0) else None  # a second epoch counts anew
+        log.program = "Megatron-Bridge" if self.bridge else log.program
         self._read_head()
         self._read_tail()
         return log
 
     def _compare(self, rank: _Rank, labels: Sequence[tuple[int, int]]) -> None:
         """Note the labelled ranks' times, and take the longest of each step: the slowest rank ends it."""
-        ranks_a_node = 1 + max(number for _, number in labels)
+        ranks_a_node, steps = 1 + max(number for _, number in labels), rank.steps
         for node, number in labels:
             other = self.ranks[node, number].steps
             if times := [time for time in other.time_s if is_time(time)]:
                 self.log.rank_times_s[node * ranks_a_node + number] = statistics.median(times)
             by_step = dict(zip(other.step, other.time_s))
-            steps = rank.steps
             steps.time_s = [max(time, by_step.get(step, time)) for step, time in zip(steps.step, steps.time_s)]
 
     def _read_batch(self, rank: _Rank) -> None:
         """Note the batch size of the run's later half, and leave out the steps of another (a batch ramp-up)."""
-        log, growth = self.log, rank.growth()
-        printed = {step: int(size) for step, size in rank.column("batch").items() if size}
-        by_step = {**growth, **printed}
-        if sizes := [by_step[step] for step in log.steps.step if step in by_step]:
-            usual = log.global_batch_size = _usual(sizes)
-            for i, step in enumerate(log.steps.step):
-                if by_step.get(step, usual) != usual:
-                    log.steps.excluded[i] = OTHER_BATCH
-            if printed and growth and _usual([*growth.values()]) != usual:
-                log.samples_a_step = _usual([*growth.values()])
-
-    def _read_progress(self, rank: _Rank) -> None:
-        """Note how far the run came."""
-        log, last = self.log, rank.steps.last
-        from_one = log.program == "Megatron-LM"
-        if log.program == "NeMo 2":
-            consumed = rank.values[last].get("samples")
-            from_one = consumed is not None and consumed == last * (log.global_batch_size or 0)
-            if log.total is not None:
-                log.total += not from_one
-        log.done = last + (not from_one)
-        if log.total is not None and log.done > log.total:  # a second epoch, which counts from 0 again
-            log.total = None
+        steps, batches = rank.steps, rank.batches()
+        if sizes := [batches[step] for step in steps.step if step in batches]:
+            usual = self.log.global_batch_size = statistics.mode(reversed(sizes[len(sizes) // 2 :]))
+            for i, step in enumerate(steps.step):
+                if batches.get(step, usual) != usual:
+                    steps.excluded[i] = OTHER_BATCH
 
     def _read_head(self) -> None:
-        """Note what the program says of the run."""
-        if self.bridge:
-            self.log.program = "Megatron-Bridge"
-        head = "".join(self.head)
-        self.log.printed = dict(formats.ARGUMENT.findall(head))
+        """Note what the program says of the run before its first step."""
+        head, printed = "".join(self.head), self.log.printed
+        printed |= dict(formats.ARGUMENT.findall(head))
         if processes := formats.PROCESSES.search(head):
-            self.log.printed["world_size"] = processes[1]
+            printed["world_size"] = processes[1]
         if gpus := formats.GPU.findall(head):
-            self.log.printed["gpu"] = ", ".join(dict.fromkeys(gpus))
+            printed["gpu"] = ", ".join(dict.fromkeys(gpus))
 
     def _read_tail(self) -> None:
         """Note how the log ends."""
@@ -304,11 +271,6 @@ class _Reader:
             log.last_error = errors[-1].strip()[:300]
         if not log.steps:
             log.framework = next((name for name, form in formats.OTHER_FRAMEWORKS.items() if form.search(tail)), None)
-
-
-def _usual(sizes: Sequence[int]) -> int:
-    """Return the most frequent size of the later half."""
-    return statistics.mode(reversed(sizes[len(sizes) // 2 :]))
 
 
 def _is_whole(text: str) -> bool:

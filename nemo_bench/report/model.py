@@ -182,7 +182,7 @@ BESIDE_PERFORMANCE = re.compile(
     r"|data\.(folder|paths|tokenizer)|gpu\.source|entrypoint\.(container|image|version))$"
 )
 _SAID_BY_THE_NAME = ("model", "precision", "scale", "experiment", "trainer.num_nodes", "trainer.devices")
-_SHORT_NAMES = {
+SHORT_NAMES = {
     "tensor_model_parallel_size": "TP",
     "pipeline_model_parallel_size": "PP",
     "virtual_pipeline_model_parallel_size": "VP",
@@ -200,7 +200,7 @@ def point_name(model: str | None, precision: str | None, gpus: int | None, overr
         if key not in _SAID_BY_THE_NAME and not BESIDE_PERFORMANCE.match(key):
             name = key.rpartition(".")[2]
             size = "1" if value == "null" else value
-            texts.append(f"{_SHORT_NAMES[name]}{size}" if name in _SHORT_NAMES else f"{name}={value}")
+            texts.append(f"{SHORT_NAMES[name]}{size}" if name in SHORT_NAMES else f"{name}={value}")
     return " ".join([f"{model} {precision} {gpus}gpu", *texts])
 
 

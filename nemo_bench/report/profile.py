@@ -11,7 +11,7 @@ import gzip
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,10 +79,11 @@ class StepProfile:
 
 
 def from_dict(content: dict[str, Any]) -> StepProfile:
-    """Return the profile that `write` put into a `rank<N>.json`; raise KeyError or TypeError if it is damaged."""
+    """Return the profile that `write`, of this version or an earlier one, put into a `rank<N>.json`."""
+    known = {setting.name: content[setting.name] for setting in fields(StepProfile) if setting.name in content}
     times = [{**item, "top": tuple(KernelTime(**kernel) for kernel in item["top"])} for item in content["classes"]]
     classes = tuple(ClassTime(**item) for item in times)
-    return StepProfile(**{**content, "steps": tuple(content["steps"]), "classes": classes})
+    return StepProfile(**{**known, "steps": tuple(content["steps"]), "classes": classes})
 
 
 def write(profile: StepProfile, stem: Path) -> None:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,24 @@ from nemo_bench.errors import BenchError
 from nemo_bench.files import plain_yaml
 from nemo_bench.project import PROJECT
 from nemo_bench.record.first_error import by_number
-from nemo_bench.record.folder import CONFIG, EVENTS, PROFILE, STEPS, RunFolder, Status, read_lines
+from nemo_bench.record.folder import CONFIG, EVENTS, PROFILE, STEPS, RunFolder, Status, read_lines, read_object
 from nemo_bench.record.node import NODE, kept_environment
 from nemo_bench.record.redaction import redact, redact_values
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report import ranks, remarks
 from nemo_bench.report.logs import Log, read_log
-from nemo_bench.report.model import Record, Run
+from nemo_bench.report.model import SHORT_NAMES, Record, Run
 from nemo_bench.report.numbers import LAST_LOSSES, counted, numbers_at
 from nemo_bench.report.statistics import CHECKPOINT, MIN_STEADY_STEPS, OTHER_BATCH, VALIDATION, Steps, step_times
 from nemo_bench.report.statistics import PROFILE as PROFILED
 
 DEFAULT_TOTAL_TOKENS = 1e12
-GPUS_A_NODE = 8  # at most: a bare log does not tell its nodes
-_MOST_PADDING = 128 * 128  # Megatron pads the vocabulary to a multiple of 128 TP
 # Share of its time that rank 0 waited for a core, beyond which its steps tell of the machine's load.
 LOADED = 0.25
+_GPUS_A_NODE = 8  # at most: a bare log does not tell its nodes
+_MOST_PADDING = 128 * 128  # Megatron pads the vocabulary to a multiple of 128 TP
 
 _CONF = PROJECT / "conf"
-_SHORT = {
-    "TP": "tensor_model_parallel_size",
-    "PP": "pipeline_model_parallel_size",
-    "VP": "virtual_pipeline_model_parallel_size",
-    "CP": "context_parallel_size",
-    "MBS": "micro_batch_size",
-}
 # The Python YAML loader reads a configuration in 25 ms, this one in 2.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError, yaml.YAMLError)
@@ -67,9 +61,7 @@ def choice(group: str, name: str) -> dict[str, Any]:
 
 def device(name: str) -> dict[str, Any]:
     """Return what conf/gpu says of a kind of GPU."""
-    content = choice("gpu", name)
-    kind: dict[str, Any] = content.get("gpu", content)
-    return kind
+    return dict(choice("gpu", name).get("gpu", choice("gpu", name)))
 
 
 def load_run(run_dir: Path, total_tokens: float | None = None) -> Run:
@@ -89,7 +81,8 @@ def load_run(run_dir: Path, total_tokens: float | None = None) -> Run:
 
 def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     config = yaml.load(plain_yaml(folder.path / CONFIG), _Loader)
-    about, status, node = folder.read(), folder.status(), ranks.read_json(folder.path / NODE)
+    about, status, node_path = folder.read(), folder.status(), folder.path / NODE
+    node = read_object(node_path) if node_path.exists() else {}  # a run that ended early has none
     rows, events = (read_lines(folder.path / name)[0] for name in (STEPS, EVENTS))
     log = read_log(folder.log(0)) if folder.log(0).is_file() else Log()
     run = _configured(folder.path, config)
@@ -97,36 +90,42 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     if not steps and log.steps:  # other entrypoints write no steps.jsonl
         steps = log.steps
         warnings += ["the steps are read from the log: four digits each", *_averaged(config), *log_warnings(log)]
-    devices = ranks.read_devices(folder.path, rows, warnings)
-    peaks = ranks.measured_peaks(folder)
+    devices, peaks = ranks.read_devices(folder.path, rows), ranks.measured_peaks(folder)
+    profiles = by_number((folder.path / PROFILE).glob("rank*.json"))
     left_out = sorted({name for event in events for name in event.get("settings") or ()})
     if left_out:
         warnings.append(f"left out, since the installed version lacks them and does the same: {', '.join(left_out)}")
-    if (starts := [event.get("event") for event in events].count("training")) > 1:
-        warnings.append(f"started {starts} times: see the events")
     state, why = _state(status, events, steps, run.max_steps or 0, warnings)
-    memory = [device.peak_memory_gib or 0 for device in devices] + [
-        float(row.get("peak_memory_gib", 0)) for row in rows
-    ]
+    memory = [device.peak_memory_gib or 0 for device in devices] or [row.get("peak_memory_gib", 0) for row in rows]
+    gpus = {str(gpu["name"]): None for gpu in node.get("gpus") or ()}
     run = replace(
         run,
         state=state,
         why_not_final=why,
-        remarks=(*network_remarks(log, run), *_load_remarks(events)),
-        gpu_reported=", ".join({str(gpu["name"]): None for gpu in node.get("gpus") or () if gpu.get("name")})
-        or log.printed.get("gpu"),
-        invalid=contradiction(run, log),
+        remarks=tuple(_load_remarks(events)),
+        gpu_reported=", ".join(gpus),
         software=_software(run, config, node),
         steps=steps,
-        peak_memory_gib=max(memory, default=0) or log.peak_memory_gib,
-        ranks=(*ranks.of_peaks(peaks), *ranks.of_devices(devices), *ranks.of_log(log)),
+        peak_memory_gib=max(memory, default=None),
+        ranks=ranks.compared(devices, peaks, log),
         devices=devices,
-        profiles=_profiles(folder, warnings),
-        record=_record(about, status, config, node, events),
+        profiles=tuple(step_profile.from_dict(read_object(path)) for path in profiles),
+        record=Record(
+            started_at=about.get("created_at"),
+            ended_at=status.ended_at,
+            command=redact(about.get("command") or "") or None,
+            overrides=tuple(map(redact, about.get("overrides") or ())),
+            git=about.get("git"),
+            config=redact_values(config),
+            packages=node.get("packages") or {},
+            hardware={key: value for key, value in node.items() if key not in ("packages", "environment")},
+            environment=redact_values(kept_environment(node.get("environment") or {})),
+            events=tuple({key: event.get(key) for key in ("event", "after_step", "time")} for event in events),
+        ),
         warnings=tuple(warnings),
     )
     tokens = float(config.get("total_tokens", DEFAULT_TOTAL_TOKENS)) if total_tokens is None else total_tokens
-    return measured(run, *peak(config["gpu"], str(run.precision), peaks), tokens, log.rates)
+    return measured(run, log, peak(config["gpu"], str(run.precision), peaks), tokens)
 
 
 def _load_remarks(events: list[dict[str, Any]]) -> Iterator[str]:
@@ -149,7 +148,7 @@ def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
     gpus, batch = nodes * int(trainer["devices"]), int(model["global_batch_size"])
     if min(nodes, gpus, batch, int(model["seq_length"])) < 1:
         raise ValueError("num_nodes, devices, global_batch_size and seq_length must be at least 1")
-    layout = {short: int(model.get(name) or 1) for short, name in _SHORT.items()}
+    layout = {short: int(model.get(name) or 1) for name, short in SHORT_NAMES.items() if short != "GBS"}
     layout["DP"] = gpus // (layout["TP"] * layout["PP"] * layout["CP"])
     if layout["DP"]:
         layout["GA"] = batch // (layout["MBS"] * layout["DP"])
@@ -176,23 +175,6 @@ def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
     )
 
 
-def _record(
-    about: dict[str, Any], status: Status, config: dict[str, Any], node: dict[str, Any], events: list[dict[str, Any]]
-) -> Record:
-    return Record(
-        started_at=about.get("created_at"),
-        ended_at=status.ended_at,
-        command=redact(about.get("command") or "") or None,
-        overrides=tuple(redact(str(override)) for override in about.get("overrides") or ()),
-        git=about.get("git"),
-        config=redact_values(config),
-        packages=node.get("packages") or {},
-        hardware={key: value for key, value in node.items() if key not in ("packages", "environment")},
-        environment=redact_values(kept_environment(node.get("environment") or {})),
-        events=tuple({key: event.get(key) for key in ("event", "after_step", "time")} for event in events),
-    )
-
-
 def _software(run: Run, config: dict[str, Any], node: dict[str, Any]) -> str | None:
     """Return what trained: the container's release, else what was installed; not what the results folder is called."""
     release = re.search(r"\d\d\.\d\d(?:\.\d+)?", run.container or "")
@@ -204,43 +186,28 @@ def _software(run: Run, config: dict[str, Any], node: dict[str, Any]) -> str | N
     return f"{name}-{version}" if version else None
 
 
-def _profiles(folder: RunFolder, warnings: list[str]) -> tuple[step_profile.StepProfile, ...]:
-    profiles = []
-    for path in by_number((folder.path / PROFILE).glob("rank*.json")):
-        try:
-            profiles.append(step_profile.from_dict(ranks.read_json(path)))
-        except (KeyError, TypeError):
-            warnings.append(f"{PROFILE}/{path.name} is damaged and left out")
-    return tuple(profiles)
-
-
 def _recorded_steps(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> tuple[Steps, list[str]]:
     """Return the steps of steps.jsonl, with what events.jsonl says went on between them, and warnings."""
-    steps, repeated, damaged = Steps(), 0, 0
+    steps, repeated = Steps(), 0
     for row in rows:
-        try:
-            loss, norm = (None if row.get(key) is None else float(row[key]) for key in ("loss", "grad_norm"))
-            step, time_s = int(row["step"]), float(row["train_step_timing_s"])
-        except (ValueError, KeyError, TypeError):
-            damaged += 1
-            continue
-        if step <= steps.last:  # after a requeue: the later one counts
-            repeated += steps.restart(step)
-        steps.append(step, time_s, loss, norm)
+        loss, norm = (None if row.get(key) is None else float(row[key]) for key in ("loss", "grad_norm"))
+        if row["step"] <= steps.last:  # after a requeue: the later one counts
+            repeated += steps.restart(row["step"])
+        steps.append(row["step"], float(row["train_step_timing_s"]), loss, norm)
     starts: list[int] = []
     paused: dict[int, str] = {}
     for event in events:
         if event.get("event") == "training":
-            first = int(event.get("first_step", 0))
-            starts = [start for start in starts if start < first] + [first]
-            paused = {after: reason for after, reason in paused.items() if after < first}
+            starts.append(int(event.get("first_step", 0)))
+            paused = {after: reason for after, reason in paused.items() if after < starts[-1]}
         elif event.get("event") in (VALIDATION, CHECKPOINT, PROFILED) and event.get("after_step") is not None:
             paused[int(event["after_step"])] = str(event["event"])
     steps.restarts = sorted({*steps.restarts, *starts[1:]})
     # NeMo's timer stops before callbacks save and Lightning validates: the step that feels it is the next one.
     steps.excluded = [paused.get(before) for before in [-1, *steps.step][: len(steps)]]
-    warnings = [f"{repeated} steps were done again after a restart; the later ones count"] if repeated else []
-    return steps, [*warnings, *([f"{damaged} lines of {STEPS} are damaged and left out"] if damaged else [])]
+    again = f"{repeated} steps were done again after a restart; the later ones count"
+    started = f"started {len(starts)} times: see the events"
+    return steps, [*([again] if repeated else []), *([started] if len(starts) > 1 else [])]
 
 
 def peak(gpu: dict[str, Any], precision: str, measured: dict[int, dict[str, Any]]) -> tuple[float | None, str | None]:
@@ -276,36 +243,33 @@ def _state(
     return state, None
 
 
-def measured(
-    run: Run, peak_tflops: float | None, peak_source: str | None, total_tokens: float, rates: dict[str, float]
-) -> Run:
-    """Return the run with its numbers: which steps count, their statistics, and whether it is final.
-
-    `rates` are those that its log prints.
-    """
-    times = step_times(run.steps)
-    numbers = numbers_at(times.mean_s, run, peak_tflops, peak_source, total_tokens) if times else None
+def measured(run: Run, log: Log, peak: tuple[float | None, str | None], total_tokens: float) -> Run:
+    """Return the run with its numbers, and with what its log says: which steps count, and whether it is final."""
+    times, few = step_times(run.steps), None
+    numbers = numbers_at(times.mean_s, run, *peak, total_tokens) if times else None
     if losses := [loss for loss in run.steps.loss if loss is not None]:
         last = losses[-LAST_LOSSES:]
         run = replace(run, first_loss=losses[0], last_loss=sum(last) / len(last))
-    run = replace(run, times=times)
-    few = None
     if run.steps and times is None:
         few = "no step time was recorded"
     elif times and times.counted < MIN_STEADY_STEPS:
         few = f"only {counted(times)}: not a measurement (it takes {MIN_STEADY_STEPS})"
-    invalid = run.invalid or remarks.invalid(run, numbers)
+    run = replace(run, times=times)
+    invalid = _contradiction(run, log) or remarks.invalid(run, numbers)
     why = "; ".join(text for text in (run.why_not_final, invalid, few) if text) or None
     return replace(
         run,
         invalid=invalid,
         why_not_final=why,
         numbers=numbers if why is None else None,
-        warnings=(*run.warnings, *remarks.warnings(run, numbers, rates)),
+        gpu_reported=run.gpu_reported or log.printed.get("gpu"),
+        peak_memory_gib=run.peak_memory_gib or log.peak_memory_gib,
+        remarks=(*run.remarks, *_network_remarks(run, log)),
+        warnings=(*run.warnings, *remarks.warnings(run, numbers, log.rates)),
     )
 
 
-def contradiction(run: Run, log: Log) -> str | None:
+def _contradiction(run: Run, log: Log) -> str | None:
     """Return where what the log prints of the run is not what its record, its path or the command line say."""
     ours = {"world_size": run.gpus, "seq_length": run.seq_length, "global_batch_size": run.global_batch_size}
     ours |= vars(run.architecture) if run.architecture else {}
@@ -317,8 +281,6 @@ def contradiction(run: Run, log: Log) -> str | None:
     highest_rank = max(log.rank_times_s, default=0)
     if run.gpus and highest_rank >= run.gpus:
         return f"gpus={run.gpus} is given, and the log has lines of rank {highest_rank}"
-    if log.samples_a_step:
-        return f"the log prints a batch of {log.global_batch_size}, and consumes {log.samples_a_step} samples a step"
     if run.precision and "fp8" in theirs and ("fp8" in run.precision) != (theirs["fp8"] not in ("None", "False")):
         return f"precision={run.precision} is given, and the log has fp8 {theirs['fp8']}"
     vocab_size, padded = run.architecture.vocab_size if run.architecture else None, theirs.get("padded_vocab_size", "")
@@ -327,20 +289,18 @@ def contradiction(run: Run, log: Log) -> str | None:
     return None
 
 
-def network_remarks(log: Log, run: Run) -> list[str]:
-    """Return that NCCL found no fast network between the nodes, if it says so."""
-    if not log.sockets or ((run.nodes or 1) == 1 and (run.gpus or 1) <= GPUS_A_NODE):
-        return []
-    return [
-        'NCCL takes TCP sockets between the nodes ("Using network Socket"), which is slow: NCCL_DEBUG=INFO says why it '
-        "finds no InfiniBand or RoCE; NCCL_IB_HCA names the adapters"
-    ]
+def _network_remarks(run: Run, log: Log) -> Iterator[str]:
+    """Yield that NCCL found no fast network between the nodes, if it says so."""
+    if log.sockets and ((run.nodes or 1) > 1 or (run.gpus or 1) > _GPUS_A_NODE):
+        yield (
+            'NCCL takes TCP sockets between the nodes ("Using network Socket"), which is slow: NCCL_DEBUG=INFO says '
+            "why it finds no InfiniBand or RoCE; NCCL_IB_HCA names the adapters"
+        )
 
 
 def log_warnings(log: Log) -> list[str]:
     """Return what a reader should know about the steps of a log."""
-    number = len(log.steps)
-    stride = statistics.median(b - a for a, b in zip(log.steps.step, log.steps.step[1:])) if number > 1 else 1
+    stride = statistics.median([b - a for a, b in pairwise(log.steps.step)] or [1])
     batches = log.steps.excluded.count(OTHER_BATCH)
     interval = log.program in ("Megatron-LM", "Megatron-Bridge")
     texts = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemo_bench.record.ranks import RANKS, gathered, write_ranks
+from nemo_bench.record.ranks import gathered, write_ranks
 from nemo_bench.report.build import build_report
 from nemo_bench.report.remarks import throttling
 from nemo_bench.report.runs import load_run
@@ -58,14 +58,6 @@ def test_a_rank_is_its_steps_in_numbers_and_the_first_do_not_count() -> None:
     watched = [step(throttle_reasons=[]), step(throttle_reasons=["hw_thermal", "sw_power_cap"]), step(), step()]
     unwatched = {"train_step_timing_s": 1.65}
     assert gathered([step()] * 3 + watched + [unwatched])["throttled"] == {"hw_thermal": 0.25, "sw_power_cap": 0.75}
-
-
-@pytest.mark.parametrize("text", ["", '{"ranks": [{"rank": 0}]}', '{"ranks": [{"rank": "x", "steps": 1}]}', "[1]"])
-def test_a_damaged_file_is_a_warning(run_dir: Path, text: str) -> None:
-    (run_dir / RANKS).write_text(text)
-    run = load_run(run_dir)
-    assert run.devices == () and run.final
-    assert any("what the devices did cannot be read" in warning for warning in run.warnings)
 
 
 def test_a_gpu_that_is_slow_by_itself_is_a_straggler(run_dir: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import math
 import tempfile
@@ -44,14 +43,14 @@ EXPECTED: dict[str, tuple[list[int], dict[str, Any]]] = {
     "rounded_steps": ([*range(1990, 2010)], {"global_batch_size": None, "done": 2010, "total": 603000}),
     "nemo2": ([*range(50)], {"global_batch_size": 8, "done": 50, "total": 50}),
     "every_tenth": ([*range(9, 200, 10)], {"done": 200, "total": 200}),
-    "labelled_ranks": ([*range(12)], {"stragglers": [3], "several": 0}),
+    "labelled_ranks": ([*range(12)], {"stragglers": {3}, "several": 0}),
     # not the progress of the rank which is behind
     "unlabelled_ranks": ([*range(12)], {"several": 23, "repeated": 0, "done": 12, "total": 12}),
     # 9 and the line without a step are garbled; 15 is cut off at the end
     "garbled": ([*range(7), 8, *range(10, 15)], {"unreadable": 3, "unreadable_end": True}),
     "colours_unicode": ([*range(10)], {"unreadable": 0}),
     "restart": ([*range(20)], {"repeated": 3}),
-    "one_based": ([*range(1, 21)], {"done": 20, "total": 20, "global_batch_size": 8}),
+    "one_based": ([*range(1, 21)], {"global_batch_size": 8}),
     "nan": ([*range(20)], {}),
     "cancelled": ([*range(31)], {"done": 31, "total": 50, "max_steps": None}),
 }
@@ -177,7 +176,6 @@ def test_nemo_runs_labels_are_ranks(tmp_path: Path) -> None:
 def test_a_compressed_log(tmp_path: Path) -> None:
     whole = gzip.compress("".join(line(i) for i in range(20)).encode())
     assert parse(whole, tmp_path).steps.step == [*range(20)]
-    assert parse(bz2.compress(gzip.decompress(whole)), tmp_path).steps.step == [*range(20)]
     cut = parse(whole[:-20], tmp_path)
     assert cut.unreadable_end and cut.steps.step == [*range(len(cut.steps))]
 
