@@ -131,16 +131,15 @@ class RunFolder:
         return replace(status, state="failed", reason=reason)
 
     def _with_reason(self, end: Status) -> Status:
-        errors, reason = self.rank_errors(), f"exit status {end.exit_code}"
-        rank = int(errors[0]["rank"]) if errors else None
+        first = next(iter(self.rank_errors()), None)
+        rank = int(first["rank"]) if first else None
         error = first_error(self.path, rank)
         if error and error.killed:
-            rank, reason = error.rank, error.line
-        elif errors:
-            message = (str(errors[0]["message"]).strip().splitlines() or [""])[0]
-            reason = f"rank {rank} on {errors[0]['host']}: {errors[0]['type']}: {message}"
-        elif error:
-            reason += f": {error.line}"
+            return replace(end, reason=error.line, rank=error.rank)
+        reason = f"exit status {end.exit_code}{f': {error.line}' if error else ''}"
+        if first:
+            message = str(first["message"]).strip().partition("\n")[0]
+            reason = f"rank {rank} on {first['host']}: {first['type']}: {message}"
         return replace(end, reason=reason, rank=rank)
 
     def progress(self) -> Progress:
@@ -178,9 +177,9 @@ class RunFolder:
 
     def write_rank_error(self, rank: int, error: BaseException) -> None:
         """Record the exception that ended `rank`, for the launching process to show."""
-        about = {"rank": rank, "host": socket.gethostname(), "time": time.time()}
-        what = {"type": type(error).__name__, "message": str(error)}
-        write_json(self.path / f"rank{rank}.error.json", about | what)
+        content = {"rank": rank, "host": socket.gethostname(), "time": time.time()}
+        content |= {"type": type(error).__name__, "message": str(error)}
+        write_json(self.path / f"rank{rank}.error.json", content)
 
     def rank_errors(self) -> list[dict[str, Any]]:
         """Return all ranks' exceptions, the earliest first: by srun's word, else by the hosts' clocks."""
@@ -196,28 +195,23 @@ class RunFolder:
         """Append a line to `steps.jsonl`, with `time`: seconds since 1970 at the end of the step."""
         _append(self.path / STEPS, {**row, "time": round(time.time(), 6)})
 
-    def write_peak(self, rank: int, peak: dict[str, object]) -> None:
-        """Record the matrix rate that `rank` measured."""
-        write_json(self.path / f"peak_rank{rank}.json", peak)
-
     def last_checkpoint(self) -> Path | None:
-        """Return the last finished checkpoint, or this folder itself where it is one; None if there is none.
-
-        NeMo marks a checkpoint that is being written by a file next to it, `<name>-unfinished`.
-        """
+        """Return the last finished checkpoint, or this folder itself where it is one; None if there is none."""
         checkpoints = {}
         for path in (self.path, *(self.path / CHECKPOINTS).glob("step=*")):
+            # NeMo marks a checkpoint that it is writing by a file next to it.
             match, mark = re.match(r"step=(\d+)", path.name), path.with_name(f"{path.name}-unfinished")
             if match and (path / "weights").is_dir() and not mark.exists():
                 checkpoints[int(match[1])] = path
         return checkpoints[max(checkpoints)] if checkpoints else None
 
 
+@dataclass(frozen=True)
 class EventLog:
     """`events.jsonl`; one rank writes it, the others hold one that is not enabled."""
 
-    def __init__(self, run: RunFolder, *, enabled: bool = True) -> None:
-        self.run, self.enabled = run, enabled
+    run: RunFolder
+    enabled: bool = True
 
     def write(self, event: str, **details: Any) -> None:
         if self.enabled:
@@ -244,7 +238,7 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     rows = []
     for line in data[:complete].splitlines():
         with contextlib.suppress(ValueError):  # cut off by a kill, and the next start's first line behind it
-            rows.append(_object(line))
+            rows.append(json.loads(line))
     return rows, offset + complete
 
 
@@ -274,11 +268,7 @@ def _process(pid: int) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raise ValueError if it holds none."""
-    return _object(path.read_text())
-
-
-def _object(text: str | bytes) -> dict[str, Any]:
-    content = json.loads(text)
+    content = json.loads(path.read_text())
     if not isinstance(content, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError(f"{path} holds no JSON object")
     return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import platform
@@ -34,7 +33,8 @@ _PACKAGES = (
 
 
 def write_node(run_dir: Path) -> None:
-    """Write `node.json`, about the machine and software that this process runs on. Imports nothing heavy."""
+    """Write `node.json`, about the machine and software that this process runs on."""
+    packages = {name: next(iter(metadata.Distribution.discover(name=name)), None) for name in _PACKAGES}
     content = {
         "host": socket.gethostname(),
         "system": platform.platform(),
@@ -43,7 +43,7 @@ def write_node(run_dir: Path) -> None:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(),
         "python": platform.python_version(),
-        "packages": _package_versions(),
+        "packages": {name: package.version for name, package in packages.items() if package},
         "environment": kept_environment(dict(os.environ)),
     }
     write_json(run_dir / NODE, content)
@@ -58,12 +58,10 @@ def kept_environment(environment: dict[str, str]) -> dict[str, str]:
 @functools.cache  # a sweep records it for each point
 def git_revision() -> dict[str, Any] | None:
     """Return this project's revision, and whether its files differ from it; None outside a checkout."""
-    revision = _output(["git", "rev-parse", "HEAD"], cwd=PROJECT)
-    if revision is None:
-        return None
     # Without locks: a kill would leave one behind.
-    changes = _output(["git", "--no-optional-locks", "status", "--porcelain"], cwd=PROJECT)
-    return {"revision": revision.strip(), "modified": bool(changes and changes.strip())}
+    describe = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    text = _output(describe, cwd=PROJECT)
+    return {"revision": text.strip().removesuffix("-dirty"), "modified": "-dirty" in text} if text else None
 
 
 def cpu_wait_share() -> float | None:
@@ -73,14 +71,6 @@ def cpu_wait_share() -> float | None:
     except OSError:
         return None
     return round(waited_ns / (ran_ns + waited_ns), 4)
-
-
-def _package_versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
 
 
 def _cpu_model() -> str:

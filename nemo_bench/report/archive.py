@@ -32,8 +32,7 @@ def check(path: Path) -> None:
 def write(report: Report, path: Path, extra: dict[str, str]) -> int:
     """Pack the runs of the report and of its baseline, and `extra` (name -> text); return the bundle's size in bytes.
 
-    Raises:
-        BenchError: the bundle cannot be written; an older one is as it was.
+    Raises BenchError if it cannot be written; an older bundle is then as it was.
     """
     from backports.zstd import CompressionParameter, tarfile
 

@@ -48,11 +48,7 @@ class Log:
 
 
 def read_log(path: Path) -> Log:
-    """Return everything that `path`, plain or gzipped, says of a run; a log without steps gives empty columns.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return everything that `path`, plain or gzipped, says of a run; raise OSError if it cannot be read."""
     reader = _Reader()
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open

@@ -65,10 +65,9 @@ def device(name: str) -> dict[str, Any]:
 
 
 def load_run(run_dir: Path, total_tokens: float | None = None) -> Run:
-    """Return the run that `run_dir` records; days to train are of `total_tokens`, or of what its configuration names.
+    """Return the run that `run_dir` records; raise BenchError if its record is missing or damaged.
 
-    Raises:
-        BenchError: config.yaml or run.json is missing or damaged.
+    Days to train are of `total_tokens`, or of what its configuration names.
     """
     if odd := [path.name for path in run_dir.iterdir() if path.exists() and not path.is_file() and not path.is_dir()]:
         raise BenchError(f"{run_dir}: the record cannot be read ({', '.join(odd)}: neither a file nor a folder)")
@@ -144,10 +143,7 @@ def _averaged(config: dict[str, Any]) -> list[str]:
 
 def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
     model, trainer = config["model"], config["trainer"]
-    nodes = int(trainer["num_nodes"])
-    gpus, batch = nodes * int(trainer["devices"]), int(model["global_batch_size"])
-    if min(nodes, gpus, batch, int(model["seq_length"])) < 1:
-        raise ValueError("num_nodes, devices, global_batch_size and seq_length must be at least 1")
+    gpus, batch = trainer["num_nodes"] * trainer["devices"], int(model["global_batch_size"])
     layout = {short: int(model.get(name) or 1) for name, short in SHORT_NAMES.items() if short != "GBS"}
     layout["DP"] = gpus // (layout["TP"] * layout["PP"] * layout["CP"])
     if layout["DP"]:
@@ -160,7 +156,7 @@ def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
         model=str(model["name"]),
         precision=str(config["precision"]["name"]),
         gpus=gpus,
-        nodes=nodes,
+        nodes=trainer["num_nodes"],
         gpu=str(config["gpu"]["name"]),
         global_batch_size=batch,
         seq_length=int(model["seq_length"]),
@@ -217,11 +213,9 @@ def peak(gpu: dict[str, Any], precision: str, measured: dict[int, dict[str, Any]
         return float(published), f"{gpu.get('name')} {precision}, dense, published"
     if not measured:
         return None, None
+    text = "measured: {dtype} matrix product of {size}^3 on {threads} threads a process"
     first = next(iter(measured.values()))
-    product = (
-        f"{first.get('dtype')} matrix product of {first.get('size')}^3 on {first.get('threads')} threads a process"
-    )
-    return statistics.fmean(float(peak["tflops"]) for peak in measured.values()), f"measured: {product}"
+    return statistics.fmean(peak["tflops"] for peak in measured.values()), text.format(**first)
 
 
 def _state(

@@ -12,6 +12,7 @@ from pathlib import Path
 from nemo_bench.cluster import lifeline, nsys
 from nemo_bench.config import TrainConfig, load
 from nemo_bench.errors import BenchError
+from nemo_bench.files import write_json
 from nemo_bench.record.folder import CONFIG, REQUEUE, EventLog, RunFolder
 from nemo_bench.record.node import cpu_wait_share, write_node
 from nemo_bench.training import preemption
@@ -88,7 +89,7 @@ def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None
 
     events.write("building")
     if cfg.gpu.peak_tflops.get(cfg.precision.name) is None:
-        run.write_peak(rank, cpu_matrix_rate(cfg.precision.name))
+        write_json(run.path / f"peak_rank{rank}.json", cpu_matrix_rate(cfg.precision.name))
     telemetry = RankTelemetry(cfg, run, rank, gpu_matrix_rate(local_rank) if on_gpu else None)
     # Telemetry stands ahead of a profiler, which takes its time to write.
     hooks = [telemetry, *build_profiling(cfg, run.path, rank)]

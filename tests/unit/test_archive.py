@@ -49,16 +49,12 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MY_REGISTRY_TOKEN", SECRETS["of the environment"])
     root = tmp_path / "results"
     run = Path(shutil.copytree(TINY / "1/20261122-160508-ecda", root / "run"))
-    config = (run / record.CONFIG).read_text()
-    assert "  env: {}" in config
-    config = config.replace("  env: {}", f"  env:\n    HF_TOKEN: {SECRETS['hugging face']}\n    LOGIN: user", 1)
-    (run / record.CONFIG).write_text(config)
-    about = json.loads((run / record.RUN).read_text())
-    about["command"] += f" +cluster.env.WANDB_API_KEY={SECRETS['named']}"
+    with open(run / record.CONFIG, "a") as file:
+        file.write(f"\nHF_TOKEN: {SECRETS['hugging face']}\n")
+    about, node = (json.loads((run / name).read_text()) for name in (record.RUN, NODE))
     about["overrides"].append(f"+cluster.env.WANDB_API_KEY={SECRETS['named']}")
-    (run / record.RUN).write_text(json.dumps(about))
-    node = json.loads((run / NODE).read_text())
     node["environment"] |= {"HF_TOKEN": SECRETS["hugging face"], "NCCL_DEBUG": "INFO"}
+    (run / record.RUN).write_text(json.dumps(about))
     (run / NODE).write_text(json.dumps(node))
     log = (run / "rank0.out").read_text().splitlines()
     log[3:3] = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_bench.files import write_json
-from nemo_bench.record.folder import EVENTS, RUN, STEPS, EventLog, RunFolder, Status, read_lines
+from nemo_bench.record.folder import RUN, STEPS, RunFolder, Status, read_lines
 from nemo_bench.record.node import NODE, kept_environment, write_node
 
 
@@ -57,13 +57,6 @@ def test_a_loss_that_is_no_number_stays_valid_json(run: RunFolder) -> None:
     run.write_step({"step": 0, "loss": math.nan, "grad_norm": math.inf})
     row = json.loads((run.path / STEPS).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert math.isnan(float(row["loss"])) and float(row["grad_norm"]) == math.inf
-
-
-def test_events_are_written_by_one_rank_only(run: RunFolder) -> None:
-    EventLog(run, enabled=False).write("importing")
-    assert not (run.path / EVENTS).exists()
-    EventLog(run).write("training", first_step=3)
-    assert read_lines(run.path / EVENTS)[0][0]["first_step"] == 3
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,9 @@ def test_every_instant_counts_once(tmp_path_factory: pytest.TempPathFactory, wor
     assert sum(each.ms for each in profile.classes) + profile.idle_ms == pytest.approx(profile.step_ms)
 
 
+# Names that several patterns match, or that are like names of another class.
 KERNELS = {
     classes.GEMM: [
-        "nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas",
         "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::tuple<int>>>(X)",
         "void cublasLt::splitKreduce_kernel<32, 16, int, float>(X)",
@@ -120,42 +120,26 @@ KERNELS = {
     classes.ATTENTION: [
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1",
         "void cutlass::device_kernel<flash::FlashAttnFwdSm90<flash::CollectiveMainloopFwdSm90>>(X)",
-        "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(X)",
-        "void transformer_engine::context_parallel::thd_lse_kernel<double>(X)",
         "void scaled_upper_triang_masked_softmax_warp_forward<__half>(X)",
     ],
-    classes.NORMALISATION: [
-        "void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel<Kernel_traits<__nv_bfloat16>>(X)",
-        "void transformer_engine::normalization::ln_bwd_finalize_tuned_kernel<X>(X)",
-        "triton_red_fused__to_copy_add_rms_norm_0",
-    ],
+    classes.NORMALISATION: ["triton_red_fused__to_copy_add_rms_norm_0"],
     classes.CAST: [
         "void transformer_engine::transpose::cast_transpose_general_kernel<16, 8, __nv_bfloat16>(X)",
         "void transformer_engine::delayed_scaling_recipe::amax_and_scale_update_impl::kernel_bulk(X)",
-        "void transformer_engine::dispatch::fp8::quantize_2D_kernel::cast_fp8_2D_kernel<false, X>(X)",
         "void transformer_engine::multi_tensor_swizzle_row_scaling_kernel<4, 32, 1>(X)",
         "void transformer_engine::HadamardAmaxTmaKernel<X, 16>(X)",
         "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(X)>(int)",
-        "void at::native::(anonymous namespace)::CatArrayBatchedCopy<X, 2u>(X)",
     ],
-    classes.ACTIVATION: [
-        "void transformer_engine::gated_act_kernel<8, float, transformer_engine::Empty, &silu>(X)",
-        "triton_poi_fused_mul_silu_split_0",
-    ],
-    classes.ELEMENTWISE: [
-        "void transformer_engine::reduce_dbias_kernel<8, float, __nv_bfloat16>(X)",
-        "void transformer_engine::fused_rope_forward_kernel<__nv_bfloat16>(X)",
-        "void at::native::unrolled_elementwise_kernel<X, at::native::memory::LoadWithCast<1>>(int)",
-        ADD,
-    ],
-    classes.OPTIMIZER: [ADAM, "void multi_tensor_apply_kernel<2, L2NormFunctor<float>, float*>(long)"],
+    classes.ACTIVATION: ["void transformer_engine::gated_act_kernel<8, float, transformer_engine::Empty, &silu>(X)"],
+    classes.ELEMENTWISE: ["void at::native::unrolled_elementwise_kernel<X, at::native::memory::LoadWithCast<1>>(int)"],
+    classes.OPTIMIZER: ["void multi_tensor_apply_kernel<2, L2NormFunctor<float>, float*>(long)"],
     classes.COMMUNICATION: [
         "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
         "void userbuffers_fp16_sum_inplace_gpu_rr_rs_oop<8>(X)",
         "consumer_kernel(void*, int)",
         "Memcpy PtoP (Device -> Device)",
     ],
-    classes.MEMORY: [COPY, "Memset (Device)"],
+    classes.MEMORY: ["Memset (Device)"],
     classes.OTHER: ["void somebodys_own_thing<3>(X)"],
 }
 
