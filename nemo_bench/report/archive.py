@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from nemo_bench.errors import BenchError
 from nemo_bench.files import atomic_file
@@ -18,7 +16,7 @@ from nemo_bench.report.model import Report, Run
 from nemo_bench.report.page import plotly_script
 
 SUFFIX = ".tar.zst"
-MANIFEST = "MANIFEST.json"  # size, SHA-256 and removed secrets of each file; what is no text, and left out
+MANIFEST = "MANIFEST.json"  # how many secrets were removed from each file; what is no text, and left out
 _TEXT = (".json", ".jsonl", ".yaml", ".yml", ".out", ".err", ".log", ".txt", ".sh", ".sbatch")
 _MIN_SECRET = 8  # a shorter value of a secret variable would match by chance
 
@@ -36,9 +34,9 @@ def write(report: Report, path: Path, extra: dict[str, str]) -> int:
     """
     from backports.zstd import CompressionParameter, tarfile
 
-    files: dict[str, Any] = {}
+    removals: dict[str, int] = {}
     left_out: list[str] = []
-    manifest = {"format": "nemo-bench runs", "version": 2, "files": files, "left_out": left_out}
+    manifest = {"format": "nemo-bench runs", "version": 3, "removals": removals, "left_out": left_out}
     compression: dict[int, int] = {CompressionParameter.compression_level: 10, CompressionParameter.checksum_flag: 1}
 
     def add(name: str, text: str) -> None:
@@ -47,8 +45,7 @@ def write(report: Report, path: Path, extra: dict[str, str]) -> int:
         member = tar.tarinfo(name)
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
-        removals, checksum = clean.count(REMOVED) - text.count(REMOVED), hashlib.sha256(content).hexdigest()
-        files[name] = {"size_bytes": len(content), "sha256": checksum, "removals": removals}
+        removals[name] = clean.count(REMOVED) - text.count(REMOVED)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
