@@ -112,5 +112,4 @@ def _failure(report: Report) -> str:
     bad += [f"{item.point}: slower than the baseline" for item in report.comparisons if item.regression]
     bad += [f"{point.name}: GPU not known; name it with gpu=..." for point in report.points if point.gpu is None]
     bad += [f"{run.name}: not known what was run" for run in report.runs if not run.identity_known]
-    head = "no success" if report.verdict in SUCCESSES else report.verdict
-    return "\n  ".join([f"{head}:", *bad])
+    return "\n  ".join(["no success:" if report.verdict in SUCCESSES else f"{report.verdict}:", *bad])

@@ -12,7 +12,6 @@ from nemo_bench.report import model
 from nemo_bench.report.model import Attribution, Change, Comparison, Point, Report, Run, bubble_of
 from nemo_bench.report.numbers import tokens_text
 
-NONE = "\u2013"  # a dash: not known, or does not apply
 _NUMERIC = re.compile(r"[-+±\d.,%/\u2013]*(?: (?:to|±) [-+\d.,%e]+(?: \?)?)?")
 
 
@@ -54,13 +53,12 @@ def points_table(report: Report) -> Table:
     """Return a row a point with its verdict; the verdict's reason and the differences as notes."""
     rows, notes = [], []
     for point in report.points:
-        n, reference, layout, judged = point.numbers, point.reference, point.layout, point.verdict
+        n, reference, judged = point.numbers, point.reference, point.verdict
         published = judged.value != model.NO_REFERENCE
         notes.append("; ".join([judged.line, *judged.remarks] if published else judged.remarks))
         margin = f" ± {point.step_time.margin:.2g}" if point.step_time else ""
         if point.step_time and point.step_time.margin > point.step_time.value / 2:
             margin += " ?"
-        sizes = "/".join(str(layout.get(key, NONE)) for key in ("TP", "PP", "VP", "CP", "DP"))
         rows.append(
             {
                 "point": point.name,
@@ -80,8 +78,8 @@ def points_table(report: Report) -> Table:
                 "causal": percent(n.mfu_causal) if n else "",
                 "bubble": percent(bubble_of(point.layout), 1),
                 "GPU": point.gpu or "",
-                "TP/PP/VP/CP/DP": sizes if layout else "",
-                "MBS/GBS": f"{layout.get('MBS', NONE)}/{point.global_batch_size or NONE}",
+                "GBS": str(point.global_batch_size or ""),
+                "layout": " ".join(f"{name}{size}" for name, size in point.layout.items()),
             }
         )
     return make_table("Points", rows, notes)

@@ -122,9 +122,7 @@ def test_the_pipeline_bubble_of_a_layout() -> None:
     bubbles = {point.name: bubble_of(point.layout) for point in report.points if point.gpus == 2}
     assert bubbles.pop(next(name for name in bubbles if "PP2 VP2" in name)) == pytest.approx(0.5 / 8.5)
     assert set(bubbles.values()) == {None}
-    table = tables.points_table(report)
-    assert {row[table.columns.index("bubble")] for row in table.rows} == {"", "5.9%"}
-    assert "pp2_vp2_bf16" in tables.csv_text(report) and f",{0.5 / 8.5}," in tables.csv_text(report)
+    assert f",{0.5 / 8.5}," in tables.csv_text(report)
 
 
 def test_the_scaling_curve_beside_the_published_one(tmp_path: Path) -> None:
