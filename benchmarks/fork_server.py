@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 from unittest import mock
@@ -48,13 +49,14 @@ class ForkServer:
     """The client's end of the server; made once the imports are.
 
     Args:
-        what: is imported: "cpu" or "cuda", NeMo for ranks on that device; "scripts", what a login node needs.
+        what: is imported: "cpu" or "cuda", NeMo for ranks on that device; "torch"; "scripts", what a login node needs.
         environment: the whole environment of the imports.
+        prefix: of the server's command, which starts it elsewhere.
     """
 
-    def __init__(self, what: str, environment: dict[str, str]) -> None:
+    def __init__(self, what: str, environment: dict[str, str], prefix: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.fork_server", what],
+            [*prefix, sys.executable, "-m", "benchmarks.fork_server", what],
             cwd=PROJECT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -147,6 +149,9 @@ def serve(what: str) -> None:
     os.dup2(2, 1)  # what the imports print is no answer
     if what == "scripts":
         import_scripts()
+    elif what == "torch":
+        import nemo_bench.machine.check
+        import nemo_bench.machine.measure  # noqa: F401
     else:
         import_nemo(what)
     answers.write(b"{}\n")

@@ -168,6 +168,10 @@ class GpuConfig:
     gpus_per_node: int = number(8, least=1, most=4096)  # of the systems it comes in
     compute_capability: float | None = number(None, least=1, below=100)  # CUDA's: 9.0 is Hopper, 10.0 Blackwell
     peak_tflops: dict[str, float | None] = field(default_factory=dict, metadata={"above": 0})  # null: is measured
+    # What a machine check holds against: reached for seconds on end, and as the GPU is sold.
+    sustained_tflops: dict[str, float] = field(default_factory=dict, metadata={"above": 0})
+    memory_gb_s: float | None = number(None, above=0)
+    power_limit_w: float | None = number(None, above=0)
     source: str = ""  # where the peaks come from
 
 

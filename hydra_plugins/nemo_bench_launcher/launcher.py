@@ -17,6 +17,7 @@ from omegaconf import DictConfig, open_dict
 SUBMITTERS = {
     "train": ("nemo_bench.launch.submission", "submit_points"),
     "prepare_data": ("nemo_bench.data.prepare", "submit_preparations"),
+    "check_machine": ("nemo_bench.machine.command", "submit_checks"),
     "setup_stage": ("nemo_bench.stage.command", "submit_stage"),
 }
 

@@ -33,7 +33,7 @@ from nemo_bench.report.build import build_report
 from nemo_bench.report.runs import load_run
 from nemo_bench.report.terminal import print_summary
 
-FOLDERS = ("results/*/*/*/*/*", "results.data_preparation/*/*", "results.stage_setup/*")
+FOLDERS = ("results/*/*/*/*/*", "results.data_preparation/*/*", "results.stage_setup/*", "results.machine_check/*")
 TICK_S = 1.0
 
 

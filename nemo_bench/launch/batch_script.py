@@ -6,6 +6,7 @@ Nothing is pickled: the interpreter on the nodes (a container's) may differ.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,17 +19,21 @@ from nemo_bench.project import PROJECT
 VBOOST = "srun --ntasks={} --ntasks-per-node=1 sudo nvidia-smi boost-slider --vboost 1"
 
 
-def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
-    """Return the whole sbatch script of one point."""
+# What makes a rank's command of the configuration, the folder and the interpreter.
+RankCommand = Callable[[TrainConfig, Path, str], list[str]]
+
+
+def batch_script(cfg: TrainConfig, run_dir: Path, other: RankCommand | None = None) -> str:
+    """Return the whole sbatch script of one point; of a machine check with its command, whose log is the job's own."""
     # Without checkpoints a requeued run would only start over.
     checkpoints = cfg.checkpoint.every_n_steps is not None
     vboost = [VBOOST.format(cfg.trainer.num_nodes)] if cfg.cluster.vboost else []
     return slurm.batch_script(
         replace(cfg.cluster, setup=[*vboost, *cfg.cluster.setup]),
         # Never `bash` or `interactive`, which Lightning takes for a shell.
-        name=f"nemo-bench-{cfg.model.name}-{cfg.precision.name}-{cfg.world_size}gpu",
+        name=f"nemo-bench-{'check' if other else f'{cfg.model.name}-{cfg.precision.name}'}-{cfg.world_size}gpu",
         folder=run_dir,
-        command=_srun_command(cfg, run_dir),
+        command=_srun_command(cfg, run_dir, other),
         environment=rank_environment(cfg),
         nodes=cfg.trainer.num_nodes,
         ntasks_per_node=cfg.trainer.devices,
@@ -38,7 +43,7 @@ def batch_script(cfg: TrainConfig, run_dir: Path) -> str:
     )
 
 
-def _srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
+def _srun_command(cfg: TrainConfig, run_dir: Path, other: RankCommand | None) -> list[str]:
     """Return the srun line: one task a rank, all ended when one fails."""
     c, entrypoint = cfg.cluster, entrypoint_of(cfg)
     command = [
@@ -48,7 +53,7 @@ def _srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
         f"--nodes={cfg.trainer.num_nodes}",
         f"--ntasks={cfg.world_size}",
         f"--ntasks-per-node={cfg.trainer.devices}",
-        f"--output={slurm.literal(run_dir)}/rank%t.out",
+        *([] if other else [f"--output={slurm.literal(run_dir)}/rank%t.out"]),
         "--open-mode=append",
         "--unbuffered",
         *entrypoint.srun_options(cfg),
@@ -67,7 +72,7 @@ def _srun_command(cfg: TrainConfig, run_dir: Path) -> list[str]:
         node = f"node=$((SLURM_LOCALID / {c.numa_gpus}))"
         bind = ["bash", "-c", f'{node}; exec numactl --cpunodebind=$node --membind=$node "$@"', "bash"]
     python = sys.executable if c.container is None else c.container.python
-    return [*command, *c.srun_args, *bind, *entrypoint.rank_command(cfg, run_dir, python)]
+    return [*command, *c.srun_args, *bind, *(other or entrypoint.rank_command)(cfg, run_dir, python)]
 
 
 def _mounted_paths(cfg: TrainConfig) -> list[str]:

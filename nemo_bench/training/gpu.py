@@ -45,7 +45,7 @@ class GpuSampler:
     """Sample one GPU in a thread until `stop`; `nvml` is the `pynvml` module, initialised."""
 
     def __init__(self, nvml: Any, handle: Any, interval_s: float = 0.1) -> None:
-        self._nvml, self._handle, self._interval_s = nvml, handle, interval_s
+        self.nvml, self.handle, self._interval_s = nvml, handle, interval_s
         self._questions: dict[str, Callable[[], Any]] = {
             "energy": lambda: (time.monotonic(), nvml.nvmlDeviceGetTotalEnergyConsumption(handle)),
             "sm_clock": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
@@ -90,7 +90,7 @@ class GpuSampler:
             for name, question in list(self._questions.items()):
                 try:
                     sample[name] = question()
-                except self._nvml.NVMLError as error:
+                except self.nvml.NVMLError as error:
                     del self._questions[name]
                     log(f"GPU measurements without {name}: {error}")
             with self._lock:

@@ -40,7 +40,7 @@ def test_the_sampler_finds_torchs_device_and_measures_it_under_load() -> None:
     assert sampler is not None
     import pynvml
 
-    assert str(device.uuid) in pynvml.nvmlDeviceGetUUID(sampler._handle)
+    assert str(device.uuid) in pynvml.nvmlDeviceGetUUID(sampler.handle)
     busy(0.5)
     sampler.take()
     busy(1.5)
@@ -48,7 +48,7 @@ def test_the_sampler_finds_torchs_device_and_measures_it_under_load() -> None:
     sampler.stop()
     clocks = {"sm_clock_mhz", "sm_clock_min_mhz", "memory_clock_mhz", "memory_clock_min_mhz"}
     assert set(measured) == {"power_w", "temperature_max_c", "throttle_reasons", *clocks}
-    limit_w = pynvml.nvmlDeviceGetEnforcedPowerLimit(sampler._handle) / 1000
+    limit_w = pynvml.nvmlDeviceGetEnforcedPowerLimit(sampler.handle) / 1000
     assert 0.3 * limit_w < measured["power_w"] < 1.1 * limit_w
     assert 500 < measured["sm_clock_min_mhz"] <= measured["sm_clock_mhz"] < 4000
     assert 20 < measured["temperature_max_c"] < 100

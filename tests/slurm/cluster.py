@@ -151,8 +151,8 @@ class SlurmCluster:
                 text=True,
                 start_new_session=True,  # Ctrl-C is for the tests, which then stop the cluster in order
             )
-        self._tell("mount --bind hosts /etc/hosts")
-        self._tell("echo controller > /proc/sys/kernel/hostname")
+        self.tell("mount --bind hosts /etc/hosts")
+        self.tell("echo controller > /proc/sys/kernel/hostname")
         munge = {"key-file": "munge.key", "socket": "run/munge.sock", "pid-file": "run/munged.pid"}
         munge |= {"log-file": "log/munged.log", "seed-file": "state/munge.seed"}
         options = [f"--{name}={folder / path}" for name, path in munge.items()]
@@ -200,8 +200,8 @@ class SlurmCluster:
     def _start_accounting(self) -> None:
         folder = self.folder
         database = f"--no-defaults --user=root --datadir={shlex.quote(str(folder / 'mysql'))}"
-        self._tell("mount -t tmpfs -o mode=700 tmpfs mysql")  # the first start of a database is slow on a busy disk
-        self._tell(f"mariadb-install-db {database} --auth-root-authentication-method=socket > log/install.out 2>&1")
+        self.tell("mount -t tmpfs -o mode=700 tmpfs mysql")  # the first start of a database is slow on a busy disk
+        self.tell(f"mariadb-install-db {database} --auth-root-authentication-method=socket > log/install.out 2>&1")
         # No TCP port, and root knows itself by the socket: no password either.
         options = ["--skip-networking", f"--socket={folder}/run/mysql.sock", f"--pid-file={folder}/run/mariadbd.pid"]
         options += ["--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900"]
@@ -217,13 +217,14 @@ class SlurmCluster:
         user = ("add", "user", "root", "account=nemo", "cluster=lab", "defaultaccount=nemo")
         self.run("sacctmgr", "-i", *user, check=True)
 
-    def _tell(self, command: str) -> None:
+    def tell(self, command: str) -> None:
+        """Give the cluster's first process a line of shell."""
         assert self._init is not None and self._init.stdin is not None
         self._init.stdin.write(f"{command}\n")
         self._init.stdin.flush()
 
     def _daemon(self, name: str, *command: str) -> None:
-        self._tell(f"(trap 'echo {name} >> log/ended' EXIT; {shlex.join(command)}) > log/{name}.out 2>&1 &")
+        self.tell(f"(trap 'echo {name} >> log/ended' EXIT; {shlex.join(command)}) > log/{name}.out 2>&1 &")
 
     def _listening(self, address: Path | int) -> None:
         """Waits until somebody answers at this socket or port."""

@@ -82,7 +82,7 @@ def test_the_gpu_is_found_by_its_uuid_or_there_is_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     sampler = open_sampler(DEVICE)
-    assert (sampler and sampler._handle) == handle
+    assert (sampler and sampler.handle) == handle
     if sampler:
         sampler.stop()
     assert capsys.readouterr().out == (f"nemo_bench: no GPU measurements: {line}\n" if line else "")

@@ -21,7 +21,7 @@ FLOORS = (
     ("entrypoints",),
     ("checks",),
     ("launch",),
-    ("planning",),
+    ("planning", "machine"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

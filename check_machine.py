@@ -1,0 +1,22 @@
+"""Measures the machine before a benchmark, and names what is slow, silent or broken (`--help`)."""
+
+import nemo_bench.startup  # noqa: F401  # isort: skip  (first)
+import hydra
+from omegaconf import DictConfig
+
+from nemo_bench import cli
+from nemo_bench.config import TrainConfig
+
+app = cli.Application(TrainConfig)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="check_machine")
+def main(cfg: DictConfig) -> None:
+    # Imported here: composing and printing a configuration needs none of it.
+    from nemo_bench.machine.command import run_check
+
+    app.guard(run_check, cfg)
+
+
+if __name__ == "__main__":
+    app.run(main)
