@@ -152,5 +152,4 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _last_line(log: str) -> str:
-    lines = [line for line in log.splitlines() if not _ABORT.search(line)]
-    return lines[-1][:160] if lines else "(nothing)"
+    return next((line[:160] for line in reversed(log.splitlines()) if not _ABORT.search(line)), "(nothing)")

@@ -82,8 +82,8 @@ def prepare_data(cfg: TrainConfig) -> TrainConfig:
         report=lambda line: print(line, flush=True),
     )
     data = replace(cfg.data, paths=[str(prepared.prefix)], tokenizer=str(prepared.tokenizer_folder))
-    sizes = f"{prepared.documents:,} documents, {prepared.tokens:,} tokens"
-    print(f"data: {sizes}, {prepared.vocab_size:,} in vocabulary")
+    size = f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary"
+    print(f"data: {size}")
     return replace(cfg, data=data)
 
 
@@ -133,8 +133,8 @@ def rank_environment(cfg: TrainConfig) -> dict[str, str]:
 
 def record_failure(cfg: TrainConfig, run: RunFolder, outcome: processes.Outcome) -> str:
     """Record the failed state and return the message: which rank, why, what to do, and its last lines."""
-    errors = [error for error in run.rank_errors() if error["time"] <= outcome.seen_at]
-    error = errors[0] if errors and outcome.exit_code > 0 else None  # no exception causes a signal
+    errors = (error for error in run.rank_errors() if error["time"] <= outcome.seen_at)
+    error = next(errors, None) if outcome.exit_code > 0 else None  # no exception causes a signal
     rank = int(error["rank"]) if error else outcome.failed_rank or 0
     diagnosis = diagnose(cfg, run, rank, error)
     reason = _reason(outcome.exit_code, error, diagnosis)

@@ -160,9 +160,6 @@ def test_many_ranks_are_counted_and_an_exception_that_holds_the_time_out_needs_n
     assert explained(cfg, f"DistBackendError: {timed_out(0)}")[1].startswith("not reported by ranks 0, 1, 2")
 
 
-# --- a run folder ---
-
-
 @pytest.fixture
 def run(tmp_path: Path, eight: TrainConfig) -> RunFolder:
     eight.stage_path = str(tmp_path)

@@ -70,7 +70,6 @@ def srun_line(text: str) -> list[str]:
         ("SLURM_ACCOUNT=acc", "", {"account": "acc"}),
         ("SLURM_PARTITION=batch", "", {"partition": "batch"}),
         ("SBATCH_PARTITION=batch", "", {"partition": "batch"}),
-        ("SLURM_PARTITION=", "", {"partition": None}),
         ("SLURM_PARTITION= SBATCH_PARTITION=batch", "", {"partition": "batch"}),  # an empty variable is unset
         ("SLURM_PARTITION=batch", "cluster.partition=debug", {"partition": "debug"}),
         ("SLURM_GPUS_PER_NODE=h100:8", "", {"gpus-per-node": "h100:8"}),
