@@ -223,12 +223,15 @@ def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
         if published:
             row |= {"published_step_time_s": published.step_time_s, "reference": published.reference}
     row |= {"final": run.final} | _plain_fields(run) | run.layout | {"pipeline_bubble": bubble_of(run.layout)}
-    if run.final and run.times and run.numbers:
-        row |= _plain_fields(run.times, "step_time_") | _plain_fields(run.numbers)
+    if run.final and run.times:
+        row |= {"counted_steps": run.times.counted} | _plain_fields(run.times, "step_time_")
+    if run.numbers:
+        row |= _plain_fields(run.numbers)
     return row if run.final else {**row, "first_loss": None, "last_loss": None}
 
 
 def _plain_fields(part: object, prefix: str = "") -> dict[str, object]:
-    """Return the fields that hold a text or a number."""
-    plain = (str, int, float, type(None))
-    return {f"{prefix}{name}": value for name, value in vars(part).items() if isinstance(value, plain)}
+    """Return the fields that hold a text or a number, or could."""
+    plain, parts = (str, int, float, type(None)), ("name", "times", "numbers", "architecture")
+    items = vars(part).items()
+    return {f"{prefix}{name}": value for name, value in items if name not in parts and isinstance(value, plain)}

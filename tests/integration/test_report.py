@@ -135,19 +135,6 @@ def test_what_would_hang_is_refused(report: Report, tmp_path: Path, argument: st
     assert done.returncode == 2 and ("neither a file nor a folder" in done.stderr or "aliases" in done.stderr)
 
 
-def test_a_baseline(report: Report, tmp_path: Path) -> None:
-    shutil.copytree(TINY / "2", tmp_path / "new")
-    shutil.copytree(TINY / "2", tmp_path / "old")
-    done = report("runs=new", "baseline=old", "output=null")
-    assert done.returncode == 0 and "NO DIFFERENCE" in done.stdout
-    for path in (tmp_path / "new").glob("*/steps.jsonl"):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        slower = [{**row, "train_step_timing_s": 3 * row["train_step_timing_s"]} for row in rows]
-        path.write_text("\n".join(map(json.dumps, slower)) + "\n")
-    done = report("runs=new", "baseline=old", "output=null")
-    assert done.returncode == 1 and "slower than the baseline" in done.stderr and "REGRESSION" in done.stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
