@@ -232,11 +232,11 @@ class _Reader:
     def _compare(self, rank: _Rank, labels: Sequence[tuple[int, int]]) -> None:
         """Note the labelled ranks' times, and take the longest of each step: the slowest rank ends it."""
         ranks_a_node, steps = 1 + max(number for _, number in labels), rank.steps
-        for node, number in labels:
-            other = self.ranks[node, number].steps
+        others = {node * ranks_a_node + number: self.ranks[node, number].steps for node, number in labels}
+        for number, other in others.items():
             if times := [time for time in other.time_s if is_time(time)]:
-                self.log.rank_times_s[node * ranks_a_node + number] = statistics.median(times)
-            by_step = dict(zip(other.step, other.time_s))
+                self.log.rank_times_s[number] = statistics.median(times)
+        for by_step in [dict(zip(other.step, other.time_s)) for other in others.values()]:
             steps.time_s = [max(time, by_step.get(step, time)) for step, time in zip(steps.step, steps.time_s)]
 
     def _read_batch(self, rank: _Rank) -> None:

@@ -164,13 +164,17 @@ def test_what_stands_around_a_line_does_no_harm(tmp_path: Path, before: str, aft
 
 
 def test_nemo_runs_labels_are_ranks(tmp_path: Path) -> None:
+    slow = {(0, 0): "0.9", (1, 0): "0.7"}
     text = "".join(
-        f"llama/{node} [default{rank}]:{line(i, time='0.9' if (node, rank) == (1, 0) else '0.5')}"
+        f"llama/{node} [default{rank}]:{line(i, time=slow.get((node, rank), '0.5'))}"
         for i in range(10)
         for node in range(2)
         for rank in range(2)
     )
-    assert parse(text, tmp_path).rank_times_s == {0: 0.5, 1: 0.5, 2: 0.9, 3: 0.5}
+    assert parse(text, tmp_path).rank_times_s == {0: 0.9, 1: 0.5, 2: 0.7, 3: 0.5}
+    # The lowest rank with all steps stands for the run; its own times stay its own.
+    log = parse(text.partition("\n")[2], tmp_path)
+    assert log.rank_times_s == {0: 0.9, 1: 0.5, 2: 0.7, 3: 0.5} and log.steps.time_s[5] == 0.9
 
 
 def test_a_compressed_log(tmp_path: Path) -> None:
