@@ -45,7 +45,7 @@ def nodes_of(gpus: int, gpus_per_node: int) -> int:
 
 
 def recipe_profile_ranks(model: str, num_nodes: int, devices: int) -> list[int]:
-    """Return the ranks that NVIDIA's recipe profiles: the first 8 of the 8B, else 16, as many as there are."""
+    """Return the ranks that NVIDIA's recipe profiles: the first 8 of the 8B, else 16, or all."""
     return list(range(min(8 if model == "8b" else 16, num_nodes * devices)))
 
 
@@ -71,15 +71,13 @@ for resolver in (weak_scaling_batch, nodes_of, recipe_profile_ranks, default_sta
 
 def prepare_hydra() -> None:
     """Prepare Hydra and the command line that it is about to read."""
-    # hydra-submitit-launcher, where it is installed, registers launchers of the same names, and Hydra would hold
-    # conf/hydra/launcher/ against their schemas.
+    # hydra-submitit-launcher registers launchers of the same names: Hydra would hold ours against their schemas.
     Plugins.instance()  # finds and registers all plugins, once
     launchers = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
     for name in ("submitit_slurm.yaml", "submitit_local.yaml"):
         launchers.pop(name, None)
     # --cfg job shows numbers (global batch size 256), not the interpolations that they are computed from.
-    shows_job = re.search(r" (--cfg|-c)[ =]job\b", " ".join(sys.argv))
-    if shows_job and "--resolve" not in sys.argv:
+    if re.search(r" (--cfg|-c)[ =]job\b", " ".join(sys.argv)):
         sys.argv.append("--resolve")
     # scale=64,128 means scale=64gpu,128gpu; scale=upto(128) all scales up to there that NVIDIA has published.
     model = next((argument[6:] for argument in reversed(sys.argv) if argument.startswith("model=")), "70b")
@@ -94,17 +92,12 @@ def prepare_hydra() -> None:
 
 
 def published_scales(model: str, most: int) -> str:
-    """Return the numbers of GPUs up to `most` that conf/experiment has published points of `model` for: "64,128".
-
-    Raises BenchError where there is none.
-    """
+    """Return the GPUs up to `most` of the published points of `model` in conf/experiment, "64,128", or BenchError."""
     points = (PROJECT / "conf" / "experiment").glob(f"llama31_{model}_*_*gpu.yaml")
     scales = sorted({int(path.stem.rpartition("_")[2].removesuffix("gpu")) for path in points})
     if not scales or most < scales[0]:
-        raise BenchError(
-            f"scale=upto({most}): nothing is published for model={model} up to there\n"
-            f"published: {', '.join(f'{gpus}gpu' for gpus in scales) or 'no point of this model'}"
-        )
+        known = f"published: {', '.join(f'{gpus}gpu' for gpus in scales) or 'no point of this model'}"
+        raise BenchError(f"scale=upto({most}): nothing is published for model={model} up to there\n{known}")
     return ",".join(str(gpus) for gpus in scales if gpus <= most)
 
 
@@ -136,10 +129,8 @@ def composition_error(error: Exception, schema: type | None) -> str:
 def _unknown_option(file: str, options: Sequence[str]) -> str:
     group, _, option = file.rpartition("/")
     if file == "hydra/launcher/submitit_local":
-        return (
-            "hydra/launcher=submitit_local no longer exists: leave it out; -m runs the points of a sweep in turn, "
-            "in the foreground\n  hydra/launcher=submitit_slurm submits them to Slurm"
-        )
+        there = "-m runs the points of a sweep in turn, in the foreground; submitit_slurm submits them to Slurm"
+        return f"hydra/launcher=submitit_local no longer exists: leave it out\n  {there}"
     by_number = sorted(options, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
     return f"{group}={option}: there is no such {group}\n  valid: {', '.join(by_number)}"
 

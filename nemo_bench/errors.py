@@ -14,7 +14,7 @@ class BenchError(Exception):
 
 
 class RunFailed(BenchError):
-    """A run that was started and did not complete; the run folder holds the evidence."""
+    """Something that was started and did not complete."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)

@@ -91,22 +91,13 @@ def hidden_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder, which becomes `path` when the block ends, unless it raises. Callers hold a lock."""
-    with hidden_folder(path) as folder:
-        new = folder / path.name
-        new.mkdir()
-        yield new
-        fsync_tree(new)
-        os.replace(new, path)
-        fsync(path.parent)
-
-
-def fsync_tree(path: Path) -> None:
-    """Make a file, or a folder and all in it, durable: no rename then shows a name without its contents."""
-    for entry in (path, *path.rglob("*")):
+def replace_durably(new: Path, path: Path) -> None:
+    """Rename a file, or a folder and all in it, once it is durable: no name then appears without its contents."""
+    for entry in (new, *new.rglob("*")):
         fsync(entry)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(new, path)
+    fsync(path.parent)
 
 
 def fsync(path: Path) -> None:
@@ -138,8 +129,7 @@ def explained_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
 def locked(path: Path, what: str, report: Callable[[str], None]) -> Iterator[int]:
     """Hold the lock file `path` and give its descriptor; waiting for a process that `what` is a line to `report`.
 
-    The kernel frees the lock when this process and all that inherited the descriptor have ended. The file stays: were
-    it removed, one process could wait for the old file while another locks a new one.
+    All that inherit the descriptor hold it. The file stays: else one process could wait for the old and lock a new one.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:

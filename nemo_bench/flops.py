@@ -37,8 +37,7 @@ class Architecture:
     def flops_per_sequence(self, seq_length: int, convention: FlopsConvention = FlopsConvention.RECIPE) -> float:
         """Return the FLOPs of one training step (forward and backward) for one sequence of `seq_length` tokens.
 
-        The recipe's formula (its closing section): these three parts a token, times the sequence length. It prints
-        "model flops = 8129 * (...)"; 8129 is a slip for 8192, which gives its result of 3.94e15.
+        The recipe's formula (its closing section); the 8129 that it prints is a slip for 8192, which gives its 3.94e15.
         """
         core = seq_length / self.hidden_size / (2 if convention is FlopsConvention.CAUSAL else 1)
         groups_per_head = self.num_query_groups / self.num_attention_heads

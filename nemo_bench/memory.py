@@ -91,9 +91,8 @@ def _activations(cfg: TrainConfig, stage: int, layers: int) -> float:
     h, f, kv = m.hidden_size, m.ffn_hidden_size, m.num_query_groups / m.num_attention_heads
     tokens = m.seq_length / m.context_parallel_size * m.micro_batch_size
     size = 2 if cfg.precision.trainer_precision == "bf16-mixed" else 4
-    product = (
-        1 if cfg.precision.fp8 or cfg.precision.fp4 else size
-    )  # a matrix product keeps its input in its own format
+    # A matrix product keeps its input in its own format.
+    product = 1 if cfg.precision.fp8 or cfg.precision.fp4 else size
     # Both norms' inputs and the products' inputs behind them: whole on every GPU without sequence parallelism.
     outside = tokens * 2 * h * (size + product) / (tp if m.sequence_parallel else 1)
     attention = (1 + 2 * kv) * size + size + (product if cfg.precision.fp8 else 0)  # q, k, v; its output, and in fp8

@@ -17,8 +17,7 @@ TABLE = Path(__file__).with_suffix(".yaml")
 def overrides(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """Return the overrides that the variables stand for and `arguments`, a command line of train.py, does not have.
 
-    Raises:
-        BenchError: a variable contradicts the command line, is not known, or has nothing here that it stands for.
+    Raises BenchError if a variable contradicts the command line, is not known, or has nothing that it stands for.
     """
     table = yaml.safe_load(TABLE.read_text())
     variables = {name: value for name, value in environment.items() if value}
@@ -28,10 +27,8 @@ def overrides(arguments: Sequence[str], environment: Mapping[str, str]) -> list[
         key, value = meant.lstrip("+").split("=", 1)
         variable = f"{name}={variables[name]}"
         if key not in typed and name in table["of_a_point"] and "experiment" in typed:
-            problems.append(
-                f"{variable} is set, and experiment={typed['experiment']} has its own {key}: "
-                f"unset {name}, or type {meant} as well"
-            )
+            other = f"experiment={typed['experiment']} has its own {key}"
+            problems.append(f"{variable} is set, and {other}: unset {name}, or type {meant} as well")
         elif key not in typed:
             added.append(meant)
         elif typed[key] != value:
@@ -49,9 +46,8 @@ def _meant(table: Mapping[str, Any], variables: Mapping[str, str]) -> Iterator[t
     for name in (name for name in meanings if name in variables):
         value = variables[name] if name == "RUN_CONF_IMAGE" else variables[name].lower()
         yield from ((name, meaning.format(value)) for meaning in meanings[name])
-    for name, meaning in table["switches"].items():
-        if variables.get(name, "").lower() == "true":
-            yield from ((name, override) for override in meaning)
+    for name in (name for name in table["switches"] if variables.get(name, "").lower() == "true"):
+        yield from ((name, override) for override in table["switches"][name])
     name, code = table["settings"]
     if variables.keys() >= {name, code}:
         words = (word.lstrip("+") for word in shlex.split(variables[code]))

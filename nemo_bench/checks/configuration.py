@@ -16,9 +16,8 @@ from nemo_bench.errors import Need, Problem, text_of, value_of
 from nemo_bench.fields import field_problems, settings
 from nemo_bench.pipeline import chunks_of
 
-# Sizes of Transformer Engine's fp8 matrix products must be multiples of this.
-FP8_ALIGNMENT = 16
-MX_ALIGNMENT = 32  # with a scaling factor for each block
+FP8_ALIGNMENT = 16  # sizes of Transformer Engine's fp8 matrix products must be multiples of this,
+MX_ALIGNMENT = 32  # or of this, with a scaling factor for each block
 _CONFLICTS = [
     (re.findall(r"(\S+?)(!?=)(\S+)", conflict["when"]), conflict["why"], conflict["fix"])
     for conflict in yaml.safe_load(Path(__file__).with_name("conflicts.yaml").read_text())
@@ -67,13 +66,10 @@ def _layout(cfg: TrainConfig, need: Need) -> None:
     m, gpus, per_model = cfg.model, cfg.world_size, cfg.model_parallel_size
     tp, pp, cp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size
     key = "model.{}_model_parallel_size".format
-    need(
-        gpus % per_model == 0,
-        f"{key('tensor')} * {key('pipeline')} * model.context_parallel_size",
-        f"must divide the number of GPUs, trainer.num_nodes * trainer.devices = {gpus}",
-        f"{_divisors(per_model, gpus)}; or a scale with a multiple of {per_model} GPUs",
-        value=f"{tp} * {pp} * {cp} = {per_model}",
-    )
+    product = f"{key('tensor')} * {key('pipeline')} * model.context_parallel_size"
+    rule = f"must divide the number of GPUs, trainer.num_nodes * trainer.devices = {gpus}"
+    fix = f"{_divisors(per_model, gpus)}; or a scale with a multiple of {per_model} GPUs"
+    need(gpus % per_model == 0, product, rule, fix, value=f"{tp} * {pp} * {cp} = {per_model}")
     _pipeline(cfg, need)
     for name, total in (("num_attention_heads", "hidden_size"), ("num_query_groups", "num_attention_heads")):
         part, whole = getattr(m, name), getattr(m, total)
@@ -82,30 +78,29 @@ def _layout(cfg: TrainConfig, need: Need) -> None:
     uneven = " and ".join(f"model.{name}={size}" for name, size in shared.items() if size % tp)
     rule = f"must divide {uneven}: each rank holds an equal share"
     need(not uneven, key("tensor"), rule, _divisors(tp, math.gcd(*shared.values())))
-    slices = 2 * cp
-    if cp > 1 and m.seq_length % slices:
+    if cp > 1 and m.seq_length % (2 * cp):
         why = f"each of model.context_parallel_size={cp} ranks takes two slices of it"
-        _need_multiple(need, "model.seq_length", slices, why)
+        _need_multiple(need, "model.seq_length", 2 * cp, why)
     elif m.sequence_parallel and not uneven:
         why = f"model.context_parallel_size * {key('tensor')}, with model.sequence_parallel=true"
-        _need_multiple(need, "model.seq_length", cp * tp, why, works=slices * tp)
+        _need_multiple(need, "model.seq_length", cp * tp, why, works=2 * cp * tp)
 
 
 def _pipeline(cfg: TrainConfig, need: Need) -> None:
     m, pp, vp = cfg.model, cfg.model.pipeline_model_parallel_size, cfg.model.virtual_pipeline_model_parallel_size
     chunks, own = pp * (vp or 1), m.account_for_embedding_in_pipeline_split + m.account_for_loss_in_pipeline_split
-    stages = f"model.pipeline_model_parallel_size={pp}"
-    stages += f" * model.virtual_pipeline_model_parallel_size={vp}" if vp else ""
+    virtual = f" * model.virtual_pipeline_model_parallel_size={vp}" if vp else ""
+    stages = f"model.pipeline_model_parallel_size={pp}{virtual}"
     if m.pipeline_model_parallel_layout is not None:
         parts = chunks_of(m.pipeline_model_parallel_layout)
         fits = len(parts) == chunks and "".join(parts) == "E" + "t" * m.num_layers + "L"
         rule = f"must be E, model.num_layers={m.num_layers} times t, and L, in {chunks} chunks divided by | ({stages})"
         need(fits, "model.pipeline_model_parallel_layout", rule, "null lays them out equally")
     elif own:
-        fits, below = (m.num_layers + own) % chunks == 0, (m.num_layers + own) // chunks * chunks - own
+        below = (m.num_layers + own) // chunks * chunks - own
         rule = f"and {own} for the embedding and the loss must be a multiple of {chunks} ({stages})"
         fix = f"nearest that work: {f'{below}, ' if below > 0 else ''}{below + chunks}"
-        need(fits, "model.num_layers", rule, fix)
+        need(m.num_layers == below, "model.num_layers", rule, fix)
     else:
         _need_multiple(need, "model.num_layers", chunks, f"the pipeline's chunks are equal ({stages})")
 
@@ -116,18 +111,14 @@ def _batch(cfg: TrainConfig, need: Need) -> None:
         return  # reported with the layout; there is no data-parallel size
     dp, pp = cfg.data_parallel_size, m.pipeline_model_parallel_size
     unit = m.micro_batch_size * dp
-    if m.global_batch_size % unit:
-        _need_multiple(need, key, unit, f"model.micro_batch_size={m.micro_batch_size} * data-parallel size {dp}")
-    elif (m.virtual_pipeline_model_parallel_size or 1) > 1:
+    _need_multiple(need, key, unit, f"model.micro_batch_size={m.micro_batch_size} * data-parallel size {dp}")
+    if m.global_batch_size % unit == 0 and (m.virtual_pipeline_model_parallel_size or 1) > 1:
         why = f"interleaved stages take a multiple of model.pipeline_model_parallel_size={pp} micro-batches"
         _need_multiple(need, key, unit * pp, f"{why}, and it gives {cfg.num_micro_batches}")
 
 
 def fused_attention_fits(cfg: TrainConfig) -> bool:
-    """Return whether the fused and the flash kernel take this size of heads.
-
-    Tried with cuDNN 9.19 on an H200, forward and backward: 64, 128, 160, 192, 256; not 320, 512.
-    """
+    """Return whether the fused and the flash kernel take this size of heads (tried with cuDNN 9.19 on an H200)."""
     head = cfg.model.hidden_size / cfg.model.num_attention_heads
     return head % 8 == 0 and head <= 256
 
@@ -140,7 +131,7 @@ def _attention(cfg: TrainConfig, need: Need) -> None:
 
 
 def _fp8(cfg: TrainConfig, need: Need) -> None:
-    """Check that the sides of every fp8 matrix product are multiples of 16 on each rank, and the layers in bf16."""
+    """Check that the sides of every fp8 matrix product are aligned on each rank, and the layers in bf16."""
     m, p, tp = cfg.model, cfg.precision, cfg.model.tensor_model_parallel_size
     layers, holder = m.num_layers, "the model"
     if p.first_last_layers_bf16:
@@ -159,17 +150,18 @@ def _fp8(cfg: TrainConfig, need: Need) -> None:
     rule = f"gives {rows} rows of query, key and value weights, not a multiple of {multiple}: {why}"
     need(rows % multiple == 0, "model.num_query_groups", rule, "use another number, or precision=bf16")
     ranks = m.context_parallel_size * (tp if m.sequence_parallel else 1)
-    why = f"in {p.name} a rank's model.micro_batch_size={m.micro_batch_size} * model.seq_length / {ranks} rows are a "
-    why += f"multiple of {side}"
+    why = (
+        f"in {p.name} model.micro_batch_size={m.micro_batch_size} times it on {ranks} ranks, a multiple of {side} each"
+    )
     unit = side * ranks // math.gcd(side * ranks, m.micro_batch_size)
     _need_multiple(need, "model.seq_length", unit, why)
 
 
 def _formats(cfg: TrainConfig, need: Need) -> None:
     gpu, p = cfg.gpu, cfg.precision
-    eight_bits = "mxfp8" if p.fp8_recipe == "mxfp8" else "fp8"
-    plain = {"bf16-mixed": "bf16", "32": "fp32"}.get(p.trainer_precision, p.name)
-    formats = "nvfp4" if p.fp4 else eight_bits if p.fp8 else plain
+    formats = {"bf16-mixed": "bf16", "32": "fp32"}.get(p.trainer_precision, p.name)
+    if p.fp4 or p.fp8:
+        formats = "nvfp4" if p.fp4 else "mxfp8" if p.fp8_recipe == "mxfp8" else "fp8"
     rule = f"must name the number formats, which are those of {formats} (precision.fp8, precision.trainer_precision)"
     need(p.name == formats, "precision.name", rule, f"use precision={formats}")
     rule, fix = f"gpu={gpu.name} does not compute in {p.name}", f"this device has: {', '.join(gpu.peak_tflops)}"

@@ -87,5 +87,4 @@ def _sample(info: DatasetInfo) -> Any:
 def _split_rules(cfg: TrainConfig, need: Need, dataset: str, documents: int) -> None:
     for part in empty_parts(cfg.data.split, documents):
         rule = f"gives {part} none of the {documents:,} documents of {dataset}, and training would never start"
-        fix = f"a larger share of {part}, or 100,0,0 with trainer.limit_val_batches=0"
-        need(False, "data.split", rule, fix)
+        need(False, "data.split", rule, f"a larger share of {part}, or 100,0,0 with trainer.limit_val_batches=0")

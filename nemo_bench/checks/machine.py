@@ -20,22 +20,22 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
     if cfg.cluster.scheduler == "slurm":
         container = cfg.cluster.container
         present = container is None or not container.image.endswith(".sqsh") or Path(container.image).is_file()
-        fix = f"`python setup_stage.py entrypoint={cfg.entrypoint.name} 'parts=[image]'` imports it; "
-        fix += "cluster.container=null runs without a container"
+        command = f"`python setup_stage.py entrypoint={cfg.entrypoint.name} 'parts=[image]'`"
+        fix = f"{command} imports it; cluster.container=null runs without a container"
         need(present, "cluster.container.image", "the container image is not there", fix)
     else:
         fix = "install NVIDIA Nsight Systems, or add its folder to PATH; profile=torch needs nothing"
         profiler = cfg.profile.kind != "nsys" or shutil.which("nsys")
         need(profiler, "profile.kind", "there is no `nsys` on PATH here", fix)
         gpus = count_gpus()
-        rule = f"this machine has {gpus} NVIDIA GPU{'' if gpus == 1 else 's'}"
         fix = "scale=local runs without a GPU; launch=dry checks a point and runs nothing"
-        need(cfg.gpu.device == "cpu" or gpus >= cfg.trainer.devices, "trainer.devices", rule, fix)
+        enough = cfg.gpu.device == "cpu" or gpus >= cfg.trainer.devices
+        need(enough, "trainer.devices", f"this machine has {gpus} NVIDIA GPUs", fix)
     stage = Path(cfg.stage_path)
     existing = next(folder for folder in (stage, *stage.parents) if folder.exists())
-    rule = f"{existing} cannot be written, and results go there"
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
     fix = "set STAGE_PATH to a folder that you can write; for jobs, of the shared file system"
-    need(existing.is_dir() and os.access(existing, os.W_OK), "stage_path", rule, fix)
+    need(writable, "stage_path", f"{existing} cannot be written, and results go there", fix)
     need.problems += dataset_problems(cfg)
     tokenizer = cfg.data.tokenizer if cfg.data.kind == "megatron" else None
     present = tokenizer is None or (Path(tokenizer) / "tokenizer.json").is_file()

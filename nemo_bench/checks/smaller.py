@@ -35,11 +35,10 @@ def _changes(cfg: TrainConfig) -> Iterator[tuple[dict[str, Any], ...]]:
     m, t = cfg.model, cfg.trainer
     one_node = t.num_nodes == 1 and t.devices < 8
     more = {"trainer.devices": t.devices * 2} if one_node else {"trainer.num_nodes": t.num_nodes * 2}
-    for parallelism in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-        change: dict[str, Any] = {f"model.{parallelism}": getattr(m, parallelism) * 2}
-        if parallelism == "tensor_model_parallel_size":
-            change["model.sequence_parallel"] = True
-        yield change, {**more, **change}
+    tensor = {"model.tensor_model_parallel_size": m.tensor_model_parallel_size * 2, "model.sequence_parallel": True}
+    pipeline = {"model.pipeline_model_parallel_size": m.pipeline_model_parallel_size * 2}
+    context = {"model.context_parallel_size": m.context_parallel_size * 2}
+    yield from ((change, {**more, **change}) for change in (tensor, pipeline, context))
     recompute = "model.recompute_{}".format
     yield ({recompute("granularity"): "full", recompute("method"): "uniform", recompute("num_layers"): 1},)
     narrow = {"model.optim.exp_avg_dtype": "bf16", "model.optim.exp_avg_sq_dtype": "bf16"}

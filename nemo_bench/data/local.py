@@ -19,7 +19,7 @@ from nemo_bench.data import corpus, tokenizer
 from nemo_bench.data.indexed_dataset import inspect
 from nemo_bench.data.shard import Shard, prepare, read_manifest
 from nemo_bench.errors import BenchError
-from nemo_bench.files import atomic_folder, explained_disk_errors, locked
+from nemo_bench.files import explained_disk_errors, hidden_folder, locked, replace_durably
 
 DATASET_NAME = "my-llama_00_text_document"  # as the recipe's
 _FORMAT_VERSION = 2  # raise it when the same inputs would give other files
@@ -50,8 +50,9 @@ def prepare_local(parent: Path, *, vocab_size: int, corpus_bytes: int, report: C
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent / ".local.lock", "makes the local dataset", report):
                 if not folder.exists():
-                    with atomic_folder(folder) as building:
+                    with hidden_folder(folder) as building:
                         _build(building, texts, vocab_size, report)
+                        replace_durably(building, folder)
     try:
         info, manifest = inspect(prefix), read_manifest(prefix) or {}
     except BenchError as error:

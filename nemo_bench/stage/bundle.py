@@ -16,14 +16,12 @@ from backports.zstd import tarfile
 
 from nemo_bench.data.shard import datasets_in, verify
 from nemo_bench.errors import BenchError
-from nemo_bench.files import explained_disk_errors, fsync, hidden_folder, locked, size_text
+from nemo_bench.files import explained_disk_errors, hidden_folder, locked, replace_durably, size_text
 from nemo_bench.record.folder import timestamp
 from nemo_bench.stage.config import PARTS
 from nemo_bench.stage.stage import NAME, Entry, Part, Stage, describe, difference, manifest_json, read_manifest
 
 DATASET = "dataset"  # prepare_data.py describes a dataset in a file next to it
-# In the order in which they are installed: an index with its description means a complete dataset.
-_SUFFIXES = (".json", ".bin", ".idx")
 
 
 def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
@@ -32,10 +30,8 @@ def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
         raise BenchError(f"bundle={bundle} must name a new file that ends in .tar, or .tar.zst (compressed)")
     for part in parts:
         if problem := stage.problem(part.place, part.settings, contents=True):
-            raise BenchError(
-                f"{part.name}: {stage.folder / part.place} {problem}; nothing was packed. "
-                "`python setup_stage.py check` names the command that repairs it"
-            )
+            remedy = "nothing was packed. `python setup_stage.py check` names the command that repairs it"
+            raise BenchError(f"{part.name}: {stage.folder / part.place} {problem}; {remedy}")
     recorded = stage.entries()
     entries = {part.place: recorded[part.place] for part in parts} | _datasets(stage)
     print(f"packing {size_text(sum(entry.size_bytes for entry in entries.values()))} into {bundle}")
@@ -45,8 +41,7 @@ def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
         with locked(bundle.with_name(f".{bundle.name}.lock"), f"packs {bundle}", print):
             try:
                 _write(stage, entries, packing)
-                fsync(packing)
-                os.replace(packing, bundle)
+                replace_durably(packing, bundle)
             finally:
                 packing.unlink(missing_ok=True)
     print(f"packed {', '.join(entries)}")
@@ -58,8 +53,9 @@ def _datasets(stage: Stage) -> dict[str, Entry]:
     for prefix in datasets_in(stage.folder / "llama3.1-dataset"):
         verify(prefix)
         place = prefix.relative_to(stage.folder).as_posix()
-        json_record, bin_record, idx_record = (describe(Path(f"{prefix}{end}"), f"{place}{end}") for end in _SUFFIXES)
-        entries[place] = Entry(DATASET, timestamp(), {}, "", json_record | bin_record | idx_record)
+        entry = entries[place] = Entry(DATASET, timestamp(), {}, "", {})
+        for end in (".json", ".bin", ".idx"):  # as they are installed: an index means a complete dataset
+            entry.files.update(describe(Path(f"{prefix}{end}"), f"{place}{end}"))
     return entries
 
 
@@ -102,10 +98,7 @@ def install(stage: Stage, bundle: Path, *, dry: bool) -> None:
                     stage.put(folder / place, place, entry)
                     continue
                 for name in entry.files:  # the index last, as prepare_data.py does
-                    fsync(folder / name)
-                    (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(folder / name, stage.folder / name)
-                fsync((stage.folder / place).parent)
+                    replace_durably(folder / name, stage.folder / name)
             print(f"installed {', '.join(lacking)}")
 
 

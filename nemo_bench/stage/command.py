@@ -56,7 +56,6 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
 
 
 def _run(cfg: StageConfig, stage: Stage) -> None:
-    dry = cfg.launch is Launch.dry
     if cfg.action in ("pack", "install") and cfg.bundle is None:
         raise BenchError(f"{cfg.action} needs a file: bundle=stage.tar, or bundle=stage.tar.zst (compressed)")
     if not cfg.parts:
@@ -66,39 +65,26 @@ def _run(cfg: StageConfig, stage: Stage) -> None:
     parts = [part_of(cfg, stage.folder) for name, part_of in makers.items() if name in cfg.parts]
     bundle = Path(cfg.bundle or "")
     if cfg.action == "install":
-        install(stage, bundle, dry=dry)
+        install(stage, bundle, dry=cfg.launch is Launch.dry)
     elif cfg.action == "check":
         _check(stage, parts)
-    elif dry:
-        _print_plan(stage, parts)
-    elif cfg.action == "fill":
-        _fill(stage, parts)
-    else:
+    elif cfg.launch is Launch.dry:
+        for part in parts:
+            path, problem = stage.folder / part.place, stage.problem(part.place, part.settings, contents=False)
+            print_line(f"{part.name}: {path} {problem}; {part.plan}" if problem else f"{part.name}: complete ({path})")
+        print_line("launch=dry: nothing was done.")
+    elif cfg.action == "pack":
         pack(stage, parts, bundle)
-
-
-def _fill(stage: Stage, parts: list[Part]) -> None:
-    """Make the parts that do not exist; one that cannot be made does not stop the others."""
-    problems = []
-    for part in parts:
-        try:
-            fill(stage, part)
-        except BenchError as error:
-            problems.append(f"{part.name}: {error}")
-    if problems:
-        raise BenchError("\n\n".join(problems))
-    print_line(f"stage folder {stage.folder}: {', '.join(part.name for part in parts)} complete")
-
-
-def _print_plan(stage: Stage, parts: list[Part]) -> None:
-    print_line(f"stage folder: {stage.folder}")
-    for part in parts:
-        path, state = stage.folder / part.place, part.plan
-        if path.exists():
-            problem = stage.problem(part.place, part.settings, contents=False)
-            state = f"REFUSED: {path} {problem}" if problem else f"complete ({path})"
-        print_line(f"{part.name}: {state}")
-    print_line("launch=dry: nothing was done.")
+    else:
+        problems = []
+        for part in parts:  # one that cannot be made does not stop the others
+            try:
+                fill(stage, part)
+            except BenchError as error:
+                problems.append(f"{part.name}: {error}")
+        if problems:
+            raise BenchError("\n\n".join(problems))
+        print_line(f"stage folder {stage.folder}: {', '.join(part.name for part in parts)} complete")
 
 
 def _check(stage: Stage, parts: list[Part]) -> None:

@@ -23,8 +23,7 @@ class TokenizerConfig:
     repo: str = ""  # source=huggingface
     revision: str = "main"  # source=huggingface: branch, tag or commit
     files: list[str] = field(default_factory=list)  # source=huggingface
-    # Tokens, added ones included; source=huggingface: the expected number (null: any).
-    vocab_size: int | None = number(None, least=1, most=2**24)
+    vocab_size: int | None = number(None, least=1, most=2**24)  # added tokens included; huggingface: null is any
     corpus_bytes: int = number(6_000_000, least=1, most=10**12)  # source=local: about this much text
 
 

@@ -21,29 +21,22 @@ _GRACE_S = 10.0  # enroot removes its temporary folders when it is terminated
 def image_part(cfg: StageConfig, stage_folder: Path) -> Part:
     """Return the part `<stage>/<entrypoint.image>`."""
     place = place_inside(stage_folder, cfg.entrypoint.image, "entrypoint.image")
-    plan = f"{shlex.join(_command(cfg, stage_folder / place))}\n  about {cfg.image_gib:g} GiB (image_gib)"
+    plan = f"{cfg.enroot} import {enroot_uri(cfg.entrypoint.container)}, about {cfg.image_gib:g} GiB (image_gib)"
     settings = {"entrypoint.container": cfg.entrypoint.container}
     return Part("image", place, settings, plan, partial(_import, cfg))
 
 
 def enroot_uri(reference: str) -> str:
-    """Return a registry reference in enroot's spelling: docker://nvcr.io#nvidia/nemo:25.11, or raise BenchError.
-
-    As for docker, the first component is a registry if it has a dot or a port, or is `localhost`.
-    One of enroot's own URIs stays as it is.
-    """
+    """Return a registry reference in enroot's spelling: docker://nvcr.io#nvidia/nemo:25.11, or raise BenchError."""
     if re.fullmatch(r"(docker|dockerd|podman)://\S+", reference):
         return reference
+    # As for docker, the first component is a registry if it has a dot or a port, or is `localhost`.
     name = r"[a-z0-9._-]+(?:/[a-z0-9._-]+)*(?::\w[\w.-]*)?"
     match = re.fullmatch(rf"(?:((?:[\w-]+[.:][\w.:-]*|localhost))/)?({name})", reference)
     if match is None:
         example = "REGISTRY/NAME:TAG, for example nvcr.io/nvidia/nemo:25.11"
         raise BenchError(f"entrypoint.container={reference} is not an image reference: use {example}")
     return "docker://" + "#".join(filter(None, match.groups()))
-
-
-def _command(cfg: StageConfig, output: Path) -> list[str]:
-    return [cfg.enroot, "import", "--output", str(output), enroot_uri(cfg.entrypoint.container)]
 
 
 def _import(cfg: StageConfig, output: Path, lock: int) -> str:
@@ -57,7 +50,7 @@ def _import(cfg: StageConfig, output: Path, lock: int) -> str:
     if free_gib < cfg.image_gib:
         needed = f"{cfg.image_gib:g} needed for the image, an estimate (image_gib)"
         raise BenchError(f"not enough disk space in {output.parent}: {free_gib:.1f} GiB free, {needed}")
-    command = _command(cfg, output)
+    command = [cfg.enroot, "import", "--output", str(output), enroot_uri(reference)]
     print_line(f"image: {shlex.join(command)}")
     status = _run(command, lock)
     if status != 0 or not output.exists():
@@ -83,13 +76,12 @@ def _run(command: list[str], lock: int) -> int:
 
 def _failure(reference: str, status: int) -> str:
     registry = enroot_uri(reference).partition("://")[2].rpartition("#")[0].rpartition("@")[2] or "registry-1.docker.io"
-    host = registry.partition(":")[0]  # enroot looks for it without the port
     key = "$oauthtoken password <key from https://org.ngc.nvidia.com/setup/api-keys>"
-    login = key if registry == "nvcr.io" else "<user> password <password>"
+    login = f"{registry.partition(':')[0]} login {key if registry == 'nvcr.io' else '<user> password <password>'}"
     return (
         f"enroot could not import {reference} (exit status {status}); its own messages are above\n"
         "  access refused (401, 403): ~/.config/enroot/.credentials (or $ENROOT_CONFIG_PATH/.credentials) must hold\n"
-        f"    machine {host} login {login}\n"
+        f"    machine {login}\n"
         "  no space left: enroot keeps layers in ENROOT_CACHE_PATH (~/.cache/enroot) and unpacks them in "
         "ENROOT_TEMP_PATH (/tmp)"
     )

@@ -93,19 +93,15 @@ class Stage:
 
     def put(self, new: Path, place: str, entry: Entry) -> None:
         """Record the file or folder `new`, which lies in a hidden folder, and move it to `place`."""
-        destination = self.folder / place
-        disk.fsync_tree(new)
         with disk.locked(self.folder / ".stage.lock", "writes stage.json", print_line):
             for leftover in self.folder.glob(f".{NAME}.*.tmp"):  # of a process that was killed
                 leftover.unlink()
             disk.write_json(self.manifest, manifest_json({**self.entries(), place: entry}))
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(new, destination)
-        disk.fsync(destination.parent)
+        disk.replace_durably(new, self.folder / place)
 
 
 def fill(stage: Stage, part: Part) -> None:
-    """Make the part unless it is there; raise BenchError if that fails, or what is there is not what is asked for."""
+    """Make the part unless it is there; raise BenchError if that fails, or something else is there."""
     destination = stage.folder / part.place
     if _is_complete(stage, part) and not disk.hidden_path(destination).exists():
         return

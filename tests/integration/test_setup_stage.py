@@ -87,7 +87,7 @@ def test_a_second_run_does_nothing(filled: Setup) -> None:
 
 def test_dry_says_what_would_be_done_and_does_nothing(setup: Setup, filled: Setup) -> None:
     out, _ = setup("launch=dry")
-    for text in (f"/{IMAGE} 'docker://nvcr.io#nvidia/nemo:25.11'", LLAMA, "25 GiB", "pip wheel", "nothing was done"):
+    for text in ("enroot import docker://nvcr.io#nvidia/nemo:25.11", f"/{IMAGE} does not exist", LLAMA, "25 GiB"):
         assert text in out
     assert not setup.stage.exists() and setup.enroot_calls() == []
     assert filled("launch=dry", *LOCAL, "stage_path=stage")[0].count("complete (") == 3

@@ -53,11 +53,3 @@ def test_a_job_fills_the_folder_and_is_followed_by_its_id(scripts: Scripts, enro
     assert "the same command again" in again and f"enroot={enroot}" in again
     for path in scripts.stage.rglob("*"):
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
-
-
-def test_a_job_that_fails_says_why(scripts: Scripts) -> None:
-    """Also without the environment of the submitting shell."""
-    alone = ("hydra.launcher.wait=true", "+cluster.additional_parameters.export=NONE")
-    done = scripts.run("setup_stage.py", *SUBMIT, *alone, "parts=[image]", "enroot=/no/enroot")
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
-    assert "/no/enroot is not installed" in done.stdout and "1 of 1 jobs did not complete:" in done.stderr

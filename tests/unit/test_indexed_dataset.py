@@ -12,12 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_bench.data.indexed_dataset import (
-    IndexedDatasetWriter,
-    bin_path,
-    idx_path,
-    inspect,
-)
+from nemo_bench.data.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path, inspect
 from nemo_bench.errors import BenchError
 
 DOCUMENTS = [[1, 2, 3], [4], [999, 0], [5, 6]]
@@ -73,14 +68,6 @@ def test_any_documents_come_back(documents: list[list[int]], offset: int) -> Non
         assert info.max_token_id == max(max(document) for document in documents if document)
         read = megatron.IndexedDataset(str(ours))
         assert [read[i].tolist() for i in range(len(read))] == [document for document in documents if document]
-        together = Path(folder, "together")
-        with IndexedDatasetWriter(together, vocab_size=vocab_size) as writer:
-            for part in (documents[:5], [], documents[5:]):
-                ids = np.asarray([token for document in part for token in document], dtype=writer.dtype)
-                writer.extend(ids, np.asarray([len(document) for document in part], dtype=np.int64))
-        assert writer.documents == len(documents)
-        assert bin_path(together).read_bytes() == bin_path(ours).read_bytes()
-        assert idx_path(together).read_bytes() == idx_path(ours).read_bytes()
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

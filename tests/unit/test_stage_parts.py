@@ -31,12 +31,9 @@ from nemo_bench.stage.tokenizer import verify
 )
 def test_references_in_enroots_spelling(reference: str, uri: str) -> None:
     assert enroot_uri(reference) == uri
-
-
-@pytest.mark.parametrize("reference", ["", "nemo 25", "https://nvcr.io/nvidia/nemo", "nemo@sha256:12", "nemo:"])
-def test_bad_references_are_refused(reference: str) -> None:
-    with pytest.raises(BenchError, match=r"nvcr\.io/nvidia/nemo:25\.11"):
-        enroot_uri(reference)
+    for bad in ("", "nemo 25", "https://nvcr.io/nvidia/nemo", "nemo@sha256:12", "nemo:"):
+        with pytest.raises(BenchError, match=r"nvcr\.io/nvidia/nemo:25\.11"):
+            enroot_uri(bad)
 
 
 @pytest.fixture
