@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.files import write_json
-from nemo_bench.record.folder import read_object
 
 RANKS = "ranks.json"
 # The first steps choose kernels, allocate, and wait for each other.
@@ -41,11 +40,3 @@ def gathered(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def write_ranks(run_dir: Path, ranks: Sequence[dict[str, Any]]) -> None:
     """Write `ranks.json`."""
     write_json(run_dir / RANKS, {"schema_version": 1, "ranks": [*ranks]})
-
-
-def read_ranks(run_dir: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the ranks of `ranks.json`; without one (a run that ended early), rank 0 by its steps."""
-    if (run_dir / RANKS).exists():
-        return list(read_object(run_dir / RANKS)["ranks"])
-    measured = any("power_w" in row or "sm_clock_mhz" in row for row in rows)
-    return [{"rank": 0, **gathered(rows)}] if measured else []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.record.folder import RunFolder, read_object
-from nemo_bench.record.ranks import read_ranks
+from nemo_bench.record.ranks import RANKS, gathered
 from nemo_bench.report.logs import Log
 from nemo_bench.report.model import DeviceUse, RankTimes
 
@@ -20,8 +20,12 @@ _DEVICE_FIELDS = [field.name for field in fields(DeviceUse)]
 
 
 def read_devices(run_dir: Path, rows: list[dict[str, Any]]) -> tuple[DeviceUse, ...]:
-    """Return what the ranks' devices did; empty where nothing measured it."""
-    ranks = read_ranks(run_dir, rows)
+    """Return what the ranks' devices did: by `ranks.json` or, of a run that ended early, rank 0's by its steps."""
+    ranks: list[dict[str, Any]] = []
+    if (run_dir / RANKS).exists():
+        ranks = read_object(run_dir / RANKS)["ranks"]
+    elif any("power_w" in row or "sm_clock_mhz" in row for row in rows):
+        ranks = [{"rank": 0, **gathered(rows)}]
     return tuple(DeviceUse(**{name: rank[name] for name in _DEVICE_FIELDS if name in rank}) for rank in ranks)
 
 

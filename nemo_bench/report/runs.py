@@ -31,7 +31,11 @@ from nemo_bench.report.statistics import PROFILE as PROFILED
 
 DEFAULT_TOTAL_TOKENS = 1e12
 # Share of its time that rank 0 waited for a core, beyond which its steps tell of the machine's load.
-LOADED = 0.25
+_LONGEST_WAIT = 0.25
+_LOADED = (
+    "this machine was loaded: rank 0 waited for a core in {:.0%} of its time; leave it alone, or set "
+    "OMP_WAIT_POLICY=PASSIVE beside other trainings"
+)
 _GPUS_A_NODE = 8  # at most: a bare log does not tell its nodes
 _MOST_PADDING = 128 * 128  # Megatron pads the vocabulary to a multiple of 128 TP
 
@@ -97,11 +101,12 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     state, why = _state(status, events, steps, run.max_steps or 0, warnings)
     memory = [device.peak_memory_gib or 0 for device in devices] or [row.get("peak_memory_gib", 0) for row in rows]
     gpus = {str(gpu["name"]): None for gpu in node.get("gpus") or ()}
+    waited = max((event.get("cpu_wait_share") or 0 for event in events), default=0)
     run = replace(
         run,
         state=state,
         why_not_final=why,
-        remarks=tuple(_load_remarks(events)),
+        remarks=(_LOADED.format(waited),) if waited > _LONGEST_WAIT else (),
         gpu_reported=", ".join(gpus),
         software=_software(run, config, node),
         steps=steps,
@@ -125,13 +130,6 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     )
     tokens = float(config.get("total_tokens", DEFAULT_TOTAL_TOKENS)) if total_tokens is None else total_tokens
     return measured(run, log, peak(config["gpu"], str(run.precision), peaks), tokens)
-
-
-def _load_remarks(events: list[dict[str, Any]]) -> Iterator[str]:
-    share = max((float(event.get("cpu_wait_share") or 0) for event in events), default=0)
-    if share > LOADED:
-        remedy = "leave it alone, or set OMP_WAIT_POLICY=PASSIVE beside other trainings"
-        yield f"this machine was loaded: rank 0 waited for a core in {share:.0%} of its time; {remedy}"
 
 
 def _averaged(config: dict[str, Any]) -> list[str]:
