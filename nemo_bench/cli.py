@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
@@ -21,7 +21,6 @@ from nemo_bench import startup
 from nemo_bench.composition import composition_error, prepare_hydra
 from nemo_bench.errors import BenchError
 
-T = TypeVar("T")
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -47,7 +46,7 @@ class Application:
             sys.stdout.flush()
         sys.exit(self.exit_code)
 
-    def guard(self, task: Callable[[T], object], argument: T) -> None:
+    def guard(self, task: Callable[[Any], object], argument: Any) -> None:
         """Run the task of one point. A sweep continues with its other points after an error that the user can fix."""
         with self._messages():
             task(argument)

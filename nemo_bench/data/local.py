@@ -79,7 +79,6 @@ def _prefix(parent: Path, texts: dict[str, str], vocab_size: int) -> Path:
 def _build(folder: Path, texts: dict[str, str], vocab_size: int, report: Callable[[str], None]) -> None:
     report(f"Training a tokenizer of {vocab_size:,} tokens on {len(texts):,} files of Python's standard library.")
     tokenizer.write(folder / "tokenizer", texts.values(), vocab_size=vocab_size)
-    # From here on it is a shard like any other.
     lines = folder / "corpus.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()))
     prepare(Shard(str(lines), str(folder / DATASET_NAME), str(folder / "tokenizer")), report)

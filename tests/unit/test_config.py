@@ -83,10 +83,3 @@ def test_every_case_of_the_gpu_benchmark_passes_the_checks() -> None:
         cfg = composed(f"scale={case.gpus}gpu", *benchmark.common.split(), *case.overrides.split())
         assert configuration_problems(cfg) == [], name
         assert cfg.world_size == case.gpus
-
-
-def test_a_slice_is_the_70b_but_for_its_layers_and_layout() -> None:
-    whole, part = vars(composed("scale=64gpu").model), vars(composed("scale=1gpu", "model=70b_slice").model)
-    sizes = {f"{parallel}_model_parallel_size" for parallel in ("tensor", "pipeline", "virtual_pipeline")}
-    differing = {key for key in whole if whole[key] != part[key]}
-    assert differing == {"name", "num_layers", "context_parallel_size", "global_batch_size"} | sizes
