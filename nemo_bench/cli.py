@@ -91,10 +91,7 @@ def _fail(message: str, exit_code: int = 2) -> NoReturn:
 
 
 def verbs(*names: str) -> None:
-    """Let a script be called with a verb: `python setup_stage.py check` means `action=check`.
-
-    Another word is refused here: Hydra's message would be about its grammar.
-    """
+    """Let a script be called with a verb, `check` for `action=check`; other words would get a message about grammar."""
     for position, argument in enumerate(sys.argv[1:], start=1):
         before = sys.argv[position - 1]
         if not re.fullmatch(r"\w+", argument) or (before.startswith("-") and "=" not in before):

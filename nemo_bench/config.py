@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
@@ -21,13 +20,6 @@ from nemo_bench.fields import PATH, choice, field_problems, has_unknown_keys, ke
 from nemo_bench.flops import Architecture
 
 T = TypeVar("T")
-
-
-class Launch(Enum):
-    """What `train.py` does with a composed configuration."""
-
-    run = "run"
-    dry = "dry"  # compose, check, print what would run; run nothing
 
 
 @dataclass
@@ -281,7 +273,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    launch: Launch = Launch.run
+    launch: str = choice("run", "dry")  # dry: compose, check, print what would run; run nothing
     repeats: int = number(1, least=1, most=1000)  # runs of the point, each a job of its own
     stage_path: str = field(default=MISSING, metadata=PATH)
     results_version: str = MISSING

@@ -55,8 +55,7 @@ class ConfigurationRefused(BenchError):
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = list(problems)
-        count = len(self.problems)
-        head = "1 problem" if count == 1 else f"{count} problems"
+        head = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__(f"{head} in this configuration:\n\n" + "\n\n".join(f"  {p}" for p in self.problems))
 
 

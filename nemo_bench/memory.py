@@ -60,7 +60,7 @@ def _stage(cfg: TrainConfig, stage: int, layers: int) -> MemoryEstimate:
 def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, float, float]:
     """Return the bytes per parameter: weight, gradient, optimizer state, and what the optimizer's step adds.
 
-    `matrix`: a weight of a layer's matrix product, which fp8 is for; embeddings and norms stay in bf16.
+    `matrix`: of a layer's matrix product, which fp8 is for; embeddings and norms stay in bf16.
     """
     o, p, m = cfg.model.optim, cfg.precision, cfg.model
     # Megatron shards over the context-parallel ranks too: they hold the same weights.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from nemo_bench.config import ClusterConfig, DataConfig, Launch, ModelConfig
+from nemo_bench.config import ClusterConfig, DataConfig, ModelConfig
 from nemo_bench.fields import PATH, choice, number
 
 
@@ -16,7 +16,7 @@ class PreparationConfig:
     """Which documents become which datasets, and how."""
 
     action: str = choice("prepare", "check")  # check: read back what exists
-    launch: Launch = Launch.run
+    launch: str = choice("run", "dry")
     data: DataConfig = field(default_factory=DataConfig)  # data.folder: where the datasets go
     model: ModelConfig = field(default_factory=ModelConfig)  # data=local: the size of the trained vocabulary
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # with hydra/launcher=submitit_slurm

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from nemo_bench.cli import quoted_path
 from nemo_bench.cluster import jobs, slurm
 from nemo_bench.cluster.processes import Terminated, termination_raises
-from nemo_bench.config import ComposedPoint, Launch, typed_as
+from nemo_bench.config import ComposedPoint, typed_as
 from nemo_bench.data.config import PreparationConfig
 from nemo_bench.data.documents import format_of
 from nemo_bench.data.encoder import read_tokenizer
@@ -34,7 +34,7 @@ def run_preparation(raw: DictConfig) -> None:
         print("data=mock is random tokens: there is nothing to prepare.")
     elif cfg.action == "check":
         _check(cfg)
-    elif cfg.launch is Launch.dry:
+    elif cfg.launch == "dry":
         print(f"{_plan(cfg)}\nlaunch=dry: nothing was started.")
     elif cfg.data.kind == "local":
         _prepare_local(cfg)
@@ -54,7 +54,7 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
         jobs.check_command(cfg)
         if cfg.action != "prepare" or cfg.data.kind != "megatron":
             raise BenchError(f"{cfg.action} data={cfg.data.name} needs no job: leave out hydra/launcher=...")
-    dry = any(cfg.launch is Launch.dry for cfg in configs)
+    dry = any(cfg.launch == "dry" for cfg in configs)
     groups = [_shards_of(cfg) if dry else _missing_shards(cfg) for cfg in configs]
     scripts = [_script(point, cfg, shard) for point, cfg, group in zip(points, configs, groups) for shard in group]
     if dry:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_bench.checks.datasets import dataset_remarks
 from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import processes
-from nemo_bench.config import Launch, TrainConfig, typed
+from nemo_bench.config import TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
 from nemo_bench.files import dated_name
@@ -33,7 +33,7 @@ FULL_DISK_BYTES = 1 << 20  # with less than this free, a run ended for want of d
 def run_point(raw: DictConfig) -> None:
     """Run the point, or print what would run; ConfigurationRefused with nothing started, RunFailed if incomplete."""
     cfg = typed(raw)
-    dry, here = cfg.launch is Launch.dry, cfg.cluster.scheduler == "none"
+    dry, here = cfg.launch == "dry", cfg.cluster.scheduler == "none"
     broken = problems(cfg)
     if refused := [problem for problem in broken if not problem.missing or (here and not dry)]:
         raise ConfigurationRefused(refused)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import jobs, slurm
 from nemo_bench.cluster.job import FAILURES, Job
-from nemo_bench.config import ComposedPoint, Launch, TrainConfig, load, typed
+from nemo_bench.config import ComposedPoint, TrainConfig, load, typed
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, Problem, RunFailed
 from nemo_bench.files import dated_name, locked, write_json
@@ -32,7 +32,7 @@ def start_point(raw: DictConfig) -> None:
     """Run a cluster's point in this process's Slurm allocation (`sbatch launch.sh`), if there is one; else here."""
     cfg = typed(raw)
     # A job inside a job is never submitted: the point's batch script runs here.
-    if cfg.launch is Launch.dry or cfg.cluster.scheduler != "slurm" or "SLURM_JOB_ID" not in os.environ:
+    if cfg.launch == "dry" or cfg.cluster.scheduler != "slurm" or "SLURM_JOB_ID" not in os.environ:
         run_point(raw)
         return
     if broken := problems(cfg):
@@ -56,7 +56,7 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     configs = [typed(point.config) for point in points]
     for cfg in configs:
         jobs.require_slurm(cfg.cluster)
-    dry = any(cfg.launch is Launch.dry for cfg in configs)
+    dry = any(cfg.launch == "dry" for cfg in configs)
     broken = [problems(cfg) for cfg in configs]
     # launch=dry also serves to plan on a laptop, which has no stage folder: it lists what is missing.
     refused = [[problem for problem in of_point if not (dry and problem.missing)] for of_point in broken]

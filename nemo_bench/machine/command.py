@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import jobs, processes
-from nemo_bench.config import ComposedPoint, Launch, TrainConfig, typed
+from nemo_bench.config import ComposedPoint, TrainConfig, typed
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
 from nemo_bench.files import dated_name, write_text
 from nemo_bench.launch import batch_script, point
@@ -31,7 +31,7 @@ _UNUSED = ("data", "checkpoint", "profile", "gpu.memory_gib")
 def run_check(raw: DictConfig) -> None:
     """Check this machine; raise RunFailed where there are findings."""
     cfg = _checked(raw, here=True)
-    if cfg.launch is Launch.dry:
+    if cfg.launch == "dry":
         print("each rank ", shlex.join(rank_command(cfg, Path("<folder>"), sys.executable)))
         print("launch=dry: nothing was started.")
         return
@@ -55,7 +55,7 @@ def run_check(raw: DictConfig) -> None:
 def submit_checks(points: list[ComposedPoint], *, wait: bool) -> None:
     """Submit a job for each configuration, and with `wait` follow them; RunFailed, then, where there are findings."""
     configs = [_checked(each.config, here=False) for each in points]
-    if any(cfg.launch is Launch.dry for cfg in configs):
+    if any(cfg.launch == "dry" for cfg in configs):
         jobs.show_commands([_script(cfg, Path(cfg.stage_path) / CHECKS / "<folder>") for cfg in configs])
         return
     jobs.require_sbatch()
@@ -78,7 +78,7 @@ def _checked(raw: DictConfig, *, here: bool) -> TrainConfig:
         )
     if not here:
         jobs.require_slurm(cfg.cluster)
-    dry = cfg.launch is Launch.dry
+    dry = cfg.launch == "dry"
     kept = [each for each in problems(cfg) if not each.key.startswith(_UNUSED) and not (dry and each.missing)]
     if kept:
         raise ConfigurationRefused(kept)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from nemo_bench.cluster import jobs, slurm
 from nemo_bench.cluster.processes import Terminated, termination_raises
-from nemo_bench.config import ComposedPoint, Launch, typed_as
+from nemo_bench.config import ComposedPoint, typed_as
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import dated_name, size_text
 from nemo_bench.report.terminal import make_console
@@ -40,7 +40,7 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
     for point in points:
         cfg = typed_as(StageConfig, point.config)
         jobs.check_command(cfg)
-        dry |= cfg.launch is Launch.dry
+        dry |= cfg.launch == "dry"
         folder = Path(cfg.stage_path) / "results.stage_setup" / dated_name()
         command = jobs.repeated_command("setup_stage.py", point.overrides, cfg.stage_path)
         name = f"nemo-bench-setup-stage-{cfg.action}"
@@ -65,10 +65,10 @@ def _run(cfg: StageConfig, stage: Stage) -> None:
     parts = [part_of(cfg, stage.folder) for name, part_of in makers.items() if name in cfg.parts]
     bundle = Path(cfg.bundle or "")
     if cfg.action == "install":
-        install(stage, bundle, dry=cfg.launch is Launch.dry)
+        install(stage, bundle, dry=cfg.launch == "dry")
     elif cfg.action == "check":
         _check(stage, parts)
-    elif cfg.launch is Launch.dry:
+    elif cfg.launch == "dry":
         for part in parts:
             path, problem = stage.folder / part.place, stage.problem(part.place, part.settings, contents=False)
             print_line(f"{part.name}: {path} {problem}; {part.plan}" if problem else f"{part.name}: complete ({path})")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from nemo_bench.config import ClusterConfig, EntrypointConfig, Launch
+from nemo_bench.config import ClusterConfig, EntrypointConfig
 from nemo_bench.fields import PATH, choice, number
 
 PARTS = ("image", "tokenizer", "code")
@@ -40,7 +40,7 @@ class StageConfig:
     bundle: str | None = field(default=None, metadata=PATH)  # of pack and install: a .tar or .tar.zst file
     enroot: str = "enroot"  # the executable
     image_gib: float = number(25.0, least=0, most=10**6)  # free space required before an image is imported: an estimate
-    launch: Launch = Launch.run
+    launch: str = choice("run", "dry")
 
 
 ConfigStore.instance().store(name="stage_schema", node=StageConfig)
