@@ -35,6 +35,10 @@ class OptimConfig:
     adam_eps: float = number(1e-8, least=0, most=1)
     clip_grad: float = number(1.0, least=0)  # global gradient norm
     use_distributed_optimizer: bool = True  # shard optimizer state over the data-parallel ranks
+    use_megatron_fsdp: bool = kernel(False)  # Megatron-FSDP in its place, which shards what the next key says
+    data_parallel_sharding_strategy: str = choice("optim_grads_params", "optim_grads", "optim")
+    fsdp_double_buffer: bool = False  # keep the memory of two gathered layers, instead of allocating it each time
+    suggested_communication_unit_size: int | None = number(None, least=1, most=2**40)  # parameters gathered ahead
     overlap_grad_reduce: bool = True  # reduce gradients while the backward pass goes on
     overlap_param_gather: bool = True  # gather parameters while the next forward pass goes on
     overlap_param_gather_with_optimizer_step: bool | None = None  # of the first chunk; null: where NVIDIA does so
@@ -99,7 +103,9 @@ class ModelConfig:
     )
     recompute_method: str | None = choice(None, "uniform", "block")  # of full
     recompute_num_layers: int | None = number(None, least=1, most=10_000)  # of full
-    cuda_graph_impl: str = choice("none", "local")  # local: Megatron records each layer once, and replays it
+    cpu_offloading_num_layers: int = number(0, least=0, most=10_000)  # whose activations wait in the host's memory
+    cuda_graph_impl: str = choice("none", "local")  # local: Megatron records what cuda_graph_scope says, and replays it
+    cuda_graph_scope: str = choice("full", "full_iteration")  # each layer, or a step's forward and backward passes
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -322,7 +328,8 @@ class TrainConfig:
         o = self.model.optim
         if o.use_precision_aware_optimizer is not None:
             return o.use_precision_aware_optimizer
-        return self.gpu.device == "cuda" and o.use_distributed_optimizer and not self.precision.fp8_param_gather
+        possible = o.use_distributed_optimizer and not o.use_megatron_fsdp and not self.precision.fp8_param_gather
+        return self.gpu.device == "cuda" and possible
 
     @property
     def gathers_with_optimizer_step(self) -> bool:

@@ -53,6 +53,14 @@ def _stage(cfg: TrainConfig, stage: int, layers: int) -> MemoryEstimate:
     others = layers * 2 * h + (embedding if stage == 0 else 0) + (embedding + h if last else 0)
     sizes = zip(_weight_bytes(cfg, matrix=True), _weight_bytes(cfg, matrix=False))
     parameters, gradients, optimizer, step = (matrices * of_matrix + others * of_other for of_matrix, of_other in sizes)
+    if m.optim.use_megatron_fsdp:
+        # Whole at a time: two layers, the one at work and the one gathered ahead, and what belongs to no layer.
+        share, gathered = 1 / _copies(cfg), min(2 / layers, 1)
+        whole = (others + gathered * matrices) / (others + matrices)
+        if "params" in m.optim.data_parallel_sharding_strategy:
+            parameters *= min(share + whole, 1)
+        if "grads" in m.optim.data_parallel_sharding_strategy:
+            gradients *= min(share + whole, 1)
     activations, logits = _activations(cfg, stage, layers), _logits(cfg) if last else 0.0
     return MemoryEstimate(stage, parameters, gradients, optimizer, activations, logits, step)
 
@@ -62,10 +70,8 @@ def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, floa
 
     `matrix`: of a layer's matrix product, which fp8 is for; embeddings and norms stay in bf16.
     """
-    o, p, m = cfg.model.optim, cfg.precision, cfg.model
-    # Megatron shards over the context-parallel ranks too: they hold the same weights.
-    copies = cfg.world_size // (m.tensor_model_parallel_size * m.pipeline_model_parallel_size)
-    share = 1 / copies if o.use_distributed_optimizer else 1.0
+    o, p = cfg.model.optim, cfg.precision
+    share = 1 / _copies(cfg) if o.use_distributed_optimizer else 1.0
     if p.trainer_precision != "bf16-mixed":
         return 4, 4, 8 * share, 0
     gradient = 4 if o.grad_reduce_in_fp32 else 2
@@ -84,6 +90,11 @@ def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, floa
     return weight, gradient, (main + moments) * share, step * share
 
 
+def _copies(cfg: TrainConfig) -> int:
+    """Return over how many GPUs Megatron shards; the context-parallel ones hold the same weights too."""
+    return cfg.world_size // (cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size)
+
+
 def _activations(cfg: TrainConfig, stage: int, layers: int) -> float:
     m = cfg.model
     tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
@@ -100,7 +111,7 @@ def _activations(cfg: TrainConfig, stage: int, layers: int) -> float:
     layer = outside + inside
     # Chunks of layers (one a virtual stage) whose forward pass is done and whose backward pass is not.
     in_flight = (pp - stage - 1) * 2 + (vp - 1) * pp + 1 if vp > 1 else pp - stage
-    kept = min(in_flight, cfg.num_micro_batches * vp) * layers / vp
+    kept = min(in_flight, cfg.num_micro_batches * vp) * layers / vp - m.cpu_offloading_num_layers
     working = tokens * 3 * f * size / tp  # gradients of the MLP's inner activations, of the layer at work
     if m.recompute_granularity == "full":
         entry = tokens * h * size / (tp if m.sequence_parallel else 1)

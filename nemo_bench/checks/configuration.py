@@ -103,6 +103,8 @@ def _pipeline(cfg: TrainConfig, need: Need) -> None:
         need(m.num_layers == below, "model.num_layers", rule, fix)
     else:
         _need_multiple(need, "model.num_layers", chunks, f"the pipeline's chunks are equal ({stages})")
+    rule, fix = f"must be less than model.num_layers={m.num_layers}", f"nearest that works: {m.num_layers - 1}"
+    need(m.cpu_offloading_num_layers < m.num_layers, "model.cpu_offloading_num_layers", rule, fix)
 
 
 def _batch(cfg: TrainConfig, need: Need) -> None:
@@ -182,7 +184,8 @@ def _environment(cfg: TrainConfig, need: Need) -> None:
     environment = cfg.entrypoint.env | dict(os.environ) | cfg.cluster.env
     expandable = "expandable_segments:True" in (environment.get("PYTORCH_CUDA_ALLOC_CONF") or "")
     rule = "is not possible with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-    need(m.cuda_graph_impl == "none" or not expandable, "model.cuda_graph_impl", rule, "change that, or use none")
+    by_layer = m.cuda_graph_impl == "local" and m.cuda_graph_scope == "full"
+    need(not by_layer or not expandable, "model.cuda_graph_impl", rule, "change that, or use none")
 
 
 def _data(cfg: TrainConfig, need: Need) -> None:

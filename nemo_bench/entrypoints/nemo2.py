@@ -20,11 +20,13 @@ class Nemo2(Entrypoint):
             return environment
         if (cfg.gpu.compute_capability or 0) >= BLACKWELL:
             environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # fewer would serialise its streams
-        elif m.tensor_model_parallel_size > 1 or m.context_parallel_size > 1:
+        elif (m.tensor_model_parallel_size > 1 or m.context_parallel_size > 1) and not m.optim.use_megatron_fsdp:
             environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # communication starts before the product that hides it
         if m.pipeline_model_parallel_size > 1:
             environment["NCCL_P2P_NET_CHUNKSIZE"] = "2097152"
-        if m.cuda_graph_impl == "none":
+        if m.cuda_graph_scope == "full_iteration":
+            environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True,graph_capture_record_stream_reuse:True"
+        elif m.cuda_graph_impl == "none" and not m.optim.use_megatron_fsdp:
             environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         return environment
 

@@ -100,7 +100,9 @@ def build_container(cfg: TrainConfig) -> Any:
         dataset=_dataset(cfg),
         logger=known(bridge.LoggerConfig, log_interval=1),
         tokenizer=_tokenizer(cfg),
-        checkpoint=known(bridge.CheckpointConfig),
+        checkpoint=known(bridge.CheckpointConfig, ckpt_format="fsdp_dtensor" if o.use_megatron_fsdp else "torch_dist"),
+        # It would synchronise the device at every step.
+        rerun_state_machine=known(bridge.RerunStateMachineConfig, check_for_nan_in_loss=False),
         rng=known(bridge.RNGConfig, seed=t.seed, te_rng_tracker=m.cuda_graph_impl != "none"),
         dist=known(
             bridge.DistributedInitConfig,
@@ -118,6 +120,8 @@ def _model(cfg: TrainConfig) -> Any:
         values["rope_scaling_factor"] = 8.0  # Llama 3.1's
     if cfg.gpu.device == "cpu":
         values["transformer_impl"] = "local"
+    if cfg.model.optim.use_megatron_fsdp:
+        values["init_model_with_meta_device"] = True  # a whole copy of the model fits no GPU
     return known(
         GPTModelProvider,
         normalization="RMSNorm",

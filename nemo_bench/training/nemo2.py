@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.llama import Llama3Config, Llama31Config
+from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectionCallback
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 from nemo.utils.exp_manager import TimingCallback
@@ -34,6 +35,8 @@ _LAYOUT = (
 
 def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
     """Train `cfg` to its last step, or until a preemption."""
+    if cfg.model.cuda_graph_scope == "full_iteration":
+        _record_whole_iterations()
     tokenizer, strategy, o = build_tokenizer(cfg), build_strategy(cfg), cfg.model.optim
     if cfg.gpu.device == "cpu":
         cpu_device.install_for_checkpoints()
@@ -57,6 +60,14 @@ def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
             ),
         ),
     )
+
+
+def _record_whole_iterations() -> None:
+    """Have NeMo record forward and backward passes: it asks for a setting that megatron-core 0.15 has renamed."""
+    from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    MegatronStep.forward_backward_func = property(lambda step: FullCudaGraphWrapper(get_forward_backward_func()))
 
 
 class _LightningHooks(pl.Callback):
@@ -132,6 +143,8 @@ class _Strategy(nl.MegatronStrategy):
 def build_strategy(cfg: TrainConfig) -> nl.MegatronStrategy:
     """Return the parallel layout and Megatron's data-parallel wrapper."""
     values = settings.model_settings(cfg)
+    # Megatron-FSDP has a format of checkpoints of its own; none is written.
+    fsdp = {"fsdp": "megatron", "save_ckpt_format": "fsdp_dtensor"} if cfg.model.optim.use_megatron_fsdp else {}
     strategy: nl.MegatronStrategy = known(
         _Strategy,
         **{name: values[name] for name in _LAYOUT},
@@ -141,6 +154,7 @@ def build_strategy(cfg: TrainConfig) -> nl.MegatronStrategy:
         # precision-aware optimizer fails ('bool' object has no attribute 'dtype', megatron-core 0.15.3).
         ckpt_optim_fully_reshardable=True,
         process_group_backend="nccl" if cfg.gpu.device == "cuda" else "gloo",
+        **fsdp,
     )
     return strategy
 

@@ -14,7 +14,14 @@ from nemo_bench.config import TrainConfig
 from nemo_bench.errors import BenchError
 
 # Fields of our `model` that Megatron's model does not have; it has all others, by the same names.
-_NOT_OF_THE_MODEL = ("name", "optim", "micro_batch_size", "global_batch_size", "tp_comm_overlap", "tp_comm_overlap_cfg")
+_NOT_OF_THE_MODEL = (
+    *("name", "optim", "micro_batch_size", "global_batch_size", "tp_comm_overlap", "tp_comm_overlap_cfg"),
+    "cuda_graph_scope",
+)
+_FSDP = (
+    *("use_megatron_fsdp", "data_parallel_sharding_strategy", "fsdp_double_buffer"),
+    "suggested_communication_unit_size",
+)
 # NVIDIA's tables of user buffers name the GPU they were made for; others of its architecture use the same.
 _TABLES_OF_CAPABILITY = {9: "h100", 10: "b200"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,6 +41,10 @@ def model_settings(cfg: TrainConfig) -> dict[str, Any]:
         "use_te_rng_tracker": m.cuda_graph_impl != "none",  # a graph cannot record the other one's CPU side
         **pipeline_communication(cfg),
     }
+    if m.cuda_graph_scope != "full":
+        settings["cuda_graph_scope"] = m.cuda_graph_scope
+    if m.cpu_offloading_num_layers:
+        settings |= {"cpu_offloading": True, "cpu_offloading_weights": False}
     if cfg.gpu.device == "cpu":
         from nemo_bench.training.layers import local_block_spec
 
@@ -80,12 +91,15 @@ def gradient_communication(cfg: TrainConfig) -> dict[str, Any]:
 
 def ddp_settings(cfg: TrainConfig) -> dict[str, Any]:
     """Return the settings of a `DistributedDataParallelConfig`."""
+    o = cfg.model.optim
     return {
-        "use_distributed_optimizer": cfg.model.optim.use_distributed_optimizer,
-        "grad_reduce_in_fp32": cfg.model.optim.grad_reduce_in_fp32,
-        "average_in_collective": cfg.gpu.device == "cuda",  # gloo has no averaging reduction
+        "use_distributed_optimizer": o.use_distributed_optimizer,
+        "grad_reduce_in_fp32": o.grad_reduce_in_fp32,
+        # Neither gloo nor Megatron-FSDP as NVIDIA runs it averages in the reduction.
+        "average_in_collective": cfg.gpu.device == "cuda" and not o.use_megatron_fsdp,
         "check_for_nan_in_grad": False,  # it would synchronise the device at every step
         **gradient_communication(cfg),
+        **({name: getattr(o, name) for name in _FSDP} if o.use_megatron_fsdp else {}),
     }
 
 

@@ -23,7 +23,7 @@ from ..composing import PROJECT, composed
 FOLDER = PROJECT / "conf" / "experiment"
 NAMES = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.yaml"))
 # Those that others start from: they choose no scale, or no model.
-BASES = ("llama31_405b", "dgxc_25_04/nemo2", "dgxc_26_06/bridge")
+BASES = ("llama31_405b", "dgxc_25_04/nemo2", *(f"dgxc_26_06/{name}" for name in ("bridge", "full_iteration", "fsdp")))
 OPEN_SCALE = [name for name in NAMES if re.search(r"dgxc_25_04/.*(bf16|fp8)$|dgxc_25_05/.*gb200$", name)]
 POINTS = [name for name in NAMES if name not in (*BASES, *OPEN_SCALE)]
 # The table of each folder of experiments.
