@@ -16,7 +16,7 @@ train: $(STAMP)
 	@echo '`source $(BIN)/activate` gives you this environment for the other commands of the README.'
 
 # Slurm's tests mostly wait: they run beside the others, and are shown behind them.
-test: $(STAMP) build/light/.complete build/bridge/.complete lint
+test: $(STAMP) build/light/.complete build/bridge/.complete build/bridge_0_6/.complete lint
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-slurm test-others; \
 	status=$$?; cat build/test-slurm.log; exit $$status
 
@@ -43,6 +43,13 @@ build/bridge/.complete: Makefile
 	rm -rf build/bridge
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/bridge \
 		megatron-bridge==0.3.0 megatron-core==0.16.0 six==1.17.0
+	touch $@
+
+# Bridge 0.6, which holds NVIDIA's performance recipes: they are built and compared, never run, and so Python 3.11 will do.
+build/bridge_0_6/.complete: Makefile
+	rm -rf build/bridge_0_6
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python --target build/bridge_0_6 \
+		megatron-bridge==0.6.2 megatron-core==0.19.2 transformers==5.12.1 huggingface_hub==1.33.0
 	touch $@
 
 # PYTHON312=/path/to/python3.12 for Bridge 0.4 and later: its torch takes 5 GB.

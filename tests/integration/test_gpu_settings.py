@@ -23,6 +23,8 @@ POINTS = {
     "70b fp8 of 26.06": "experiment=dgxc_26_06/llama31_70b_fp8_h100",
     "405b mxfp8": "experiment=dgxc_26_06/llama31_405b_mxfp8_gb300",
     "405b nvfp4": "experiment=dgxc_26_06/llama31_405b_nvfp4_gb200",
+    "70b Megatron-FSDP": "experiment=dgxc_26_06/llama31_70b_fp8_b200",
+    "8b in one graph": "experiment=dgxc_26_06/llama31_8b_bf16_b200",
 }
 # NeMo fills the number formats in after the model's configuration was made, and Megatron checks all of it again.
 PROGRAM = """
@@ -46,13 +48,16 @@ for name, overrides in json.loads(sys.argv[1]).items():
     config.__post_init__()
     keys = ("defer_embedding_wgrad_compute", "wgrad_deferral_limit", "overlap_p2p_comm", "batch_p2p_comm", "fp8",
             "fp8_param", "gradient_accumulation_fusion", "cross_entropy_fusion_impl", "recompute_granularity",
-            "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "fp8_recipe", "fp4")
+            "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "fp8_recipe", "fp4",
+            "cuda_graph_scope", "cpu_offloading_num_layers")
     # What NeMo builds the second interleaved stage of a rank from.
     again = io.reinit(model).config
     assert all(getattr(again, key) == getattr(config, key) for key in keys), name
     settings[name] = {key: getattr(config, key) for key in keys} | {"bucket_size": strategy.ddp_config.bucket_size}
     layout = config.pipeline_model_parallel_layout
     settings[name]["chunks"] = len(layout.layout) * len(layout.layout[0]) if layout else None
+    ddp = strategy.ddp_config
+    settings[name]["sharded"] = ddp.data_parallel_sharding_strategy if ddp.use_megatron_fsdp else None
     settings[name]["gathers_early"] = optimizer_settings(cfg)["overlap_param_gather_with_optimizer_step"]
 print(json.dumps(settings))
 """
@@ -64,12 +69,17 @@ def test_megatron_takes_the_settings_of_every_size(python: Callable[..., str]) -
     deferring = {name for name, chosen in settings.items() if chosen["defer_embedding_wgrad_compute"]}
     assert deferring == {"70b as the recipe", "slice PP2 VP2", "405b of 25.04"}
     in_fp8 = {"70b fp8": "delayed", "70b fp8 of 26.06": "tensorwise", "405b mxfp8": "mxfp8"}
+    in_fp8["70b Megatron-FSDP"] = "tensorwise"
     assert {name: chosen["fp8_recipe"] for name, chosen in settings.items() if chosen["fp8_param"]} == in_fp8
     assert {name for name, chosen in settings.items() if chosen["fp4"]} == {"405b nvfp4"}
     assert settings["70b fp8 of 26.06"]["chunks"] == 40
     accounted = {name for name, chosen in settings.items() if chosen["account_for_loss_in_pipeline_split"]}
     assert accounted == {"405b of 25.04", "405b mxfp8", "405b nvfp4"}
-    assert {name for name, chosen in settings.items() if not chosen["gathers_early"]} == {"8b", "slice PP2 VP2"}
+    without_chunks = {"8b", "slice PP2 VP2", "70b Megatron-FSDP", "8b in one graph"}
+    assert {name for name, chosen in settings.items() if not chosen["gathers_early"]} == without_chunks
+    sharded = settings.pop("70b Megatron-FSDP")
+    assert (sharded["sharded"], sharded["cpu_offloading_num_layers"]) == ("optim_grads_params", 5)
+    assert settings["8b in one graph"]["cuda_graph_scope"] == "full_iteration"
     native = {name for name, chosen in settings.items() if chosen["cross_entropy_fusion_impl"] == "native"}
     assert native == {"405b of 25.04"}
     for chosen in settings.values():

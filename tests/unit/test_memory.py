@@ -104,3 +104,16 @@ def test_recomputed_layers_keep_their_input_alone() -> None:
     assert kept < published(**full | {"recompute_num_layers": 2}, recompute_method="block").activations_bytes < whole
     mlp = published(**base, recompute_granularity="selective", recompute_modules=["mlp"])
     assert mlp.activations_bytes < 0.5 * whole
+
+
+def test_megatron_fsdp_holds_its_share_and_two_whole_layers() -> None:
+    point = "model=8b scale=8gpu model.context_parallel_size=1"
+    usual, sharded = published(point), published(point, use_megatron_fsdp=True)
+    layer, embeddings = 4096**2 * 2.5 + 3 * 4096 * 14336, 2 * 128256 * 4096
+    whole, held = 32 * layer + embeddings, (32 * layer + embeddings) / 8 + 2 * layer + embeddings
+    assert sharded.parameters_bytes / usual.parameters_bytes == pytest.approx(held / whole, rel=1e-4)
+    assert sharded.gradients_bytes == sharded.parameters_bytes and sharded.optimizer_bytes == usual.optimizer_bytes
+    states = published(point, use_megatron_fsdp=True, data_parallel_sharding_strategy="optim")
+    assert states.total_bytes == usual.total_bytes
+    offloaded = published(point, cpu_offloading_num_layers=16)
+    assert 0.5 * usual.activations_bytes < offloaded.activations_bytes < 0.6 * usual.activations_bytes
