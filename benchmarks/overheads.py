@@ -1,6 +1,7 @@
 """What this project itself costs: composing, submitting, listing, reading a log, writing a step's line.
 
     python benchmarks/overheads.py [--runs 1000] [--megabytes 60]
+    python benchmarks/overheads.py --loggers tensorboard wandb mlflow      the last line alone, with each of them too
 
 Prints CPU seconds, which a busy machine hardly changes, of whole processes (all but the last two lines) or of calls.
 The telemetry needs what a rank needs (torch, Lightning) and measures the GPU's sampler too where there is a GPU.
@@ -85,18 +86,21 @@ def reading_a_log(folder: Path, megabytes: float) -> dict[str, float]:
     return {"MB of a log in a second": path.stat().st_size / 1e6 / (time.process_time() - began)}
 
 
-def telemetry(folder: Path, steps: int = 2000) -> dict[str, float]:
-    """Return the median seconds that follow a step on rank 0: its measurements, and its line in steps.jsonl."""
+def telemetry(folder: Path, steps: int = 2000, logger: str = "none") -> dict[str, float]:
+    """Return the median seconds that follow a step on rank 0: its measurements, its line in steps.jsonl, a logger."""
     import torch
 
     from nemo_bench.config import load
     from nemo_bench.record.folder import EventLog, RunFolder
     from nemo_bench.training.hooks import RankTelemetry, RunRecorder, Step
+    from nemo_bench.training.loggers import MetricsLogger
 
     cfg, run = load(RECORD / "config.yaml"), RunFolder(folder)
     cfg.gpu.device = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg.logger.kind = logger
     measure = RankTelemetry(cfg, run, 0, None)
-    hooks = [measure, RunRecorder(cfg, run, EventLog(run), measure)]
+    recorder = RunRecorder(cfg, run, EventLog(run), measure)
+    hooks = [measure, recorder, *([] if logger == "none" else [MetricsLogger(cfg, recorder)])]
     for hook in hooks:
         hook.train_start(0)
     times_s = []
@@ -107,24 +111,25 @@ def telemetry(folder: Path, steps: int = 2000) -> dict[str, float]:
         for hook in hooks:
             hook.step_end(step)
         times_s.append(time.perf_counter() - began)
-    return {"telemetry of a step": statistics.median(times_s)}
+    return {f"telemetry of a step, logger={logger}": statistics.median(times_s)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1000, help="how many runs are listed")
     parser.add_argument("--megabytes", type=float, default=60, help="size of the log")
+    parser.add_argument("--loggers", nargs="+", help="measure the telemetry alone, with these loggers")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for overheads in (
-            composing(folder),
-            submitting(folder, options.runs),
-            reading_a_log(folder, options.megabytes),
-            telemetry(folder),
-        ):
-            for what, value in overheads.items():
-                print(f"{what:36} {value:10.6g}", flush=True)
+        overheads = telemetry(folder)
+        for logger in options.loggers or []:
+            overheads |= telemetry(folder, 300, logger)
+        if not options.loggers:
+            overheads = composing(folder) | submitting(folder, options.runs) | overheads
+            overheads |= reading_a_log(folder, options.megabytes)
+        for what, value in overheads.items():
+            print(f"{what:44} {value:10.6g}", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def import_recipes() -> None:
     from nemo_bench.training import cpu_device, incompatibilities
     from nemo_bench.training.incompatibilities import transformer_engine_absent
 
-    typing.override = typing_extensions.override  # Bridge 0.4 and later want Python 3.12, for this alone
+    # Bridge 0.4 and later want Python 3.12, for this alone.
+    typing.override = typing_extensions.override  # type: ignore[attr-defined]
     cpu_device.install()
     if importlib.util.find_spec("triton") is None:
         sys.meta_path.append(transformer_engine_absent._StandIns(("triton",)))
