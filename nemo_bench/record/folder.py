@@ -20,6 +20,7 @@ from nemo_bench.record.node import git_revision
 
 CONFIG, RUN, JOB = "config.yaml", "run.json", "job.json"
 STEPS, EVENTS = "steps.jsonl", "events.jsonl"
+STRAGGLER, STALLED = "straggler", "stalled"  # events whose `text` names ranks
 CHECKPOINTS, PROFILE, LOGGER = "checkpoints", "profile", "logger"
 REQUEUE = "requeue"  # by rank 0 once a last checkpoint is safe; its batch script then asks for the requeue
 EXIT = "exit.json"  # of a Slurm job, by its batch script
@@ -122,10 +123,11 @@ class RunFolder:
         progress, max_steps = self.progress(), content.get("max_steps", 0)
         if progress.steps >= max_steps or status.state not in ("submitted", "running", "completed"):
             return status
+        last: dict[str, Any] = next(reversed(read_lines(self.path / EVENTS)[0]), {})
         if not status.finished:
-            return replace(status, reason=progress.stall)
-        events = read_lines(self.path / EVENTS)[0]
-        if not progress.steps and events and events[-1].get("event") == "done":  # a program may print no steps
+            named = last["text"] if last.get("event") in (STRAGGLER, STALLED) else None
+            return replace(status, reason=named or progress.stall)
+        if not progress.steps and last.get("event") == "done":  # a program may print no steps
             return status
         reason = f"its ranks ended with exit status 0 at step {progress.steps} of {max_steps}"
         return replace(status, state="failed", reason=reason)

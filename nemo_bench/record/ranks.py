@@ -16,6 +16,7 @@ UNSTEADY_STEPS = 3
 
 _NUMBERS = (
     ("step_time_median_s", "train_step_timing_s", statistics.median),
+    ("own_time_s", "own_time_s", statistics.median),
     ("power_w", "power_w", statistics.fmean),
     ("sm_clock_mhz", "sm_clock_mhz", statistics.fmean),
     ("sm_clock_min_mhz", "sm_clock_min_mhz", min),

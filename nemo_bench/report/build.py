@@ -80,15 +80,8 @@ def build_report(
         baseline_runs=tuple(old_runs),
         baseline_points=tuple(group.point for group in old_groups),
         comparisons=comparisons,
-        attributions=tuple(way for pair in pairs for way in _ways(*pair) if way),
+        attributions=tuple(way for pair in pairs for way in attribution.ways(*pair)),
     )
-
-
-def _ways(group: points.Group, old: points.Group | None) -> Iterator[model.Attribution | None]:
-    """Yield where a measured point's seconds went, from its estimate and from its baseline."""
-    yield attribution.from_estimate(group.point, group.final, group.estimate)
-    if old:
-        yield attribution.from_baseline(group.point, group.final, old.point, old.final)
 
 
 def _overall(values: set[str]) -> str:

@@ -94,27 +94,20 @@ def scaling(curves: Sequence[ScalingCurve]) -> list[Figure]:
 
 
 def waterfall(way: Attribution) -> Figure | None:
-    """Return the way from the published or the expected step time to the measured one; None if nothing explains it.
-
-    Its axis begins above 0.
-    """
-    first, first_s = way.source.partition(",")[0], way.expected_s
-    steps = [(term.name, term.difference_s) for term in way.terms if term.difference_s]
-    steps.append(("unexplained", way.unexplained_s))
-    if way.published_s is not None:
-        steps = [("estimate", way.expected_s - way.published_s), *steps]
-        first, first_s = "published", way.published_s
-    if len(steps) == 1:
+    """Return the way to a measured step time, on an axis that begins above 0; None where nothing explains it."""
+    steps = [(term.name, term.more_s) for term in way.terms if term.more_s]
+    if len(steps) < 2:
         return None
-    heights = [*itertools.accumulate([first_s, *(seconds for _, seconds in steps)])]
+    heights = [*itertools.accumulate((step_s for _, step_s in steps), initial=way.expected_s)]
+    texts = [f"{1e3 * step_s:+,.0f} ms" for _, step_s in steps]
     bars = {
         "type": "waterfall",
         "measure": ["absolute", *["relative"] * len(steps), "total"],
-        "x": ["<br>".join(textwrap.wrap(name, 16)) for name in (first, *(name for name, _ in steps), "measured")],
-        "y": [first_s, *(seconds for _, seconds in steps), 0.0],
-        "text": [f"{first_s:.4g} s", *(f"{1e3 * seconds:+,.0f} ms" for _, seconds in steps), f"{way.measured_s:.4g} s"],
+        "x": ["<br>".join(textwrap.wrap(name, 16)) for name in (way.source, *(name for name, _ in steps), "measured")],
+        "y": [way.expected_s, *(step_s for _, step_s in steps), 0.0],
+        "text": [f"{way.expected_s:.4g} s", *texts, f"{way.measured_s:.4g} s"],
         "textposition": "outside",
     }
-    room = max(max(heights) - min(heights), 0.01 * way.measured_s) / 4
+    room = (max(heights) - min(heights)) / 4
     y = {"title": {"text": "s"}, "range": [min(heights) - room, max(heights) + room], "autorange": False}
-    return _figure(f"{way.point}: from {first} to measured", [bars], {}, y, height=380)
+    return _figure(f"{way.point}: from {way.source} to measured", [bars], {}, y, height=380)

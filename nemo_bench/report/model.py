@@ -298,42 +298,43 @@ class Comparison:
     changes: dict[str, tuple[Change, ...]]  # what changed, by kind: configuration, packages, environment, hardware
 
 
+NO_EVIDENCE = "no evidence"
+
+
 @dataclass(frozen=True)
 class Term:
-    """A part of a step; None: not known."""
+    """A part of a step, or what no evidence explains of it; None: not known."""
 
     name: str  # of the estimate's terms, several where the evidence cannot tell them apart
     expected_s: float | None
-    measured_s: float | None
-    evidence: str  # what `measured_s` rests on, or that there is none
+    measured_s: float | None = None
+    evidence: str = NO_EVIDENCE
 
     @property
-    def difference_s(self) -> float | None:
-        known = self.expected_s is not None and self.measured_s is not None
-        return (self.measured_s or 0) - (self.expected_s or 0) if known else None
+    def more_s(self) -> float:
+        """What is known to have taken longer than expected."""
+        return 0.0 if self.expected_s is None or self.measured_s is None else self.measured_s - self.expected_s
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """The way from an expected step time to the measured one."""
+    """The way from an expected step time to the measured one: their difference is what the terms took more."""
 
     point: str  # `Point.name`
-    source: str  # of what was expected: "estimate", or the baseline's point
+    source: str  # "published" or "estimate", or the baseline's point
     expected_s: float
     measured_s: float
-    terms: tuple[Term, ...]
-    unexplained_s: float  # the measured time, less the expected one and all known differences
-    findings: tuple[str, ...]  # what ranks, clocks and the machine's check say beside it
-    published_s: float | None = None
+    terms: tuple[Term, ...]  # the last: unexplained
+    findings: tuple[str, ...]  # what else the evidence says
 
     @property
     def summary(self) -> str:
-        """The way in a line: the largest differences first."""
-        known = [(term.difference_s, term.name) for term in self.terms if term.difference_s is not None]
-        parts = [f"{name} {1e3 * difference:+,.0f} ms" for difference, name in sorted(known, key=lambda k: -abs(k[0]))]
-        rest = f"unexplained {1e3 * self.unexplained_s:+,.0f} ms ({abs(self.unexplained_s) / self.measured_s:.1%})"
+        """The way in a line: the largest differences, and the rest."""
+        *known, rest = self.terms
+        known = sorted((term for term in known if term.more_s), key=lambda term: -abs(term.more_s))
+        parts = [f"{term.name} {1e3 * term.more_s:+,.0f} ms" for term in (*known[:4], rest)]
         head = f"{self.measured_s / self.expected_s - 1:+.1%} on {self.expected_s:.4g} s"
-        return f"{head}: {', '.join([*parts[:4], rest])}"
+        return f"{head}: {', '.join(parts)} ({rest.evidence})"
 
 
 @dataclass(frozen=True)

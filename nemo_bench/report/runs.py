@@ -21,6 +21,7 @@ from nemo_bench.record.first_error import by_number
 from nemo_bench.record.folder import CONFIG, EVENTS, PROFILE, STEPS, RunFolder, Status, read_lines, read_object
 from nemo_bench.record.node import NODE, kept_environment
 from nemo_bench.record.redaction import redact, redact_values
+from nemo_bench.record.stall import said_of_ranks
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report import ranks, remarks
 from nemo_bench.report.logs import Log, read_log
@@ -106,7 +107,7 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
         run,
         state=state,
         why_not_final=why,
-        remarks=(_LOADED.format(waited),) if waited > _LONGEST_WAIT else (),
+        remarks=(*said_of_ranks(events), *([_LOADED.format(waited)] if waited > _LONGEST_WAIT else [])),
         gpu_reported=", ".join(gpus),
         software=_software(run, config, node),
         steps=steps,

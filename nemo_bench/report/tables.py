@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nemo_bench.report import model
-from nemo_bench.report.model import Attribution, Change, Comparison, Point, Report, Run, bubble_of
+from nemo_bench.report.model import Attribution, Change, Comparison, Point, Report, Run, Term, bubble_of
 from nemo_bench.report.numbers import tokens_text
 
 _NUMERIC = re.compile(r"[-+±\d.,%/\u2013]*(?: (?:to|±) [-+\d.,%e]+(?: \?)?)?")
@@ -86,29 +86,18 @@ def points_table(report: Report) -> Table:
 
 
 def attribution_table(way: Attribution) -> Table:
-    """Return a row a term, then the unexplained rest and the step; the way in a line as a note."""
-    share = f"{abs(way.unexplained_s) / way.measured_s:.1%} of the step"
-    terms = [
-        *((term.name, term.expected_s, term.measured_s, term.difference_s, term.evidence) for term in way.terms),
-        ("unexplained", None, None, way.unexplained_s, share),
-        ("step", way.expected_s, way.measured_s, way.measured_s - way.expected_s, ""),
-    ]
-    rows = [
-        {
-            "term (ms)": name,
-            way.source.partition(",")[0]: _ms(expected_s),
-            "measured": _ms(measured_s),
-            "more": _ms(more_s, "+"),
-            "rests on": evidence,
-        }
-        for name, expected_s, measured_s, more_s, evidence in terms
-    ]
-    notes = [""] * len(way.terms) + ["; ".join(way.findings), way.summary]
+    """Return a row a term and the step, in ms; the way in a line, and what else is known, as notes."""
+    rows = []
+    for term in (*way.terms, Term("step", way.expected_s, way.measured_s, "")):
+        more = "" if term.measured_s is None else f"{1e3 * term.more_s:+,.1f}"
+        cells = (term.name, _ms(term.expected_s), _ms(term.measured_s), more, term.evidence)
+        rows.append(dict(zip(("term (ms)", "expected", "measured", "more", "rests on"), cells)))
+    notes = [""] * (len(way.terms) - 1) + ["; ".join(way.findings), way.summary]
     return make_table(f"{way.point}: from {way.source} to measured", rows, notes)
 
 
-def _ms(value_s: float | None, sign: str = "") -> str:
-    return "" if value_s is None else f"{1e3 * value_s:{sign},.1f}"
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:,.1f}"
 
 
 def runs_table(runs: Sequence[Run]) -> Table:

@@ -92,6 +92,8 @@ class Follower:
             elif text := _PHASES.get(row["event"]):
                 self.bar.update(self.task, description=text, step="")
                 self._line(f"{time.strftime('%H:%M:%S')} {text}")
+            elif text := row.get("text"):  # a rank that lags, or steps that have stopped
+                self.console.print(text, highlight=False)
         stall = record.RunFolder(self.run_dir).progress().stall
         if stall and not self.stalled:
             self.console.print(stall, highlight=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import socket
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.record.folder import SILENCE_S, EventLog, RunFolder
+from nemo_bench.record.folder import EventLog, RunFolder
 from nemo_bench.record.ranks import gathered, write_ranks
 from nemo_bench.report import statistics
 from nemo_bench.report.numbers import rates_of_step
@@ -50,14 +49,18 @@ def call(hooks: list[Hooks], event: str, *arguments: Any) -> None:
         getattr(hook, event)(*arguments)
 
 
+def disturbed_steps(cfg: TrainConfig) -> range:
+    """Return the steps of a profile, the one before, where it warms up, and the one after, when it writes."""
+    p = cfg.profile
+    return range(0) if p.kind == "none" else range(p.start_step - 1, p.end_step + 2)
+
+
 class RunRecorder(Hooks):
     """Write `events.jsonl` and `steps.jsonl`, on one rank, behind the `RankTelemetry` whose measurements it writes."""
 
     def __init__(self, cfg: TrainConfig, run: RunFolder, events: EventLog, telemetry: RankTelemetry) -> None:
         self.cfg, self.run, self.events, self.telemetry = cfg, run, events, telemetry
-        # Reports leave these steps out: before, the profiler warms up; after, the other ranks wait for it to write.
-        p = cfg.profile
-        self.disturbed = range(0) if p.kind == "none" else range(p.start_step - 1, p.end_step + 2)
+        self.disturbed = disturbed_steps(cfg)
 
     def train_start(self, first_step: int) -> None:
         if left_out:
@@ -66,7 +69,6 @@ class RunRecorder(Hooks):
         # By now every rank has measured its peak, where none is published.
         self.peaks = [float(peak["tflops"]) for peak in measured_peaks(self.run).values()]
         self._announce(first_step)
-        faulthandler.dump_traceback_later(SILENCE_S)
 
     def step_end(self, step: Step) -> None:
         row = {
@@ -81,10 +83,6 @@ class RunRecorder(Hooks):
         self.row = {**row, **rates_of_step(self.cfg, self.peaks, step.seconds), **self.telemetry.step}
         self.run.write_step(self.row)
         self._announce(step.number + 1)
-        faulthandler.dump_traceback_later(SILENCE_S)  # starts anew
-
-    def train_end(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
 
     def _announce(self, step: int) -> None:
         if step in self.disturbed:

@@ -85,6 +85,7 @@ def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None
     stack = import_module(f"nemo_bench.training.{cfg.entrypoint.stack}")
     from nemo_bench.training.hooks import RankTelemetry, RunRecorder
     from nemo_bench.training.matrix_rate import cpu_matrix_rate, gpu_matrix_rate
+    from nemo_bench.training.peers import PeerWatch
     from nemo_bench.training.profiling import build_profiling
 
     events.write("building")
@@ -92,7 +93,7 @@ def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None
         write_json(run.path / f"peak_rank{rank}.json", cpu_matrix_rate(cfg.precision.name))
     telemetry = RankTelemetry(cfg, run, rank, gpu_matrix_rate(local_rank) if on_gpu else None)
     # Telemetry stands ahead of a profiler, which takes its time to write.
-    hooks = [telemetry, *build_profiling(cfg, run.path, rank)]
+    hooks = [telemetry, PeerWatch(cfg, run, rank, events, telemetry), *build_profiling(cfg, run.path, rank)]
     if events.enabled:
         recorder = RunRecorder(cfg, run, events, telemetry)
         hooks.append(recorder)

@@ -32,6 +32,22 @@ def test_a_killed_rank_ends_the_run_and_is_named(start: Callable[..., Started]) 
     run.wait_until_ranks_are_gone()
 
 
+def test_a_stopped_rank_is_named_while_the_other_waits(start: Callable[..., Started]) -> None:
+    run = start("trainer.devices=2")
+    run.wait_for_steps(6)
+    ranks = [pid for pid in run.rank_pids() if os.getpgid(pid) == pid]
+    os.kill(ranks[1], signal.SIGSTOP)
+    events = run.run_dir / "events.jsonl"
+    wait_for(lambda: '"stalled"' in events.read_text(), "the stall to be named")
+    assert "left no stack" in (RunFolder(run.run_dir).status().reason or "")
+    os.kill(ranks[1], signal.SIGCONT)
+    wait_for(lambda: '"resumed"' in events.read_text(), "the next step")
+    os.kill(run.process.pid, signal.SIGINT)
+    _, output = run.finish()
+    assert f"rank 1 (process 1 of {os.uname().nodename}) left no stack: stopped, or the node is gone" in output
+    assert ": rank 0\n" in output and "waiting in" in output and "steps go on" in output
+
+
 def test_a_killed_launcher_takes_its_ranks_along_and_the_record_says_so(start: Callable[..., Started]) -> None:
     run = start("trainer.devices=2")
     run.wait_for_steps(3)
