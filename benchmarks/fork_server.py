@@ -150,8 +150,8 @@ def serve(what: str) -> None:
     if what == "scripts":
         import_scripts()
     elif what == "torch":
-        import nemo_bench.machine.check
-        import nemo_bench.machine.measure  # noqa: F401
+        import nemo_bench.machine.measure
+        import nemo_bench.machine.rank  # noqa: F401
     else:
         import_nemo(what)
     answers.write(b"{}\n")

@@ -41,7 +41,7 @@ def answer(rank: int, task: str, argument: Any, faults: dict[str, Any]) -> Any:
 async def sit(rank: int, port: int, faults: dict[str, Any]) -> None:
     """Do as coordination.Seat does, without a thread for each of thousands."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    writer.write(as_line({"rank": rank, "host": f"n{rank // DEVICES + 1}"}))
+    writer.write(as_line({"rank": rank, "result": f"n{rank // DEVICES + 1}"}))
     beating = asyncio.create_task(beat(writer))
     with contextlib.suppress(ConnectionError):
         while line := await reader.readline():

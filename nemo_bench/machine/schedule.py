@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from nemo_bench.config import TrainConfig
 
-
-@dataclass(frozen=True)
-class Round:
-    """A round of the tournament: each rank's opponent; None sits it out."""
-
-    link: str  # in_node, or network: between nodes
-    opponents: tuple[int | None, ...]
-
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        return [(a, b) for a, b in enumerate(self.opponents) if b is not None and a < b]
+Round = tuple[str, list[int | None]]  # in_node or network (between nodes), and each rank's opponent, if it has one
 
 
 def matches(players: int) -> list[list[int | None]]:
-    """Return the rounds of a tournament, in each of which a player meets at most one other, and never one twice.
+    """Return rounds in which a player meets one other at most, and never one twice: each player's opponent, by round.
 
     The circle method would take `players - 1` rounds for all pairs. Two more than log2(players) of them tell a slow
     player, who is slow against everybody, from a slow link between two.
@@ -42,13 +31,13 @@ def matches(players: int) -> list[list[int | None]]:
 
 def tournament(nodes: int, devices: int) -> list[Round]:
     """Return all rounds: GPUs against GPUs of their node, then node against node, each GPU with the other's same."""
-    rounds = []
+    rounds: list[Round] = []
     for opponents in matches(devices):
         ranks = [None if o is None else node * devices + o for node in range(nodes) for o in opponents]
-        rounds.append(Round("in_node", tuple(ranks)))
+        rounds.append(("in_node", ranks))
     for opponents in matches(nodes):
         ranks = [None if o is None else o * devices + device for o in opponents for device in range(devices)]
-        rounds.append(Round("network", tuple(ranks)))
+        rounds.append(("network", ranks))
     return rounds
 
 
@@ -56,9 +45,8 @@ def layout_groups(cfg: TrainConfig) -> dict[str, list[list[int]]]:
     """Return the ranks of each process group of the layout, as Megatron lays them out: TP, CP, DP, PP outermost."""
     m = cfg.model
     sizes = {"TP": m.tensor_model_parallel_size, "CP": m.context_parallel_size, "DP": cfg.data_parallel_size}
-    sizes["PP"] = m.pipeline_model_parallel_size
     groups, stride = {}, 1
-    for name, size in sizes.items():
+    for name, size in {**sizes, "PP": m.pipeline_model_parallel_size}.items():
         blocks = range(0, cfg.world_size, size * stride)
         firsts = [block + place for block in blocks for place in range(stride)]
         if size > 1:

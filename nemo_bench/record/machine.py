@@ -1,25 +1,23 @@
-"""The last machine check of each cluster: its file in the stage folder, written by check_machine.py."""
+"""The last machine check of each cluster, in the stage folder."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.files import write_json
 from nemo_bench.record.folder import read_object
 
 CHECKS = "results.machine_check"  # in the stage folder: a folder for each check, and the last one of each cluster
-CHECK, EVIDENCE = "check.json", "evidence.json"
+CHECK, EVIDENCE, READ_FILE = "check.json", "evidence.json", "read_me.bin"
 
 
-def write_latest(stage: Path, content: dict[str, Any]) -> None:
-    """Keep a check as the last of its cluster and GPU kind."""
-    write_json(stage / CHECKS / f"{content['cluster']}-{content['gpu']}.json", content)
+def latest_path(stage: str, cluster: str, gpu: str) -> Path:
+    return Path(stage, CHECKS, f"{cluster}-{gpu}.json")
 
 
-def latest(stage: Path, cluster: str, gpu: str) -> dict[str, Any] | None:
-    """Return the last check of a cluster's GPUs; None if there was none, or its file is damaged."""
-    try:
-        return read_object(stage / CHECKS / f"{cluster}-{gpu}.json")
-    except (OSError, ValueError):
-        return None
+def latest_check(stage: str, cluster: str, gpu: str) -> dict[str, Any] | None:
+    """Return the last check of a cluster's GPUs that came to its end; None if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_object(latest_path(stage, cluster, gpu))
+    return None
