@@ -14,20 +14,16 @@ from nemo_bench.record.folder import CONFIG, EventLog, RunFolder
 from nemo_bench.training.hooks import Hooks, RankTelemetry, RunRecorder, Step, call
 from nemo_bench.training.peers import PeerWatch
 
-
-def main(run: RunFolder, steps: int) -> None:
-    """Multiply, reduce, and tell the hooks, as a stack does."""
-    cfg, rank = load(run.path / CONFIG), int(os.environ["RANK"])
-    torch.set_num_threads(1)
+if __name__ == "__main__":
+    run, rank = RunFolder(Path(sys.argv[1])), int(os.environ["RANK"])
+    cfg, events = load(run.path / CONFIG), EventLog(run, enabled=rank == 0)
     torch.distributed.init_process_group("gloo")
     telemetry = RankTelemetry(cfg, run, rank, None)
-    events = EventLog(run, enabled=rank == 0)
     hooks: list[Hooks] = [telemetry, PeerWatch(cfg, run, rank, events, telemetry)]
-    if events.enabled:
-        hooks.append(RunRecorder(cfg, run, events, telemetry))
+    hooks += [RunRecorder(cfg, run, events, telemetry)] if rank == 0 else []
     matrix, gradient = torch.randn(384, 384), torch.ones(1000)
     call(hooks, "train_start", 0)
-    for number in range(steps):
+    for number in range(int(sys.argv[2])):
         began = time.perf_counter()
         call(hooks, "step_start", number)
         for _ in range(12):
@@ -36,7 +32,3 @@ def main(run: RunFolder, steps: int) -> None:
         call(hooks, "step_end", Step(number, time.perf_counter() - began, 1.0, None, 0.0))
     call(hooks, "train_end")
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main(RunFolder(Path(sys.argv[1])), int(sys.argv[2]))

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_bench.record.first_error import read_end
 from nemo_bench.record.folder import STALLED, STRAGGLER, RunFolder
 
 FRESH_S = 10.0  # so much older than the youngest log, a log holds no stack of this stall
 SHOWN = 6
-_READ_BYTES = 1 << 15
 _DUMP, _THREAD = (
     re.compile(r"^Timeout \([\d:.]+\)!$", re.MULTILINE),
     re.compile(r"^(?:Current t|T)hread 0x", re.MULTILINE),
@@ -35,33 +35,24 @@ def said_of_ranks(events: Sequence[dict[str, Any]]) -> list[str]:
 def who_keeps_it(run: RunFolder, ranks: int, place: Callable[[int], str]) -> str:
     """Return the ranks that others wait for, and what each waits in; `place` says where a rank runs."""
     logs = {rank: log for rank in range(ranks) if (log := run.log(rank)).exists()}
-    ages = {rank: log.stat().st_mtime for rank, log in logs.items()}
-    fresh = [rank for rank, changed in ages.items() if changed > max(ages.values()) - FRESH_S]
-    doing = {rank: what for rank in fresh if (what := _doing(logs[rank]))}
+    changed = {rank: log.stat().st_mtime for rank, log in logs.items()}
     groups: dict[str, list[int]] = {}
-    for rank, what in doing.items():
-        groups.setdefault(what, []).append(rank)
-    waits = [what for what in groups if what.startswith("wait")]
-    texts = [
-        f"{_named(group, place)} waits for no other, {what}"
-        for what, group in groups.items()
-        if waits and what not in waits
-    ]
-    if silent := [rank for rank in range(ranks) if rank not in doing]:
-        texts.insert(0, f"{_named(silent, place)} left no stack: stopped, or the node is gone")
-    for what in waits or groups:
-        texts.append(f"{what}: rank{'s'[: len(groups[what]) - 1]} {', '.join(map(str, groups[what][:SHOWN]))}")
+    silent = [*range(ranks)]
+    for rank, log in logs.items():
+        if changed[rank] > max(changed.values()) - FRESH_S and (doing := _doing(log)):
+            groups.setdefault(doing, []).append(rank)
+            silent.remove(rank)
+    texts = [f"{_named(silent, place)} left no stack: stopped, or the node is gone"] if silent else []
+    for doing, group in sorted(groups.items(), key=lambda item: item[0].startswith("waiting")):
+        texts.append(f"{doing}: {_named(group, place)}")
     return "; ".join(texts[:SHOWN])
 
 
 def _doing(log: Path) -> str | None:
     """Return what a rank's main thread does, by the last stack in its log; None without one."""
-    with open(log, "rb") as file:
-        file.seek(max(0, file.seek(0, 2) - _READ_BYTES))
-        text = file.read().decode("utf-8", "replace")
-    dumps = [*_DUMP.finditer(text)]
     # Threads are listed from the youngest on, their frames from the innermost.
-    stack = _FRAME.findall(_THREAD.split(text[dumps[-1].end() :])[-1]) if dumps else []
+    _, *dumps = _DUMP.split(read_end(log))
+    stack = _FRAME.findall(_THREAD.split(dumps[-1])[-1]) if dumps else []
     if not stack:
         return None
     depth = next((at for at, (file, *_) in enumerate(stack) if not _COLLECTIVE.search(file)), 0)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from nemo_bench.estimate.step import Estimate
+from nemo_bench.record.machine import latest_check
 from nemo_bench.report import remarks
 from nemo_bench.report.kernel_classes import ATTENTION, COMMUNICATION, GEMM, OPTIMIZER
 from nemo_bench.report.model import Attribution, Run, Term
@@ -19,7 +21,7 @@ from nemo_bench.report.profile import StepProfile
 
 # A matrix rate this much below what the estimate takes explains slow products; less is the warmth of a GPU.
 SLOW_PRODUCTS = 0.02
-UNEXPLAINED = "unexplained"
+UNEXPLAINED, SHOWN_PLACES = "unexplained", 4
 _PRODUCTS = ("matrix products", "attention")
 _COMPUTED = (*_PRODUCTS, "other kernels", "recomputation")
 _OWN = (*_COMPUTED, "embedding, output layer, loss", "optimizer", "host")  # no other rank's
@@ -84,12 +86,13 @@ def _by_profile(profile: StepProfile, expected: Mapping[str, float], run: Run) -
 
 
 def _by_ranks(run: Run, expected: Mapping[str, float], step_s: float, estimate: Estimate) -> Iterator[Term]:
-    """Yield the terms of a run without a profile, by what its ranks measured."""
+    """Yield the terms of a run without a profile, by what its ranks and the machine's check measured."""
     own = [device.own_time_s for device in run.devices if device.own_time_s is not None]
-    slower = estimate.rates.matrix_tflops / min(_rates(run), default=estimate.rates.matrix_tflops) - 1
+    assumed, (rate, source) = estimate.rates.matrix_tflops, _slowest_rate(run)
+    slower = assumed / (rate or assumed) - 1
     for name, seconds in expected.items():
         if name in _PRODUCTS and slower > SLOW_PRODUCTS:
-            yield Term(name, seconds, seconds * (1 + slower), "slowest GPU's matrix rate")
+            yield Term(name, seconds, seconds * (1 + slower), f"slowest GPU's matrix rate, {source}")
         elif name in _OWN or not own:
             yield Term(name, seconds)
     if own and (names := [name for name in expected if name not in _OWN]):
@@ -97,8 +100,19 @@ def _by_ranks(run: Run, expected: Mapping[str, float], step_s: float, estimate: 
         yield Term(", ".join(names), sum(expected[name] for name in names), waited_s, f"waits of {len(own)} ranks")
 
 
-def _rates(run: Run) -> list[float]:
-    return [device.matrix_tflops for device in run.devices if device.matrix_tflops]
+def _check(run: Run) -> dict[str, Any]:
+    """Return the last machine check of the run's cluster; empty without one."""
+    config = run.record.config or {}
+    return (config and latest_check(config["stage_path"], config["cluster"]["name"], str(run.gpu))) or {}
+
+
+def _slowest_rate(run: Run) -> tuple[float, str]:
+    """Return the least bf16 matrix rate of a GPU (TFLOP/s; 0: not measured), and what measured it."""
+    if checked := _check(run).get("rates", {}).get("bf16_tflops"):
+        return float(checked["least"]), "machine check"
+    return min(
+        (device.matrix_tflops for device in run.devices if device.matrix_tflops), default=0.0
+    ), "before the training"
 
 
 def _findings(run: Run, profile: StepProfile | None, estimate: Estimate | None = None) -> Iterator[str]:
@@ -110,7 +124,11 @@ def _findings(run: Run, profile: StepProfile | None, estimate: Estimate | None =
         yield f"other kernels, with the model's ends (ms): {others}"
         if estimate and (stage := _stage(run, profile)) != estimate.critical_stage:
             yield f"profile of stage {stage}, estimate of stage {estimate.critical_stage}"
-    if rates := _rates(run):
-        assumed = f", assumed {estimate.rates.matrix_tflops:.0f}" if estimate else ""
-        yield f"matrix rate of the slowest GPU before the training: {min(rates):.0f} TFLOP/s{assumed}"
+    rate, source = _slowest_rate(run)
+    if rate and estimate:
+        assumed = estimate.rates.matrix_tflops
+        yield f"matrix rate of the slowest GPU ({source}): {rate:.0f} TFLOP/s, assumed {assumed:.0f}"
+    for finding in (check := _check(run)).get("findings", ()):
+        places = ", ".join(f"{place['host']} GPU {place['gpu']}" for place in finding["where"][:SHOWN_PLACES])
+        yield f"machine check of {check['checked_at']}: {places}: {finding['what']}"
     yield from remarks.of_runs([run])

@@ -49,18 +49,14 @@ def call(hooks: list[Hooks], event: str, *arguments: Any) -> None:
         getattr(hook, event)(*arguments)
 
 
-def disturbed_steps(cfg: TrainConfig) -> range:
-    """Return the steps of a profile, the one before, where it warms up, and the one after, when it writes."""
-    p = cfg.profile
-    return range(0) if p.kind == "none" else range(p.start_step - 1, p.end_step + 2)
-
-
 class RunRecorder(Hooks):
     """Write `events.jsonl` and `steps.jsonl`, on one rank, behind the `RankTelemetry` whose measurements it writes."""
 
     def __init__(self, cfg: TrainConfig, run: RunFolder, events: EventLog, telemetry: RankTelemetry) -> None:
         self.cfg, self.run, self.events, self.telemetry = cfg, run, events, telemetry
-        self.disturbed = disturbed_steps(cfg)
+        # Reports leave these steps out: before, the profiler warms up; after, the other ranks wait for it to write.
+        p = cfg.profile
+        self.disturbed = range(0) if p.kind == "none" else range(p.start_step - 1, p.end_step + 2)
 
     def train_start(self, first_step: int) -> None:
         if left_out:

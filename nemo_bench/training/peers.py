@@ -13,7 +13,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,14 +23,13 @@ from nemo_bench.record.folder import EVENTS, SILENCE_S, STALLED, STRAGGLER, Even
 from nemo_bench.record.ranks import UNSTEADY_STEPS
 from nemo_bench.record.stall import who_keeps_it
 from nemo_bench.training.gpu import log
-from nemo_bench.training.hooks import Hooks, RankTelemetry, Step, disturbed_steps
+from nemo_bench.training.hooks import Hooks, RankTelemetry, Step
 
-WINDOW = 5  # steps
-SLOW_S = 5.0  # for which a rank must lag: shorter tells of the moment
+WINDOW, SLOW_S = 5, 5.0  # steps and seconds for which a rank must lag: shorter tells of the moment
 # Slower than the median of its peers; cores of a CPU are shared with other programs.
 SLOWER = {"cuda": 0.1, "cpu": 1.0}
 STALL_STEPS, STALL_S = 10, 15.0  # no step for so many medians, and so many seconds
-_SETTLED_S, _DEPUTY_S = 2.0, 5.0  # until all stacks are written; until a deputy speaks
+SETTLED_S, DEPUTY_S = 2.0, 5.0  # until all stacks are written; until a deputy speaks
 _COLLECTIVES = re.compile("reduce|gather|broadcast|alltoall|send|recv|_end_coalescing")
 
 
@@ -38,10 +37,9 @@ class Waits:
     """How long other ranks hold this one up: its thread on a CPU, the stream of its computation on a GPU."""
 
     def __init__(self, on_gpu: bool) -> None:
-        self.seconds = 0.0
+        self.seconds, self.stream = 0.0, torch.cuda.current_stream() if on_gpu else None
         self.events: list[Any] = []
-        self.stream: Any = torch.cuda.current_stream() if on_gpu else None
-        # Collectives themselves where they make the stream wait, which on a GPU they do unless they are asynchronous.
+        # On a GPU a collective that is not asynchronous makes the stream wait itself.
         group, work = torch.distributed.ProcessGroup, torch.distributed.Work
         timed = [(group, name) for name in dir(group) if on_gpu and _COLLECTIVES.search(name)]
         for owner, name in [*timed, (work, "wait")]:
@@ -49,15 +47,16 @@ class Waits:
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def held(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            counts = self.stream and self.stream == torch.cuda.current_stream()
-            if counts and not torch.cuda.is_current_stream_capturing():
-                self.events.append(self.stream.record_event(torch.cuda.Event(enable_timing=True)))
+            began, stream = time.perf_counter(), self.stream
+            if stream is None:
                 result = call(*args, **kwargs)
-                self.events.append(self.stream.record_event(torch.cuda.Event(enable_timing=True)))
+                self.seconds += time.perf_counter() - began
                 return result
+            if stream != torch.cuda.current_stream() or torch.cuda.is_current_stream_capturing():
+                return call(*args, **kwargs)
+            self.events.append(stream.record_event(torch.cuda.Event(enable_timing=True)))
             result = call(*args, **kwargs)
-            self.seconds += 0.0 if self.stream else time.perf_counter() - began
+            self.events.append(stream.record_event(torch.cuda.Event(enable_timing=True)))
             return result
 
         return held
@@ -68,16 +67,6 @@ class Waits:
         return seconds + sum(float(begin.elapsed_time(end)) for begin, end in zip(events[::2], events[1::2])) / 1e3
 
 
-def slow_ranks(own_s: Sequence[float], stages: int, slower: float) -> dict[int, float]:
-    """Return by how much ranks are slower than the median of their peers, the others of their pipeline stage."""
-    lags, size = {}, len(own_s) // stages
-    for rank, own in enumerate(own_s):
-        first = rank // size * size
-        peers = [*own_s[first:rank], *own_s[rank + 1 : first + size]] or [own]
-        lags[rank] = own / statistics.median(peers) - 1
-    return {rank: lag for rank, lag in lags.items() if lag > slower}
-
-
 class PeerWatch(Hooks):
     """Compare the ranks, and say whom the others wait for when steps stop; it stands behind the telemetry.
 
@@ -86,54 +75,66 @@ class PeerWatch(Hooks):
 
     def __init__(self, cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog, telemetry: RankTelemetry) -> None:
         self.cfg, self.run, self.rank, self.telemetry = cfg, run, rank, telemetry
-        self.speaks, self.events, self.disturbed = events.enabled, EventLog(run), disturbed_steps(cfg)
+        self.speaks, self.events, self.said_stall = events.enabled, EventLog(run), False
         self.own_s: list[float] = []
         self.seconds: list[float] = []
         self.slow_since: dict[int, float] = {}
         self.named: set[int] = set()
-        self.stall: _Stall | None = None
 
     def train_start(self, first_step: int) -> None:
         self.places: list[Any] = [None] * self.cfg.world_size
         place = (socket.gethostname(), int(os.environ["LOCAL_RANK"]), self.speaks)
         torch.distributed.all_gather_object(self.places, place)
         self.waits = Waits(self.cfg.gpu.device == "cuda")
-        if self.speaks or self.places[-1 - self.rank][2]:
-            self.stall = _Stall(self)
         self._wait_for(first_step, SILENCE_S)
         self.began = self.compared = time.monotonic()
+        if self.speaks or self.places[-1 - self.rank][2]:
+            threading.Thread(target=self._watch, name="stall", daemon=True).start()
 
     def step_end(self, step: Step) -> None:
         self.telemetry.rows[-1]["own_time_s"] = own = time.monotonic() - self.began - self.waits.take()
         self.seconds = [*self.seconds[-20:], step.seconds]
-        if len(self.seconds) > UNSTEADY_STEPS and step.number not in self.disturbed:
-            self.own_s.append(own)
+        self.own_s += [own] if len(self.seconds) > UNSTEADY_STEPS else []
         if len(self.own_s) == WINDOW:
             self._compare(step.number)
-        limit_s = max(STALL_S, STALL_STEPS * statistics.median_low(self.seconds))
-        self._wait_for(step.number + 1, SILENCE_S if step.number + 1 in self.disturbed else limit_s)
+        usual_s = max(STALL_S, STALL_STEPS * statistics.median_low(self.seconds))
+        # Others wait for a rank that writes its profile.
+        self._wait_for(step.number + 1, usual_s if self.cfg.profile.kind == "none" else SILENCE_S)
         self.waits.take()
         self.began = time.monotonic()
 
     def validation_start(self, after_step: int) -> None:
         self._wait_for(after_step + 1, SILENCE_S)
 
-    def checkpoint(self, after_step: int) -> None:
-        self._wait_for(after_step + 1, SILENCE_S)
+    checkpoint = validation_start
 
     def train_end(self) -> None:
         faulthandler.cancel_dump_traceback_later()
-        if self.stall:
-            self.stall.deadline = float("inf")
+        self.deadline = float("inf")
 
     def _wait_for(self, step: int, limit_s: float) -> None:
         """Begin to wait for a step; every rank leaves its stack in its log where that lasts too long."""
         faulthandler.dump_traceback_later(limit_s)
-        if self.stall:
-            self.stall.wait_for(step, limit_s)
+        if self.said_stall:
+            self._say("resumed", f"steps go on after step {step}")
+        self.said_stall, self.step, self.waiting_since = False, step, time.monotonic()
+        self.deadline = self.waiting_since + limit_s + SETTLED_S + (0.0 if self.speaks else DEPUTY_S)
+
+    def _watch(self) -> None:
+        """Say whom the others wait for when a step lasts too long."""
+        while True:
+            time.sleep(0.5)
+            if time.monotonic() > self.deadline:
+                self.deadline = float("inf")
+                events = read_lines(self.run.path / EVENTS)[0]
+                self.said_stall = not events or events[-1]["event"] != STALLED  # by the other that watches
+                if self.said_stall:
+                    who = who_keeps_it(self.run, len(self.places), self._place)
+                    text = f"step {self.step + 1} lasts for {time.monotonic() - self.waiting_since:,.0f} s: {who}"
+                    self._say(STALLED, text, after_step=self.step - 1)
 
     def _compare(self, step: int) -> None:
-        """Gather each rank's own time and clock; the speaker names those that lag."""
+        """Gather each rank's own time and clock; name those that lag behind the others of their pipeline stage."""
         numbers = [statistics.median(self.own_s), self.telemetry.step.get("sm_clock_mhz") or 0.0]
         mine = torch.tensor(numbers, device=self.cfg.gpu.device)
         gathered = [torch.empty_like(mine) for _ in self.places]
@@ -142,50 +143,31 @@ class PeerWatch(Hooks):
         if not self.speaks:
             return
         own_s, clocks = zip(*torch.stack(gathered).tolist())
-        lags = slow_ranks(own_s, self.cfg.model.pipeline_model_parallel_size, SLOWER[self.cfg.gpu.device])
-        self.slow_since = {rank: self.slow_since.get(rank, begun) for rank in lags}
-        slow = {rank for rank, since in self.slow_since.items() if self.compared - since > SLOW_S}
-        for rank in sorted(slow - self.named):
-            text = f"rank {rank} ({self.place(rank)}) is {lags[rank]:.0%} slower than its peers: {own_s[rank]:.3g} s a "
-            text += f"step without waits; SM clock {clocks[rank]:,.0f} MHz, median {statistics.median(clocks):,.0f}"
-            self.say(STRAGGLER, text if clocks[rank] else text.partition(";")[0], after_step=step, rank=rank)
-        for rank in sorted(self.named - lags.keys()):
-            self.say("recovered", f"rank {rank} ({self.place(rank)}) keeps up with its peers again")
-        self.named = (self.named & lags.keys()) | slow
+        lags, size = {}, len(own_s) // self.cfg.model.pipeline_model_parallel_size
+        for rank, own in enumerate(own_s):
+            first = rank // size * size
+            peers = [*own_s[first:rank], *own_s[rank + 1 : first + size]] or [own]
+            lags[rank] = own / statistics.median(peers) - 1
+        slow = [rank for rank, lag in lags.items() if lag > SLOWER[self.cfg.gpu.device]]
+        self.slow_since = {rank: self.slow_since.get(rank, begun) for rank in slow}
+        for rank in sorted(self.named.difference(slow)):
+            self._say("recovered", f"rank {rank} ({self._place(rank)}) keeps up with its peers again")
+        self.named &= {*slow}
+        for rank in slow:
+            if rank not in self.named and self.compared - self.slow_since[rank] > SLOW_S:
+                self.named.add(rank)
+                text = (
+                    f"rank {rank} ({self._place(rank)}) is {lags[rank]:.0%} slower than its peers: {own_s[rank]:.3g} "
+                )
+                text += (
+                    f"s a step without waits; SM clock {clocks[rank]:.0f} MHz, median {statistics.median(clocks):.0f}"
+                )
+                self._say(STRAGGLER, text if clocks[rank] else text.partition(";")[0], after_step=step, rank=rank)
 
-    def place(self, rank: int) -> str:
-        """Return where a rank runs, in words."""
+    def _place(self, rank: int) -> str:
         host, local_rank, _ = self.places[rank]
         return f"{'GPU' if self.cfg.gpu.device == 'cuda' else 'process'} {local_rank} of {host}"
 
-    def say(self, event: str, text: str, **details: Any) -> None:
+    def _say(self, event: str, text: str, **details: Any) -> None:
         log(text)
         self.events.write(event, text=text, **details)
-
-
-class _Stall:
-    """A thread that says whom the others wait for when a step lasts too long."""
-
-    def __init__(self, watch: PeerWatch) -> None:
-        self.watch, self.step, self.deadline, self.said = watch, 0, float("inf"), False
-        self.after_s = _SETTLED_S if watch.speaks else _SETTLED_S + _DEPUTY_S
-        threading.Thread(target=self._run, name="stall", daemon=True).start()
-
-    def wait_for(self, step: int, limit_s: float) -> None:
-        if self.said:
-            self.watch.say("resumed", f"steps go on after step {self.step}")
-        self.step, self.said, self.began = step, False, time.monotonic()
-        self.deadline = self.began + limit_s + self.after_s
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(0.5)
-            if time.monotonic() < self.deadline:
-                continue
-            self.deadline = float("inf")
-            events = read_lines(self.watch.run.path / EVENTS)[0]
-            if not events or events[-1]["event"] != STALLED:  # by the other that watches
-                self.said = True
-                who = who_keeps_it(self.watch.run, len(self.watch.places), self.watch.place)
-                text = f"step {self.step + 1} lasts for {time.monotonic() - self.began:,.0f} s: {who}"
-                self.watch.say(STALLED, text, after_step=self.step - 1)
