@@ -96,14 +96,15 @@ class Layer:
         return sum(parts[name] for name in m.recompute_modules) if m.recompute_granularity == "selective" else 0.0
 
     def _exchange_ms(self, direction: str) -> float:
-        """Return how much of the exchange of keys and values is not hidden behind attention."""
+        """Return what the exchange of keys and values adds: it slows attention, and what attention does not hide."""
         # A ring passes them on CP-1 times, with their gradients in the backward pass, each behind a CP-th of attention.
         shape, ranks, domain = self.shape, self.shape.context_parallel, self.network.domain_gpus
         width = 2 * shape.num_query_groups / shape.num_attention_heads * shape.hidden_size / shape.tensor_parallel
         moved = shape.tokens * width * 2 * (1 if direction == "forward" else 2)
         # The ring leaves the NVLink domain where the group does.
         sent = self.network.p2p_ms(moved, shape.tensor_parallel if shape.tensor_parallel * ranks <= domain else domain)
-        return max(0.0, sent - self.passes[direction].attention_ms / ranks) * (ranks - 1)
+        one = self.passes[direction].attention_ms / ranks
+        return (one * constant("exchange_slowdown") + max(0.0, sent - one)) * (ranks - 1)
 
     def _tensor_parallel_ms(self) -> tuple[float, float]:
         """Return how much longer the forward and the backward pass take."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.estimate.rates import constant, piecewise
+from nemo_bench.estimate.rates import Rates, constant, piecewise
 
 
 class Network:
     """The links of a job. Ranks are laid out as Megatron does by default: TP, then CP, then DP, PP outermost."""
 
-    def __init__(self, cfg: TrainConfig) -> None:
+    def __init__(self, cfg: TrainConfig, rates: Rates) -> None:
+        self.pair = rates.tables["nccl"]["p2p"]["2"]
         cluster, nic_gb_s = cfg.cluster, constant("nic_gb_s_by_nodes")[2]
         self.domain_gpus = cluster.nvlink_gpus or cfg.trainer.devices  # joined by NVLink
         # This cluster's speeds over those in constants.yaml.
@@ -42,10 +43,9 @@ class Network:
 
     def p2p_ms(self, size_bytes: float, stride: int) -> float:
         """Return the time in which a tensor reaches the rank that is `stride` ranks away."""
-        between = stride >= self.domain_gpus
-        speed = self.nic_gb_s(2) if between else constant("nvlink_p2p_gb_s") * self.nvlink_factor
-        latency = constant("p2p_latency_ms")["between_nodes" if between else "in_node"]
-        return float(latency + size_bytes / (speed * 1e6))
+        if stride >= self.domain_gpus:
+            return float(constant("p2p_latency_ms") + size_bytes / (self.nic_gb_s(2) * 1e6))
+        return float(self.pair["latency_ms"] + size_bytes / (self.pair["gb_s"] * self.nvlink_factor * 1e6))
 
     def amax_ms(self, ranks: int) -> float:
         """Return the time of the all-reduce of fp8's delayed scaling factors, which only its latency makes."""

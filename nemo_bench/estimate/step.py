@@ -57,7 +57,8 @@ class _Point:
     """A configuration, and all that its estimate is made of."""
 
     def __init__(self, cfg: TrainConfig) -> None:
-        m, rates, network = cfg.model, load_rates(cfg.gpu.name), Network(cfg)
+        m, rates = cfg.model, load_rates(cfg.gpu.name)
+        network = Network(cfg, rates)
         layer = Layer(cfg, rates, network)
         self.cfg, self.rates, self.shape = cfg, rates, layer.shape
         self.number, self.layers = cfg.num_micro_batches, layers_of_chunks(m)

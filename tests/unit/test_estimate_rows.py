@@ -6,6 +6,7 @@ Nothing is fitted to any of them; docs/estimate.md has the whole table and what 
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +14,9 @@ from statistics import fmean
 import pytest
 
 from nemo_bench.config import TrainConfig, load
+from nemo_bench.estimate.layer import Layer, pass_ms
+from nemo_bench.estimate.network import Network
+from nemo_bench.estimate.rates import load_rates
 from nemo_bench.estimate.step import estimate_of
 from nemo_bench.report import references
 from nemo_bench.report.bare_logs import Given
@@ -107,6 +111,18 @@ def test_runs_on_h200s_that_gave_no_rates() -> None:
     found = {name: own_ratio(GPU_SPEED / name) - 1 for name in OWN}
     assert fmean(map(abs, found.values())) < 0.03, found
     assert max(map(abs, found.values())) < 0.06, found
+
+
+def test_layers_over_four_gpus_without_user_buffers() -> None:
+    measured = json.loads((GPU_SPEED.parent / "h200_x4_2026_11_28.json").read_text())["tensor_parallel_over_four"]
+    for name, ranks in measured["with_nccl"].items():
+        _, _, tokens, precision = name.split()
+        cfg = composed("scale=4gpu", "model=70b_slice", f"precision={precision}", "data=mock", "gpu=h200")
+        m, rates = cfg.model, load_rates("h200")
+        m.tensor_model_parallel_size, m.sequence_parallel, m.tp_comm_overlap = 4, True, False
+        m.seq_length = int(tokens[1:])
+        estimate = sum(map(pass_ms, Layer(cfg, rates, Network(cfg, rates)).times(lag=0)))
+        assert estimate == pytest.approx(fmean(rank["layer_ms"] for rank in ranks), rel=0.035), name
 
 
 def test_a_report_shows_a_measured_point_beside_its_estimate() -> None:
