@@ -104,7 +104,7 @@ class Layer:
         # The ring leaves the NVLink domain where the group does.
         sent = self.network.p2p_ms(moved, shape.tensor_parallel if shape.tensor_parallel * ranks <= domain else domain)
         one = self.passes[direction].attention_ms / ranks
-        return (one * constant("exchange_slowdown") + max(0.0, sent - one)) * (ranks - 1)
+        return float(one * constant("exchange_slowdown") + max(0.0, sent - one)) * (ranks - 1)
 
     def _tensor_parallel_ms(self) -> tuple[float, float]:
         """Return how much longer the forward and the backward pass take."""
