@@ -30,7 +30,7 @@ WINDOW, SLOW_S = 5, 5.0  # steps and seconds for which a rank must lag: shorter 
 SLOWER = {"cuda": 0.1, "cpu": 1.0}
 STALL_STEPS, STALL_S = 10, 15.0  # no step for so many medians, and so many seconds
 SETTLED_S, DEPUTY_S = 2.0, 5.0  # until all stacks are written; until a deputy speaks
-_COLLECTIVES = re.compile("reduce|gather|broadcast|alltoall|send|recv|_end_coalescing")
+_COLLECTIVES = re.compile("^(?!__).*(reduce|gather|broadcast|alltoall|send|recv|end_coalescing)")
 
 
 class Waits:
@@ -82,9 +82,10 @@ class PeerWatch(Hooks):
         self.named: set[int] = set()
 
     def train_start(self, first_step: int) -> None:
-        self.places: list[Any] = [None] * self.cfg.world_size
-        place = (socket.gethostname(), int(os.environ["LOCAL_RANK"]), self.speaks)
-        torch.distributed.all_gather_object(self.places, place)
+        self.places: list[Any] = [(socket.gethostname(), int(os.environ["LOCAL_RANK"]), self.speaks)]
+        if self.cfg.world_size > 1:
+            self.places *= self.cfg.world_size
+            torch.distributed.all_gather_object(self.places, self.places[0])
         self.waits = Waits(self.cfg.gpu.device == "cuda")
         self._wait_for(first_step, SILENCE_S)
         self.began = self.compared = time.monotonic()
@@ -94,7 +95,7 @@ class PeerWatch(Hooks):
     def step_end(self, step: Step) -> None:
         self.telemetry.rows[-1]["own_time_s"] = own = time.monotonic() - self.began - self.waits.take()
         self.seconds = [*self.seconds[-20:], step.seconds]
-        self.own_s += [own] if len(self.seconds) > UNSTEADY_STEPS else []
+        self.own_s += [own] if len(self.places) > 1 and len(self.seconds) > UNSTEADY_STEPS else []
         if len(self.own_s) == WINDOW:
             self._compare(step.number)
         usual_s = max(STALL_S, STALL_STEPS * statistics.median_low(self.seconds))
@@ -139,10 +140,10 @@ class PeerWatch(Hooks):
         mine = torch.tensor(numbers, device=self.cfg.gpu.device)
         gathered = [torch.empty_like(mine) for _ in self.places]
         torch.distributed.all_gather(gathered, mine)
+        own_s, clocks = zip(*torch.stack(gathered).tolist())  # on a GPU, which is idle then
         begun, self.compared, self.own_s = self.compared, time.monotonic(), []
         if not self.speaks:
             return
-        own_s, clocks = zip(*torch.stack(gathered).tolist())
         lags, size = {}, len(own_s) // self.cfg.model.pipeline_model_parallel_size
         for rank, own in enumerate(own_s):
             first = rank // size * size
