@@ -13,8 +13,8 @@ from nemo_bench.cluster import nsys
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import Problem
+from nemo_bench.flops import pipeline_bubble
 from nemo_bench.memory import GIB, estimate_memory
-from nemo_bench.report.model import bubble_of
 
 
 def results_dir(cfg: TrainConfig) -> Path:
@@ -28,7 +28,8 @@ def plan(cfg: TrainConfig, missing: Iterable[Problem] = ()) -> str:
     m = cfg.model
     per_sequence = cfg.architecture.flops_per_sequence(m.seq_length)
     virtual = m.virtual_pipeline_model_parallel_size or 1
-    share = bubble_of({"PP": m.pipeline_model_parallel_size, "VP": virtual, "GA": cfg.num_micro_batches})
+    stages = m.pipeline_model_parallel_size
+    share = pipeline_bubble(pipeline_stages=stages, virtual_stages=virtual, micro_batches=cfg.num_micro_batches)
     layout = f"VP{virtual} CP{m.context_parallel_size} DP{cfg.data_parallel_size}"
     layout += " SP" if m.sequence_parallel and m.tensor_model_parallel_size > 1 else ""
     layout += f": {share:.1%} of a step is pipeline bubble, if all stages have equal work" if share else ""

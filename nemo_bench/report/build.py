@@ -58,21 +58,21 @@ def build_report(
     warnings += [f"{group.point.name}: the baseline has no such point" for group, old in pairs if baseline and not old]
     if both := {run.path for run in all_runs} & {run.path for run in old_runs}:
         warnings.append(f"runs= and baseline= share {len(both)} of {len(old_runs)} runs: compared with themselves")
-    if unknown := [run.name for run in all_runs if not run.identity_known]:
-        warnings.append(f"not known what was run, so in no point: {', '.join(unknown)} (see their warnings)")
-    values = {point.verdict.value for point in all_points}
-    known = not unknown and all(point.gpu for point in all_points)
-    regressed = any(item.regression for item in comparisons)
-    good = bool(values) and values <= {*model.SUCCESSES} and known and not regressed
+    unknown = [run.name for run in all_runs if not run.identity_known]
+    failures = [f"{p.name}: {p.verdict.text}" for p in all_points if p.verdict.value not in model.SUCCESSES]
+    failures += [f"{item.point}: slower than the baseline" for item in comparisons if item.regression]
+    failures += [f"{point.name}: GPU not known; name it with gpu=..." for point in all_points if point.gpu is None]
+    failures += [f"{name}: not known what was run: name it with model=... precision=... gpus=..." for name in unknown]
     return Report(
         generated_at=record.timestamp(),
         inputs=tuple(map(str, paths)),
-        verdict=_overall(values),
-        exit_code=0 if good else 1,
+        verdict=_overall({point.verdict.value for point in all_points}),
+        exit_code=1 if failures else 0,
+        failures=tuple(failures),
         runs=tuple(all_runs),
         points=all_points,
         references=tuple(tables),
-        scaling=tuple(points.scaling(groups)),
+        scaling=tuple(points.scaling(all_points)),
         tolerance=tolerance,
         total_tokens=total_tokens,
         warnings=(*warnings, *old_warnings),

@@ -18,7 +18,7 @@ from nemo_bench.report import archive, model, page, tables
 from nemo_bench.report.bare_logs import Given
 from nemo_bench.report.build import build_report
 from nemo_bench.report.config import ReportConfig
-from nemo_bench.report.model import SUCCESSES, Report
+from nemo_bench.report.model import SUCCESSES
 from nemo_bench.report.terminal import make_console, print_report
 
 _GROUPS = ("model", "precision", "gpu")
@@ -59,7 +59,8 @@ def run_report(raw: DictConfig) -> None:
         size = archive.write(report, Path(cfg.archive), files)
         console.print(f"packed without secrets: {cfg.archive} ({size / 1e6:.2f} MB)", soft_wrap=True, highlight=False)
     if report.exit_code:
-        raise RunFailed(_failure(report))
+        overall = "no success" if report.verdict in SUCCESSES else report.verdict
+        raise RunFailed("\n  ".join([f"{overall}:", *report.failures]))
 
 
 def _given(cfg: ReportConfig, groups: dict[str, Any]) -> Given:
@@ -102,14 +103,3 @@ def _write(folder: Path, files: dict[str, str]) -> None:
     except OSError as error:
         fix = "name another folder, or output=null for the terminal only"
         raise BenchError(f"output={folder}: cannot be written ({error.strerror}); {fix}") from None
-
-
-def _failure(report: Report) -> str:
-    """Return why the exit status is 1, a line a point or run."""
-    if not report.points:
-        return "it is not known what was run: name it with model=... precision=... gpus=... gpu=..."
-    bad = [f"{point.name}: {point.verdict.text}" for point in report.points if point.verdict.value not in SUCCESSES]
-    bad += [f"{item.point}: slower than the baseline" for item in report.comparisons if item.regression]
-    bad += [f"{point.name}: GPU not known; name it with gpu=..." for point in report.points if point.gpu is None]
-    bad += [f"{run.name}: not known what was run" for run in report.runs if not run.identity_known]
-    return "\n  ".join(["no success:" if report.verdict in SUCCESSES else f"{report.verdict}:", *bad])

@@ -78,14 +78,13 @@ LABEL = re.compile(
     r"(?:\[[\d :.-]+\]\s*)?$"
 )
 # Parts of lines that tell of something beside the steps
-SIGNS = ("alidation", "heckpoint", "nsys profiling", "STRAGGLER DETECTION", "Using network Socket")
+SIGNS = ("alidation", "heckpoint", "nsys profiling", "Using network Socket")
 # What the step after such a line feels
 DISTURBANCES = {
     CHECKPOINT: re.compile(r"(?i)checkpoint save|\bsav(?:ed|ing)\b[^|]*checkpoint"),
     VALIDATION: re.compile(r"Validation|validation loss at"),
     PROFILE: re.compile(r"(?:Start|End) nsys profiling"),
 }
-STRAGGLER = re.compile(r"StragglerId\(rank=(\d{1,6})\b")
 
 # Before the first step: what Megatron-LM and Lightning print of a run, and GPUs as nvidia-smi lists them, or on lines
 # of their own

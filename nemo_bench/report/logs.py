@@ -39,7 +39,6 @@ class Log:
     peak_memory_gib: float | None = None  # largest allocation printed
     rates: dict[str, float] = field(default_factory=dict)  # tokens_per_s_per_gpu, tflops_per_gpu: median as printed
     rank_times_s: dict[int, float] = field(default_factory=dict)  # median of each labelled rank, of several
-    stragglers: set[int] = field(default_factory=set)  # ranks that NVIDIA's straggler detection warned of
     sockets: bool = False  # NCCL takes TCP sockets between nodes
     last_error: str | None = None  # the last line after the steps that tells of an error or a cancelled job
     framework: str | None = None  # of a log without steps, where another program's is recognised
@@ -141,8 +140,6 @@ class _Reader:
 
     def _sign(self, line: str) -> None:
         """Note what happened beside the steps."""
-        if "STRAGGLER DETECTION" in line:
-            self.log.stragglers |= {*map(int, formats.STRAGGLER.findall(line))}
         self.log.sockets |= "Using network Socket" in line
         for reason, pattern in formats.DISTURBANCES.items():
             for rank in self.ranks.values() if pattern.search(line) else ():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from nemo_bench.flops import Architecture, pipeline_bubble
+from nemo_bench.flops import Architecture
 from nemo_bench.report.profile import StepProfile
 from nemo_bench.report.statistics import Mean, Steps, StepTimes
 
@@ -66,11 +66,11 @@ class RankTimes:
     """What one rank did compared with the others, where the record or the log tells the ranks apart."""
 
     rank: int  # global
-    measure: str  # "step time (s)", "matrix rate (TFLOP/s)" or "NVIDIA's straggler detection"
-    value: float | None  # its median over the run; None where only the straggler is named
-    others: float | None  # the median of the other ranks
-    slower: float | None  # than that median, as a fraction (0.2: 20% slower; negative: faster)
-    straggler: bool  # slower by more than the others' spread explains, or named so by the log
+    measure: str  # "step time (s)" or "matrix rate (TFLOP/s)"
+    value: float  # its median over the run
+    others: float  # the median of the other ranks
+    slower: float  # than that median, as a fraction (0.2: 20% slower; negative: faster)
+    straggler: bool  # slower by more than the others' spread explains
 
 
 @dataclass(frozen=True)
@@ -265,13 +265,6 @@ class Point(Identity):
     verdict: Verdict = field(default_factory=Verdict)
 
 
-def bubble_of(layout: dict[str, int]) -> float | None:
-    """Return the share of a step that the pipeline's bubble takes by the layout alone; None without a pipeline."""
-    if layout.get("PP", 1) == 1 or not layout.get("GA"):
-        return None
-    return pipeline_bubble(pipeline_stages=layout["PP"], virtual_stages=layout["VP"], micro_batches=layout["GA"])
-
-
 @dataclass(frozen=True)
 class ScalingCurve:
     """Throughput over the number of GPUs, of points that differ in nothing else."""
@@ -344,7 +337,8 @@ class Report:
     generated_at: str
     inputs: tuple[str, ...]  # what `runs=` named
     verdict: str  # of the whole: the gravest of its points'
-    exit_code: int  # what `report.py` ends with: 0, or 1 where a point has another verdict than SUCCESSES or regressed
+    exit_code: int  # what `report.py` ends with: 1 where there are failures
+    failures: tuple[str, ...]  # points with another verdict than SUCCESSES or regressed; what is not known enough
     runs: tuple[Run, ...]  # all that was read, good and bad
     points: tuple[Point, ...]
     references: tuple[Reference, ...]

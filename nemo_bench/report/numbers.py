@@ -57,16 +57,14 @@ def rates_of_step(cfg: TrainConfig, measured_peaks: Sequence[float], step_time_s
     """
     if step_time_s <= 0:
         return {}
-    seq_length, gpus = cfg.model.seq_length, cfg.world_size
-    step: dict[str, Any] = {"global_batch_size": cfg.model.global_batch_size, "step_time_s": step_time_s}
-    tokens_per_s = flops.tokens_per_second(seq_length=seq_length, **step)
-    work = cfg.architecture.flops_per_sequence(seq_length)
-    tflops = flops.tflops_per_gpu(flops_per_sequence=work, num_gpus=gpus, **step)
-    rates = {"tokens_per_s_per_gpu": tokens_per_s / gpus, "tflops_per_gpu": tflops}
-    peak = cfg.gpu.peak_tflops.get(cfg.precision.name)
+    m, peak = cfg.model, cfg.gpu.peak_tflops.get(cfg.precision.name)
     if peak is None and measured_peaks:
         peak = statistics.fmean(measured_peaks)
-    return {**rates, "mfu": tflops / peak} if peak else rates
+    sizes: dict[str, Any] = {"gpus": cfg.world_size, "architecture": cfg.architecture, "seq_length": m.seq_length}
+    run = Run(name="", path="", source="", global_batch_size=m.global_batch_size, **sizes)
+    numbers = numbers_at(step_time_s, run, peak, None, total_tokens=cfg.total_tokens)
+    rates = {name: getattr(numbers, name) for name in ("tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")}
+    return {name: rate for name, rate in rates.items() if rate is not None}
 
 
 def counted(times: StepTimes) -> str:

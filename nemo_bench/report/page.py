@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from nemo_bench.report import figures, model, profile, tables
+from nemo_bench.report import figures, model, tables
 from nemo_bench.report.comparison import recorded
-from nemo_bench.report.model import DeviceUse, RankTimes, Report
+from nemo_bench.report.model import Report
 from nemo_bench.report.numbers import counted, tokens_text, unit_name
 
 # Of more runs than this, the others are a row of the table.
@@ -56,6 +56,7 @@ def render(report: Report) -> str:
         detailed_runs=DETAILED_RUNS,
         drawn_runs=DRAWN_RUNS,
         open_runs=OPEN_RUNS,
+        shown_ranks=SHOWN_RANKS,
     )
 
 
@@ -66,19 +67,8 @@ def _printable(value: object) -> object:
     return value.encode("utf-8", "replace").decode().translate(_CONTROL_CHARACTERS)
 
 
-def slowest(ranks: Sequence[RankTimes]) -> list[RankTimes]:
-    return sorted(ranks, key=lambda rank: (not rank.straggler, -(rank.slower or 0)))[:SHOWN_RANKS]
-
-
-def held_back(devices: Sequence[DeviceUse]) -> list[DeviceUse]:
-    """Return the GPUs that were measured, those whose clocks were held back first."""
-    measured = [device for device in devices if device.power_w is not None or device.sm_clock_mhz is not None]
-    return sorted(measured, key=lambda device: -max(device.held_back.values(), default=0))[:SHOWN_RANKS]
-
-
 _FILTERS: tuple[Callable[..., Any], ...] = (
     *(tables.points_table, tables.runs_table, tables.comparison_table, tables.changes_table, tables.attribution_table),
     *(figures.scaling, figures.series, figures.step_times, figures.waterfall),
-    *(tables.percent, tables.significant, counted, unit_name, recorded, slowest, held_back),
-    *(profile.communication, profile.title),
+    *(tables.percent, tables.significant, counted, unit_name, recorded),
 )

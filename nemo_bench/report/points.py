@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,13 +18,10 @@ from nemo_bench.errors import BenchError
 from nemo_bench.estimate.step import Estimate, estimate_of
 from nemo_bench.report import verdict
 from nemo_bench.report.model import BESIDE_PERFORMANCE, Identity, Point, Run, ScalingCurve, flatten
-from nemo_bench.report.numbers import numbers_at
 from nemo_bench.report.references import Reference
 from nemo_bench.report.statistics import mean_of_repeats
 
 _IDENTITY = ("gpu", "gpu_reported", "software", "entrypoint", "container", "data", "global_batch_size", "seq_length")
-# What a scaling curve runs over.
-_SCALE = ("trainer.num_nodes", "trainer.devices", "model.global_batch_size", "global_batch_size")
 
 
 def _identity(run: Run) -> dict[str, str]:
@@ -79,49 +77,34 @@ def _estimate(run: Run) -> Estimate | None:
 
 
 def _results(final: Sequence[Run]) -> dict[str, Any]:
-    """Return a point's fields that come from its final runs: numbers at their mean step time and their mean peak."""
+    """Return a point's fields that come from its final runs."""
     times = [run.times for run in final if run.times is not None]
     if not times:
         return {}
-    means_s = [run_times.mean_s for run_times in times]
-    numbers = [run.numbers for run in final if run.numbers is not None]
-    peaks, source = [run.peak_tflops for run in numbers if run.peak_tflops], numbers[0].peak_source
-    if len(set(peaks)) > 1:
-        source = f"{source}; mean of {len(peaks)} runs"
-    peak = statistics.fmean(peaks) if peaks else None
+    means_s, numbers = [run_times.mean_s for run_times in times], final[0].numbers
     return {
-        "numbers": numbers_at(statistics.fmean(means_s), final[0], peak, source, numbers[0].total_tokens),
+        "numbers": numbers and numbers.at(statistics.fmean(means_s)),
         "step_time": mean_of_repeats(means_s) or times[0].mean,
         "median_s": statistics.fmean(run_times.median_s for run_times in times),
         "last_s": statistics.fmean(run_times.last_s for run_times in times),
     }
 
 
-def scaling(groups: Sequence[Group]) -> Iterator[ScalingCurve]:
-    """Yield curves of points that differ in nothing but their size, each followed by what was published for them."""
-    curves: dict[tuple[Any, ...], dict[int, Point]] = {}
-    for group in groups:
-        point = group.point
-        if point.gpus and point.numbers is not None:
-            same = {key: value for key, value in _identity(group.run).items() if key not in _SCALE}
-            key = (point.model, point.precision, *sorted(same.items()))
-            curves.setdefault(key, {}).setdefault(point.gpus, point)
-    for curve in (curve for curve in curves.values() if len(curve) > 1):
-        first = next(iter(curve.values()))
-        label = " ".join(text for text in (first.model, first.precision, first.gpu, first.software) if text)
-        measured = {gpus: point.numbers.tokens_per_s for gpus, point in curve.items() if point.numbers}
-        published = {
-            gpus: point.reference.tokens_per_s_from_step_time
-            for gpus, point in curve.items()
-            if point.reference is not None and point.verdict.ratio is not None
-        }
-        yield _curve(label, first, measured, published=False)
-        if published:
-            yield _curve(f"{label}, published", first, published, published=True)
-
-
-def _curve(label: str, first: Point, tokens_per_s: dict[int, float], *, published: bool) -> ScalingCurve:
-    gpus = tuple(sorted(tokens_per_s))
-    rates = tuple(tokens_per_s[number] for number in gpus)
-    efficiency = tuple(rate / number / (rates[0] / gpus[0]) for number, rate in zip(gpus, rates))
-    return ScalingCurve(label, first.model, published, gpus, rates, efficiency)
+def scaling(points: Sequence[Point]) -> Iterator[ScalingCurve]:
+    """Yield curves of points that differ in nothing but their size, and what was published for them."""
+    curves: dict[tuple[Any, ...], dict[int, float]] = {}
+    for point in points:
+        if not point.numbers or not point.gpus:
+            continue
+        chosen = re.sub(r" \d+gpu| GBS\d+", "", point.name)
+        label = " ".join(filter(None, (chosen, point.gpu, point.software)))
+        others = point.seq_length, point.data, point.entrypoint
+        curves.setdefault((point.model, label, others, False), {})[point.gpus] = point.numbers.tokens_per_s
+        if point.reference and point.verdict.ratio is not None:
+            published = curves.setdefault((point.model, f"{label}, published", others, True), {})
+            published[point.gpus] = point.reference.tokens_per_s_from_step_time
+    for (model, label, _, is_published), tokens_per_s in curves.items():
+        if len(tokens_per_s) > 1:
+            gpus, rates = zip(*sorted(tokens_per_s.items()))
+            efficiency = tuple(rate / number / (rates[0] / gpus[0]) for number, rate in zip(gpus, rates))
+            yield ScalingCurve(label, model, is_published, gpus, rates, efficiency)

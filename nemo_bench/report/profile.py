@@ -11,12 +11,11 @@ import gzip
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_bench.files import write_json, write_text
 from nemo_bench.report.kernel_classes import (
     CLASSES,
     COMMUNICATION,
@@ -79,17 +78,11 @@ class StepProfile:
 
 
 def from_dict(content: dict[str, Any]) -> StepProfile:
-    """Return the profile that `write`, of this version or an earlier one, put into a `rank<N>.json`."""
+    """Return the profile in a `rank<N>.json`, of this version or an earlier one."""
     known = {setting.name: content[setting.name] for setting in fields(StepProfile) if setting.name in content}
     times = [{**item, "top": tuple(KernelTime(**kernel) for kernel in item["top"])} for item in content["classes"]]
     classes = tuple(ClassTime(**item) for item in times)
     return StepProfile(**{**known, "steps": tuple(content["steps"]), "classes": classes})
-
-
-def write(profile: StepProfile, stem: Path) -> None:
-    """Write `<stem>.json` and, for people, `<stem>.txt`."""
-    write_json(stem.with_name(stem.name + ".json"), asdict(profile))
-    write_text(stem.with_name(stem.name + ".txt"), text(profile))
 
 
 Event = dict[str, Any]
@@ -198,36 +191,3 @@ def _profile(
         exposed_communication_ms=counted_us[COMMUNICATION] / us_per_ms,
         terms={term: time_us / us_per_ms for term, time_us in terms_us.items()},
     )
-
-
-def title(profile: StepProfile) -> str:
-    """Return what was profiled, in a line."""
-    first, last = profile.steps[0], profile.steps[-1]
-    steps = f"step {first}" if first == last else f"{len(profile.steps)} steps, {first} to {last}"
-    return ", ".join(filter(None, (f"rank {profile.rank}", profile.device, steps)))
-
-
-def communication(profile: StepProfile) -> str | None:
-    """Return how much of the communication is hidden by computation, in words; None if there is none."""
-    if not profile.communication_ms:
-        return None
-    hidden = profile.communication_ms - profile.exposed_communication_ms
-    share = profile.exposed_communication_ms / profile.step_ms
-    return (
-        f"communication: {profile.communication_ms:,.2f} ms a step, {hidden:,.2f} ms of it hidden by computation; "
-        f"exposed {profile.exposed_communication_ms:,.2f} ms, {share:.1%} of the step"
-    )
-
-
-def text(profile: StepProfile) -> str:
-    """Return the profile as a table for a terminal."""
-    lines = [title(profile), "", f"{'class':<24}{'ms a step':>12}{'of step':>10}{'sum, ms':>12}{'kernels':>12}"]
-    for item in profile.classes:
-        lines.append(f"{item.name:<24}{item.ms:>12,.3f}{item.share:>10.1%}{item.total_ms:>12,.3f}{item.count:>12,.1f}")
-    lines.append(f"{'idle':<24}{profile.idle_ms:>12,.3f}{profile.idle_ms / profile.step_ms:>10.1%}")
-    lines.append(f"{'step':<24}{profile.step_ms:>12,.3f}{1:>10.1%}")
-    lines += ["", communication(profile) or "no communication", "", f"{'most time (sum, ms a step)':<36}kernels"]
-    for item in profile.classes:
-        lines.append(item.name)
-        lines += [f"  {kernel.total_ms:>12,.3f}{kernel.count:>12,.1f}  {kernel.name}" for kernel in item.top]
-    return "\n".join(lines) + "\n"

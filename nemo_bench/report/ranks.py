@@ -36,14 +36,11 @@ def measured_peaks(folder: RunFolder) -> dict[int, dict[str, Any]]:
 
 
 def compared(devices: Sequence[DeviceUse], peaks: dict[int, dict[str, Any]], log: Log) -> tuple[RankTimes, ...]:
-    """Return the ranks by matrix rate and by step time, and whom NVIDIA's straggler detection names."""
+    """Return the ranks by matrix rate and by step time."""
     rates = {rank: float(peak["tflops"]) for rank, peak in peaks.items()}
     rates |= {device.rank: device.matrix_tflops for device in devices if device.matrix_tflops}
     times = {device.rank: device.step_time_median_s for device in devices if device.step_time_median_s}
-    ranks = [*_compared(_RATE, rates), *_compared("step time (s)", times or log.rank_times_s)]
-    for rank in sorted(log.stragglers - {rank.rank for rank in ranks if rank.straggler}):
-        ranks.append(RankTimes(rank, "NVIDIA's straggler detection", None, None, None, True))
-    return tuple(ranks)
+    return (*_compared(_RATE, rates), *_compared("step time (s)", times or log.rank_times_s))
 
 
 def _compared(measure: str, values: dict[int, float]) -> list[RankTimes]:

@@ -37,10 +37,11 @@ def _of_run(run: Run) -> Iterator[str]:
         if any(left_out.values()):
             numbers = (f"{number} ({reason})" for reason, number in left_out.items() if number)
             yield f"steps left out: {', '.join(numbers)}"
-    texts = []
-    for rank in (rank for rank in run.ranks if rank.straggler):
-        by = "" if rank.slower is None else f", {rank.slower:.0%} slower than the others"
-        texts.append(f"straggling {unit_name(run)}: rank {rank.rank} ({rank.measure}{by})")
+    texts = [
+        f"straggling {unit_name(run)}: rank {rank.rank} ({rank.measure}, {rank.slower:.0%} slower than the others)"
+        for rank in run.ranks
+        if rank.straggler
+    ]
     yield from _first(texts, "stragglers")
     yield from throttling(run)
 

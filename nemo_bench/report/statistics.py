@@ -105,11 +105,7 @@ class StepTimes:
 
 def t_quantile(freedom: int) -> float:
     """Return the 97.5% quantile of Student's t: half the width of a 95% interval, in standard errors."""
-    if freedom <= len(_T):
-        return _T[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    # Cornish and Fisher's expansion: within 1e-5 from 30 degrees on.
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return _T[min(freedom, len(_T)) - 1]  # beyond 30 degrees the interval is at most 4% too wide
 
 
 def is_time(time_s: float) -> bool:

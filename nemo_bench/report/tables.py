@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nemo_bench.report import model
-from nemo_bench.report.model import Attribution, Change, Comparison, Point, Report, Run, Term, bubble_of
+from nemo_bench.report.model import Attribution, Change, Comparison, Point, Report, Run, Term
 from nemo_bench.report.numbers import tokens_text
 
 _NUMERIC = re.compile(r"[-+±\d.,%/\u2013]*(?: (?:to|±) [-+\d.,%e]+(?: \?)?)?")
@@ -76,7 +76,6 @@ def points_table(report: Report) -> Table:
                 "tokens/s a GPU": significant(n.tokens_per_s_per_gpu) if n else "",
                 "TFLOP/s a GPU": significant(n.tflops_per_gpu) if n else "",
                 "causal": percent(n.mfu_causal) if n else "",
-                "bubble": percent(bubble_of(point.layout), 1),
                 "GPU": point.gpu or "",
                 "GBS": str(point.global_batch_size or ""),
                 "layout": " ".join(f"{name}{size}" for name, size in point.layout.items()),
@@ -211,7 +210,7 @@ def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
         row |= {"ratio_of_published": verdict.ratio, "statistic": verdict.statistic}
         if published:
             row |= {"published_step_time_s": published.step_time_s, "reference": published.reference}
-    row |= {"final": run.final} | _plain_fields(run) | run.layout | {"pipeline_bubble": bubble_of(run.layout)}
+    row |= {"final": run.final} | _plain_fields(run) | run.layout
     if run.final and run.times:
         row |= {"counted_steps": run.times.counted} | _plain_fields(run.times, "step_time_")
     if run.numbers:

@@ -7,6 +7,7 @@ import shutil
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch.profiler import record_function, schedule
 
 from nemo_bench.config import ProfileConfig, TrainConfig
-from nemo_bench.files import atomic_file, temporary_path, write_text
+from nemo_bench.files import atomic_file, temporary_path, write_json, write_text
 from nemo_bench.record.folder import PROFILE
 from nemo_bench.report import profile as step_profile
 from nemo_bench.training.hooks import Hooks, Step
@@ -102,7 +103,8 @@ class _TorchProfile(_Profile):
                 shutil.copyfileobj(plain, packed, 1 << 20)
             try:
                 if torch.cuda.is_available():
-                    step_profile.write(step_profile.measure(trace, rank=self.rank), self.path)
+                    profile = step_profile.measure(trace, rank=self.rank)
+                    write_json(self.path.with_suffix(".json"), asdict(profile))
                 else:
                     table = profiler.key_averages().table("self_cpu_time_total", row_limit=50)
                     write_text(self.path.with_suffix(".txt"), table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def profiled(tmp_path: Path) -> Path:
         step = mark(f"{step_profile.STEP_MARK}10", 0, 100_000)
         events = [step, kernel(GEMM, 0, 60_000), kernel(ALL_GATHER, 50_000, 75_000, stream=9)]
         trace = write(folder / f"rank{rank}.trace.json.gz", events)
-        step_profile.write(step_profile.measure(trace, rank), folder / f"rank{rank}")
+        (folder / f"rank{rank}.json").write_text(json.dumps(asdict(step_profile.measure(trace, rank))))
     return run
 
 
@@ -44,9 +45,9 @@ def test_a_run_has_its_profiles_also_those_of_earlier_versions(profiled: Path) -
 
 def test_the_page_shows_the_table(profiled: Path) -> None:
     shown = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.render(build_report([profiled]))))
-    assert "Profile of rank 2, NVIDIA H200, step 10" in shown and "Profile of rank 10" in shown
+    assert "Profile of rank 2, NVIDIA H200, steps 10" in shown and "Profile of rank 10" in shown
     assert "60 60.0% 60 1 nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT" in shown
-    assert "exposed 15.00 ms, 15.0% of the step" in shown
+    assert "exposed: 15 ms, 15.0% of the step" in shown
     assert "idle 25 25.0%" in shown
     assert "Profile of" not in page.render(build_report([PLAIN]))
 
@@ -56,6 +57,6 @@ def test_the_bundle_holds_the_tables_and_names_the_traces(profiled: Path, tmp_pa
     archive.write(build_report([profiled]), path, {})
     files = unpack(path)
     names = {name.partition("run/")[2] for name in files}
-    assert {"profile/rank2.json", "profile/rank2.txt", "profile/rank10.json", "steps.jsonl"} <= names
+    assert {"profile/rank2.json", "profile/rank10.json", "steps.jsonl"} <= names
     left_out = json.loads(files["MANIFEST.json"])["left_out"]
     assert left_out == [f"runs/run/profile/rank{rank}.trace.json.gz" for rank in (10, 2)]

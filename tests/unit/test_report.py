@@ -16,7 +16,7 @@ from nemo_bench.record import folder as record
 from nemo_bench.record.node import NODE
 from nemo_bench.report import model, tables
 from nemo_bench.report.build import build_report
-from nemo_bench.report.model import Report, bubble_of, point_name, to_json
+from nemo_bench.report.model import Report, point_name, to_json
 
 from ..reports import H100, write_log
 
@@ -115,14 +115,6 @@ def test_the_table_of_the_gpus_page_is_that_of_the_records() -> None:
     table = tables.points_table(build_report([GPU_SPEED]))
     columns = [table.columns.index(name) for name in header]
     assert sorted(rows) == sorted([row[column] for column in columns] for row in table.rows)
-
-
-def test_the_pipeline_bubble_of_a_layout() -> None:
-    report = build_report([GPU_SPEED])
-    bubbles = {point.name: bubble_of(point.layout) for point in report.points if point.gpus == 2}
-    assert bubbles.pop(next(name for name in bubbles if "PP2 VP2" in name)) == pytest.approx(0.5 / 8.5)
-    assert set(bubbles.values()) == {None}
-    assert f",{0.5 / 8.5}," in tables.csv_text(report)
 
 
 def test_the_scaling_curve_beside_the_published_one(tmp_path: Path) -> None:
