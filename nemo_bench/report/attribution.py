@@ -49,7 +49,7 @@ def ways(group: Group, old: Group | None) -> Iterator[Attribution]:
 
 def _way(name: str, source: str, start_s: float, step_s: float, terms: list[Term], said: Iterator[str]) -> Attribution:
     rest_s = step_s - start_s - sum(term.more_s for term in terms)
-    rest = Term(UNEXPLAINED, 0.0, rest_s, f"{abs(rest_s) / step_s:.1%} of the step")
+    rest = Term(UNEXPLAINED, 0.0, rest_s, f"{abs(rest_s) / step_s:.1%} of step")
     return Attribution(name, source, start_s, step_s, (*terms, rest), tuple(said))
 
 
@@ -82,7 +82,7 @@ def _by_profile(profile: StepProfile, expected: Mapping[str, float], run: Run) -
         for name, seconds in terms.items():
             side[joined.get(name, name)] += seconds
     for name in dict.fromkeys([*before, *after]):
-        yield Term(name, before[name], after[name], f"rank {profile.rank}'s profile")
+        yield Term(name, before[name], after[name], f"rank {profile.rank} profile")
 
 
 def _by_ranks(run: Run, expected: Mapping[str, float], step_s: float, estimate: Estimate) -> Iterator[Term]:

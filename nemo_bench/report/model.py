@@ -291,9 +291,6 @@ class Comparison:
     changes: dict[str, tuple[Change, ...]]  # what changed, by kind: configuration, packages, environment, hardware
 
 
-NO_EVIDENCE = "no evidence"
-
-
 @dataclass(frozen=True)
 class Term:
     """A part of a step, or what no evidence explains of it; None: not known."""
@@ -301,7 +298,7 @@ class Term:
     name: str  # of the estimate's terms, several where the evidence cannot tell them apart
     expected_s: float | None
     measured_s: float | None = None
-    evidence: str = NO_EVIDENCE
+    evidence: str = "no evidence"
 
     @property
     def more_s(self) -> float:

@@ -157,13 +157,12 @@ class PeerWatch(Hooks):
         for rank in slow:
             if rank not in self.named and self.compared - self.slow_since[rank] > SLOW_S:
                 self.named.add(rank)
-                text = (
-                    f"rank {rank} ({self._place(rank)}) is {lags[rank]:.0%} slower than its peers: {own_s[rank]:.3g} "
+                clock = (
+                    f"; SM clock {clocks[rank]:.0f} MHz, median {statistics.median(clocks):.0f}" if clocks[rank] else ""
                 )
-                text += (
-                    f"s a step without waits; SM clock {clocks[rank]:.0f} MHz, median {statistics.median(clocks):.0f}"
-                )
-                self._say(STRAGGLER, text if clocks[rank] else text.partition(";")[0], after_step=step, rank=rank)
+                who, own = f"rank {rank} ({self._place(rank)})", f"{own_s[rank]:.3g} s a step without waits"
+                text = f"{who} is {lags[rank]:.0%} slower than its peers: {own}{clock}"
+                self._say(STRAGGLER, text, after_step=step, rank=rank)
 
     def _place(self, rank: int) -> str:
         host, local_rank, _ = self.places[rank]

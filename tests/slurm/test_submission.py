@@ -104,12 +104,19 @@ def test_two_nodes_of_two_tasks_train_to_the_last_step(scripts: Scripts, slurm: 
     assert (environment["SLURM_NTASKS"], environment["WORLD_SIZE"]) == ("4", "4")
 
 
-def test_a_killed_rank_fails_the_job_at_once(scripts: Scripts, slurm: SlurmCluster) -> None:
+def test_a_stopped_rank_is_named_and_a_killed_one_fails_the_job_at_once(scripts: Scripts, slurm: SlurmCluster) -> None:
     scripts.submit("scale=local", *SHARED, *SMALL, "trainer.num_nodes=2", "trainer.max_steps=100000")
     job_id, run_dir = scripts.last()
     slurm.wait_for_state(job_id, "RUNNING")
     wait_for(lambda: (run_dir / "rank1.out").exists(), "rank 1 to start", 60)
     ranks = wait_for(lambda: _ranks(run_dir) if len(_ranks(run_dir)) == 2 else [], "both ranks", 60)
+    wait_for(lambda: record.RunFolder(run_dir).progress().steps > 4, "some steps", 120)
+    os.kill(ranks[-1], signal.SIGSTOP)
+    wait_for(
+        lambda: "left no stack" in (record.RunFolder(run_dir).status().reason or ""), "the stopped rank's name", 60
+    )
+    logs = "".join(path.read_text() for path in run_dir.glob("rank*.out"))
+    assert re.search(r"nemo_bench: step \d+ lasts for \d+ s: rank [01] \(process 0 of \S+\) left no stack", logs)
     os.kill(ranks[-1], signal.SIGKILL)
     assert slurm.wait_for_end(job_id) == "FAILED"
     wait_for(lambda: not _ranks(run_dir), "all ranks to be gone", 30)

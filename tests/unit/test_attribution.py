@@ -15,7 +15,7 @@ from nemo_bench.report import page
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report.attribution import UNEXPLAINED
 from nemo_bench.report.build import build_report
-from nemo_bench.report.model import NO_EVIDENCE, Attribution, Term, to_json
+from nemo_bench.report.model import Attribution, Term, to_json
 from nemo_bench.report.tables import markdown
 
 from ..traces import ADAM, ADD, ALL_GATHER, COPY, GEMM, Event, kernel, launched, mark, write
@@ -90,8 +90,11 @@ def test_a_profile_explains_a_step_of_the_fp8_slice_within_2_percent() -> None:
     way, terms = attributed(RECORDS / "attribution")
     assert abs(terms[UNEXPLAINED].more_s) < 0.02 * way.measured_s
     assert terms["optimizer"].measured_s == pytest.approx(0.0617, abs=1e-4)
-    assert terms["optimizer"].evidence == terms["host"].evidence == "rank 0's profile"
-    assert sum(term.expected_s or 0 for term in way.terms) == pytest.approx(way.expected_s)
+    assert terms["optimizer"].evidence == terms["host"].evidence == "rank 0 profile"
+    report = build_report([RECORDS / "attribution"])
+    assert json.loads(to_json(report))["attributions"][0]["terms"][0]["name"] == "matrix products"
+    assert "| optimizer |" in markdown(report)
+    assert "Where the seconds went" in page.render(report) and "waterfall" in page.render(report)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def test_waits_stand_with_the_collective_that_ranks_wait_in(tmp_path: Path, name
 
 def test_without_a_profile_a_term_has_evidence_by_what_was_measured_or_none(tmp_path: Path) -> None:
     _, terms = attributed(record(tmp_path / "run", "dp2_bf16"))
-    assert {term.evidence for name, term in terms.items() if name != UNEXPLAINED} == {NO_EVIDENCE}
+    assert {term.evidence for name, term in terms.items() if name != UNEXPLAINED} == {"no evidence"}
     run = record(tmp_path / "slow", "dp2_bf16", matrix_tflops=600.0, own_time_s=1.5)
     finding = {"what": "power limit 500 W", "where": [{"host": "n07", "gpu": 3}]}
     for rate, source in ((600, "before the training"), (550, "machine check")):
@@ -125,11 +128,3 @@ def test_a_run_and_its_baseline_differ_by_their_profiles_terms(tmp_path: Path) -
     _, terms = attributed(new, baseline=[old])
     assert terms["optimizer"].more_s == pytest.approx(0.010) and terms["matrix products"].more_s == 0
     assert [*attributed(new, baseline=[RECORDS / "gpu_speed/dp2_bf16"])[1]] == [UNEXPLAINED]
-
-
-def test_the_way_stands_in_every_form_of_the_report() -> None:
-    report = build_report([RECORDS / "attribution"])
-    (way,) = json.loads(to_json(report))["attributions"]
-    assert "optimizer" in [term["name"] for term in way["terms"]]
-    assert "| optimizer |" in markdown(report) and "rank 0's profile" in markdown(report)
-    assert "Where the seconds went" in page.render(report) and "waterfall" in page.render(report)
