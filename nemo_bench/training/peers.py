@@ -30,7 +30,7 @@ WINDOW, SLOW_S = 5, 5.0  # steps and seconds for which a rank must lag: shorter 
 SLOWER = {"cuda": 0.1, "cpu": 1.0}
 STALL_STEPS, STALL_S = 10, 15.0  # no step for so many medians, and so many seconds
 SETTLED_S, DEPUTY_S = 2.0, 5.0  # until all stacks are written; until a deputy speaks
-_COLLECTIVES = re.compile("^(?!__).*(reduce|gather|broadcast|alltoall|send|recv|end_coalescing)")
+_COLLECTIVES = re.compile("^(?!__).*(reduce|gather|broadcast|alltoall)")
 
 
 class Waits:
