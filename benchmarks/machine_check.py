@@ -3,7 +3,7 @@
     python benchmarks/machine_check.py --ranks 16 --tries 20 --output benchmarks/results/machine_check.json
 
 As root. Each rank has a network namespace and a host name of its own; every two namespaces are joined by a veth pair.
-Faults: a node that gets a ninth of its share of the cores (nice), a link of 20 Mbit/s in one direction (tc tbf), a
+Faults: a node that gets a fifteenth of its share of the cores (nice), a link of 20 Mbit/s in one direction (tc tbf), a
 rank stopped by SIGSTOP. All lies in namespaces that end with this process. A rank is forked from a process that has
 imported torch; all else is what check_machine.py runs.
 """
@@ -34,12 +34,13 @@ from nemo_bench.config import TrainConfig, typed  # noqa: E402
 from nemo_bench.files import write_json  # noqa: E402
 from nemo_bench.launch import point  # noqa: E402
 from nemo_bench.machine.command import new_folder, rank_command  # noqa: E402
+from nemo_bench.machine.schedule import tournament  # noqa: E402
 from nemo_bench.record.folder import read_object  # noqa: E402
 from nemo_bench.record.machine import CHECK  # noqa: E402
 
 INSIDE = "--inside-namespaces"
 SLOW_LINK = "20mbit"
-NICE = 10
+NICE = 12  # a fifteenth of the weight
 FAULTS = ("none", "slow node", "slow link", "stopped rank")
 
 
@@ -80,7 +81,7 @@ def processes_of(leader: int) -> list[int]:
 
 
 def slow_down(leader: int) -> None:
-    """Give a process group a ninth of its share of the cores, thread by thread, and its session as a whole."""
+    """Give a process group a fifteenth of its share of the cores, thread by thread, and its session as a whole."""
     for pid in processes_of(leader):
         with suppress(OSError):  # it has ended
             for task in Path(f"/proc/{pid}/task").iterdir():
@@ -107,7 +108,9 @@ class Machine:
     def check(self, fault: str, random_numbers: random.Random) -> dict[str, Any]:
         """Check the machine with a fault, and return who was named for what."""
         ranks = len(self.servers)
-        node, other = random_numbers.sample(range(ranks), 2)
+        # A link that the tournament measures: with 16 nodes 48 of 120.
+        _, opponents = random_numbers.choice(tournament(ranks, 1))
+        node, other = random_numbers.choice([(a, b) for a, b in enumerate(opponents) if b is not None])
         folder, start = new_folder(self.cfg), time.monotonic()
         environment = {**point.rank_environment(self.cfg), "OMP_NUM_THREADS": "1"}
         command = rank_command(self.cfg, folder, sys.executable)
@@ -115,11 +118,11 @@ class Machine:
             if fault == "slow link":
                 subprocess.run(tc("add", node, other).split(), check=True)
                 stack.callback(subprocess.run, tc("del", node, other).split(), check=True)
+            if fault == "slow node":
+                slow_down(self.pids[node])
             log = folder / f"rank{node}.out"
             while group.poll() is None and "measures" not in log.read_text():
                 time.sleep(0.05)
-            if fault == "slow node":
-                slow_down(self.pids[node])
             if fault == "stopped rank":
                 time.sleep(random_numbers.uniform(0, 3))
                 os.kill(processes_of(self.pids[node])[-1], signal.SIGSTOP)  # rank 0 is the child of its coordinator

@@ -170,6 +170,9 @@ class GpuConfig:
     sustained_tflops: dict[str, float] = field(default_factory=dict, metadata={"above": 0})
     memory_gb_s: float | None = number(None, above=0)
     power_limit_w: float | None = number(None, above=0)
+    # What an estimate takes for an average GPU of this cluster in bf16, and for its slowest; null: constants.yaml's.
+    matrix_tflops: float | None = number(None, above=0)
+    slowest_matrix_tflops: float | None = number(None, above=0)
     source: str = ""  # where the peaks come from
 
 

@@ -135,8 +135,8 @@ class Rates:
 
 
 @functools.cache
-def load_rates(gpu: str) -> Rates:
-    """Return the rates of a GPU kind; BenchError where they were never measured."""
+def load_rates(gpu: str, matrix_tflops: float | None = None) -> Rates:
+    """Return the rates of a GPU kind, at a matrix rate if it is given; BenchError where they were never measured."""
     path = FOLDER / f"{gpu}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
@@ -149,8 +149,8 @@ def load_rates(gpu: str) -> Rates:
     if base := data.get("derived_from"):
         slowdown = data["measured_memory_gb_s"] / data["memory_gb_s"]
         memory = {"most_slowdown": slowdown, "streaming_gb_s": data["streaming_gb_s"]}
-        return replace(load_rates(base), gpu=gpu, derived_from=base, **memory)
-    fleet = constant("fleet_matrix_tflops").get(gpu) or data["layers"][0]["matrix_tflops"]
+        return replace(load_rates(base, matrix_tflops), gpu=gpu, derived_from=base, **memory)
+    fleet = matrix_tflops or constant("fleet_matrix_tflops").get(gpu) or data["layers"][0]["matrix_tflops"]
     return Rates(gpu, dict(_layer(entry, entry["matrix_tflops"] / fleet) for entry in data["layers"]), data, fleet)
 
 

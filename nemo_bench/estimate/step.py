@@ -57,12 +57,14 @@ class _Point:
     """A configuration, and all that its estimate is made of."""
 
     def __init__(self, cfg: TrainConfig) -> None:
-        m, rates = cfg.model, load_rates(cfg.gpu.name)
+        m, rates = cfg.model, load_rates(cfg.gpu.name, cfg.gpu.matrix_tflops)
         network = Network(cfg, rates)
         layer = Layer(cfg, rates, network)
         self.cfg, self.rates, self.shape = cfg, rates, layer.shape
         self.number, self.layers = cfg.num_micro_batches, layers_of_chunks(m)
         self.stages, self.lag = len(self.layers), constant("gpu_spread") * slowest_of(cfg.world_size)
+        if cfg.gpu.matrix_tflops and cfg.gpu.slowest_matrix_tflops:
+            self.lag = cfg.gpu.matrix_tflops / cfg.gpu.slowest_matrix_tflops - 1
         self.passes = layer.times(self.lag)
         self.head = head_times(cfg, rates, network, self.shape.tokens)
         self.data_parallel = DataParallel(cfg, rates, network, self.layers)

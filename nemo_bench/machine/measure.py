@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -37,11 +38,15 @@ class Measures:
         self.cfg, self.rank, self.folder = cfg, rank, folder
         self.on_gpu, self.local_rank = cfg.gpu.device == "cuda", rank % cfg.trainer.devices
         self.device = torch.device(f"cuda:{self.local_rank}" if self.on_gpu else "cpu")
+        self.groups: dict[str, Any] = {}
         if self.on_gpu:
             check_gpu(cfg, self.local_rank)
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // cfg.trainer.devices))
+        names = [name for name in ("bf16", "fp8") if name in cfg.gpu.peak_tflops] if self.on_gpu else ["fp32"]
+        self.size = 8192 if self.on_gpu else 512
+        self.products = {name: self._product(name) for name in names}
         print(f"rank {rank} measures", flush=True)
 
     def facts(self, of_node: bool) -> dict[str, Any]:
@@ -50,14 +55,13 @@ class Measures:
         environment = {name: value for name, value in kept.items() if not _OWN_VARIABLES.match(name)}
         return {"environment": environment, "node": node_facts(self.folder / READ_FILE) if of_node else None}
 
-    def compute(self, formats: list[str]) -> dict[str, Any]:
+    def compute(self, _: object) -> dict[str, Any]:
         """Return the matrix rate in each number format, memory bandwidth, and the GPU's state meanwhile."""
-        size, seconds, chunk = (8192, 5.0, 16) if self.on_gpu else (512, 2.0, 1)
+        seconds, chunk = (5.0, 16) if self.on_gpu else (2.0, 1)
         sampler = open_sampler(torch.cuda.get_device_properties(self.device)) if self.on_gpu else None
         rates = {}
-        for name in formats:
-            rate = self._sustained(self._product(name, size), chunk, seconds)
-            rates[f"{name}_tflops"] = 2 * size**3 * rate / 1e12
+        for name, product in self.products.items():
+            rates[f"{name}_tflops"] = 2 * self.size**3 * self._sustained(product, chunk, seconds) / 1e12
         answer = {"rates": rates, "clocks": {}, "gpu": None}
         if sampler:  # while the GPU is at its clocks and links at their speed
             answer |= {"clocks": sampler.take(), "gpu": gpu_facts(sampler.nvml, sampler.handle)}
@@ -65,31 +69,37 @@ class Measures:
         source, target = (
             torch.empty((2048 if self.on_gpu else 32) * MIB, dtype=torch.uint8, device=self.device) for _ in range(2)
         )
-        rate = self._sustained(functools.partial(target.copy_, source), 1, seconds / 10)
+        rate = self._sustained(functools.partial(target.copy_, source), 8, seconds / 10)
         rates["memory_gb_s"] = 2 * source.numel() * rate / 1e9
         if self.on_gpu:
             host = torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True)
             copy = functools.partial(target[: host.numel()].copy_, host, non_blocking=True)
-            rates["to_device_gb_s"] = host.numel() * self._sustained(copy, 1, seconds / 10) / 1e9
+            rates["to_device_gb_s"] = host.numel() * self._sustained(copy, 4, seconds / 10) / 1e9
             del source, target, copy
             torch.cuda.empty_cache()
         return answer
 
     def _sustained(self, action: Callable[[], object], chunk: int, seconds: float) -> float:
-        """Return how often a second an action runs, over the last half of `seconds`, and waited for once a chunk."""
-        for _ in range(2):  # a GPU's first seconds are at clocks that its power limit does not let it hold
+        """Return how often a second an action runs, over the last half of `seconds`, and waited for once a chunk.
+
+        A GPU's first seconds are at clocks that its power limit does not let it hold. On a CPU, who is early goes on
+        for a while: who is late would have its cores.
+        """
+        rates = []
+        for _ in range(2 if self.on_gpu else 3):
             count, start = 0, time.perf_counter()
             while (elapsed_s := time.perf_counter() - start) < seconds / 2:
                 for _ in range(chunk):
                     action()
                 self._synchronize()
                 count += chunk
-        return count / elapsed_s
+            rates.append(count / elapsed_s)
+        return rates[1]
 
-    def _product(self, name: str, size: int) -> Callable[[], object]:
+    def _product(self, name: str) -> Callable[[], object]:
         """Return what multiplies two random matrices once, as benchmarks/peers/matrix_rate.py does."""
         dtype = torch.float32 if name == "fp32" else torch.bfloat16
-        left, right = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+        left, right = (torch.randn(self.size, self.size, device=self.device).to(dtype) for _ in range(2))
         if name != "fp8":
             return functools.partial(torch.mm, left, right, out=torch.empty_like(left))
         scales = [E4M3_MAX / matrix.abs().max().float() for matrix in (left, right)]
@@ -141,7 +151,9 @@ class Measures:
         Of an all-gather or reduce-scatter of `size` in all, a rank moves (n - 1)/n of it (nccl-tests' bus bandwidth).
         """
         name, ranks = which
-        group, number, place = dist.new_group(ranks, use_local_synchronization=True), len(ranks), ranks.index(self.rank)
+        if name not in self.groups:
+            self.groups[name] = dist.new_group(ranks, use_local_synchronization=True)
+        group, number, place = self.groups[name], len(ranks), ranks.index(self.rank)
         rates = {}
         for mib in (16, 64, 256) if self.on_gpu else (1,):
             whole = torch.zeros(mib * MIB // 2 // number * number, dtype=torch.bfloat16, device=self.device)
@@ -155,7 +167,7 @@ class Measures:
                 actions = {"p2p": functools.partial(_exchange, [to, of])}
             for operation, action in actions.items():
                 self._timed(action, 3)
-                seconds = self._timed(action, 10 if self.on_gpu else 3)
+                seconds = statistics.median(self._timed(action, 4) for _ in range(5))
                 rates[f"{operation} {mib} MiB"] = gb / seconds * (1 if name == "PP" else (number - 1) / number)
         return rates
 

@@ -86,10 +86,9 @@ async def coordinate(cfg: TrainConfig, port: int) -> Evidence:
 async def _measure(cfg: TrainConfig, ranks: Coordinator, evidence: Evidence) -> None:
     devices = cfg.trainer.devices
     evidence.facts = await ranks.ask("facts", lambda rank: rank % devices == 0)
-    formats = ["fp32"] if cfg.gpu.device == "cpu" else [name for name in ("bf16", "fp8") if name in cfg.gpu.peak_tflops]
     for attempt in range(TRIES):
         if attempt == 0 or evidence.slow():
-            evidence.gpus = await ranks.ask("compute", lambda rank: formats)
+            evidence.gpus = await ranks.ask("compute", lambda rank: None)
             for rank, answer in enumerate(evidence.gpus):
                 for name, rate in answer["rates"].items():
                     evidence.add(name, (rank,), rate)
@@ -106,12 +105,15 @@ async def _measure(cfg: TrainConfig, ranks: Coordinator, evidence: Evidence) -> 
                 for a, b in pairs:
                     evidence.add(f"{link}_gb_s", (a, b), answers[a]["gb_s"], answers[b]["gb_s"])
                     evidence.latencies_us.setdefault(f"{link}_latency_us", []).append(answers[a]["latency_us"])
-    for name, groups in layout_groups(cfg).items():
-        own = {rank: [name, group] for group in groups for rank in group}
-        answers = await ranks.ask("group", own.__getitem__)
-        for group in groups:
-            for operation in answers[group[0]]:
-                evidence.add(f"{name} {operation}", tuple(group), *(answers[rank][operation] for rank in group))
+    for attempt in range(TRIES):
+        slow = {each for _, each in evidence.slow()}
+        for name, groups in layout_groups(cfg).items():
+            if attempt == 0 or slow & set(map(tuple, groups)):
+                own = {rank: [name, group] for group in groups for rank in group}
+                answers = await ranks.ask("group", own.__getitem__)
+                for group in groups:
+                    for operation in answers[group[0]]:
+                        evidence.add(f"{name} {operation}", tuple(group), *(answers[rank][operation] for rank in group))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from nemo_bench.planning import display
 from nemo_bench.planning.answer import Answer, Calibration, calibration_by
 from nemo_bench.planning.config import EstimateConfig
 from nemo_bench.planning.search import search
+from nemo_bench.record.machine import latest_check
 
 # By `calibrate=`: the points of a sweep share the factor of its first.
 _calibrations: dict[str, Calibration] = {}
@@ -33,6 +34,8 @@ def run_estimate(raw: DictConfig) -> None:
     if cfg.gpu.device == "cpu":
         raise BenchError(f"gpu={cfg.gpu.name}: estimates are of GPUs; choose a scale above local, such as scale=64gpu")
     console = Console(highlight=False)
+    if cfg.machine_check:
+        _take_own_rates(cfg, console)
     if cfg.action == "search":
         # The point itself need not work: layouts that do are what is asked for.
         display.print_search(console, cfg, search(cfg, _calibration(cfg)))
@@ -55,6 +58,24 @@ def run_estimate(raw: DictConfig) -> None:
         except OSError as error:
             raise BenchError(f"output={cfg.output}: {error.strerror}: name a folder that can be written") from None
         console.print(f"written: {folder}/ (estimate.json, schedule.html)", soft_wrap=True)
+
+
+def _take_own_rates(cfg: EstimateConfig, console: Console) -> None:
+    """Put what the last machine check of this cluster measured where the configuration names nothing else."""
+    check = latest_check(cfg.stage_path, cfg.cluster.name, cfg.gpu.name)
+    if check is None:
+        return
+    rates, gpu, cluster = {name: rate["middle"] for name, rate in check["rates"].items()}, cfg.gpu, cfg.cluster
+    cluster.nvlink_gb_s = cluster.nvlink_gb_s or rates.get("in_node_gb_s")
+    cluster.nic_gb_s = cluster.nic_gb_s or rates.get("network_gb_s")
+    gpu.matrix_tflops = gpu.matrix_tflops or rates.get("bf16_tflops")
+    gpu.slowest_matrix_tflops = gpu.slowest_matrix_tflops or check["rates"]["bf16_tflops"]["least"]
+    values = (gpu.matrix_tflops, gpu.slowest_matrix_tflops, cluster.nvlink_gb_s, cluster.nic_gb_s)
+    names = ("bf16 TFLOP/s", "its slowest GPU", "NVLink GB/s", "NIC GB/s")
+    words = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values) if value)
+    console.print(
+        f"Machine check of {check['checked_at']}: {words} (machine_check=false leaves it out)", soft_wrap=True
+    )
 
 
 def _calibration(cfg: EstimateConfig) -> Calibration | None:

@@ -17,6 +17,7 @@ class EstimateConfig(TrainConfig):
 
     action: str = choice("point", "search")
     calibrate: Any = None  # a run folder, or the seconds that the first point of the command took
+    machine_check: bool = True  # take the rates of this cluster's last check_machine.py, where no key names others
     output: str | None = field(default=None, metadata=PATH)  # folder for estimate.json and schedule.html
 
 

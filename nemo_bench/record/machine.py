@@ -21,3 +21,10 @@ def latest_check(stage: str, cluster: str, gpu: str) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError):
         return read_object(latest_path(stage, cluster, gpu))
     return None
+
+
+def check_line(check: dict[str, Any]) -> str:
+    """Return a check in a line: when, findings, rates."""
+    findings = "; ".join(f"{each['where'][0]['host']}: {each['what']}" for each in check["findings"]) or "no findings"
+    rates = ", ".join(f"{name} {rate['middle']:.4g}" for name, rate in check["rates"].items() if " " not in name)
+    return "{cluster}, {gpus} x {gpu}, {checked_at}: ".format(**check) + f"{findings}. {rates}"

@@ -100,7 +100,7 @@ def _by_ranks(run: Run, expected: Mapping[str, float], step_s: float, estimate: 
         yield Term(", ".join(names), sum(expected[name] for name in names), waited_s, f"waits of {len(own)} ranks")
 
 
-def _check(run: Run) -> dict[str, Any]:
+def machine_check(run: Run) -> dict[str, Any]:
     """Return the last machine check of the run's cluster; empty without one."""
     config = run.record.config or {}
     return (config and latest_check(config["stage_path"], config["cluster"]["name"], str(run.gpu))) or {}
@@ -108,7 +108,7 @@ def _check(run: Run) -> dict[str, Any]:
 
 def _slowest_rate(run: Run) -> tuple[float, str]:
     """Return the least bf16 matrix rate of a GPU (TFLOP/s; 0: not measured), and what measured it."""
-    if checked := _check(run).get("rates", {}).get("bf16_tflops"):
+    if checked := machine_check(run).get("rates", {}).get("bf16_tflops"):
         return float(checked["least"]), "machine check"
     return min(
         (device.matrix_tflops for device in run.devices if device.matrix_tflops), default=0.0
@@ -128,7 +128,7 @@ def _findings(run: Run, profile: StepProfile | None, estimate: Estimate | None =
     if rate and estimate:
         assumed = estimate.rates.matrix_tflops
         yield f"matrix rate of the slowest GPU ({source}): {rate:.0f} TFLOP/s, assumed {assumed:.0f}"
-    for finding in (check := _check(run)).get("findings", ()):
+    for finding in (check := machine_check(run)).get("findings", ()):
         places = ", ".join(f"{place['host']} GPU {place['gpu']}" for place in finding["where"][:SHOWN_PLACES])
         yield f"machine check of {check['checked_at']}: {places}: {finding['what']}"
     yield from remarks.of_runs([run])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
+from nemo_bench.record.machine import check_line
 from nemo_bench.report import attribution, comparison, model, points, references, runs
 from nemo_bench.report.bare_logs import Given, load_log
 from nemo_bench.report.model import Report, Run
@@ -63,6 +64,7 @@ def build_report(
     failures += [f"{item.point}: slower than the baseline" for item in comparisons if item.regression]
     failures += [f"{point.name}: GPU not known; name it with gpu=..." for point in all_points if point.gpu is None]
     failures += [f"{name}: not known what was run: name it with model=... precision=... gpus=..." for name in unknown]
+    checks = [attribution.machine_check(run) for run in all_runs]
     return Report(
         generated_at=record.timestamp(),
         inputs=tuple(map(str, paths)),
@@ -81,6 +83,7 @@ def build_report(
         baseline_points=tuple(group.point for group in old_groups),
         comparisons=comparisons,
         attributions=tuple(way for pair in pairs for way in attribution.ways(*pair)),
+        machine_checks=tuple(dict.fromkeys(check_line(check) for check in checks if check)),
     )
 
 

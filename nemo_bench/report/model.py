@@ -344,6 +344,7 @@ class Report:
     total_tokens: float  # the budget behind days to train
     warnings: tuple[str, ...] = ()  # what could not be read, and what was left out
     attributions: tuple[Attribution, ...] = ()  # where the seconds of measured points went
+    machine_checks: tuple[str, ...] = ()  # the last of each cluster in the runs' stage folders
     # with `baseline=` only
     baseline_inputs: tuple[str, ...] = ()
     baseline_runs: tuple[Run, ...] = ()

@@ -171,6 +171,8 @@ def markdown(report: Report) -> str:
         notes = "".join(f"- {_escaped(note)}\n" for note in reference.notes)
         about = _escaped(f"{reference.source}. {reference.hardware}.")
         text += f"\n## Published numbers: {_escaped(reference.title)}\n\n{about}\n\n{notes}"
+    if report.machine_checks:
+        text += "\n## Machine checks\n\n" + "".join(f"- {_escaped(check)}\n" for check in report.machine_checks)
     if report.warnings:
         text += "\n## Warnings\n\n" + "".join(f"- {_escaped(warning)}\n" for warning in report.warnings)
     return text

@@ -177,6 +177,8 @@ def print_report(console: Console, report: Report) -> None:
             print_table(console, tables.attribution_table(way))
         else:
             _print_line(console, way.point, way.summary)
+    for check in report.machine_checks:
+        _print_line(console, "machine check", check)
     warnings = report.warnings
     if len(report.runs) == 1:
         print_summary(console, report.runs[0])

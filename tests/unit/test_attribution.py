@@ -117,8 +117,9 @@ def test_without_a_profile_a_term_has_evidence_by_what_was_measured_or_none(tmp_
         assert waited.measured_s == pytest.approx(way.measured_s - 1.5) and waited.evidence == "waits of 2 ranks"
         path = latest_path(str(run), "local", "h200")
         path.parent.mkdir(exist_ok=True)
-        rates = {"bf16_tflops": {"least": 550.0}}
-        write_json(path, {"checked_at": "2026-11-28T18:00:00Z", "rates": rates, "findings": [finding]})
+        check = {"checked_at": "2026-11-28T18:00:00Z", "cluster": "local", "gpus": 8, "gpu": "h200"}
+        rates = {"bf16_tflops": {"middle": 660.0, "least": 550.0}}
+        write_json(path, {**check, "rates": rates, "findings": [finding]})
     assert "machine check of 2026-11-28T18:00:00Z: n07 GPU 3: power limit 500 W" in way.findings
 
 

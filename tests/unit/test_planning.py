@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -19,11 +21,18 @@ from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.estimate.step import estimate_of
 from nemo_bench.planning.config import EstimateConfig
 from nemo_bench.planning.search import overrides, search
+from nemo_bench.record.machine import latest_path
 
 from ..composing import PROJECT, composed
 
 RUN = PROJECT / "benchmarks" / "results" / "gpu_speed" / "bf16_gbs32"
 Estimate = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def write_check(stage: Path, cluster: str, gpu: str, content: dict[str, Any]) -> None:
+    path = latest_path(str(stage), cluster, gpu)
+    path.parent.mkdir()
+    path.write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -49,6 +58,18 @@ def test_a_point_in_80_columns_with_its_published_row(estimate: Estimate) -> Non
         "10.93 s: ",
     )
     assert all(part in done.stdout for part in (*parts, "100.0%", "derived from h200", "the host may be the limit"))
+
+
+def test_the_last_machine_check_gives_its_rates_unless_it_is_left_out(estimate: Estimate, tmp_path: Path) -> None:
+    rates = {"bf16_tflops": {"middle": 333.0, "least": 300.0}, "in_node_gb_s": {"middle": 350.0, "least": 340.0}}
+    write_check(tmp_path, "slurm", "h100", {"checked_at": "yesterday", "rates": rates})
+    shown = estimate("scale=64gpu").stdout
+    assert "Machine check of yesterday: bf16 TFLOP/s 333, its slowest GPU 300, NVLink GB/s 350" in shown
+    times_s = [
+        float(re.findall(r"step time +([\d.]+) s", text)[0])
+        for text in (shown, estimate("scale=64gpu", "machine_check=false").stdout)
+    ]
+    assert 1.7 < times_s[0] / times_s[1] < 2.3
 
 
 def test_a_sweep_is_a_table_and_its_points_share_a_calibration(estimate: Estimate) -> None:
@@ -98,7 +119,7 @@ def test_groups_and_values_are_those_of_train() -> None:
         own, train = (OmegaConf.to_container(compose(name, choices), resolve=True) for name in ("estimate", "train"))
     assert isinstance(own, dict) and isinstance(train, dict)
     assert {key: value for key, value in own.items() if key in train} == train
-    assert own.keys() - train.keys() == {"action", "calibrate", "output"}
+    assert own.keys() - train.keys() == {"action", "calibrate", "machine_check", "output"}
     assert own.keys() == set(EstimateConfig.__dataclass_fields__)
 
 
