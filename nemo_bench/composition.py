@@ -83,22 +83,21 @@ def prepare_hydra() -> None:
     model = next((argument[6:] for argument in reversed(sys.argv) if argument.startswith("model=")), "70b")
     for position, argument in enumerate(sys.argv):
         if argument.startswith("scale=upto("):
-            ceiling = re.fullmatch(r"scale=upto\((\d+)(?:gpu)?\)", argument)
-            if ceiling is None:
-                raise BenchError(f"{argument}: give a number of GPUs, as in 'scale=upto(512)'")
-            argument = f"scale={published_scales(model, int(ceiling[1]))}"
+            argument = f"scale={_published_scales(argument, model)}"
         if argument.startswith("scale="):
             sys.argv[position] = re.sub(r"(?<=[=,])(\d+)(?=,|$)", r"\1gpu", argument)
 
 
-def published_scales(model: str, most: int) -> str:
-    """Return the GPUs up to `most` of the published points of `model` in conf/experiment, "64,128", or BenchError."""
+def _published_scales(upto: str, model: str) -> str:
+    """Return the GPUs of the published points of `model` that "scale=upto(128)" means: "64,128"."""
     points = (PROJECT / "conf" / "experiment").glob(f"llama31_{model}_*_*gpu.yaml")
-    scales = sorted({int(path.stem.rpartition("_")[2].removesuffix("gpu")) for path in points})
-    if not scales or most < scales[0]:
-        known = f"published: {', '.join(f'{gpus}gpu' for gpus in scales) or 'no point of this model'}"
-        raise BenchError(f"scale=upto({most}): nothing is published for model={model} up to there\n{known}")
-    return ",".join(str(gpus) for gpus in scales if gpus <= most)
+    published = sorted({int(path.stem.rpartition("_")[2].removesuffix("gpu")) for path in points})
+    most = re.fullmatch(r"scale=upto\((\d+)(?:gpu)?\)", upto)
+    scales = [str(gpus) for gpus in published if most and gpus <= int(most[1])]
+    if not scales:
+        known = ", ".join(map(str, published)) or "none"
+        raise BenchError(f"{upto}: give a number of GPUs, as in 'scale=upto(512)'\n  published for {model}: {known}")
+    return ",".join(scales)
 
 
 def composition_error(error: Exception, schema: type | None) -> str:
@@ -143,7 +142,7 @@ def _unknown_key(key: str, schema: type) -> str:
     valid = [*types, *(GROUPS_ONLY if "trainer" in types else ())]
     words = {other: other.rpartition(".")[2] for other in valid}  # the last word is the one that was mistyped
     close_words = difflib.get_close_matches(name, words.values(), n=len(valid))
-    close = [other for other in valid if words[other] in close_words or (len(name) > 2 and name in words[other])]
+    close = [other for other in valid if words[other] in close_words]
     if close:
         return f"unknown key: {key}\n  did you mean: {', '.join(difflib.get_close_matches(key, close, cutoff=0))}"
     siblings = [other for other in valid if other.rpartition(".")[0] == parent]

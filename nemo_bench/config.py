@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 import nemo_bench.composition  # noqa: F401  registers the resolvers that conf/ uses
 from nemo_bench.errors import BenchError, ConfigurationRefused
-from nemo_bench.fields import PATH, choice, field_problems, has_unknown_keys, kernel, normalise, number
+from nemo_bench.fields import PATH, choice, field_problems, kernel, make_paths_absolute, number, settings
 from nemo_bench.flops import Architecture
 
 T = TypeVar("T")
@@ -306,6 +306,11 @@ class TrainConfig:
         return self.world_size // self.model_parallel_size
 
     @property
+    def weight_copies(self) -> int:
+        """GPUs that hold the same weights, over which Megatron shards: data- and context-parallel ones."""
+        return self.data_parallel_size * self.model.context_parallel_size
+
+    @property
     def num_micro_batches(self) -> int:
         """Micro-batches each copy of the model works through in a step (gradient accumulation, GA)."""
         return self.model.global_batch_size // (self.model.micro_batch_size * self.data_parallel_size)
@@ -318,7 +323,7 @@ class TrainConfig:
         (github.com/NVIDIA/Megatron-LM/issues/1012); `true` measures the recipe's timing.
         """
         m, wanted = self.model, self.model.defer_embedding_wgrad_compute
-        reduced_meanwhile = m.optim.overlap_grad_reduce and self.data_parallel_size * m.context_parallel_size > 1
+        reduced_meanwhile = m.optim.overlap_grad_reduce and self.weight_copies > 1
         possible = m.pipeline_model_parallel_size > 1 and m.gradient_accumulation_fusion
         return possible and (not reduced_meanwhile if wanted is None else wanted)
 
@@ -393,10 +398,10 @@ def load(path: Any) -> TrainConfig:
 
 def _object(schema: type[T], cfg: DictConfig) -> T:
     result = OmegaConf.to_object(cfg)
-    if not isinstance(result, schema) or has_unknown_keys(result):
+    if not isinstance(result, schema) or any(len(vars(owner)) > len(fields(owner)) for _, owner, _ in settings(result)):
         # A file, or a key that `+key=value` forced in: slower, and refuses such a key.
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
         result = OmegaConf.to_object(merged)
     assert isinstance(result, schema)
-    normalise(result)
+    make_paths_absolute(result)
     return result

@@ -23,14 +23,6 @@ def dated_name() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
 
 
-def size_text(size_bytes: int) -> str:
-    """Return a size for people: `19.3 GB`, `12.0 kB`, `14 bytes`."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 1000)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.1f} {unit}"
-    return f"{size_bytes} bytes"
-
-
 def temporary_path(path: Path) -> Path:
     """Return a name next to `path` that only this process uses; reports and listings skip it."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 SECONDS_PER_DAY = 86400
-
-
-class FlopsConvention(Enum):
-    """How the attention core (QK^T and AV) is counted: the same model has two numbers, 7.2% apart for the 70B."""
-
-    RECIPE = "recipe"  # in full: NVIDIA's Llama 3.1 70B 24.09 performance recipe, and all of its MFU figures
-    CAUSAL = "causal"  # half, as the causal mask leaves it: Megatron-LM's `num_floating_point_operations`
 
 
 @dataclass(frozen=True)
@@ -34,12 +26,13 @@ class Architecture:
         embeddings = 2 * self.vocab_size * self.hidden_size
         return int(self.num_layers * (attention + mlp + norms) + embeddings + self.hidden_size)
 
-    def flops_per_sequence(self, seq_length: int, convention: FlopsConvention = FlopsConvention.RECIPE) -> float:
+    def flops_per_sequence(self, seq_length: int, *, causal: bool = False) -> float:
         """Return the FLOPs of one training step (forward and backward) for one sequence of `seq_length` tokens.
 
         The recipe's formula (its closing section); the 8129 that it prints is a slip for 8192, which gives its 3.94e15.
+        `causal` counts half of the attention core (QK^T and AV), as the mask leaves it and Megatron-LM counts.
         """
-        core = seq_length / self.hidden_size / (2 if convention is FlopsConvention.CAUSAL else 1)
+        core = seq_length / self.hidden_size / (2 if causal else 1)
         groups_per_head = self.num_query_groups / self.num_attention_heads
         attention = 12 * self.num_layers * self.hidden_size**2 * (1 + groups_per_head + core)
         mlp = 18 * self.num_layers * self.ffn_hidden_size * self.hidden_size

@@ -55,7 +55,7 @@ def _stage(cfg: TrainConfig, stage: int, layers: int) -> MemoryEstimate:
     parameters, gradients, optimizer, step = (matrices * of_matrix + others * of_other for of_matrix, of_other in sizes)
     if m.optim.use_megatron_fsdp:
         # Whole at a time: two layers, the one at work and the one gathered ahead, and what belongs to no layer.
-        share, gathered = 1 / _copies(cfg), min(2 / layers, 1)
+        share, gathered = 1 / cfg.weight_copies, min(2 / layers, 1)
         whole = (others + gathered * matrices) / (others + matrices)
         if "params" in m.optim.data_parallel_sharding_strategy:
             parameters *= min(share + whole, 1)
@@ -71,7 +71,7 @@ def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, floa
     `matrix`: of a layer's matrix product, which fp8 is for; embeddings and norms stay in bf16.
     """
     o, p = cfg.model.optim, cfg.precision
-    share = 1 / _copies(cfg) if o.use_distributed_optimizer else 1.0
+    share = 1 / cfg.weight_copies if o.use_distributed_optimizer else 1.0
     if p.trainer_precision != "bf16-mixed":
         return 4, 4, 8 * share, 0
     gradient = 4 if o.grad_reduce_in_fp32 else 2
@@ -88,11 +88,6 @@ def _weight_bytes(cfg: TrainConfig, *, matrix: bool) -> tuple[float, float, floa
     elif in_fp8 and p.fp8_param_gather:
         step += 2  # all main weights in bf16 at once, on their way to fp8
     return weight, gradient, (main + moments) * share, step * share
-
-
-def _copies(cfg: TrainConfig) -> int:
-    """Return over how many GPUs Megatron shards; the context-parallel ones hold the same weights too."""
-    return cfg.world_size // (cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size)
 
 
 def _activations(cfg: TrainConfig, stage: int, layers: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def configuration_problems(cfg: TrainConfig) -> list[Problem]:
     if not any(isinstance(problem.value, (int, float)) for problem in need.problems):  # these rules calculate
         for rules in (_layout, _batch, _attention, _fp8, _schedule, _profile):
             rules(cfg, need)
-    for rules in (_conflicts, _formats, _environment, _data):
+    for rules in (_conflicts, _formats, _user_buffers, _data):
         rules(cfg, need)
     if cfg.cluster.scheduler == "slurm":
         slurm_rules(cfg, need)
@@ -103,8 +102,6 @@ def _pipeline(cfg: TrainConfig, need: Need) -> None:
         need(m.num_layers == below, "model.num_layers", rule, fix)
     else:
         _need_multiple(need, "model.num_layers", chunks, f"the pipeline's chunks are equal ({stages})")
-    rule, fix = f"must be less than model.num_layers={m.num_layers}", f"nearest that works: {m.num_layers - 1}"
-    need(m.cpu_offloading_num_layers < m.num_layers, "model.cpu_offloading_num_layers", rule, fix)
 
 
 def _batch(cfg: TrainConfig, need: Need) -> None:
@@ -122,25 +119,19 @@ def _batch(cfg: TrainConfig, need: Need) -> None:
 def fused_attention_fits(cfg: TrainConfig) -> bool:
     """Return whether the fused and the flash kernel take this size of heads (tried with cuDNN 9.19 on an H200)."""
     head = cfg.model.hidden_size / cfg.model.num_attention_heads
-    return head % 8 == 0 and head <= 256
+    return cfg.gpu.device == "cpu" or (head % 8 == 0 and head <= 256)
 
 
 def _attention(cfg: TrainConfig, need: Need) -> None:
-    kernel = cfg.gpu.device == "cuda" and cfg.model.attention_backend in ("fused", "flash")
     head = cfg.model.hidden_size / cfg.model.num_attention_heads
     rule = f"has no kernel for heads of {head:g} (hidden size / attention heads), only for multiples of 8 up to 256"
-    need(not kernel or fused_attention_fits(cfg), "model.attention_backend", rule, "use unfused, which is slower")
+    fits = fused_attention_fits(cfg) or cfg.model.attention_backend not in ("fused", "flash")
+    need(fits, "model.attention_backend", rule, "use unfused, which is slower")
 
 
 def _fp8(cfg: TrainConfig, need: Need) -> None:
-    """Check that the sides of every fp8 matrix product are aligned on each rank, and the layers in bf16."""
+    """Check that the sides of every fp8 matrix product are aligned on each rank."""
     m, p, tp = cfg.model, cfg.precision, cfg.model.tensor_model_parallel_size
-    layers, holder = m.num_layers, "the model"
-    if p.first_last_layers_bf16:
-        layers, holder = m.num_layers // m.pipeline_model_parallel_size, "a pipeline stage"
-    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
-        rule = f"is more than the {layers} layers of {holder}"
-        need(getattr(p, name) <= layers, f"precision.{name}", rule, f"nearest that works: {layers}")
     if p.fp8 is None and p.fp4 is None:
         return
     side = MX_ALIGNMENT if p.fp4 or p.fp8_recipe == "mxfp8" else FP8_ALIGNMENT
@@ -176,16 +167,11 @@ def _formats(cfg: TrainConfig, need: Need) -> None:
         need(not value_of(cfg, key), key, f"needs a GPU (gpu={gpu.name} is chosen)", "use false")
 
 
-def _environment(cfg: TrainConfig, need: Need) -> None:
+def _user_buffers(cfg: TrainConfig, need: Need) -> None:
     m, joined = cfg.model, cfg.cluster.nvlink_gpus or cfg.trainer.devices
     rule = f"needs tensor-parallel ranks that NVLink joins, and it joins {joined} GPUs (cluster.nvlink_gpus)"
     fix = "use false, or cluster.nvlink_gpus=72 on GB200 NVL72"
     need(not m.tp_comm_overlap or m.tensor_model_parallel_size <= joined, "model.tp_comm_overlap", rule, fix)
-    environment = cfg.entrypoint.env | dict(os.environ) | cfg.cluster.env
-    expandable = "expandable_segments:True" in (environment.get("PYTORCH_CUDA_ALLOC_CONF") or "")
-    rule = "is not possible with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-    by_layer = m.cuda_graph_impl == "local" and m.cuda_graph_scope == "full"
-    need(not by_layer or not expandable, "model.cuda_graph_impl", rule, "change that, or use none")
 
 
 def _data(cfg: TrainConfig, need: Need) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.data.corpus import collect
-from nemo_bench.data.encoder import Encoder
 from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect, optimal_dtype
 from nemo_bench.data.shard import read_manifest
 from nemo_bench.data.split import empty_parts
@@ -35,23 +34,6 @@ def dataset_problems(cfg: TrainConfig) -> list[Problem]:
         else:
             _split_rules(cfg, need, prefix, info.documents)
     return need.problems
-
-
-def dataset_remarks(cfg: TrainConfig) -> list[str]:
-    """Say which datasets of `data.paths` lack the end-of-document token of `data.tokenizer`."""
-    return _remarks(tuple(cfg.data.paths), cfg.data.tokenizer or "")
-
-
-@functools.cache
-def _remarks(prefixes: tuple[str, ...], tokenizer: str) -> list[str]:
-    # Those that prepare_data.py made have it.
-    foreign = [Path(prefix) for prefix in prefixes if read_manifest(Path(prefix)) is None]
-    try:
-        eod = Encoder(Path(tokenizer), "tokenizers").eod if foreign else 0
-        without = [prefix for prefix in foreign if eod not in _sample(_inspect(prefix))]
-    except BenchError:  # named by the rules
-        return []
-    return [f"{prefix}: no document ends in the end-of-document token of {tokenizer}, id {eod}" for prefix in without]
 
 
 def _tokenizer_rules(cfg: TrainConfig, need: Need, info: DatasetInfo) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from rich import filesize
+
 from nemo_bench.errors import BenchError
-from nemo_bench.files import locked, sha256_of, size_text
+from nemo_bench.files import locked, sha256_of
 
 ATTEMPTS, PAUSE_S = 7, 1.0  # so many in a row may bring nothing new; the pause between them doubles
 HUB = "https://huggingface.co"
@@ -87,10 +89,10 @@ def _retried(transfer: Callable[[], Any], folder: Path, source: str, report: Rep
             if failures == ATTEMPTS:
                 raise BenchError(
                     f"{source} could not be downloaded: {ATTEMPTS} attempts in a row brought nothing new ({error}). "
-                    f"{size_text(there)} are here, and the next attempt continues from there.\n{_NETWORK}"
+                    f"{filesize.decimal(there)} are here, and the next attempt continues from there.\n{_NETWORK}"
                 ) from None
             pause_s = min(PAUSE_S * 2**failures, 60.0)
-            report(f"{source}: {error}, after {size_text(there)}. Trying again in {pause_s:.0f} s.")
+            report(f"{source}: {error}, after {filesize.decimal(there)}. Trying again in {pause_s:.0f} s.")
             time.sleep(pause_s)
 
 

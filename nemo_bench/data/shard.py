@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from rich import filesize
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from nemo_bench.data import fetch
@@ -27,7 +28,7 @@ from nemo_bench.data.encoder import Encoder
 from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect
 from nemo_bench.data.tokenize import tokenize
 from nemo_bench.errors import BenchError
-from nemo_bench.files import explained_disk_errors, fsync, hidden_folder, locked, sha256_of, size_text, write_json
+from nemo_bench.files import explained_disk_errors, fsync, hidden_folder, locked, sha256_of, write_json
 from nemo_bench.report.terminal import make_console
 
 FORMAT = "nemo-bench dataset"
@@ -176,8 +177,8 @@ def _shown(title: str, done_bytes: Callable[[], int], total_bytes: Callable[[], 
             done, total = done_bytes(), total_bytes()
             bar.update(row, completed=done, total=total)
             if bar.disable:
-                of = f" of {size_text(total)}" if total else ""
-                print(time.strftime("%H:%M:%S"), f"{title}: {size_text(done)}{of}", flush=True)
+                of = f" of {filesize.decimal(total)}" if total else ""
+                print(time.strftime("%H:%M:%S"), f"{title}: {filesize.decimal(done)}{of}", flush=True)
 
     thread = threading.Thread(target=show, daemon=True)
     with bar:

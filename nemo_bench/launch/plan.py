@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_bench.checks.configuration import fused_attention_fits
-from nemo_bench.checks.datasets import dataset_remarks
 from nemo_bench.cluster import nsys
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
@@ -45,7 +44,6 @@ def plan(cfg: TrainConfig, missing: Iterable[Problem] = ()) -> str:
         "(the recipe's convention)",
         f"  steps      {cfg.trainer.max_steps}",
         f"  data       {cfg.data.name}: {', '.join(cfg.data.paths) or cfg.data.folder or 'random tokens'}",
-        *(f"             {remark}" for remark in dataset_remarks(cfg)),
         *_memory(cfg),
         *_profile(cfg),
         f"  results    {results_dir(cfg)}/<run>/",
@@ -56,7 +54,7 @@ def plan(cfg: TrainConfig, missing: Iterable[Problem] = ()) -> str:
 
 
 def _attention(cfg: TrainConfig) -> list[str]:
-    if cfg.model.attention_backend != "auto" or cfg.gpu.device == "cpu" or fused_attention_fits(cfg):
+    if cfg.model.attention_backend != "auto" or fused_attention_fits(cfg):
         return []
     head = cfg.model.hidden_size / cfg.model.num_attention_heads
     return [f"  attention  auto falls back to unfused, which is slow: no other kernel takes heads of {head:g}"]

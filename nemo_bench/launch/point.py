@@ -14,7 +14,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_bench.checks.datasets import dataset_remarks
 from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import processes
 from nemo_bench.config import TrainConfig, typed
@@ -70,7 +69,6 @@ def _run_here(cfg: TrainConfig) -> None:
 def prepare_data(cfg: TrainConfig) -> TrainConfig:
     """Build (or find) the local dataset and tokenizer; return the configuration with their paths."""
     if cfg.data.kind != "local":
-        print("".join(f"data: {remark}\n" for remark in dataset_remarks(cfg)), end="")
         return cfg
     from nemo_bench.data.local import prepare_local
 

@@ -12,7 +12,7 @@ from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError
 from nemo_bench.estimate.rates import constant
 from nemo_bench.estimate.step import Estimate, estimate_of
-from nemo_bench.flops import FlopsConvention, days_to_train
+from nemo_bench.flops import days_to_train
 from nemo_bench.memory import GIB, estimate_memory
 from nemo_bench.report import references
 from nemo_bench.report.model import point_name
@@ -70,10 +70,10 @@ class Answer:
         known = entrypoint_of(self.cfg).memory_is_estimated
         return estimate_memory(self.cfg).total_bytes / GIB if known else None
 
-    def mfu(self, convention: FlopsConvention) -> float | None:
+    def mfu(self, *, causal: bool = False) -> float | None:
         """Return the model FLOPs utilisation, None for a number format without a peak."""
         cfg, peak = self.cfg, self.cfg.gpu.peak_tflops.get(self.cfg.precision.name)
-        per_token = cfg.architecture.flops_per_sequence(cfg.model.seq_length, convention) / cfg.model.seq_length
+        per_token = cfg.architecture.flops_per_sequence(cfg.model.seq_length, causal=causal) / cfg.model.seq_length
         return per_token * self.tokens_per_s / cfg.world_size / 1e12 / peak if peak else None
 
     def published(self) -> list[tuple[ReferencePoint, float]]:
@@ -99,7 +99,8 @@ class Answer:
         return {
             "point": self.name,
             **{name: getattr(self, name) for name in own},
-            **{f"mfu_{convention.value}": self.mfu(convention) for convention in FlopsConvention},
+            "mfu_recipe": self.mfu(),
+            "mfu_causal": self.mfu(causal=True),
             "calibration": self.calibration and vars(self.calibration),
             "published": {row.reference: {"step_time_s": row.step_time_s, "error": e} for row, e in self.published()},
             "estimate": estimate,

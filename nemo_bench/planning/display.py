@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.flops import FlopsConvention
 from nemo_bench.planning.answer import Answer
 from nemo_bench.planning.search import overrides
 
@@ -33,8 +32,8 @@ def print_answer(console: Console, answer: Answer) -> None:
         facts["uncalibrated"] = f"{_digits(estimate.step_time_s)} s, times {calibration.factor:.4f}"
         facts["calibrated by"] = calibration.source
     facts["tokens/s"] = f"{answer.tokens_per_s:,.0f}"
-    facts["MFU"] = _share(answer.mfu(FlopsConvention.RECIPE))
-    facts["MFU, causal attention"] = _share(answer.mfu(FlopsConvention.CAUSAL))
+    facts["MFU"] = _share(answer.mfu())
+    facts["MFU, causal attention"] = _share(answer.mfu(causal=True))
     facts["days"] = f"{answer.days:.1f} for {answer.cfg.total_tokens:.3g} tokens"
     facts["memory"] = f"{_gib(answer)} of {answer.cfg.gpu.memory_gib or 0:g} GiB a GPU"
     for row, error in answer.published():
@@ -74,7 +73,7 @@ def print_row(console: Console, answer: Answer, *, first: bool) -> None:
         answer.name + " *" * answer.estimate.host_is_limit,
         *map(_digits, (answer.step_time_s, *answer.range_s)),
         f"{answer.tokens_per_s:,.0f}",
-        _share(answer.mfu(FlopsConvention.RECIPE)),
+        _share(answer.mfu()),
         _gib(answer),
         f"{published[0][0].step_time_s:g} {published[0][1]:+.1%}" if published else "-",
     )

@@ -31,9 +31,9 @@ def numbers_at(
     if run.architecture is not None:
         recipe, causal = (
             flops.tflops_per_gpu(
-                flops_per_sequence=run.architecture.flops_per_sequence(seq_length, convention), num_gpus=gpus, **step
+                flops_per_sequence=run.architecture.flops_per_sequence(seq_length, causal=half), num_gpus=gpus, **step
             )
-            for convention in (flops.FlopsConvention.RECIPE, flops.FlopsConvention.CAUSAL)
+            for half in (False, True)
         )
     return Numbers(
         step_time_s=step_time_s,

@@ -13,10 +13,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from backports.zstd import tarfile
+from rich import filesize
 
 from nemo_bench.data.shard import datasets_in, verify
 from nemo_bench.errors import BenchError
-from nemo_bench.files import explained_disk_errors, hidden_folder, locked, replace_durably, size_text
+from nemo_bench.files import explained_disk_errors, hidden_folder, locked, replace_durably
 from nemo_bench.record.folder import timestamp
 from nemo_bench.stage.config import PARTS
 from nemo_bench.stage.stage import NAME, Entry, Part, Stage, describe, difference, manifest_json, read_manifest
@@ -34,7 +35,7 @@ def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
             raise BenchError(f"{part.name}: {stage.folder / part.place} {problem}; {remedy}")
     recorded = stage.entries()
     entries = {part.place: recorded[part.place] for part in parts} | _datasets(stage)
-    print(f"packing {size_text(sum(entry.size_bytes for entry in entries.values()))} into {bundle}")
+    print(f"packing {filesize.decimal(sum(entry.size_bytes for entry in entries.values()))} into {bundle}")
     with explained_disk_errors(bundle.parent, "free some space, or choose another folder (bundle=FILE)"):
         bundle.parent.mkdir(parents=True, exist_ok=True)
         packing = bundle.with_name(f".packing.{bundle.name}")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from rich import filesize
 
 from nemo_bench.cluster import jobs, slurm
 from nemo_bench.cluster.processes import Terminated, termination_raises
 from nemo_bench.config import ComposedPoint, typed_as
 from nemo_bench.errors import BenchError, RunFailed
-from nemo_bench.files import dated_name, size_text
+from nemo_bench.files import dated_name
 from nemo_bench.report.terminal import make_console
 from nemo_bench.stage.bundle import install, pack
 from nemo_bench.stage.code import code_part
@@ -101,7 +102,9 @@ def _check(stage: Stage, parts: list[Part]) -> None:
             wrong.append(part.name)
             commands += [shlex.join(["mv", str(path), f"{path}.old"])] if path.exists() else []
         elif entry:
-            print_line(f"{part.name}: ok: {path}, {size_text(entry.size_bytes)}, {entry.version}, {entry.made_at}")
+            print_line(
+                f"{part.name}: ok: {path}, {filesize.decimal(entry.size_bytes)}, {entry.version}, {entry.made_at}"
+            )
     print_line("python prepare_data.py check verifies the datasets")
     if wrong:
         overrides = [text for text in chosen if not text.startswith(("action=", "parts=", "launch="))]

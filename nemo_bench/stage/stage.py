@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich import filesize
+
 from nemo_bench import files as disk
 from nemo_bench.errors import BenchError
 from nemo_bench.record.folder import timestamp
@@ -114,7 +116,7 @@ def fill(stage: Stage, part: Part) -> None:
             version = part.make(new, lock)
             entry = Entry(part.name, timestamp(), part.settings, version, describe(new, part.place))
             stage.put(new, part.place, entry)
-    print_line(f"{part.name}: made ({destination}, {disk.size_text(entry.size_bytes)})")
+    print_line(f"{part.name}: made ({destination}, {filesize.decimal(entry.size_bytes)})")
 
 
 def _is_complete(stage: Stage, part: Part) -> bool:

@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_bench.checks.datasets import dataset_remarks
 from nemo_bench.checks.problems import problems
 from nemo_bench.data.indexed_dataset import IndexedDatasetWriter
-from nemo_bench.launch.plan import plan
 
 from ..composing import composed
 from ..datasets import make_dataset
@@ -79,15 +77,3 @@ def test_a_datasets_description_names_its_tokenizer(tmp_path: Path, small_tokeni
         point = f"data.paths=[{tmp_path}/data] data.split='9,1,0' data.tokenizer={tokenizer}"
         rules = rules_broken("data.paths", f"{point} model.vocab_size={vocab_size}")
         assert len(rules) == bool(rule) and rule in "".join(rules)
-
-
-def test_documents_without_an_end_are_said(tmp_path: Path, small_tokenizer: Path) -> None:
-    """No reason to refuse it: Megatron's preprocessing leaves the token out without --append-eod."""
-    write_dataset(tmp_path / "without", 100, token=3)
-    write_dataset(tmp_path / "with", 100, token=999)
-    make_dataset(tmp_path / "ours", small_tokenizer)
-    paths = ",".join(f"{tmp_path}/{name}" for name in ("without", "with", "ours"))
-    cfg = composed("scale=64gpu", f"data.paths=[{paths}]", f"data.tokenizer={small_tokenizer}")
-    (remark,) = dataset_remarks(cfg)
-    assert remark.startswith(f"{tmp_path}/without: no document ends in the end-of-document token")
-    assert remark in plan(cfg)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nemo_bench import flops
-from nemo_bench.flops import Architecture, FlopsConvention
+from nemo_bench.flops import Architecture
 
 LLAMA_70B = Architecture(80, 8192, 28672, 64, 8, 128256)
 
@@ -28,7 +28,7 @@ def test_the_recipes_worked_example() -> None:
 
 def test_the_recipe_counts_7_2_percent_more_than_the_causal_convention() -> None:
     recipe = LLAMA_70B.flops_per_sequence(8192)
-    causal = LLAMA_70B.flops_per_sequence(8192, FlopsConvention.CAUSAL)
+    causal = LLAMA_70B.flops_per_sequence(8192, causal=True)
     # Half of the core: 12 * layers * hidden * seq / 2 a token.
     assert recipe - causal == 8192 * 12 * 80 * 8192 * 8192 / 2
     assert f"{recipe / causal - 1:.1%}" == "7.2%"
