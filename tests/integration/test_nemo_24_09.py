@@ -30,36 +30,6 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="NEMO_BENCH_NEMO_1 names no interpreter with NeMo 2.0.0"),
 ]
 
-FIELDS = """
-from nemo_bench.training import cpu_device
-cpu_device.install()
-import dataclasses, inspect, json, typing
-from pathlib import Path
-import nemo
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
-from nemo.core.config.schedulers import CosineAnnealingParams
-from nemo.utils.exp_manager import ExpManagerConfig
-from pytorch_lightning import Trainer
-
-def inner(hint):
-    found = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
-    return sorted(field.name for field in dataclasses.fields(found[0])) if found else None
-
-hints = typing.get_type_hints(ExpManagerConfig)
-megatron = [*dataclasses.fields(TransformerConfig), *dataclasses.fields(ModelParallelConfig)]
-folder = Path(nemo.__file__).parent
-names = ("modelPT.py", "megatron_*_model.py", "megatron_trainer_builder.py", "perf_metrics.py")
-text = " ".join(path.read_text() for name in names for path in folder.rglob(name))
-print(json.dumps({
-    "exp_manager": {field.name: inner(hints[field.name]) for field in dataclasses.fields(ExpManagerConfig)},
-    "trainer": [name for name in inspect.signature(Trainer.__init__).parameters if name != "self"],
-    "megatron": [field.name for field in megatron if not field.name.startswith("_")],
-    "scheduler": [field.name for field in dataclasses.fields(CosineAnnealingParams)],
-    "code": text,
-}))
-"""
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
@@ -114,21 +84,6 @@ def test_random_tokens_need_no_tokenizer_and_the_vocabulary_is_the_configured_on
     assert run.steps.step == [*range(6)]
     # Untrained, every token of the vocabulary is about as likely.
     assert run.first_loss is not None and abs(run.first_loss - math.log(8192)) < 1
-
-
-def test_the_stored_schema_is_nemos() -> None:
-    stored = yaml.safe_load((PROJECT / "tests" / "nemo_24_09" / "schema.yaml").read_text())
-    assert PYTHON is not None
-    done = subprocess.run([PYTHON, "-c", FIELDS], cwd=PROJECT, capture_output=True, text=True, timeout=200, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["exp_manager"] == {
-        key: sorted(inner) if inner else None for key, inner in stored["exp_manager"].items()
-    }
-    for section in ("trainer", "megatron"):
-        assert set(found[section]) == set(stored[section])
-    assert {*found["scheduler"], "name"} == set(stored["scheduler"])
-    for section, keys in stored["read"].items():
-        assert [key for key in keys if key not in found["code"]] == [], section
 
 
 def test_two_processes_give_the_same_losses(trained: Callable[..., Run]) -> None:

@@ -19,6 +19,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
     [
         ("model=7b", "405b"),  # the valid choices
         ("scale=3gpu", "64gpu"),
+        ("profile=perf", "none, nsys, nsys_recipe, torch"),
         ("scael=128gpu", "scale"),
         ("model.tensor_parallel=2", "did you mean: model.tensor_model_parallel_size"),
         ("model.optim.learning_rate=1", "model.optim.lr"),
@@ -67,6 +68,10 @@ def test_an_interpreter_without_the_packages_is_told_where_they_are(script: str)
         (
             "launch=dry scale=64gpu data=mock model.num_attention_heads=16 model.attention_backend=auto",
             ("auto falls back to unfused, which is slow: no other kernel takes heads of 512",),
+        ),
+        (
+            "scale=64gpu profile=nsys launch=dry profile.ranks=[0,8] profile.end_step=10",
+            ("nsys: steps 10 to 10 of ranks 0, 8", "nsys profile '--output=<run>/profile/rank0'", "--trace=cuda,nvtx"),
         ),
         ("-m launch=dry scale=upto(128)", ("64 x h100", "128 x h100")),
         ("-m launch=dry scale=64,128gpu,256", ("64 x h100", "128 x h100", "256 x h100")),  # a scale may be a number
@@ -145,20 +150,3 @@ def test_another_launcher_of_the_same_name_does_not_get_in_the_way(train_cli: Cl
     assert shown.stderr == "" and shown.stdout.count("nothing was submitted") == 2
     refused = train_cli("hydra/launcher=submitit_local", PYTHONPATH=str(tmp_path / "site"))
     assert refused.returncode == 2 and "in the foreground" in refused.stderr
-
-
-@pytest.mark.parametrize(
-    "command", ["train.py --cfg job scale=128gpu", "train.py launch=dry scale=128gpu", "-c {code}"]
-)
-def test_the_submitting_side_imports_nothing_heavy(project: Path, tmp_path: Path, command: str) -> None:
-    """Not even what runs only once a job starts: preparing data, starting ranks, following them, reporting."""
-    modules = "nemo_bench.data.local, nemo_bench.launch.point, nemo_bench.planning.command, nemo_bench.report.terminal"
-    code = f"import pathlib, {modules}; "
-    code += "nemo_bench.data.local.prepare_local(pathlib.Path('d'), vocab_size=300, corpus_bytes=9999, report=print)"
-    script = str(project / "train.py")
-    arguments = [{"train.py": script, "{code}": code}.get(word, word) for word in command.split()]
-    python, environment = [sys.executable, "-X", "importtime"], {**os.environ, "PYTHONPATH": str(project)}
-    shown = subprocess.run([*python, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in shown.stderr.splitlines()}
-    assert imported & {"hydra", "torch", "lightning", "megatron", "nemo", "transformers"} == {"hydra"}

@@ -48,24 +48,6 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_corpus_is_library_text() -> None:
-    files = corpus.collect(1_500_000)
-    assert 1_500_000 <= sum(len(text.encode()) for text in files.values()) < 2_000_000
-    names = list(files)
-    assert list(corpus.collect(1_500_000)) == names
-    fewer = list(corpus.collect(10_000))
-    assert names[: len(fewer)] == fewer
-    # The order mixes packages: neither end is of one.
-    assert len({name.split("/")[0] for name in names[-10:]}) > 3
-
-
-def test_too_little_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "library_folder", lambda: tmp_path)
-    (tmp_path / "a.py").write_text("x = 1\n")
-    with pytest.raises(BenchError, match=r"holds only 6 bytes .* Install the whole library"):
-        corpus.collect(10**6)
-
-
 def test_built_once_for_each_input(tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     dataset = prepare(tmp_path / "data", lines)

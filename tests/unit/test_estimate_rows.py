@@ -79,12 +79,6 @@ def test_published_rows_unfitted(table: str, precision: str, rows: int, mean: fl
     assert fmean(found) < mean and max(found) < largest
 
 
-def test_fp8_of_older_software_was_slower_than_the_rates_of_todays() -> None:
-    for table in ("nvidia-24.09", "nvidia-24.12"):
-        assert all(ratio < 1.01 for key, ratio in ratios(table).items() if key[1] == "fp8")
-        assert fmean(errors(table, "fp8")) > 2 * fmean(errors(table, "bf16"))
-
-
 def test_one_measured_point_makes_the_larger_ones_of_its_series_right() -> None:
     smallest = {"70b": 64, "8b": 8, "405b": 512}
     table = ratios("nvidia-25.04")

@@ -21,7 +21,7 @@ from jobs import run as run_command
 from nemo_bench.cluster import job, jobs, slurm
 from nemo_bench.cluster.job import Job
 from nemo_bench.config import ComposedPoint
-from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.errors import BenchError
 from nemo_bench.launch import submission
 from nemo_bench.record.folder import RunFolder, timestamp
 
@@ -220,11 +220,6 @@ def test_at_80_columns_no_value_breaks_and_square_brackets_are_printed(cluster: 
     assert "RuntimeError: [/pytorch/gloo.cc:81] [bold]timed out[/]" in cluster.listing()
 
 
-def test_a_job_that_nobody_knows(cluster: Cluster) -> None:
-    with pytest.raises(BenchError, match=r"no job 99 was submitted from .*; the last ones: none\n"):
-        jobs.find(cluster.jobs(), "99", cluster.stage)
-
-
 def test_an_interrupted_submission_is_found_by_its_script(cluster: Cluster) -> None:
     folder = cluster.job(None)
     assert "UNKNOWN: its submission was interrupted" in cluster.listing() and not cluster.jobs()[0].active
@@ -278,18 +273,6 @@ def test_what_this_shell_is_told_of_itself_reaches_no_command_of_slurm(
     cluster.jobs()
     given = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
     assert {"SLURM_CONF", "HF_TOKEN"} <= given and not outer & given
-
-
-def test_commands_are_followed_to_the_ends_of_their_logs(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    good, bad = cluster.job("7"), cluster.job("8")
-    cluster.job("9")  # left nothing, and Slurm does not know it: it is not waited for
-    left(good, "7", exit_code=0, log="image: made\n")
-    left(bad, "8", exit_code=2, log="no enroot\n")
-    with pytest.raises(RunFailed, match=r"2 of 3 jobs did not complete:\n  job 8 \(fill\): FAILED") as failure:
-        jobs.follow(Console(width=200), cluster.jobs())
-    assert failure.value.exit_code == 2 and "job 9 (fill): UNKNOWN" in str(failure.value)
-    shown = capsys.readouterr().out
-    assert f"==> {good}/slurm-7.out <==\nimage: made\n" in shown and "no enroot" in shown
 
 
 @pytest.mark.parametrize("squeue", ["exec /bin/sleep 60", "exit 1"])

@@ -12,7 +12,7 @@ import pytest
 
 from nemo_bench.files import write_json
 from nemo_bench.record.folder import RUN, STEPS, RunFolder, Status, read_lines
-from nemo_bench.record.node import NODE, kept_environment, write_node
+from nemo_bench.record.node import kept_environment
 
 
 @pytest.fixture
@@ -80,12 +80,6 @@ def test_the_environment_is_kept_without_secrets() -> None:
     kept = {"NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "7", "TOKENIZERS_PARALLELISM": "False"}
     secrets = ("HF_TOKEN", "NEMO_API_KEY", "SLURM_JWT_TOKEN", "NVIDIA_PASSWORD", "UCX_ACCESSKEY", "SLURM_AUTH")
     assert kept_environment({**kept, **dict.fromkeys(secrets, "abc"), "HOME": "/root"}) == kept
-
-
-def test_the_node_record_names_versions_and_machine(run: RunFolder) -> None:
-    write_node(run.path)
-    node = json.loads((run.path / NODE).read_text())
-    assert (node["cpu_cores"], node["packages"]["nemo_toolkit"]) == (os.cpu_count(), "2.7.3")
 
 
 def test_the_last_finished_checkpoint(tmp_path: Path) -> None:

@@ -86,19 +86,6 @@ def test_round_trip(stage: Stage, other: Stage, tmp_path: Path, name: str) -> No
     assert {path: path.stat().st_mtime_ns for path in other.folder.rglob("*")} == before
 
 
-def test_only_what_is_lacking_is_installed(
-    stage: Stage, packed: Path, other: Stage, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (other.folder / "nemo_bench").mkdir(parents=True)
-    (other.folder / "nemo_bench" / "mine.txt").write_bytes(b"mine")
-    (other.folder / "llama3.1-dataset").mkdir()
-    (other.folder / f"{DATASET}.bin").write_bytes(b"without an index")
-    install(other, packed, dry=False)
-    assert f"{other.folder}/nemo_bench: there already, and kept" in capsys.readouterr().out
-    expected = {name: data for name, data in contents(stage.folder).items() if not name.startswith("nemo_bench/")}
-    assert contents(other.folder) == {**expected, "nemo_bench/mine.txt": b"mine"}
-
-
 @pytest.mark.parametrize("suffix", ["tar", "tar.zst"])
 def test_damage_is_seen(stage: Stage, tmp_path: Path, suffix: str) -> None:
     """Cut off anywhere, or with any one byte changed: everything is installed as it was packed, or nothing is."""

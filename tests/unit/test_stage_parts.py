@@ -13,7 +13,6 @@ from nemo_bench.errors import BenchError
 from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.image import enroot_uri, image_part
 from nemo_bench.stage.stage import Stage, fill
-from nemo_bench.stage.tokenizer import verify
 
 
 @pytest.mark.parametrize(
@@ -104,12 +103,3 @@ def test_a_damaged_manifest_is_named(stage: Stage, import_image: Callable[..., N
         stage.manifest.write_text(text)
         with pytest.raises(BenchError, match=r"stage\.json is damaged[^\0]*`mv \S+stage\.json \S+stage\.json\.old`"):
             import_image()
-
-
-def test_a_tokenizer_is_verified(small_tokenizer: Path, tmp_path: Path) -> None:
-    assert verify(small_tokenizer, None) == verify(small_tokenizer, 1000) == 1000
-    with pytest.raises(BenchError, match=r"1,000 tokens, and tokenizer\.vocab_size=128256"):
-        verify(small_tokenizer, 128256)
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "unknown"}}')
-    with pytest.raises(BenchError, match="is not a Hugging Face tokenizer"):
-        verify(tmp_path, None)
