@@ -24,9 +24,7 @@ class Nemo2(Entrypoint):
             environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # communication starts before the product that hides it
         if m.pipeline_model_parallel_size > 1:
             environment["NCCL_P2P_NET_CHUNKSIZE"] = "2097152"
-        if m.cuda_graph_scope == "full_iteration":
-            environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True,graph_capture_record_stream_reuse:True"
-        elif m.cuda_graph_impl == "none" and not m.optim.use_megatron_fsdp:
+        if m.cuda_graph_impl == "none" and not m.optim.use_megatron_fsdp:
             environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         return environment
 

@@ -63,7 +63,7 @@ def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
 
 
 def _record_whole_iterations() -> None:
-    """Have NeMo record forward and backward passes: it asks for a setting that megatron-core 0.15 has renamed."""
+    """Have NeMo record and replay forward and backward passes: it asks for a setting that megatron-core has renamed."""
     from megatron.core.full_cuda_graph import FullCudaGraphWrapper
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
@@ -125,6 +125,8 @@ def _callbacks(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> list[Any]
 def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
     """Return NeMo's Llama 3.1 on megatron-core."""
     values = settings.model_settings(cfg)
+    if values.pop("cuda_graph_scope", None):  # the whole is recorded: megatron-core 0.15 would record each layer too
+        values["cuda_graph_impl"] = "none"
     config = known(Llama31Config if values.pop("rope_scaling") else Llama3Config, **values)
     if "vocab_size" in left_out and tokenizer is not None:  # it then comes from the tokenizer
         own = cfg.model.make_vocab_size_divisible_by * cfg.model.tensor_model_parallel_size

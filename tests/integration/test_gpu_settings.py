@@ -49,7 +49,7 @@ for name, overrides in json.loads(sys.argv[1]).items():
     keys = ("defer_embedding_wgrad_compute", "wgrad_deferral_limit", "overlap_p2p_comm", "batch_p2p_comm", "fp8",
             "fp8_param", "gradient_accumulation_fusion", "cross_entropy_fusion_impl", "recompute_granularity",
             "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "fp8_recipe", "fp4",
-            "cuda_graph_scope", "cpu_offloading_num_layers")
+            "cuda_graph_impl", "use_te_rng_tracker", "cpu_offloading_num_layers")
     # What NeMo builds the second interleaved stage of a rank from.
     again = io.reinit(model).config
     assert all(getattr(again, key) == getattr(config, key) for key in keys), name
@@ -79,7 +79,9 @@ def test_megatron_takes_the_settings_of_every_size(python: Callable[..., str]) -
     assert {name for name, chosen in settings.items() if not chosen["gathers_early"]} == without_chunks
     sharded = settings.pop("70b Megatron-FSDP")
     assert (sharded["sharded"], sharded["cpu_offloading_num_layers"]) == ("optim_grads_params", 5)
-    assert settings["8b in one graph"]["cuda_graph_scope"] == "full_iteration"
+    # Its layers are not recorded one by one.
+    one_graph = settings["8b in one graph"]
+    assert (one_graph["cuda_graph_impl"], one_graph["use_te_rng_tracker"]) == ("none", True)
     native = {name for name, chosen in settings.items() if chosen["cross_entropy_fusion_impl"] == "native"}
     assert native == {"405b of 25.04"}
     for chosen in settings.values():

@@ -130,10 +130,6 @@ def test_srun_gets_the_variables_that_it_hands_to_the_container(tmp_path: Path) 
         (("gpu=b200",), ("32", "2097152", "expandable_segments:True")),
         (("gpu=gb200", "model=8b", "model.context_parallel_size=1"), ("32", None, "expandable_segments:True")),
         (("model.cuda_graph_impl=local",), ("1", "2097152", None)),
-        (
-            ("model.cuda_graph_impl=local", "model.cuda_graph_scope=full_iteration"),
-            ("1", "2097152", "expandable_segments:True,graph_capture_record_stream_reuse:True"),
-        ),
         (("model=8b", "model.optim.use_megatron_fsdp=true"), (None, None, None)),
         (("+entrypoint.env={PYTORCH_CUDA_ALLOC_CONF: null, NCCL_P2P_NET_CHUNKSIZE: 1}",), ("1", "1", None)),
         (("+cluster.env={CUDA_DEVICE_MAX_CONNECTIONS: 8}",), ("8", "2097152", "expandable_segments:True")),
