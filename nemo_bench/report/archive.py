@@ -5,26 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 from pathlib import Path
 
 from nemo_bench.errors import BenchError
 from nemo_bench.files import atomic_file
 from nemo_bench.record import folder as record
 from nemo_bench.record.redaction import REMOVED, is_secret, redact
-from nemo_bench.report.model import Report, Run
+from nemo_bench.report.model import Report
 from nemo_bench.report.page import plotly_script
 
 SUFFIX = ".tar.zst"
 MANIFEST = "MANIFEST.json"  # how many secrets were removed from each file; what is no text, and left out
 _TEXT = (".json", ".jsonl", ".yaml", ".yml", ".out", ".err", ".log", ".txt", ".sh", ".sbatch")
 _MIN_SECRET = 8  # a shorter value of a secret variable would match by chance
-
-
-def check(path: Path) -> None:
-    """Refuse a name that does not end in .tar.zst."""
-    if not path.name.endswith(SUFFIX):
-        raise BenchError(f"archive={path}: the name must end in {SUFFIX}")
 
 
 def write(report: Report, path: Path, extra: dict[str, str]) -> int:
@@ -50,7 +43,7 @@ def write(report: Report, path: Path, extra: dict[str, str]) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, "wb") as file, tarfile.open(fileobj=file, mode="w:zst", options=compression) as tar:
-            for name, source in _sources([*report.runs, *report.baseline_runs]).items():
+            for name, source in _sources(report).items():
                 if source.suffix in _TEXT and source.is_file() and not source.is_symlink():
                     add(name, source.read_bytes().decode("utf-8", "surrogateescape"))
                 else:
@@ -63,24 +56,20 @@ def write(report: Report, path: Path, extra: dict[str, str]) -> int:
     return path.stat().st_size
 
 
-def _sources(runs: list[Run]) -> dict[str, Path]:
+def _sources(report: Report) -> dict[str, Path]:
     """Return the runs' files by their names in the bundle; a log keeps what its path says of its point."""
-    names: set[str] = set()
     sources: dict[str, Path] = {}
-    for run in {run.path: run for run in runs}.values():
-        path = Path(run.path)
-        name = re.sub(r"[^\w.\-]+", "_", run.name)
-        if run.source == "log" and run.identified.get("gpus") == "path":
-            name = f"{run.version}/{run.precision}/{run.model}/{run.gpus}/{path.name}"
-        while name in names:
-            name = f"{len(names)}/{name}"
-        names.add(name)
-        if run.source == "log":
-            sources[f"runs/{name}"] = path
-        else:
-            profile = path / record.PROFILE
-            children = sorted([*(child for child in path.iterdir() if child != profile), *profile.glob("rank*")])
-            sources |= {f"runs/{name}/{child.relative_to(path)}": child for child in children}
+    for side, runs in (("runs", report.runs), ("baseline", report.baseline_runs)):
+        for run in runs:
+            path, name = Path(run.path), Path(side, run.name)
+            if run.source == "log":
+                named = run.identified.get("gpus") == "path"
+                point = f"{run.version}/{run.precision}/{run.model}/{run.gpus}" if named else ""
+                sources[str(name.parent / point / path.name)] = path
+            else:
+                profile = path / record.PROFILE
+                children = sorted([*(child for child in path.iterdir() if child != profile), *profile.glob("rank*")])
+                sources |= {str(name / child.relative_to(path)): child for child in children}
     return sources
 
 

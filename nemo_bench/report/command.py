@@ -29,8 +29,8 @@ def run_report(raw: DictConfig) -> None:
     # A group's interpolations speak of a training configuration, which is not here: they stay as they are.
     groups: Any = OmegaConf.to_container(raw, resolve=False)
     cfg = typed_as(ReportConfig, OmegaConf.masked_copy(raw, [str(key) for key in raw if key not in _GROUPS]))
-    if cfg.archive is not None:
-        archive.check(Path(cfg.archive))
+    if cfg.archive is not None and not cfg.archive.endswith(archive.SUFFIX):
+        raise BenchError(f"archive={cfg.archive}: the name must end in {archive.SUFFIX}")
     if cfg.output == "":
         raise BenchError("output is empty: name a folder, auto, or null for the terminal only")
     inputs, baseline = _paths("runs", cfg.runs), _paths("baseline", cfg.baseline)

@@ -20,14 +20,11 @@ _VOLATILE = re.compile(
 def nearest(group: Group, baseline: Sequence[Group]) -> Group | None:
     """Return the baseline's point of the same model, precision and number of GPUs that is most like this one."""
 
-    def agreeing(old: Group, names: Sequence[str]) -> int:
-        return sum(getattr(old.point, name) == getattr(group.point, name) for name in names)
+    def agreeing(old: Group) -> set[str]:
+        return {key.name for key in fields(Identity) if getattr(old.point, key.name) == getattr(group.point, key.name)}
 
-    def likeness(old: Group) -> int:
-        return agreeing(old, [field.name for field in fields(Identity)]) + (old.point.numbers is not None)
-
-    candidates = [old for old in baseline if agreeing(old, ("model", "precision", "gpus")) == 3]
-    return max(candidates, key=likeness, default=None)
+    candidates = [old for old in baseline if {"model", "precision", "gpus"} <= agreeing(old)]
+    return max(candidates, key=lambda old: len(agreeing(old)) + (old.point.numbers is not None), default=None)
 
 
 def compare(group: Group, old_group: Group, tolerance: float) -> Comparison:

@@ -51,20 +51,15 @@ def step_times(run: Run) -> Figure:
     return _figure("Step time", traces, {"title": {"text": "step"}}, y)
 
 
-def series(runs: Sequence[Run]) -> list[Figure]:
-    """Return the step times of several runs, on a logarithmic axis, and their losses; without a figure of nothing."""
-    figures = []
-    seconds: Figure = {"title": {"text": "s"}, "type": "log"}
-    for title, column, y in (("Step time, of all steps", "time_s", seconds), ("Loss, as logged", "loss", {})):
-        traces: list[Figure] = []
-        for run in runs:
-            values = zip(run.steps.step, getattr(run.steps, column))
-            if points := [(step, value) for step, value in values if value is not None]:
-                line = {"dash": _DASHES[len(traces) // _COLOURS % len(_DASHES)], "width": 1.8}
-                traces.append(_trace(run.name, thinned(points), "lines", line=line))
-        if traces:
-            figures.append(_figure(title, traces, {"title": {"text": "step"}}, y, height=320 + 9 * len(traces)))
-    return figures
+def losses(runs: Sequence[Run]) -> Figure | None:
+    """Return the losses of several runs; None where none was logged."""
+    traces: list[Figure] = []
+    for run in runs:
+        if points := [(step, loss) for step, loss in zip(run.steps.step, run.steps.loss) if loss is not None]:
+            line = {"dash": _DASHES[len(traces) // _COLOURS % len(_DASHES)], "width": 1.8}
+            traces.append(_trace(run.name, thinned(points), "lines", line=line))
+    x = {"title": {"text": "step"}}
+    return _figure("Loss, as logged", traces, x, {}, height=320 + 9 * len(traces)) if traces else None
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

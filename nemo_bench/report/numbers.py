@@ -29,12 +29,8 @@ def numbers_at(
     tokens_per_s = flops.tokens_per_second(seq_length=seq_length, **step)
     recipe, causal = None, None
     if run.architecture is not None:
-        recipe, causal = (
-            flops.tflops_per_gpu(
-                flops_per_sequence=run.architecture.flops_per_sequence(seq_length, causal=half), num_gpus=gpus, **step
-            )
-            for half in (False, True)
-        )
+        works = [run.architecture.flops_per_sequence(seq_length, causal=causal) for causal in (False, True)]
+        recipe, causal = (flops.tflops_per_gpu(flops_per_sequence=work, num_gpus=gpus, **step) for work in works)
     return Numbers(
         step_time_s=step_time_s,
         tokens_per_s=tokens_per_s,

@@ -39,20 +39,13 @@ def render(report: Report) -> str:
     environment = Environment(loader=FileSystemLoader(folder), finalize=_printable, **options)
     environment.filters |= {function.__name__: function for function in _FILTERS}
     environment.tests["numeric"] = tables.is_numeric
-    point_of, old_point_of = (
-        {name: point.name for point in points for name in point.runs}
-        for points in (report.points, report.baseline_points)
-    )
     return environment.get_template("report.html.j2").render(
         report=report,
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         plotly=Markup(plotly_script()),
         successes=model.SUCCESSES,
         budget=tokens_text(report.total_tokens),
-        run_sections=[
-            ("runs", "Runs", report.runs, point_of),
-            ("baseline-runs", "Runs of the baseline", report.baseline_runs, old_point_of),
-        ],
+        point_of={name: point.name for point in report.points for name in point.runs},
         detailed_runs=DETAILED_RUNS,
         drawn_runs=DRAWN_RUNS,
         open_runs=OPEN_RUNS,
@@ -69,6 +62,6 @@ def _printable(value: object) -> object:
 
 _FILTERS: tuple[Callable[..., Any], ...] = (
     *(tables.points_table, tables.runs_table, tables.comparison_table, tables.changes_table, tables.attribution_table),
-    *(figures.scaling, figures.series, figures.step_times, figures.waterfall),
+    *(figures.scaling, figures.losses, figures.step_times, figures.waterfall),
     *(tables.percent, tables.significant, counted, unit_name, recorded),
 )

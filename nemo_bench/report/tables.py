@@ -168,9 +168,7 @@ def markdown(report: Report) -> str:
     ways = map(attribution_table, report.attributions)
     text += "".join(map(_markdown_table, (points_table(report), *compared, *ways, runs_table(report.runs))))
     for reference in report.references:
-        notes = "".join(f"- {_escaped(note)}\n" for note in reference.notes)
-        about = _escaped(f"{reference.source}. {reference.hardware}.")
-        text += f"\n## Published numbers: {_escaped(reference.title)}\n\n{about}\n\n{notes}"
+        text += f"\nPublished numbers: {_escaped(f'{reference.title}. {reference.source}. {reference.hardware}.')}\n"
     if report.machine_checks:
         text += "\n## Machine checks\n\n" + "".join(f"- {_escaped(check)}\n" for check in report.machine_checks)
     if report.warnings:
@@ -206,22 +204,20 @@ def csv_text(report: Report) -> str:
 def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
     row: dict[str, object] = {"run": run.name, "point": point.name if point else None, "verdict": None}
     if point and (run.final or not point.final_runs):
-        verdict, published = point.verdict, point.reference
-        texts = {"differences": "; ".join(verdict.differences), "remarks": "; ".join(verdict.remarks)}
-        row |= {"verdict": verdict.text, "why": verdict.why, **texts}
-        row |= {"ratio_of_published": verdict.ratio, "statistic": verdict.statistic}
-        if published:
-            row |= {"published_step_time_s": published.step_time_s, "reference": published.reference}
+        verdict = point.verdict
+        row |= {"verdict": verdict.text, "why": verdict.why, "differences": "; ".join(verdict.differences)}
+        row |= {"remarks": "; ".join(verdict.remarks), "ratio_of_published": verdict.ratio}
+        row["statistic"] = verdict.statistic
+        if point.reference:
+            row |= {"published_step_time_s": point.reference.step_time_s, "reference": point.reference.reference}
     row |= {"final": run.final} | _plain_fields(run) | run.layout
-    if run.final and run.times:
-        row |= {"counted_steps": run.times.counted} | _plain_fields(run.times, "step_time_")
-    if run.numbers:
-        row |= _plain_fields(run.numbers)
-    return row if run.final else {**row, "first_loss": None, "last_loss": None}
+    if not run.final:
+        return {**row, "first_loss": None, "last_loss": None}
+    return row | _plain_fields(run.times, "step_time_") | _plain_fields(run.numbers)
 
 
 def _plain_fields(part: object, prefix: str = "") -> dict[str, object]:
     """Return the fields that hold a text or a number, or could."""
     plain, parts = (str, int, float, type(None)), ("name", "times", "numbers", "architecture")
-    items = vars(part).items()
+    items = vars(part).items() if part else ()
     return {f"{prefix}{name}": value for name, value in items if name not in parts and isinstance(value, plain)}

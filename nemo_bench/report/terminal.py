@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,6 @@ _PHASES = {
     "checkpoint": "writing a checkpoint",
     "done": "finishing",
 }
-# What the GPUs did: name, field of `DeviceUse`, and how one number is made of those of all ranks.
-_DEVICE_ROWS: tuple[tuple[str, str, Callable[..., float], str], ...] = (
-    ("power (W)", "power_w", statistics.fmean, "mean"),
-    ("SM clock (MHz)", "sm_clock_mhz", statistics.fmean, "mean"),
-    ("  lowest", "sm_clock_min_mhz", min, "lowest"),
-    ("temperature (°C)", "temperature_max_c", max, "highest"),
-)
 _STYLES = dict.fromkeys((model.FAIL, model.INVALID, model.INCOMPLETE), "bold red")
 _STYLES |= {model.PASS: "green", model.FASTER: "cyan", model.NOT_COMPARABLE: "yellow", model.UNDECIDED: "yellow"}
 
@@ -153,9 +146,8 @@ def summary_rows(run: Run) -> Iterator[tuple[str, str, str]]:
         yield f"days to {tokens_text(n.total_tokens)} tokens", f"{n.days_to_train:,.2f}", "at this throughput"
     if run.peak_memory_gib is not None:
         yield "peak memory (GiB)", f"{run.peak_memory_gib:.1f}", f"of one {unit}"
-    for name, field, pick, word in _DEVICE_ROWS:
-        if values := [value for device in run.devices if (value := getattr(device, field)) is not None]:
-            yield name, significant(pick(values)), f"{word} of {len(values)} GPUs"
+    if clocks := [device.sm_clock_mhz for device in run.devices if device.sm_clock_mhz]:
+        yield "SM clock (MHz)", significant(statistics.fmean(clocks)), f"mean of {len(clocks)} {unit}s"
     for text in (*throttling(run), *run.remarks):
         yield "remark", "", text
     if run.why_not_final:

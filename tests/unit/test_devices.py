@@ -84,15 +84,12 @@ def test_throttling_is_blamed_and_the_power_cap_is_not(run_dir: Path) -> None:
     assert "and 3 more ranks' GPUs" in build_report([run_dir]).points[0].verdict.remarks
 
 
-def test_the_summary_shows_power_clocks_and_throttling(run_dir: Path) -> None:
-    low = step(sm_clock_min_mhz=900, temperature_max_c=91, power_w=500.0, throttle_reasons=["hw_thermal"])
+def test_the_summary_shows_clocks_and_throttling(run_dir: Path) -> None:
+    low = step(throttle_reasons=["hw_thermal"])
     write_ranks(run_dir, [rank(0), rank(1, *[low] * 5)])
     run = load_run(run_dir)
     assert run.peak_memory_gib == 102.99
     assert [(device.rank, device.host) for device in run.devices][1] == (1, "node00")
     shown = {name: (value, remark) for name, value, remark in summary_rows(run)}
-    assert shown["power (W)"] == ("595", "mean of 2 GPUs")
     assert shown["SM clock (MHz)"] == ("1,700", "mean of 2 GPUs")
-    assert shown["  lowest"] == ("900", "lowest of 2 GPUs")
-    assert shown["temperature (°C)"] == ("91", "highest of 2 GPUs")
     assert "hw thermal in 100% of its steps" in shown["remark"][1]

@@ -127,7 +127,7 @@ def test_the_outcome_is_said_first_and_every_point_and_run_has_its_reasons_in_wo
         verdict = point.verdict
         published = verdict.value != model.NO_REFERENCE
         words += [point.name, *([verdict.text, verdict.why, *verdict.differences] if published else verdict.remarks)]
-    for run in (*report.runs, *report.baseline_runs):
+    for run in report.runs:
         words += [run.name, run.why_not_final, *run.warnings, *run.record.packages.values()]
     for reference in report.references:
         words += [reference.title, reference.source, reference.statistic, *reference.notes]
@@ -150,9 +150,9 @@ def test_plotly_accepts_every_figure(parsed: Page) -> None:
     from plotly.graph_objects import Figure
 
     titles = Counter(figure["layout"]["title"]["text"] for figure in parsed.figures())
-    assert titles["Step time"] > 20
+    assert titles["Step time"] > 10
     assert {"70b: throughput", "70b: parallel efficiency"} <= set(titles)
-    assert {"Loss, as logged", "Step time, of all steps"} <= set(titles)
+    assert "Loss, as logged" in titles
     for figure in parsed.figures():
         Figure(figure)
         assert {trace["type"] for trace in figure["data"]} <= {"scatter", "bar", "waterfall"}  # SVG, so that it prints

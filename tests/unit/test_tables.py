@@ -62,7 +62,7 @@ def test_no_value_is_broken_on_a_narrow_terminal(report: Report, width: int) -> 
 
 def test_one_run_shows_its_numbers_and_what_they_assume(report: Report) -> None:
     run = next(run for run in report.runs if run.final and run.numbers)
-    devices = tuple(DeviceUse(rank, 20, power_w=600.0 + rank) for rank in range(2))
+    devices = tuple(DeviceUse(rank, 20, sm_clock_mhz=1600.0 + rank) for rank in range(2))
     run = replace(run, devices=devices)
     shown = "\n".join(on_terminal(replace(report, runs=(run,), points=(), comparisons=()), 200))
     assert run.times and run.numbers
