@@ -24,10 +24,14 @@ def install(cfg: TrainConfig) -> None:
     if cfg.gpu.device == "cpu":
         cpu_device.install()
     else:
+        from nemo_bench.training import gpu_kernels
+
         if cfg.model.gradient_accumulation_fusion:
             te_weight_gradient_accumulation()
+            gpu_kernels.embedding_gradient_in_place()
         if cfg.model.bias_activation_fusion:
             te_swiglu_backward()
+        gpu_kernels.adam_with_clipping()
     if cfg.precision.fp8_param_gather and cfg.precision.fp8_recipe != "mxfp8":
         fp8_cast_without_transpose()
     if cfg.precision_aware_optimizer and {o.exp_avg_dtype, o.exp_avg_sq_dtype} != {"fp32"}:
