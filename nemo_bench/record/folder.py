@@ -12,12 +12,13 @@ import socket
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_bench.files import write_json, write_text
 from nemo_bench.record.first_error import first_ending, first_error, read_end
 from nemo_bench.record.node import git_revision
 
+T = TypeVar("T")
 CONFIG, RUN, JOB = "config.yaml", "run.json", "job.json"
 STEPS, EVENTS = "steps.jsonl", "events.jsonl"
 STRAGGLER, STALLED = "straggler", "stalled"  # events whose `text` names ranks
@@ -230,12 +231,11 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Return the complete JSON lines of `path` from byte `offset` on, and the offset to go on from."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read()
-    except FileNotFoundError:
+    if not path.exists():
         return [], offset
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read()
     complete = data.rfind(b"\n") + 1  # a process may be writing the last line, or was killed over it
     rows = []
     for line in data[:complete].splitlines():
@@ -266,6 +266,15 @@ def _process(pid: int) -> dict[str, Any]:
         # The second field, the program's name in parentheses, may hold blanks.
         started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return {"host": socket.gethostname(), "pid": pid, "started": started}
+
+
+def typed(kind: type[T], content: dict[str, Any]) -> T:
+    """Return the dataclass that a record holds; raise TypeError or AttributeError where one of its numbers is none."""
+    for name, expected in kind.__annotations__.items():
+        value: Any = content.get(name)
+        if re.search("int|float", expected) and not (value is None and ("None" in expected or name not in content)):
+            sum(value.values() if expected.startswith("dict") else value if expected.startswith("tuple") else [value])
+    return kind(**{name: content[name] for name in kind.__annotations__ if name in content})
 
 
 def read_object(path: Path) -> dict[str, Any]:

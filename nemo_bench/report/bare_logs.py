@@ -42,8 +42,8 @@ def load_log(path: Path, others: Sequence[Path], given: Given, total_tokens: flo
     logs = [read_log(file) for file in (path, *others)]
     log = max(logs, key=lambda log: (len(log.steps), log.steps.loss.count(None) == 0))
     for other in logs:
-        if len(other.steps) == len(log.steps):
-            log.steps.time_s = [*map(max, log.steps.time_s, other.steps.time_s)]
+        for i, time_s in enumerate(other.steps.time_s):
+            log.steps.time_s[i] = max(log.steps.time_s[i], time_s)
     run, warnings = _with_model(_identified(path, given, log), given, log), runs.log_warnings(log)
     keys = ("model", "precision", "gpus", "global_batch_size", "seq_length")
     missing = [key for key in keys if not getattr(run, key)]

@@ -137,8 +137,8 @@ def _find(paths: Sequence[Path], key: str, closed: list[str]) -> list[Path]:
     """Return the run folders, and the logs in none of them, that `paths` name or hold; `closed`: cannot be opened."""
     inputs: dict[Path, None] = {}
     for path in paths:
-        if not path.is_file() and not path.is_dir():
-            what = "neither a file nor a folder" if path.exists() else "there is no such file or folder"
+        if not os.path.isfile(path) and not os.path.isdir(path):
+            what = "neither a file nor a folder" if os.path.exists(path) else "there is no such file or folder"
             raise BenchError(f"{key}={path}: {what}\n  name run folders, folders that hold some, or log files")
         inputs |= dict.fromkeys(run.resolve() for run in ([path] if path.is_file() else _below(path, closed)))
     return list(inputs)

@@ -40,7 +40,7 @@ def run_report(raw: DictConfig) -> None:
         given=_given(cfg, groups),
         tolerance=cfg.tolerance,
         total_tokens=cfg.total_tokens,
-        reference=cfg.reference,
+        reference=cfg.reference if isinstance(cfg.reference, list | None) else str(cfg.reference),
     )
     files = {
         "results.json": model.to_json(report),
@@ -89,8 +89,8 @@ def _paths(key: str, value: Any) -> list[Path]:
         raise BenchError(f"{key}: name at least one run folder, folder of runs, or log file")
     paths: list[Path] = []
     for text in (os.path.expanduser(str(item)) for item in values):
-        matches = [] if Path(text).exists() else sorted(glob.glob(text))
-        paths += map(Path, matches or [text])
+        matches = [name for name in sorted(glob.glob(text)) if os.path.isfile(name) or os.path.isdir(name)]
+        paths += map(Path, matches if matches and not os.path.exists(text) else [text])
     return paths
 
 

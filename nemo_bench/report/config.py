@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -47,12 +47,12 @@ def quoted(arguments: list[str]) -> list[str]:
     plain, others = [], []
     for before, argument in zip(["", *arguments], arguments):
         key, equals, value = argument.partition("=")
-        exists = Path(argument).exists()
+        exists = os.path.exists(argument)
         if argument.startswith(("-", "+", "~")) or (before.startswith("-") and not exists):
             others.append(argument)  # an option of Hydra's, or the word that follows one
         elif key in _PATHS and not re.match(r"$|[\[\"'$]|[\w./-]+$", value, re.ASCII):
             # A list without brackets is Hydra's to refuse.
-            others.append(argument if "," in value and not Path(value).exists() else f"{key}={quoted_path(value)}")
+            others.append(argument if "," in value and not os.path.exists(value) else f"{key}={quoted_path(value)}")
         elif equals and re.fullmatch(r"[\w.@/]+", key) and not exists:
             others.append(argument)
         else:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from nemo_bench.report.statistics import CHECKPOINT, PROFILE, VALIDATION
 
-_NUMBER = r"[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|nan|inf)"
+_NUMBER = r"[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|(?i:nan|inf))"
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ DISTURBANCES = {
     PROFILE: re.compile(r"(?:Start|End) nsys profiling"),
 }
 
-# Before the first step: what Megatron-LM and Lightning print of a run, and GPUs as nvidia-smi lists them, or on lines
-# of their own
+# What Megatron-LM and Lightning print of a run, and GPUs as nvidia-smi lists them, or on lines of their own
 ARGUMENT = re.compile(
     r"\b(world_size|num_layers|hidden_size|ffn_hidden_size|num_attention_heads|num_query_groups|padded_vocab_size"
     r"|seq_length|fp8) \.{3,} (\w+)"

@@ -111,18 +111,17 @@ class _Reader:
     def __init__(self) -> None:
         self.ranks = defaultdict[tuple[int, int] | None, _Rank](_Rank)  # by (node, rank); None: lines without a label
         self.log = Log()
-        self.formats = [NEMO, MEGATRON]  # after the first step, its own: a log is of one program
         self.listed: list[float] = []  # step times as NeMo 1 lists them at the end
         self.bridge: list[tuple[float, float]] = []  # step time, TFLOP/s: Bridge's second line of a step
         self.bar_offset = 1  # a bar shows step 99 at 100/100, and in a second epoch begins anew
-        self.head: list[str] = []  # lines before the first step
+        self.head: list[str] = []  # the first lines beside the steps: buffers may write arguments after a step
         self.tail = deque[str](maxlen=_TAIL_LINES)  # lines after the last step
 
     def line(self, line: str) -> None:
         """Take in a line; without its end, it is cut off, and a number there may lack its last digits."""
         if "\x1b" in line:
             line = formats.ESCAPE.sub("", line)
-        for kind in self.formats:
+        for kind in (NEMO, MEGATRON):
             if kind.mark in line:
                 self._steps(kind, line if line.endswith("\n") else line.rstrip("0123456789.eE+-"))
                 return
@@ -131,7 +130,7 @@ class _Reader:
             self.tail.clear()
             return
         self.tail.append(line)
-        if not self.ranks and len(self.head) < _HEAD_LINES:
+        if len(self.head) < _HEAD_LINES:
             self.head.append(line)
         for sign in formats.SIGNS:
             if sign in line:
@@ -177,7 +176,7 @@ class _Reader:
         # A bar prints large numbers with three digits (2e+3), and its own count in full.
         if _is_whole(logged := texts.pop("step", "")):
             number = int(float(logged))
-        if number < 0 or "time" not in texts:
+        if not 0 <= number < 10**9 or "time" not in texts:
             return False
         if bar and done:
             # The smaller one: it is drawn ahead, too, with the values of the step before.
@@ -191,9 +190,8 @@ class _Reader:
         if values.get("skipped") or values.get("nan_steps"):
             values["grad_norm"] = float("nan")  # which is why Megatron-LM skips a step
         rank.add(number, values, redrawn=bar is not None)
-        if len(self.formats) > 1:
-            self.formats = [kind]
-            self.log.program = "Megatron-LM" if kind is MEGATRON else "NeMo 2" if start and start[1] else None
+        if kind is MEGATRON or (start and start[1]):  # NeMo 1's bars name no iteration
+            self.log.program = "Megatron-LM" if kind is MEGATRON else "NeMo 2"
         return True
 
     def finish(self) -> Log:
@@ -211,9 +209,8 @@ class _Reader:
             self._compare(rank, labels)
         log.steps, log.repeated, log.several = rank.steps, rank.repeated, rank.several
         self._read_batch(rank)
-        for name in ("tokens_per_s_per_gpu", "tflops_per_gpu"):
-            if rates := rank.column(name):
-                log.rates[name] = statistics.median(rates.values())
+        rates = {name: rank.column(name).values() for name in ("tokens_per_s_per_gpu", "tflops_per_gpu")}
+        log.rates = {name: statistics.median(printed) for name, printed in rates.items() if printed}
         if any(tflops for _, tflops in self.bridge):
             log.rates.setdefault("tflops_per_gpu", statistics.median(tflops for _, tflops in self.bridge))
         memory = [size for rank in self.ranks.values() for size in rank.column("memory_bytes").values()]
@@ -246,7 +243,7 @@ class _Reader:
                     steps.excluded[i] = OTHER_BATCH
 
     def _read_head(self) -> None:
-        """Note what the program says of the run before its first step."""
+        """Note what the program says of the run."""
         head, printed = "".join(self.head), self.log.printed
         printed |= dict(formats.ARGUMENT.findall(head))
         if processes := formats.PROCESSES.search(head):

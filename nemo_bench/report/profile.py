@@ -11,11 +11,12 @@ import gzip
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_bench.record.folder import typed
 from nemo_bench.report.kernel_classes import (
     CLASSES,
     COMMUNICATION,
@@ -79,10 +80,9 @@ class StepProfile:
 
 def from_dict(content: dict[str, Any]) -> StepProfile:
     """Return the profile in a `rank<N>.json`, of this version or an earlier one."""
-    known = {setting.name: content[setting.name] for setting in fields(StepProfile) if setting.name in content}
-    times = [{**item, "top": tuple(KernelTime(**kernel) for kernel in item["top"])} for item in content["classes"]]
-    classes = tuple(ClassTime(**item) for item in times)
-    return StepProfile(**{**known, "steps": tuple(content["steps"]), "classes": classes})
+    tops = [tuple(typed(KernelTime, kernel) for kernel in item["top"]) for item in content["classes"]]
+    classes = tuple(typed(ClassTime, {**item, "top": top}) for item, top in zip(content["classes"], tops))
+    return typed(StepProfile, {**content, "steps": tuple(content["steps"]), "classes": classes})
 
 
 Event = dict[str, Any]

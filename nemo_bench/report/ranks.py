@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.record.folder import RunFolder, read_object
+from nemo_bench.record.folder import RunFolder, read_object, typed
 from nemo_bench.record.ranks import RANKS, gathered
 from nemo_bench.report.logs import Log
 from nemo_bench.report.model import DeviceUse, RankTimes
@@ -16,17 +15,15 @@ from nemo_bench.report.model import DeviceUse, RankTimes
 # A rank this much slower than the others is a straggler, if it also stands out from their spread.
 STRAGGLER = 0.1
 _RATE = "matrix rate (TFLOP/s)"
-_DEVICE_FIELDS = [field.name for field in fields(DeviceUse)]
 
 
 def read_devices(run_dir: Path, rows: list[dict[str, Any]]) -> tuple[DeviceUse, ...]:
     """Return what the ranks' devices did: by `ranks.json` or, of a run that ended early, rank 0's by its steps."""
-    ranks: list[dict[str, Any]] = []
+    watched = any("power_w" in row or "sm_clock_mhz" in row for row in rows)
+    ranks: list[dict[str, Any]] = [{"rank": 0, **gathered(rows)}] if watched else []
     if (run_dir / RANKS).exists():
         ranks = read_object(run_dir / RANKS)["ranks"]
-    elif any("power_w" in row or "sm_clock_mhz" in row for row in rows):
-        ranks = [{"rank": 0, **gathered(rows)}]
-    return tuple(DeviceUse(**{name: rank[name] for name in _DEVICE_FIELDS if name in rank}) for rank in ranks)
+    return tuple(typed(DeviceUse, rank) for rank in ranks)
 
 
 def measured_peaks(folder: RunFolder) -> dict[int, dict[str, Any]]:

@@ -96,19 +96,17 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
         warnings += ["the steps are read from the log: four digits each", *_averaged(config), *log_warnings(log)]
     devices, peaks = ranks.read_devices(folder.path, rows), ranks.measured_peaks(folder)
     profiles = by_number((folder.path / PROFILE).glob("rank*.json"))
-    left_out = sorted({name for event in events for name in event.get("settings") or ()})
-    if left_out:
+    if left_out := sorted({name for event in events for name in event.get("settings") or ()}):
         warnings.append(f"left out, since the installed version lacks them and does the same: {', '.join(left_out)}")
     state, why = _state(status, events, steps, run.max_steps or 0, warnings)
     memory = [device.peak_memory_gib or 0 for device in devices] or [row.get("peak_memory_gib", 0) for row in rows]
-    gpus = {str(gpu["name"]): None for gpu in node.get("gpus") or ()}
     waited = max((event.get("cpu_wait_share") or 0 for event in events), default=0)
     run = replace(
         run,
         state=state,
         why_not_final=why,
         remarks=(*said_of_ranks(events), *([_LOADED.format(waited)] if waited > _LONGEST_WAIT else [])),
-        gpu_reported=", ".join(gpus),
+        gpu_reported=", ".join(dict.fromkeys(str(gpu["name"]) for gpu in node.get("gpus") or ())),
         software=_software(run, config, node),
         steps=steps,
         peak_memory_gib=max(memory, default=None),
@@ -172,8 +170,7 @@ def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
 
 def _software(run: Run, config: dict[str, Any], node: dict[str, Any]) -> str | None:
     """Return what trained: the container's release, else what was installed; not what the results folder is called."""
-    release = re.search(r"\d\d\.\d\d(?:\.\d+)?", run.container or "")
-    if release:
+    if release := re.search(r"\d\d\.\d\d(?:\.\d+)?", run.container or ""):
         return release[0]
     bridge = (config.get("entrypoint") or {}).get("stack") == "megatron_bridge"
     name, package = ("bridge", "megatron-bridge") if bridge else ("nemo", "nemo_toolkit")
@@ -213,8 +210,7 @@ def peak(gpu: dict[str, Any], precision: str, measured: dict[int, dict[str, Any]
     if not measured:
         return None, None
     text = "measured: {dtype} matrix product of {size}^3 on {threads} threads a process"
-    first = next(iter(measured.values()))
-    return statistics.fmean(peak["tflops"] for peak in measured.values()), text.format(**first)
+    return statistics.fmean(peak["tflops"] for peak in measured.values()), text.format(**next(iter(measured.values())))
 
 
 def _state(
@@ -222,6 +218,8 @@ def _state(
 ) -> tuple[str, str | None]:
     """Return the run's state, and why its steps are not all there; an end after the last step is only worth a word."""
     state, done = status.state, steps.last + 1
+    if state not in ("submitted", "running", "completed", "failed", "killed", "interrupted"):
+        raise ValueError(f"unknown state {state}")
     if state in ("submitted", "running") and events and events[-1].get("event") == "done":
         state = "completed"  # rank 0 saw the end of training; who started it has not written so, or cannot
     because = f": {redact(' '.join(status.reason.split()))}" if status.reason else ""

@@ -112,7 +112,7 @@ def test_a_bare_log_and_what_the_command_line_says_of_it(report: Report, tmp_pat
         ("it's (1), {2}.out", "it's (1), {2}.out"),
         ("a b.out", "runs=a b.out"),
         ("lr=3/job.out", "runs=lr=3/job.out"),
-        ("one/two/job.out", "runs=*/*/job.out"),
+        ("one/two/job.out", "runs=*/*/*.out"),
         ("one/two/job.out", "*/*/job.out"),
         ("back\\slash\\'.out", "back\\slash\\'.out"),
         ("job.out", "runs=[job.out]"),
@@ -121,6 +121,7 @@ def test_a_bare_log_and_what_the_command_line_says_of_it(report: Report, tmp_pat
 def test_a_plain_path_is_enough(report: Report, tmp_path: Path, name: str, argument: str) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(LOGS / "nemo1_24_09.out", tmp_path / name)
+    (tmp_path / name).with_name("gone.out").symlink_to("nowhere")  # which a pattern passes over
     done = report(argument, "model=70b", "precision=fp8", "gpus=64", "gpu=h100", "output=null")
     assert done.returncode == 0 and "PASS" in done.stdout, done.stderr
 
@@ -145,6 +146,8 @@ def test_what_would_hang_is_refused(report: Report, tmp_path: Path, argument: st
         (["runs=job.out", "baseline="], "baseline: name at least one"),
         (["runs=job.out", "archive=job.out/a.tar.zst", "output=null"], "archive=job.out/a.tar.zst: cannot be written"),
         ([], "there is no such file or folder"),
+        (["a" * 300], "there is no such file or folder"),
+        (["runs=job.out", "reference=3"], "reference=3: there is no such table"),
         (["runs=job.out", "reference=h100"], "valid: auto, nvidia-24.09, nvidia-24.12"),
         (["runs=job.out", "tolerance=five"], "tolerance=five"),
         (["runs=job.out", "tolerance=1.0"], "must be at least 0 and less than 1"),

@@ -30,6 +30,7 @@ from ..reports import H100, H200, SIZES, STEADY, judged, log_text, published_run
         ({"reduced_train_loss": lambda step: "0.0" if step > 9 else "8.0"}, "the loss is 0 at step 10"),
         ({"reduced_train_loss": lambda step: f"{9 * 1.21**step:.4g}"}, "the loss grows from 9 to"),
         ({"reduced_train_loss": lambda step: "nan" if step > 20 else "6.0"}, "the loss is nan at step 21"),
+        ({"reduced_train_loss": lambda step: "NAN" if step > 20 else "6.0"}, "the loss is nan at step 21"),
         ({"reduced_train_loss": lambda step: "1e308" if step > 20 else "6.0"}, "the loss is 1e+308 at step 21"),
     ],
 )
@@ -89,6 +90,7 @@ RAMP_UP = log_text([2.75] * 28, batch=32, of=60) + "".join(log_text([11.0] * 60)
         (UNKNOWN, replace(H100, max_steps=50), "PASS", ""),
         (UNKNOWN, replace(H100, max_steps=100), "INCOMPLETE", "step 50 of 100"),
         (UNKNOWN + OUT_OF_MEMORY, H100, "INCOMPLETE", "torch.OutOfMemoryError"),
+        (WHOLE + lines(log_text([22.0] * 50), "Megatron-LM"), H100, "FAIL", "22 s"),  # another program's run behind it
         (WHOLE + REACHED + HALF + OUT_OF_MEMORY, H100, "INCOMPLETE", "step 25 of 50"),
         (WHOLE + OUT_OF_MEMORY + EXITED, H100, "PASS", "after its last step, the log ends in an error: srun: error"),
         # more than a GPU can do, and a batch that grows
@@ -117,6 +119,12 @@ RAMP_UP = log_text([2.75] * 28, batch=32, of=60) + "".join(log_text([11.0] * 60)
         ("padded_vocab_size ............ 256000\n" + WHOLE, H100, "INVALID", "the log has 256000, padded"),
         (WHOLE, replace(H100, model="70b_slice", architecture=SIZES), "PASS", ""),  # a model is its sizes
         ("seq_length ............ 4096\n" + WHOLE, H100, "NOT COMPARABLE", "seq_length=4096, published 8192"),
+        (
+            WHOLE + "seq_length ............ 4096\n",
+            H100,
+            "NOT COMPARABLE",
+            "seq_length=4096, published 8192",
+        ),  # buffered
         ("seq_length ............ 4096\n" + WHOLE, replace(H100, seq_length=8192), "INVALID", "the log has 4096"),
         ("".join(f"127: {line}\n0: {line}\n" for line in WHOLE.splitlines()), H100, "INVALID", "lines of rank 127"),
         (WHOLE, replace(H100, model="8b"), "NOT COMPARABLE", "model=8b is given, and its path says 70b"),
@@ -157,6 +165,8 @@ def test_the_files_of_one_jobs_ranks_are_one_run_and_a_copy_counts_once(tmp_path
         write(tmp_path, log_text([12.5 if rank == 3 else 11.0] * 50), name=f"rank{rank}")
     report = build_report([tmp_path], given=H100)
     assert [(len(point.runs), point.verdict.value) for point in report.points] == [(1, "FAIL")]
+    write(tmp_path, log_text([12.5] * 49, of=50), name="rank3")  # a file that ends earlier
+    assert "FAIL by the mean" in build_report([tmp_path], given=H100).points[0].verdict.why
     write(tmp_path / "other", log_text([11.0] * 50), name="a")
     write(tmp_path / "other", log_text([11.0] * 50), name="b")
     report = build_report([tmp_path / "other"], given=H100)

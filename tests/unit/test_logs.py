@@ -232,7 +232,7 @@ def test_a_value_at_the_very_end_may_lack_digits(tmp_path: Path, end: str, more:
 
 
 @pytest.mark.parametrize(
-    "step", ["-1", "1.5", "nan", "99999999999999999999", "9" * 5000, "1e400", "", "0x10"], ids=lambda text: text[:9]
+    "step", ["-1", "1.5", "nan", "9999999999", "9" * 5000, "1e400", "", "0x10"], ids=lambda text: text[:9]
 )
 def test_a_step_number_that_cannot_be_one_is_left_out(tmp_path: Path, step: str) -> None:
     log = parse(line(0) + line(1).replace("global_step: 1 ", f"global_step: {step} ") + line(2), tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from nemo_bench.errors import BenchError
 from nemo_bench.record import folder as record
 from nemo_bench.record.node import NODE
+from nemo_bench.record.ranks import RANKS
 from nemo_bench.report.bare_logs import Given, load_log
 from nemo_bench.report.build import build_report
 from nemo_bench.report.runs import load_run
@@ -50,6 +52,10 @@ def steps_in(run_dir: Path) -> list[dict[str, Any]]:
 
 # Each line holds the one before it nine times: 9^20 values.
 ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 21))
+PROFILE = (
+    '{"rank": 0, "device": null, "steps": [9], "step_ms": 1.5, "classes": [], "idle_ms": 0, "communication_ms": 0, '
+    '"exposed_communication_ms": 0, "terms": {}}'
+)
 
 
 def test_a_real_run_is_a_result() -> None:
@@ -189,12 +195,21 @@ def test_steps_come_from_the_log_where_there_is_no_other_record(tmp_path: Path) 
     assert "the steps are read from the log: four digits each" in run.warnings
 
 
-@pytest.mark.parametrize("name", [record.CONFIG, record.RUN])
-@pytest.mark.parametrize("content", ["", "[1]", "{", "model: ${nowhere}", ALIASES, None])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *product([record.CONFIG, record.RUN], ["", "[1]", "{", "model: ${nowhere}", ALIASES, None]),
+        (record.RUN, '{"status": {"state": "banana"}, "launcher": {"host": "elsewhere"}}'),
+        (RANKS, '{"ranks": [{"rank": 0, "steps": 9, "throttled": ["hw_slowdown"]}]}'),
+        (RANKS, '{"ranks": [{"rank": 0, "steps": 9, "own_time_s": "x"}]}'),
+        ("profile/rank0.json", PROFILE.replace("{}", '{"host": "x"}')),
+        ("profile/rank0.json", PROFILE.replace("1.5", "null")),
+    ],
+)
 def test_a_damaged_record_is_one_message(copy: Path, name: str, content: str | None) -> None:
-    if content is None:
-        (copy / name).unlink()
-    else:
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).parent.mkdir(exist_ok=True)
+    if content is not None:
         (copy / name).write_text(content)
     with pytest.raises(BenchError, match="the record cannot be read"):
         load_run(copy)
