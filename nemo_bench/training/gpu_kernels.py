@@ -13,27 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 2048
+BLOCK = tl.constexpr(2048)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _adam_kernel(  # type: ignore[no-untyped-def]
-    grad,
-    copy,
-    exp_avg,
-    exp_avg_sq,
-    param,
-    numel,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    bias1,
-    bias2,
-    decay,
-    scale,
-    COPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad, copy, exp_avg, exp_avg_sq, param, numel, lr, beta1, beta2, eps, bias1, bias2, decay, scale, COPY: tl.constexpr
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
@@ -74,26 +59,12 @@ def adam_with_clipping() -> None:
         lr, beta1, beta2, eps, step, adam_w, bias_correction, decay = options
         assert adam_w  # Megatron's choice
         bias1, bias2 = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
-        for grad, param, exp_avg, exp_avg_sq, *weights in zip(*tensors):
-            _adam_kernel[(triton.cdiv(grad.numel(), BLOCK),)](
-                grad,
-                param,
-                exp_avg,
-                exp_avg_sq,
-                weights[0] if weights else param,
-                grad.numel(),
-                float(lr),
-                beta1,
-                beta2,
-                eps,
-                bias1,
-                bias2,
-                float(decay),
-                clip.coefficient,
-                COPY=bool(weights),
-                BLOCK=BLOCK,
-                num_warps=8,
-            )
+        numbers = (float(lr), beta1, beta2, eps, bias1, bias2, float(decay), clip.coefficient)
+        for lists in zip(*tensors):
+            *of_the_step, weight = lists if len(lists) == 5 else (*lists, lists[1])
+            numel = weight.numel()
+            grid = (triton.cdiv(numel, BLOCK.value),)
+            _adam_kernel[grid](*of_the_step, weight, numel, *numbers, COPY=len(lists) == 5, num_warps=8)
 
     optimizer.clip_grad_by_total_norm_fp32 = note_clipping
     fused_adam.multi_tensor_applier = apply
