@@ -23,7 +23,7 @@ _LOG_SUFFIXES = (".out", ".log", ".txt", ".err", ".out.gz", ".log.gz", ".txt.gz"
 _DATASET_SUFFIX = "-description.txt"  # Megatron's description of a dataset that it cached
 _RANK = re.compile(r"(?<![a-z])rank[_-]?\d+")
 # The gravest first.
-_GRAVITY = (model.FAIL, model.INVALID, model.UNDECIDED, model.INCOMPLETE, model.NOT_COMPARABLE)
+_GRAVITY = (model.FAIL, model.INVALID, model.UNDECIDED, model.INCOMPLETE, model.NOT_COMPARABLE, *model.SUCCESSES)
 
 
 def build_report(
@@ -35,14 +35,10 @@ def build_report(
     total_tokens: float = runs.DEFAULT_TOTAL_TOKENS,
     reference: str | Sequence[str] | None = DEFAULT_REFERENCE,
 ) -> Report:
-    """Return everything that is to be said about the run folders and logs that `paths` name or hold.
+    """Return the report on the run folders and logs that `paths` name or hold; BenchError where there are none.
 
-    `baseline` are what they are compared with, and `given` is what the command line says of bare logs. `tolerance` is a
-    verdict's, as a fraction; `total_tokens` is the budget behind the days to train. `reference` are names or files of
-    published tables; auto: those that come with the program; None: no verdicts.
-
-    Raises:
-        BenchError: an input does not exist or holds no run.
+    `baseline` are what they are compared with, `given` what the command line says of bare logs, `reference` names or
+    files of published tables; auto: those that come with the program; None: no verdicts.
     """
     given = given or Given()
     names = references.names() if reference == "auto" else [reference] if isinstance(reference, str) else reference
@@ -65,10 +61,11 @@ def build_report(
     failures += [f"{point.name}: GPU not known; name it with gpu=..." for point in all_points if point.gpu is None]
     failures += [f"{name}: not known what was run: name it with model=... precision=... gpus=..." for name in unknown]
     checks = [attribution.machine_check(run) for run in all_runs]
+    gravest = min((point.verdict.value for point in all_points), key=_GRAVITY.index, default=model.INCOMPLETE)
     return Report(
         generated_at=record.timestamp(),
         inputs=tuple(map(str, paths)),
-        verdict=_overall({point.verdict.value for point in all_points}),
+        verdict=model.PASS if gravest == model.FASTER else gravest,
         exit_code=1 if failures else 0,
         failures=tuple(failures),
         runs=tuple(all_runs),
@@ -85,12 +82,6 @@ def build_report(
         attributions=tuple(way for pair in pairs for way in attribution.ways(*pair)),
         machine_checks=tuple(dict.fromkeys(check_line(check) for check in checks if check)),
     )
-
-
-def _overall(values: set[str]) -> str:
-    """Return the verdict of a whole report: the gravest of its points'."""
-    best = model.PASS if values & {model.PASS, model.FASTER} else model.NO_REFERENCE
-    return next((value for value in _GRAVITY if value in values), best if values else model.INCOMPLETE)
 
 
 def _load(paths: Sequence[Path], key: str, given: Given, total_tokens: float) -> tuple[list[Run], list[str]]:

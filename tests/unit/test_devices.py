@@ -12,7 +12,6 @@ from nemo_bench.record.ranks import gathered, write_ranks
 from nemo_bench.report.build import build_report
 from nemo_bench.report.remarks import throttling
 from nemo_bench.report.runs import load_run
-from nemo_bench.report.terminal import summary_rows
 
 H200 = Path(__file__).parents[1] / "runs/nemo-2.7.3/bf16/70b/1/20261122-172402-5f1a"
 
@@ -82,14 +81,3 @@ def test_throttling_is_blamed_and_the_power_cap_is_not(run_dir: Path) -> None:
     faults = [*throttling(load_run(run_dir))]
     assert len(faults) == 6 and faults[-1] == "and 3 more ranks' GPUs"
     assert "and 3 more ranks' GPUs" in build_report([run_dir]).points[0].verdict.remarks
-
-
-def test_the_summary_shows_clocks_and_throttling(run_dir: Path) -> None:
-    low = step(throttle_reasons=["hw_thermal"])
-    write_ranks(run_dir, [rank(0), rank(1, *[low] * 5)])
-    run = load_run(run_dir)
-    assert run.peak_memory_gib == 102.99
-    assert [(device.rank, device.host) for device in run.devices][1] == (1, "node00")
-    shown = {name: (value, remark) for name, value, remark in summary_rows(run)}
-    assert shown["SM clock (MHz)"] == ("1,700", "mean of 2 GPUs")
-    assert "hw thermal in 100% of its steps" in shown["remark"][1]

@@ -13,11 +13,9 @@ from nemo_bench.report.statistics import (
     Mean,
     Steps,
     StepTimes,
-    mean_of_repeats,
     mean_of_steps,
     ratio_of,
     step_times,
-    t_quantile,
 )
 
 
@@ -89,22 +87,6 @@ def test_any_times_are_sorted_out(times: list[float], restarts: set[int], paused
         assert min(counted) <= result.p5_s * (1 + 1e-9) <= result.median_s * (1 + 2e-9) <= max(counted) * (1 + 3e-9)
         assert result.p95_s <= max(counted) * (1 + 1e-9)
         assert result.mean is None or result.mean.interval[0] <= result.mean_s <= result.mean.interval[1]
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile", "tolerance"), [(1, 12.7062, 1e-4), (30, 2.0423, 1e-4), (100, 1.98397, 0.09)]
-)
-def test_students_t(freedom: int, quantile: float, tolerance: float) -> None:
-    assert quantile - 1e-4 <= t_quantile(freedom) <= quantile + tolerance
-
-
-def test_the_interval_over_repeats_is_the_textbooks() -> None:
-    mean = mean_of_repeats([10.0, 11.0, 12.0])
-    assert mean is not None and mean.interval == pytest.approx((8.5159, 13.4841), abs=1e-3)  # 4.3027 / sqrt(3)
-    assert mean_of_repeats([10.0]) is None
-    assert mean_of_steps([1.0]) is None
-    few = mean_of_steps([9.0, 11.6, 13.0, 10.4, 11.0])
-    assert few is not None and few.margin > 1
 
 
 def correlated(number: int, rng: random.Random, correlation: float) -> list[float]:
