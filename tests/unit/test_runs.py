@@ -287,12 +287,6 @@ def test_which_logs_are_complete(name: str, max_steps: int, why: str | None) -> 
     assert why is None or why in str(run.why_not_final)
 
 
-def test_what_is_missing_is_named() -> None:
-    run = load_log(LOGS / "nemo2.out", [], Given(), 1e12)
-    assert run.final and run.numbers is None
-    assert any("model=... precision=... gpus=... seq_length=..." in text for text in run.warnings)
-
-
 def test_a_straggling_rank_of_a_log() -> None:
     (slow,) = [rank for rank in load_log(LOGS / "labelled_ranks.out", [], KNOWN, 1e12).ranks if rank.straggler]
     assert slow.rank == 3 and slow.slower == pytest.approx(0.396, abs=1e-2)
