@@ -43,6 +43,7 @@ from nemo_bench.entrypoints import entrypoint_of, nemo2  # noqa: E402
 from nemo_bench.errors import BenchError, ConfigurationRefused  # noqa: E402
 from nemo_bench.files import dated_name  # noqa: E402
 from nemo_bench.launch import point  # noqa: E402
+from nemo_bench.launch.batch_script import rank_environment  # noqa: E402
 from nemo_bench.launch.plan import results_dir  # noqa: E402
 from nemo_bench.record.folder import STEPS, RunFolder, Status, read_lines  # noqa: E402
 from nemo_bench.report.runs import load_run  # noqa: E402
@@ -66,7 +67,7 @@ class Case:
             overrides=self.overrides,
             max_steps=cfg.trainer.max_steps,
         )
-        environment = point.rank_environment(cfg)
+        environment = rank_environment(cfg, os.environ)
         if cfg.gpu.device == "cuda":
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         command = entrypoint_of(cfg).rank_command(self.cfg, self.run.path, sys.executable)
@@ -115,7 +116,7 @@ class Running:
 
 def fork_server(case: Case) -> ForkServer:
     """Start the server of a case's device, in the environment that the case's ranks have."""
-    return ForkServer(case.cfg.gpu.device, point.rank_environment(case.cfg))
+    return ForkServer(case.cfg.gpu.device, rank_environment(case.cfg, os.environ))
 
 
 def run_all(

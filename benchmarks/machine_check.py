@@ -32,7 +32,7 @@ from benchmarks.fork_server import ForkedProcess, ForkServer  # noqa: E402
 from nemo_bench.cluster import processes  # noqa: E402
 from nemo_bench.config import TrainConfig, typed  # noqa: E402
 from nemo_bench.files import write_json  # noqa: E402
-from nemo_bench.launch import point  # noqa: E402
+from nemo_bench.launch.batch_script import rank_environment  # noqa: E402
 from nemo_bench.machine.command import new_folder, rank_command  # noqa: E402
 from nemo_bench.machine.schedule import tournament  # noqa: E402
 from nemo_bench.record.folder import read_object  # noqa: E402
@@ -112,7 +112,7 @@ class Machine:
         _, opponents = random_numbers.choice(tournament(ranks, 1))
         node, other = random_numbers.choice([(a, b) for a, b in enumerate(opponents) if b is not None])
         folder, start = new_folder(self.cfg), time.monotonic()
-        environment = {**point.rank_environment(self.cfg), "OMP_NUM_THREADS": "1"}
+        environment = {**rank_environment(self.cfg, os.environ), "OMP_NUM_THREADS": "1"}
         command = rank_command(self.cfg, folder, sys.executable)
         with processes.started(command, environment, folder, ranks, self.popen) as group, ExitStack() as stack:
             if fault == "slow link":

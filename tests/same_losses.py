@@ -54,7 +54,8 @@ def rank(weights: Path, run_dir: Path) -> None:
 
 def losses(python: str, packages: Path | None, weights: Path, *overrides: str) -> list[float]:
     """Train with an interpreter and an overlay of packages; return the loss of each step."""
-    from nemo_bench.launch.point import new_run, prepare_data, rank_environment
+    from nemo_bench.launch.batch_script import rank_environment
+    from nemo_bench.launch.point import new_run, prepare_data
     from tests.composing import composed
 
     cfg = prepare_data(composed(*overrides, *CONSTANT_RATE, "trainer.limit_val_batches=0", "trainer.max_steps=20"))
@@ -62,7 +63,8 @@ def losses(python: str, packages: Path | None, weights: Path, *overrides: str) -
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
-    env = {**rank_environment(cfg), "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+    env = {**rank_environment(cfg, os.environ), "MASTER_ADDR": "127.0.0.1"}
+    env |= {name: str(value) for name, value in place.items()}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(packages or ""), env["PYTHONPATH"]]))
     command = [python, __file__, "rank", str(weights), str(run.path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,17 @@ class Job(SlurmJob[None]):
 
     watcher = slurm.Books()
     state = slurm.UNKNOWN  # Slurm's word, or INCOMPLETE
+    progress = Progress()
+    exit_code: int | None = None  # of the batch script, once it has ended
+    ended_at = 0.0  # when its end was first seen
+    over = False  # whether nothing more will come of it
 
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
         self.folder, self.content = folder, content
         self.name = str(content.get("name") or folder.name)
         self.what = str(content.get("point") or self.name)
         self.is_run = "point" in content
-        self.max_steps = int(content.get("max_steps", 0))
-        self.progress = Progress()
         self.reason: str | None = content.get("problem")  # why it failed, or that its steps have stopped
-        self.exit_code: int | None = None  # of the batch script, once it has ended
-        self._ended_at = 0.0  # when its end was first seen
         super().__init__(folder, str(content.get("id") or "?"))
         self.log = folder / f"slurm-{self.job_id}.out"
 
@@ -59,27 +60,23 @@ class Job(SlurmJob[None]):
             return self.registered and not self.watcher.answered
         return self.state not in (*FAILURES, "COMPLETED", "CANCELLED")
 
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will come of it."""
-        settled = self.exit_code is not None or time.monotonic() - self._ended_at > SETTLE_S
-        return not self.active and (settled or self.state == slurm.UNKNOWN)
-
     def done(self, force_check: bool = False) -> bool:
         """Ask Slurm, if the last time is long enough ago, read what the job has left, and return whether it is over."""
-        if self._ended_at and self.over:
+        if self.over:
             return True
-        info = self.watcher.get_info(self.job_id) if self.registered else {}
         end = job_end(self.folder)
         self.exit_code = end.exit_code if end else None
-        self.state = self._slurm_state(info) or _left_state(end)
+        self.state = self._slurm_state() or _left_state(end)
         if self.is_run:
             self._read_record()
         if not self.active:
-            self._ended_at = self._ended_at or time.monotonic()
+            self.ended_at = self.ended_at or time.monotonic()
+            settled = end is not None or time.monotonic() - self.ended_at > SETTLE_S
+            self.over = settled or self.state == slurm.UNKNOWN
         return self.over
 
-    def _slurm_state(self, info: Mapping[str, str]) -> str | None:
+    def _slurm_state(self) -> str | None:
+        info = self.watcher.get_info(self.job_id) if self.registered else {}
         if not info or not self._is_ours(info):
             return None
         state = info["State"].split()[0]  # "CANCELLED by 0" is CANCELLED
@@ -88,15 +85,13 @@ class Job(SlurmJob[None]):
 
     def _is_ours(self, info: Mapping[str, str]) -> bool:
         """Return whether Slurm speaks of this job: ids start over when a controller is installed anew."""
-        try:
-            slurm_time = datetime.fromisoformat(info["Submit"]).astimezone()
+        with suppress(KeyError, ValueError):
             our_time = datetime.fromisoformat(self.content["submitted_at"].replace("Z", "+00:00"))
-        except (KeyError, ValueError):
-            return info.get("JobName") == self.name
-        later_s = (slurm_time - our_time).total_seconds()
-        # By Slurm's account a requeued job was submitted when it was requeued.
-        in_time = later_s > -CLOCKS_S and (later_s < CLOCKS_S or self.content.get("requeue", True))
-        return in_time and info.get("JobName") == self.name
+            later_s = (datetime.fromisoformat(info["Submit"]).astimezone() - our_time).total_seconds()
+            # By Slurm's account a requeued job was submitted when it was requeued.
+            if later_s < -CLOCKS_S or (later_s > CLOCKS_S and not self.content.get("requeue", True)):
+                return False
+        return info.get("JobName") == self.name
 
     def _read_record(self) -> None:
         run = RunFolder(self.folder)

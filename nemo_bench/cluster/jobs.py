@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,18 @@ def require_sbatch() -> None:
         raise BenchError(f"{login}\nlaunch=dry prints the scripts; {others}")
 
 
-def show(script: str, *files: str) -> bool:
-    """Print a batch script and the text of other files of the job; return whether Slurm, if it is there, takes it."""
-    print(script, *files, sep="\n")
-    if shutil.which("sbatch") is None:
-        return True
-    accepted, words = slurm.test_only(script)
-    print(f"sbatch --test-only: {words}")
-    return accepted
+def show_scripts(scripts: Sequence[str], texts: Sequence[str] = ()) -> None:
+    """Print what launch=dry does not submit: batch scripts, or `texts` about them; BenchError if Slurm refuses one."""
+    refused = 0
+    for script, text in zip(scripts, texts or scripts):
+        print(text)
+        if shutil.which("sbatch") is not None:
+            accepted, words = slurm.test_only(script)
+            print(f"sbatch --test-only: {words}")
+            refused += not accepted
+    print("launch=dry: nothing was submitted.")
+    if refused:
+        raise BenchError(f"Slurm refuses {refused} of {len(scripts)} jobs, as sbatch says above")
 
 
 def repeated_command(script: str, overrides: list[str], stage: str, *more: str) -> list[str]:
@@ -86,14 +90,6 @@ def submit_command(script: str, folder: Path, **details: Any) -> Job:
         job = submit(script, folder, **details)
     print(f"job {job.job_id}: {job.name}, log {job.log}", flush=True)
     return job
-
-
-def show_commands(scripts: Sequence[str]) -> None:
-    """Print the batch scripts that launch=dry does not submit; raise BenchError if Slurm would refuse one."""
-    accepted = [show(script) for script in scripts]
-    print("launch=dry: nothing was submitted.")
-    if not all(accepted):
-        raise BenchError(f"Slurm refuses {accepted.count(False)} of {len(scripts)} jobs, as sbatch says above")
 
 
 def submit(script: str, folder: Path, **details: Any) -> Job:
@@ -195,39 +191,30 @@ def table(jobs: Sequence[Job]) -> Group:
     notes = [] if Job.watcher.answered else ["Slurm does not answer: the states are what the jobs have left"]
     notes.append(f"folders, in {above}:")
     for job in jobs:
-        listing.add_row(*map(Text, _cells(job)))  # plain: an error may hold square brackets, rich's own markup
+        cells = [job.job_id, job.state, job.what]
+        if job.is_run:
+            cells += [f"{job.progress.steps}/{job.content.get('max_steps', 0)}", *_result(job)]
+        listing.add_row(*map(Text, cells))  # plain: an error may hold square brackets, rich's own markup
         notes.append(f"{job.job_id}  {job.folder.relative_to(above)}")
         if job.reason:
             notes.append(f"    {job.state}: {job.reason}")
     return Group(listing, Text("\n".join(notes)))
 
 
-def _cells(job: Job) -> list[str]:
-    cells = [job.job_id, job.state, job.what]
-    if not job.is_run:
-        return cells
-    cells.append(f"{job.progress.steps}/{job.max_steps}")
-    return [*cells, *(_result(job) if job.state == "COMPLETED" else [_step_time(job)])]
-
-
-def _step_time(job: Job) -> str:
-    return f"{job.progress.step_time_s:.4g}" if job.progress.step_time_s else ""
-
-
 def _result(job: Job) -> list[str]:
-    """Return a completed run's step time, TFLOP/s a GPU, MFU and verdict; they are kept in `job.json`."""
-    if "result" not in job.content:
-        try:
+    """Return the step time; of a completed run also TFLOP/s a GPU, MFU and verdict, which are kept in `job.json`."""
+    if job.state == "COMPLETED" and "result" not in job.content:
+        with suppress(BenchError, ValueError):  # its record is damaged, or names no point
             (point,) = build_report([job.folder]).points
-        except (BenchError, ValueError):  # its record is damaged, or names no point
-            return [_step_time(job)]
-        numbers = point.numbers
-        values = (numbers.step_time_s, numbers.tflops_per_gpu, numbers.mfu) if numbers else (None, None, None)
-        shown = [f"{value:{form}}" if value is not None else "" for value, form in zip(values, (".4g", ".4g", ".1%"))]
-        job.content = {**job.content, "result": [*shown, point.verdict.value]}
-        with suppress(OSError):  # another user's
-            write_json(job.folder / record.JOB, job.content)
-    return list(job.content["result"])
+            numbers = point.numbers
+            values = (numbers.step_time_s, numbers.tflops_per_gpu, numbers.mfu) if numbers else (None, None, None)
+            forms = (".4g", ".4g", ".1%")
+            shown = ["" if value is None else f"{value:{form}}" for value, form in zip(values, forms)]
+            job.content = {**job.content, "result": [*shown, point.verdict.value]}
+            with suppress(OSError):  # another user's
+                write_json(job.folder / record.JOB, job.content)
+    step_time_s = job.progress.step_time_s
+    return list(job.content.get("result", [f"{step_time_s:.4g}" if step_time_s else ""]))
 
 
 def follow(console: Console, jobs: Sequence[Job], explain: Callable[[Path], str] | None = None) -> None:
@@ -239,18 +226,12 @@ def follow(console: Console, jobs: Sequence[Job], explain: Callable[[Path], str]
     if not jobs:
         console.print("no job is active")
         return
-    shown: dict[str, str] = {}
     try:
-        with Live(console=console, refresh_per_second=2) if console.is_terminal else nullcontext() as live:
-            while True:
-                over = all([job.done() for job in jobs])
-                if live:
-                    live.update(table(jobs))
-                else:
-                    _print_changes(jobs, shown)
-                if over:
-                    break
+        with Live(console=console, refresh_per_second=2) as live:
+            while not all([job.done() for job in jobs]):
+                live.update(table(jobs))
                 time.sleep(TICK_S)
+            live.update(table(jobs))
     except KeyboardInterrupt:
         ids = " ".join(job.job_id for job in jobs if not job.over)
         raise RunFailed(f"stopped watching; the jobs go on ({ids}): python jobs.py follow shows them", 130) from None
@@ -270,12 +251,3 @@ def follow(console: Console, jobs: Sequence[Job], explain: Callable[[Path], str]
             lines += [f"    {line}" for line in explain(job.folder).splitlines()]
     lines += ["python jobs.py log JOB shows more"]
     raise RunFailed("\n".join(lines), 1 if failed[0].is_run else failed[0].exit_code or 1)
-
-
-def _print_changes(jobs: Sequence[Job], shown: dict[str, str]) -> None:
-    """Print a line for each job that has changed."""
-    for job in jobs:
-        line = "  ".join(filter(None, [*_cells(job), job.reason]))
-        if shown.get(job.job_id) != line:
-            shown[job.job_id] = line
-            print(f"{time.strftime('%H:%M:%S')}  job {line}", flush=True)

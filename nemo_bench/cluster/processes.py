@@ -1,7 +1,6 @@
-"""Run the ranks of a run as processes of this machine.
+"""Run the ranks of a run as processes of this machine, which all end when one fails and when this process is killed.
 
-Not torchrun: it imports torch in the launching process, leaves its ranks behind when it is killed, and says which rank
-failed in its own words only. Here all ranks end when one fails, on Ctrl-C, and when this process is killed.
+Not torchrun: it imports torch, and leaves its ranks behind when it is killed.
 """
 
 from __future__ import annotations
@@ -124,6 +123,5 @@ def termination_raises() -> Iterator[None]:
 
 def free_port() -> int:
     """Return a TCP port that nobody listens on now; rank 0 will, in a few seconds."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])

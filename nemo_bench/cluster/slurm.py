@@ -93,15 +93,8 @@ def literal(path: Path) -> str:
 
 def test_only(script: str) -> tuple[bool, str]:
     """Return whether the scheduler would take the job, and what it says. If it cannot be asked, it refuses nothing."""
-    try:
-        done = _run("sbatch", "--test-only", input=script)
-    except subprocess.TimeoutExpired:
-        return True, f"no answer within {TIMEOUT_S} s"
-    words = _scheduler_words(done.stderr)
-    if not done.returncode:
-        return True, f"accepted: {words}"
-    no_answer = bool(_NO_ANSWER.search(words))
-    return no_answer, f"{'no answer' if no_answer else 'REFUSED'}: {words}"
+    _, refused, words = _sbatch("--test-only", input=script)
+    return not refused, f"REFUSED: {words}" if refused else words
 
 
 def submit(script: str, folder: Path, name: str) -> str:
@@ -111,18 +104,14 @@ def submit(script: str, folder: Path, name: str) -> str:
     """
     path = folder / SCRIPT
     write_text(path, script)
-    try:
-        done = _run("sbatch", "--parsable", str(path))
-        words = _scheduler_words(done.stderr)
-        if done.returncode and not _NO_ANSWER.search(words):
-            checked = "cluster.account, cluster.partition, cluster.qos, cluster.time and the number of nodes"
-            raise Refused(f"Slurm refused {name}: {words}\nit checks {checked}")
-        # A site's own sbatch may print more; a federation adds `;cluster`.
-        job_id = (done.stdout.split() or [""])[-1].partition(";")[0]
-        if done.returncode == 0 and job_id.isdigit():
-            return job_id
-    except subprocess.TimeoutExpired:
-        words = f"no answer within {TIMEOUT_S} s"
+    printed, refused, words = _sbatch("--parsable", str(path))
+    if refused:
+        checked = "cluster.account, cluster.partition, cluster.qos, cluster.time and the number of nodes"
+        raise Refused(f"Slurm refused {name}: {words}\nit checks {checked}")
+    # A site's own sbatch may print more; a federation adds `;cluster`.
+    job_id = (printed.split() or [""])[-1].partition(";")[0]
+    if job_id.isdigit():
+        return job_id
     if (known := find(folder, name)) is not None:
         return known
     advice = f"if it did, python jobs.py lists the job; its batch script is {path}"
@@ -169,6 +158,19 @@ class Books(SlurmInfoWatcher):
             self._info_dict.update(self.read_info(f"JobID|State|Submit|JobName\n{rows or ''}"))
 
 
+def _sbatch(*arguments: str, input: str | None = None) -> tuple[str, bool, str]:
+    """Return what sbatch prints if it succeeds, whether the scheduler refuses the job, and the scheduler's words."""
+    try:
+        done = _run("sbatch", *arguments, input=input)
+    except subprocess.TimeoutExpired:
+        return "", False, f"no answer within {TIMEOUT_S} s"
+    lines = [re.sub(r"^(sbatch|allocation failure): (error: )?", "", line) for line in done.stderr.splitlines()]
+    words = "; ".join(dict.fromkeys(filter(None, lines))) or "no reason given"
+    if done.returncode:
+        return "", not _NO_ANSWER.search(words), words
+    return done.stdout, False, words
+
+
 def _run(*command: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
     # The variables of a job that this process runs in would win over the script's own options; what MPI and CUDA have
     # here is not what a node has. SLURM_CONF says which cluster is meant; cli.py sets HYDRA_FULL_ERROR for itself.
@@ -188,8 +190,3 @@ def _answer(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
-
-
-def _scheduler_words(stderr: str) -> str:
-    lines = [re.sub(r"^(sbatch|allocation failure): (error: )?", "", line) for line in stderr.strip().splitlines()]
-    return "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"

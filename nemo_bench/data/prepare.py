@@ -59,7 +59,7 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
     scripts = [_script(point, cfg, shard) for point, cfg, group in zip(points, configs, groups) for shard in group]
     if dry:
         print(*map(_plan, configs), sep="\n")
-        jobs.show_commands([script for script, _ in scripts])
+        jobs.show_scripts([script for script, _ in scripts])
         return
     if scripts:
         jobs.require_sbatch()

@@ -1,23 +1,19 @@
-"""One benchmark point as one Slurm job: a script that starts the ranks with srun, to be read and run again by hand.
-
-Nothing is pickled: the interpreter on the nodes (a container's) may differ.
-"""
+"""One benchmark point as one Slurm job: a script that starts the ranks with srun, to be read and run again by hand."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from nemo_bench.cluster import slurm
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
-from nemo_bench.project import PROJECT
+from nemo_bench.project import PROJECT, python_path
 
 # As NVIDIA's NeMo-Run recipes do it, once a node; a node without sudo goes on without.
 VBOOST = "srun --ntasks={} --ntasks-per-node=1 sudo nvidia-smi boost-slider --vboost 1"
-
 
 # What makes a rank's command of the configuration, the folder and the interpreter.
 RankCommand = Callable[[TrainConfig, Path, str], list[str]]
@@ -86,8 +82,9 @@ def _mounted_paths(cfg: TrainConfig) -> list[str]:
     return paths
 
 
-def rank_environment(cfg: TrainConfig) -> dict[str, str]:
-    """Return the environment of every rank, without what Slurm sets."""
-    entrypoint = entrypoint_of(cfg)
-    path = {} if entrypoint.keeps_image_pythonpath(cfg) else {"PYTHONPATH": str(PROJECT)}
-    return {**entrypoint.environment(cfg), **cfg.cluster.env, **path, "PYTHONUNBUFFERED": "1"}
+def rank_environment(cfg: TrainConfig, exported: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of every rank, without what Slurm sets; what a user exports wins over the recipe's."""
+    entrypoint, exported = entrypoint_of(cfg), exported or {}
+    path = {} if entrypoint.keeps_image_pythonpath(cfg) else {"PYTHONPATH": python_path(exported.get("PYTHONPATH"))}
+    # Unbuffered: a killed rank's log holds its last lines.
+    return {**entrypoint.environment(cfg), **exported, **cfg.cluster.env, **path, "PYTHONUNBUFFERED": "1"}

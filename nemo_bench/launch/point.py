@@ -20,9 +20,9 @@ from nemo_bench.config import TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
 from nemo_bench.files import dated_name
+from nemo_bench.launch.batch_script import rank_environment
 from nemo_bench.launch.diagnosis import Diagnosis, diagnose
 from nemo_bench.launch.plan import plan, rank_plan, results_dir
-from nemo_bench.project import python_path
 from nemo_bench.record.folder import RunFolder, Status, tail
 
 LOG_TAIL_LINES = 15
@@ -99,34 +99,22 @@ def execute(cfg: TrainConfig, run: RunFolder, tick: Callable[[], None]) -> None:
     entrypoint.write_files(cfg, run.path)
     try:
         command = entrypoint.rank_command(cfg, run.path, sys.executable)
-        ranks = processes.started(command, rank_environment(cfg), run.path, cfg.trainer.devices)
+        ranks = processes.started(command, rank_environment(cfg, os.environ), run.path, cfg.trainer.devices)
         with processes.termination_raises(), ranks as group:
             while (outcome := group.poll()) is None:
                 tick()
                 time.sleep(0.1)
             tick()
-    except KeyboardInterrupt:
-        run.set_status(Status("interrupted", exit_code=130, reason="Ctrl-C"))
-        raise RunFailed(f"interrupted: all ranks were ended. What was recorded is in {run.path}", 130) from None
-    except processes.Terminated as ended:
-        code = 128 + ended.signum
-        run.set_status(Status("killed", exit_code=code, reason=f"{ended} from outside"))
-        raise RunFailed(f"ended by {ended}: all ranks were ended. What was recorded is in {run.path}", code) from None
+    except (KeyboardInterrupt, processes.Terminated) as ended:
+        code = 128 + getattr(ended, "signum", signal.SIGINT)
+        state, how = ("interrupted", "interrupted") if code == 130 else ("killed", f"ended by {ended}")
+        run.set_status(Status(state, exit_code=code, reason=how))
+        raise RunFailed(f"{how}: all ranks were ended. What was recorded is in {run.path}", code) from None
     if outcome.failed_rank is not None:
         raise RunFailed(record_failure(cfg, run, outcome))
     run.set_status(Status("completed", exit_code=0))
     if not (status := run.status()).finished:
         raise RunFailed(f"the run is not complete: {status.reason}\nits record is in {run.path}")
-
-
-def rank_environment(cfg: TrainConfig) -> dict[str, str]:
-    """Return the environment of every rank on this machine."""
-    entrypoint = entrypoint_of(cfg)
-    # What the user exports wins over the recipe's environment. Unbuffered: a killed rank's log holds its last lines.
-    environment = {**entrypoint.environment(cfg), **os.environ, **cfg.cluster.env, "PYTHONUNBUFFERED": "1"}
-    if not entrypoint.keeps_image_pythonpath(cfg):
-        environment["PYTHONPATH"] = python_path(os.environ.get("PYTHONPATH"))
-    return environment
 
 
 def record_failure(cfg: TrainConfig, run: RunFolder, outcome: processes.Outcome) -> str:
@@ -152,9 +140,8 @@ def _reason(exit_code: int, error: Mapping[str, Any] | None, diagnosis: Diagnosi
     if error is not None:
         cause = diagnosis.cause or str(error["message"]).strip().partition("\n")[0]
         return cause if diagnosis.refused else f"{error['type']}: {cause}"
-    if exit_code >= 0:
-        return ": ".join(filter(None, [f"exit status {exit_code}", diagnosis.cause or diagnosis.error_line]))
-    reason = f"killed by {signal.Signals(-exit_code).name}"
-    if -exit_code == signal.SIGKILL and not diagnosis.cause:
-        reason += " (from outside, or by the kernel for want of memory: `dmesg` says)"
-    return ": ".join(filter(None, [reason, diagnosis.cause]))
+    how = f"exit status {exit_code}" if exit_code >= 0 else f"killed by {signal.Signals(-exit_code).name}"
+    cause = diagnosis.cause or diagnosis.error_line
+    if -exit_code == signal.SIGKILL and not cause:
+        cause = "from outside, or by the kernel for want of memory (`dmesg` says)"
+    return f"{how}: {cause}" if cause else how

@@ -42,7 +42,7 @@ def main(run: RunFolder, command: list[str]) -> int:
         if str(rank) in ranks:
             (run.path / PROFILE).mkdir(exist_ok=True)
             command = [word.replace("{rank}", str(rank)) for word in prefix] + command
-    lifeline.watch(run.set_killed_with_launcher)
+    lifeline.watch()
     events = EventLog(run, enabled=rank == 0)
     if rank == 0:
         write_node(run.path)

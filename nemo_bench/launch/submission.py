@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -18,7 +17,7 @@ from nemo_bench.cluster.job import FAILURES, Job
 from nemo_bench.config import ComposedPoint, TrainConfig, load, typed
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, Problem, RunFailed
-from nemo_bench.files import dated_name, locked, write_json
+from nemo_bench.files import locked, write_json
 from nemo_bench.launch.batch_script import batch_script
 from nemo_bench.launch.diagnosis import failure_text
 from nemo_bench.launch.plan import files_plan, plan, results_dir
@@ -63,13 +62,12 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     if any(refused):
         raise BenchError(_all_problems([point.name for point in points], refused))
     if dry:
-        accepted = []
-        for point, cfg, missing in zip(points, configs, broken):
-            print(f"# {point.name}\n{plan(cfg, missing)}")
-            accepted.append(jobs.show(batch_script(cfg, results_dir(cfg) / "<run>"), *files_plan(cfg)))
-            print("launch=dry: nothing was submitted.\n")
-        if not all(accepted):
-            raise BenchError(f"Slurm refuses {accepted.count(False)} of {len(points)} points, as sbatch says above")
+        scripts = [batch_script(cfg, results_dir(cfg) / "<run>") for cfg in configs]
+        texts = [
+            "\n".join([f"# {point.name}", plan(cfg, missing), script, *files_plan(cfg)])
+            for point, cfg, missing, script in zip(points, configs, broken, scripts)
+        ]
+        jobs.show_scripts(scripts, texts)
         return
     jobs.require_sbatch()
     prepared = [prepare_data(cfg) for cfg in configs]
@@ -109,14 +107,8 @@ def _submit_all(runs: list[tuple[ComposedPoint, TrainConfig]]) -> list[Job]:
         raise RunFailed("interrupted: python jobs.py lists what was submitted", 130) from None
     finally:
         if submitted:
-            # For scripts that work on what one command has submitted.
-            file = Path(runs[0][1].stage_path) / "submissions" / dated_name() / "jobs.json"
             ids = " ".join(job.job_id for job in submitted)
-            print(f"{len(submitted)} of {len(runs)} jobs submitted: {file}; `scancel {ids}` takes them back")
-            rows = [{"job_id": job.job_id, "run_dir": str(job.folder), **job.content} for job in submitted]
-            with suppress(OSError):  # a full disk must not hide which job was submitted last
-                file.parent.mkdir(parents=True)
-                write_json(file, rows)
+            print(f"{len(submitted)} of {len(runs)} jobs submitted; `scancel {ids}` takes them back")
     return submitted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -14,8 +15,7 @@ from nemo_bench.cluster import jobs, processes
 from nemo_bench.config import ComposedPoint, TrainConfig, typed
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
 from nemo_bench.files import dated_name, write_text
-from nemo_bench.launch import point
-from nemo_bench.launch.batch_script import batch_script
+from nemo_bench.launch.batch_script import batch_script, rank_environment
 from nemo_bench.machine.findings import text
 from nemo_bench.project import PROJECT
 from nemo_bench.record.folder import CONFIG, read_object
@@ -39,8 +39,9 @@ def run_check(raw: DictConfig) -> None:
         print(f"each rank  {command}\nlaunch=dry: nothing was started.")
         return
     folder = new_folder(cfg)
-    ranks = rank_command(cfg, folder, sys.executable), point.rank_environment(cfg), folder, cfg.trainer.devices
-    with processes.termination_raises(), processes.started(*ranks) as group:
+    rank = rank_command(cfg, folder, sys.executable)
+    ranks = processes.started(rank, rank_environment(cfg, os.environ), folder, cfg.trainer.devices)
+    with processes.termination_raises(), ranks as group:
         while group.poll() is None:
             time.sleep(0.05)
     if not (folder / CHECK).is_file():
@@ -58,7 +59,7 @@ def submit_checks(points: list[ComposedPoint], *, wait: bool) -> None:
         jobs.require_slurm(cfg.cluster)
     if any(cfg.launch == "dry" for cfg in configs):
         folder = Path(configs[0].stage_path, CHECKS, "<folder>")
-        jobs.show_commands([batch_script(cfg, folder, rank_command) for cfg in configs])
+        jobs.show_scripts([batch_script(cfg, folder, rank_command) for cfg in configs])
         return
     jobs.require_sbatch()
     submitted = []

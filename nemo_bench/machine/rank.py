@@ -39,7 +39,7 @@ def main(folder: Path) -> int:
     cfg, rank = load(folder / CONFIG), int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     measuring = 0 if rank else os.fork()
-    lifeline.watch(lambda: None)
+    lifeline.watch()
     if measuring:
         evidence = asyncio.run(coordinate(cfg, place[1]))
         content = findings.conclude(evidence, folder)

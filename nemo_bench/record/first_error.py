@@ -70,8 +70,7 @@ def first_error(run_dir: Path, rank: int | None = None) -> FirstError | None:
         rank_logs = sorted(by_number(run_dir.glob("rank*.out")), key=lambda path: path.name != first_log)
         logs = [*_job_log(run_dir), *rank_logs]
     errors = [error for error in map(error_in, logs) if error]
-    causes = [error for error in errors if not _CONSEQUENCE.search(error.line)]
-    return next(iter(causes + errors), None)
+    return min(errors, key=lambda error: bool(_CONSEQUENCE.search(error.line)), default=None)
 
 
 def error_in(log: Path) -> FirstError | None:
@@ -79,17 +78,15 @@ def error_in(log: Path) -> FirstError | None:
     lines = read_end(log).splitlines() if log.exists() else []
     bare = [_LABEL.sub("", line) for line in lines]
     errors = _exceptions(bare) or [number for number, line in enumerate(lines) if _ERROR.search(line)]
-    causes = [number for number in errors if not _CONSEQUENCE.search(lines[number])]
-    for number in causes + errors:
-        return FirstError(log, bare[number].strip(), "\n".join(lines[number:]))
-    return None
+    if not errors:
+        return None
+    first = min(errors, key=lambda number: bool(_CONSEQUENCE.search(lines[number])))
+    return FirstError(log, bare[first].strip(), "\n".join(lines[first:]))
 
 
 def _exceptions(lines: list[str]) -> list[int]:
     """Return the line that names the last traceback's exception, after those that it was caused by."""
-    text = "\n".join(lines)
-    numbers: list[int] = []
-    end = 0
+    text, numbers, end = "\n".join(lines), list[int](), 0
     for traceback in _TRACEBACK.finditer(text):
         if not any(words in text[end : traceback.start()] for words in _CHAINED):
             numbers = []

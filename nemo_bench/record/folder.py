@@ -120,7 +120,7 @@ class RunFolder:
             status = self._with_reason(end) if end.state == "failed" else end
         here = launcher["host"] == socket.gethostname()
         if status.state == "running" and here and launcher != _process(launcher["pid"]):
-            return Status("killed", reason="the launching process is gone and recorded no end: it was killed")
+            return Status("killed", reason="the process that launched the run was killed")
         progress, max_steps = self.progress(), content.get("max_steps", 0)
         if progress.steps >= max_steps or status.state not in ("submitted", "running", "completed"):
             return status
@@ -134,16 +134,14 @@ class RunFolder:
         return replace(status, state="failed", reason=reason)
 
     def _with_reason(self, end: Status) -> Status:
-        first = next(iter(self.rank_errors()), None)
-        rank = int(first["rank"]) if first else None
-        error = first_error(self.path, rank)
+        first = next(iter(self.rank_errors()), {})
+        error, rank = first_error(self.path, first.get("rank")), first.get("rank")
         if error and error.killed:
             return replace(end, reason=error.line, rank=error.rank)
-        reason = f"exit status {end.exit_code}{f': {error.line}' if error else ''}"
         if first:
             message = str(first["message"]).strip().partition("\n")[0]
-            reason = f"rank {rank} on {first['host']}: {first['type']}: {message}"
-        return replace(end, reason=reason, rank=rank)
+            return replace(end, reason=f"rank {rank} on {first['host']}: {first['type']}: {message}", rank=rank)
+        return replace(end, reason=f"exit status {end.exit_code}{f': {error.line}' if error else ''}")
 
     def progress(self) -> Progress:
         """Return how far the run has come, by its record or by the progress bar in rank 0's log."""
@@ -168,11 +166,6 @@ class RunFolder:
             with open(self.path / RUN, "r+", encoding="utf-8") as file:
                 file.write(json.dumps(content, indent=2) + "\n")
                 file.truncate()
-
-    def set_killed_with_launcher(self) -> None:
-        """Record that the process that launched the run is gone, unless an end is recorded already."""
-        if self.read()["status"]["state"] == "running":
-            self.set_status(Status("killed", reason="the process that launched the run was killed"))
 
     def log(self, rank: int) -> Path:
         """Return the file of everything that `rank` prints."""

@@ -47,7 +47,7 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
         name = f"nemo-bench-setup-stage-{cfg.action}"
         scripts.append((slurm.command_script(cfg.cluster, name, command, folder), folder))
     if dry:
-        jobs.show_commands([script for script, _ in scripts])
+        jobs.show_scripts([script for script, _ in scripts])
         return
     jobs.require_sbatch()
     submitted = [jobs.submit_command(*script) for script in scripts]

@@ -47,7 +47,7 @@ def main(run_dir: Path) -> None:
             preemption.listen()
         # After listen(): what is blocked stays blocked in nsys, which Slurm's warning would end.
         nsys.wrap(cfg.profile, run_dir, rank)
-        lifeline.watch(run.set_killed_with_launcher)
+        lifeline.watch()
         if rank == 0:
             write_node(run_dir)
         events.write("importing")

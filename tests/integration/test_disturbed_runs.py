@@ -53,8 +53,9 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_record_says_so(start: C
     run.wait_for_steps(3)
     run.process.kill()
     run.wait_until_ranks_are_gone()
-    wait_for(lambda: run.status()["state"] == "killed", "the record to say killed")
-    assert RunFolder(run.run_dir).status().reason == "the process that launched the run was killed"
+    run.process.wait()
+    status = RunFolder(run.run_dir).status()
+    assert (status.state, status.reason) == ("killed", "the process that launched the run was killed")
     # Still readable: every line that was recorded is whole.
     steps, _ = read_lines(run.run_dir / "steps.jsonl")
     assert [row["step"] for row in steps] == list(range(len(steps)))
