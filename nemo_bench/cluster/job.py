@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,6 @@ from nemo_bench.record.folder import Progress, RunFolder, Status, job_end, tail
 # Slurm may know a job's end before a shared file system shows what the job left.
 SETTLE_S = 10.0
 LOG_LINES = 40
-# The clocks of the submitting machine and of the controller may differ.
-CLOCKS_S = 300
 INCOMPLETE = "INCOMPLETE"  # Slurm's COMPLETED, of a run that ended before its last step
 FAILURES = (*slurm.FAILURES, INCOMPLETE)
 _SLURMS_WORDS = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}
@@ -48,7 +44,7 @@ class Job(SlurmJob[None]):
         self.log = folder / f"slurm-{self.job_id}.out"
 
     def _register_in_watcher(self) -> None:
-        self.registered = bool(self.content.get("id")) and self.content.get("cluster") in (None, slurm.cluster_name())
+        self.registered = bool(self.content.get("id"))
         if self.registered:
             self.watcher.names.add(self.name)
             super()._register_in_watcher()
@@ -77,21 +73,12 @@ class Job(SlurmJob[None]):
 
     def _slurm_state(self) -> str | None:
         info = self.watcher.get_info(self.job_id) if self.registered else {}
-        if not info or not self._is_ours(info):
+        # Ids start over when a controller is installed anew, and other clusters have them too.
+        if not info or not (self.content.get("adopted") or slurm.is_script_of(self.folder, info["Command"])):
             return None
         state = info["State"].split()[0]  # "CANCELLED by 0" is CANCELLED
         # A preempted job that can go on is on its way back: it was submitted with --requeue.
         return "REQUEUED" if state == "PREEMPTED" and self.content.get("requeue", True) else state
-
-    def _is_ours(self, info: Mapping[str, str]) -> bool:
-        """Return whether Slurm speaks of this job: ids start over when a controller is installed anew."""
-        with suppress(KeyError, ValueError):
-            our_time = datetime.fromisoformat(self.content["submitted_at"].replace("Z", "+00:00"))
-            later_s = (datetime.fromisoformat(info["Submit"]).astimezone() - our_time).total_seconds()
-            # By Slurm's account a requeued job was submitted when it was requeued.
-            if later_s < -CLOCKS_S or (later_s > CLOCKS_S and not self.content.get("requeue", True)):
-                return False
-        return info.get("JobName") == self.name
 
     def _read_record(self) -> None:
         run = RunFolder(self.folder)

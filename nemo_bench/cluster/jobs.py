@@ -118,11 +118,12 @@ def submit(script: str, folder: Path, **details: Any) -> Job:
 def adopt(script: str, folder: Path, **details: Any) -> Job:
     """Keep a batch script in `folder` as one that runs in the job that this process is part of."""
     write_text(folder / slurm.SCRIPT, script)
-    return _recorded(folder, os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_JOB_NAME"), details)
+    name = os.environ.get("SLURM_JOB_NAME")
+    return _recorded(folder, os.environ["SLURM_JOB_ID"], name, {"adopted": True, **details})
 
 
 def _recorded(folder: Path, job_id: str | None, name: str | None, details: dict[str, Any]) -> Job:
-    content = {"id": job_id, "cluster": slurm.cluster_name(), "name": name, "submitted_at": record.timestamp()}
+    content = {"id": job_id, "name": name, "submitted_at": record.timestamp()}
     content |= {"command": shlex.join(["python", *sys.argv]), **details}
     write_json(folder / record.JOB, content)
     return Job(folder, content)
@@ -133,11 +134,6 @@ def submitted(stage: Path) -> list[Job]:
     folders = [path.parent for pattern in FOLDERS for path in stage.glob(f"{pattern}/{record.JOB}")]
     contents = [(folder, _content(folder)) for folder in folders]
     contents.sort(key=lambda job: (str(job[1].get("submitted_at")), len(str(job[1].get("id"))), str(job[1].get("id"))))
-    # Of several jobs of one id Slurm knows the last: ids start over when a controller is installed anew.
-    newest = {(content.get("cluster"), content.get("id")): folder for folder, content in contents}
-    for folder, content in contents:
-        if content.get("id") and newest[content.get("cluster"), content["id"]] != folder:
-            content["cluster"] = "before its ids started over"
     jobs = [Job(folder, content) for folder, content in contents]
     for job in jobs:
         job.done()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shlex
@@ -121,15 +120,16 @@ def submit(script: str, folder: Path, name: str) -> str:
 def find(folder: Path, name: str) -> str | None:
     """Return the id of the job whose batch script lies in `folder`, if Slurm has one."""
     rows = _answer("squeue", "-h", "-t", "all", "-n", name, "-o", "%i|%o") or ""
-    ids = [row.partition("|")[0] for row in rows.splitlines() if str(folder / SCRIPT) in row]
+    ids = [row.partition("|")[0] for row in rows.splitlines() if is_script_of(folder, row)]
     return ids[-1] if ids else None
 
 
-@functools.cache
-def cluster_name() -> str | None:
-    """Return the name of the cluster that this machine submits to."""
-    match = re.search(r"^ClusterName\s*= (\S+)", _answer("scontrol", "show", "config") or "", re.MULTILINE)
-    return match[1] if match else None
+def is_script_of(folder: Path, command: str) -> bool:
+    """Return whether a command that Slurm shows is the batch script in `folder`, however its stage folder is reached.
+
+    It tells jobs apart: the name of the folder, or of its parent, holds a date and a random number.
+    """
+    return "/".join([*folder.parts[-2:], SCRIPT]) in command
 
 
 class Books(SlurmInfoWatcher):
@@ -150,12 +150,12 @@ class Books(SlurmInfoWatcher):
     def update(self) -> None:
         self._last_status_check = time.time()
         # By name: squeue fails as a whole over the id of one job that it has forgotten.
-        squeue = _answer("squeue", "-h", "-t", "all", "-n", ",".join(self.names), "-o", "%i|%T|%V|%j")
+        squeue = _answer("squeue", "-h", "-t", "all", "-n", ",".join(self.names), "-o", "%i|%T|%o")
         ids = ",".join(sorted(self._registered))
-        sacct = _answer("sacct", "-n", "-a", "-X", "-P", "-o", "JobID,State,Submit,JobName", "-j", ids)
+        sacct = _answer("sacct", "-n", "-a", "-X", "-P", "-o", "JobID,State,SubmitLine", "-j", ids)
         self.answered = squeue is not None
         for rows in (sacct, squeue):
-            self._info_dict.update(self.read_info(f"JobID|State|Submit|JobName\n{rows or ''}"))
+            self._info_dict.update(self.read_info(f"JobID|State|Command\n{rows or ''}"))
 
 
 def _sbatch(*arguments: str, input: str | None = None) -> tuple[str, bool, str]:

@@ -115,15 +115,14 @@ class Scripts:
         return done.stdout + done.stderr
 
     def submitted(self) -> list[dict[str, Any]]:
-        """`jobs.json` of the last submission."""
-        latest = max(self.stage.glob("submissions/*/jobs.json"), key=lambda path: path.stat().st_mtime_ns)
-        rows: list[dict[str, Any]] = json.loads(latest.read_text())
-        return rows
+        """What `job.json` of each run holds, and its folder; the last submitted comes last."""
+        paths = self.stage.glob("results/*/*/*/*/*/job.json")
+        rows = [{**json.loads(path.read_text()), "folder": path.parent} for path in paths]
+        return sorted(rows, key=lambda row: int(row["id"] or 0))
 
     def last(self) -> tuple[str, Path]:
-        """Job id and run folder of the last submission's only job."""
-        (job,) = self.submitted()
-        return job["job_id"], Path(job["run_dir"])
+        """Job id and run folder of the last submission."""
+        return self.submitted()[-1]["id"], self.submitted()[-1]["folder"]
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from nemo_bench.cli import quoted_path
 from nemo_bench.cluster import jobs
 from nemo_bench.cluster import slurm as slurm_commands
 from nemo_bench.cluster.job import Job
-from nemo_bench.cluster.slurm import Books, cluster_name
+from nemo_bench.cluster.slurm import Books
 from nemo_bench.config import ComposedPoint
 from nemo_bench.errors import BenchError
 from nemo_bench.launch.submission import submit_points
@@ -83,7 +83,6 @@ def submitter(slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Job, "watcher", Books())
-    cluster_name.cache_clear()
     yield Submitter(slurm, tmp_path / "stage")
     slurm.run("scancel", "--partition=closed", check=True)
 

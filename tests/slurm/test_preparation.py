@@ -59,7 +59,6 @@ def test_a_job_a_shard_and_what_was_made(scripts: Scripts, slurm: SlurmCluster, 
     for index in datasets(scripts):
         assert inspect(index.with_suffix(""), vocab_size=1000, read_tokens=True).documents > 20
     assert len(list(scripts.stage.glob("results.data_preparation/*/*/slurm-*.out"))) == 2
-    assert not (scripts.stage / "submissions").exists()
 
     again = scripts.run("prepare_data.py", *SUBMIT, url(server))
     assert again.returncode == 0 and job_ids(again.stdout) == [] and again.stdout.count("made before") == 2

@@ -75,7 +75,6 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(job, "SETTLE_S", -1.0)
     monkeypatch.setattr(jobs, "TICK_S", 0.01)
     monkeypatch.setattr(Job, "watcher", slurm.Books())
-    slurm.cluster_name.cache_clear()
     return cluster
 
 
@@ -86,25 +85,26 @@ def left(folder: Path, job_id: str, *, exit_code: int | None = None, log: str | 
         (folder / f"slurm-{job_id}.out").write_text(log)
 
 
+# How Slurm shows the batch scripts of `Cluster.job("7")`, whatever leads to the stage folder.
+FILL, RUN = "/x/results.stage_setup/folder-7/job.sbatch", "/x/fp8/70b/128/folder-7/job.sbatch"
 TIME_LIMIT = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-24T10:00:00 DUE TO TIME LIMIT ***\n"
 
 
 @pytest.mark.parametrize(
     ("squeue", "sacct", "exit_code", "log", "state"),
     [
-        ("7|RUNNING||fill", None, None, None, "RUNNING"),
-        ("7|RUNNING||fill", "7|PENDING||fill", None, None, "RUNNING"),  # squeue is fresher
-        ("", "7|CANCELLED by 0||fill", None, None, "CANCELLED"),
+        (f"7|RUNNING|{FILL}", None, None, None, "RUNNING"),
+        (f"7|RUNNING|{FILL}", f"7|PENDING|sbatch {FILL}", None, None, "RUNNING"),  # squeue is fresher
+        ("", f"7|CANCELLED by 0|sbatch --parsable {FILL}", None, None, "CANCELLED"),
         ("", None, 0, None, "COMPLETED"),
         ("", None, 3, None, "FAILED"),
         ("", None, None, TIME_LIMIT, "TIMEOUT"),
         ("", None, None, TIME_LIMIT.replace(" DUE TO TIME LIMIT", ""), "CANCELLED"),
         ("", None, None, TIME_LIMIT.replace("TIME LIMIT", "NODE FAILURE"), "NODE_FAIL"),
         ("", None, None, "nothing of note\n", "UNKNOWN"),
-        ("7|RUNNING||somebody-else", None, None, None, "UNKNOWN"),  # ids start over
-        ("7|RUNNING|2020-01-01T00:00:00|fill", None, None, None, "UNKNOWN"),
-        ("7|PREEMPTED||fill", None, None, None, "REQUEUED"),
-        ("70|RUNNING||fill", None, None, None, "UNKNOWN"),
+        ("7|RUNNING|/home/somebody/else.sh", None, None, None, "UNKNOWN"),  # ids start over
+        (f"7|PREEMPTED|{FILL}", None, None, None, "REQUEUED"),
+        (f"70|RUNNING|{FILL}", None, None, None, "UNKNOWN"),
     ],
 )
 def test_a_jobs_state(
@@ -153,15 +153,15 @@ NOT_BEGUN = "no first step for 60 min: the end of rank 0's log says where it sta
 @pytest.mark.parametrize(
     "row",
     [
-        ("7|RUNNING||fill", None, None, 12, 100, "RUNNING", None),
-        ("7|RUNNING||fill", None, None, 12, 3600, "RUNNING", STOPPED),
-        ("7|RUNNING||fill", None, None, 50, 3600, "RUNNING", None),
-        ("7|RUNNING||fill", None, None, 0, 3600, "RUNNING", NOT_BEGUN),
-        ("7|RUNNING||fill", None, None, 0, 100, "RUNNING", None),
+        (f"7|RUNNING|{RUN}", None, None, 12, 100, "RUNNING", None),
+        (f"7|RUNNING|{RUN}", None, None, 12, 3600, "RUNNING", STOPPED),
+        (f"7|RUNNING|{RUN}", None, None, 50, 3600, "RUNNING", None),
+        (f"7|RUNNING|{RUN}", None, None, 0, 3600, "RUNNING", NOT_BEGUN),
+        (f"7|RUNNING|{RUN}", None, None, 0, 100, "RUNNING", None),
         ("", 0, None, 50, 3600, "COMPLETED", None),
         # A rank, or the whole step, that ends with 0 too early.
         ("", 0, None, 4, 0, "INCOMPLETE", "its ranks ended with exit status 0 at step 4 of 50"),
-        ("7|COMPLETED||fill", 0, None, 0, 0, "INCOMPLETE", "its ranks ended with exit status 0 at step 0 of 50"),
+        (f"7|COMPLETED|{RUN}", 0, None, 0, 0, "INCOMPLETE", "its ranks ended with exit status 0 at step 0 of 50"),
         ("", None, TIME_LIMIT, 31, 0, "TIMEOUT", "CANCELLED AT 2026-11-24T10:00:00 DUE TO TIME LIMIT"),
         ("", 1, "srun: error: n2: task 1: Killed\n", 4, 0, "FAILED", "srun: error: n2: task 1: Killed"),
         ("", 2, "", 4, 0, "FAILED", "exit status 2"),
@@ -179,14 +179,11 @@ def test_a_runs_state_and_the_reason_for_it(cluster: Cluster, row: tuple[Any, ..
     assert (job.state, job.reason, job.progress.steps) == (state, reason, steps)
 
 
-def test_of_two_jobs_of_one_id_slurm_means_the_last_and_of_other_clusters_none(cluster: Cluster) -> None:
-    cluster.says("scontrol", "ClusterName             = here\n")
-    old = cluster.job("7", submitted_at="2026-01-01T00:00:00Z", cluster="here")
-    old.rename(old.with_name("old"))
-    cluster.job("7", cluster="here")
-    cluster.job("8", cluster="there", submitted_at="2026-01-02T00:00:00Z")
-    cluster.says("squeue", "7|RUNNING||fill\n8|RUNNING||fill\n")
-    assert [job.state for job in cluster.jobs()] == ["UNKNOWN", "UNKNOWN", "RUNNING"]
+def test_of_two_jobs_of_one_id_slurm_means_the_one_whose_script_it_runs(cluster: Cluster) -> None:
+    cluster.job("7", submitted_at="2026-01-01T00:00:00Z").rename(cluster.stage / "results.stage_setup/old")
+    cluster.job("7")
+    cluster.says("squeue", f"7|RUNNING|{FILL}")
+    assert [job.state for job in cluster.jobs()] == ["UNKNOWN", "RUNNING"]
     assert jobs.find(cluster.jobs(), "7", cluster.stage).active
 
 
