@@ -24,7 +24,6 @@ from nemo_bench.cli import quoted_path
 from nemo_bench.cluster import slurm
 from nemo_bench.cluster.job import Job
 from nemo_bench.cluster.request import slurm_rules
-from nemo_bench.config import ClusterConfig
 from nemo_bench.errors import BenchError, ConfigurationRefused, Need, RunFailed
 from nemo_bench.files import explained_disk_errors, write_json, write_text
 from nemo_bench.project import PROJECT
@@ -37,24 +36,22 @@ FOLDERS = ("results/*/*/*/*/*", "results.data_preparation/*/*", "results.stage_s
 TICK_S = 1.0
 
 
-def require_slurm(cluster: ClusterConfig) -> None:
-    if cluster.scheduler != "slurm":
-        raise BenchError(f"cluster={cluster.name}: hydra/launcher=submitit_slurm needs cluster=slurm")
+def require_slurm(cfg: Any) -> None:
+    """Raise BenchError where the jobs of a configuration cannot be submitted."""
+    if cfg.cluster.scheduler != "slurm":
+        raise BenchError(f"cluster={cfg.cluster.name}: hydra/launcher=submitit_slurm needs cluster=slurm")
+    if cfg.launch != "dry" and shutil.which("sbatch") is None:
+        others = "without hydra/launcher=... (train.py: and with scale=local) it is done here"
+        login = "sbatch is not on this machine: submit from a login node of the cluster."
+        raise BenchError(f"{login}\nlaunch=dry prints the scripts; {others}")
 
 
 def check_command(cfg: Any) -> None:
     """Raise BenchError if the configuration of a command, not of a run, asks Slurm for what it cannot give."""
-    require_slurm(cfg.cluster)
+    require_slurm(cfg)
     slurm_rules(cfg, need := Need(cfg))
     if need.problems:
         raise ConfigurationRefused(need.problems)
-
-
-def require_sbatch() -> None:
-    if shutil.which("sbatch") is None:
-        others = "without hydra/launcher=... (train.py: and with scale=local) it is done here"
-        login = "sbatch is not on this machine: submit from a login node of the cluster."
-        raise BenchError(f"{login}\nlaunch=dry prints the scripts; {others}")
 
 
 def show_scripts(scripts: Sequence[str], texts: Sequence[str] = ()) -> None:
@@ -106,13 +103,9 @@ def submit(script: str, folder: Path, **details: Any) -> Job:
         (folder / record.JOB).unlink()
         raise
     try:
-        write_json(folder / record.JOB, {**job.content, "id": job_id})
+        return _recorded(folder, job_id, job.name, details)
     except OSError as error:
-        message = f"job {job_id} was submitted, then: {error}\n`scancel {job_id}` takes it back"
-        raise BenchError(message) from None
-    job = Job(folder, {**job.content, "id": job_id})
-    job.state = "PENDING"
-    return job
+        raise BenchError(f"job {job_id} was submitted, then: {error}\n`scancel {job_id}` takes it back") from None
 
 
 def adopt(script: str, folder: Path, **details: Any) -> Job:

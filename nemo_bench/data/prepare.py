@@ -62,7 +62,6 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
         jobs.show_scripts([script for script, _ in scripts])
         return
     if scripts:
-        jobs.require_sbatch()
         submitted = [jobs.submit_command(*script) for script in scripts]
         if not wait:
             print("python prepare_data.py check reads back what they make; python jobs.py lists them")

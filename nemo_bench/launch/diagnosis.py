@@ -37,9 +37,8 @@ _ABORT = re.compile(r"ProcessGroupNCCL|TCPStore|^\s*frame #|terminate called|wha
 class Diagnosis:
     """What the user reads of a failed run."""
 
-    cause: str | None  # None if it is not known
+    reason: str | None  # the cause, if it is known; else the first error's own words; None without any
     advice: list[str]  # what to do, then the first error and its log
-    error_line: str = ""
     refused: bool = False  # the rank said itself what is wrong: a BenchError
 
 
@@ -62,12 +61,14 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
     paths = {number: run.log(number) for number in range(cfg.world_size)}
     logs = {number: "\n".join(tail(path, LOG_LINES)) for number, path in paths.items() if path.exists()}
     first = first_error(run.path, rank)
-    text = first.text if first else ""
-    if error is not None and not (first and first.killed):
-        text = f"{error['type']}: {error['message']}"
-    lines = explain(cfg, text, logs) or []
-    last = [f"first error, in {first.log}: {first.line}"] if first else []
-    return Diagnosis(lines[0] if lines else None, lines[1:] + last, first.line if first else "")
+    own_words, text = (first.line, first.text) if first else (None, "")
+    raised = error if error is not None and not (first and first.killed) else None
+    if raised is not None:
+        own_words, text = str(raised["message"]).strip().partition("\n")[0], f"{raised['type']}: {raised['message']}"
+    reason, *advice = explain(cfg, text, logs) or [own_words]
+    if first:
+        advice.append(f"first error, in {first.log}: {first.line}")
+    return Diagnosis(f"{raised['type']}: {reason}" if raised is not None else reason, advice)
 
 
 def failure_text(run_dir: Path) -> str:
@@ -78,9 +79,8 @@ def failure_text(run_dir: Path) -> str:
         diagnosis = diagnose(load(run_dir / CONFIG), run, int(error["rank"]) if error else None, error)
     except (BenchError, OSError, ValueError) as problem:  # a full disk may have cut the record off
         return f"unreadable record: {problem}"
-    own_words = f"rank {error['rank']} on {error['host']}: {error['type']}: {error['message']}" if error else None
-    explained = [] if diagnosis.refused else [diagnosis.cause, *diagnosis.advice]
-    return "\n".join(filter(None, [own_words, *explained]))
+    where = f"rank {error['rank']} on {error['host']}: " if error else ""
+    return "\n".join([f"{where}{diagnosis.reason or ''}", *diagnosis.advice])
 
 
 def explain(cfg: TrainConfig, text: str, logs: Mapping[int, str]) -> list[str] | None:

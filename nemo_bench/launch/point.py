@@ -7,10 +7,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,7 +20,7 @@ from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
 from nemo_bench.files import dated_name
 from nemo_bench.launch.batch_script import rank_environment
-from nemo_bench.launch.diagnosis import Diagnosis, diagnose
+from nemo_bench.launch.diagnosis import diagnose
 from nemo_bench.launch.plan import plan, rank_plan, results_dir
 from nemo_bench.record.folder import RunFolder, Status, tail
 
@@ -123,25 +122,17 @@ def record_failure(cfg: TrainConfig, run: RunFolder, outcome: processes.Outcome)
     error = next(errors, None) if outcome.exit_code > 0 else None  # no exception causes a signal
     rank = int(error["rank"]) if error else outcome.failed_rank or 0
     diagnosis = diagnose(cfg, run, rank, error)
-    reason = _reason(outcome.exit_code, error, diagnosis)
+    code, reason = outcome.exit_code, diagnosis.reason
+    if error is None:
+        how = f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        how += " (from outside, or by the kernel for want of memory: `dmesg` says)" if code == -signal.SIGKILL else ""
+        reason = f"{how}: {reason}" if reason else how
     if shutil.disk_usage(run.path).free < FULL_DISK_BYTES:
         # A rank may have had no room left to say it.
         reason = f"no space left on the disk of {cfg.stage_path}: free some, or set STAGE_PATH ({reason})"
-    state = "killed" if outcome.exit_code < 0 else "failed"
-    run.set_status(Status(state, exit_code=outcome.exit_code, reason=reason, rank=rank))
+    run.set_status(Status("killed" if code < 0 else "failed", exit_code=code, reason=reason, rank=rank))
     message = [f"rank {rank} of {cfg.world_size} failed: {reason}", *(f"  {line}" for line in diagnosis.advice)]
     if not diagnosis.refused:
         last_lines = tail(run.log(rank), LOG_TAIL_LINES)
         message += [f"the last lines of {run.log(rank)}:", *(f"  | {line}" for line in last_lines)]
     return "\n".join(message)
-
-
-def _reason(exit_code: int, error: Mapping[str, Any] | None, diagnosis: Diagnosis) -> str:
-    if error is not None:
-        cause = diagnosis.cause or str(error["message"]).strip().partition("\n")[0]
-        return cause if diagnosis.refused else f"{error['type']}: {cause}"
-    how = f"exit status {exit_code}" if exit_code >= 0 else f"killed by {signal.Signals(-exit_code).name}"
-    cause = diagnosis.cause or diagnosis.error_line
-    if -exit_code == signal.SIGKILL and not cause:
-        cause = "from outside, or by the kernel for want of memory (`dmesg` says)"
-    return f"{how}: {cause}" if cause else how

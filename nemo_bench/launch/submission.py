@@ -54,7 +54,7 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     """
     configs = [typed(point.config) for point in points]
     for cfg in configs:
-        jobs.require_slurm(cfg.cluster)
+        jobs.require_slurm(cfg)
     dry = any(cfg.launch == "dry" for cfg in configs)
     broken = [problems(cfg) for cfg in configs]
     # launch=dry also serves to plan on a laptop, which has no stage folder: it lists what is missing.
@@ -69,7 +69,6 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
         ]
         jobs.show_scripts(scripts, texts)
         return
-    jobs.require_sbatch()
     prepared = [prepare_data(cfg) for cfg in configs]
     submitted = _submit_all([pair for pair in zip(points, prepared) for _ in range(pair[1].repeats)])
     console = make_console()

@@ -56,12 +56,11 @@ def submit_checks(points: list[ComposedPoint], *, wait: bool) -> None:
     """Submit a job for each configuration, and with `wait` follow them; RunFailed, then, where there are findings."""
     configs = [_checked(each.config) for each in points]
     for cfg in configs:
-        jobs.require_slurm(cfg.cluster)
+        jobs.require_slurm(cfg)
     if any(cfg.launch == "dry" for cfg in configs):
         folder = Path(configs[0].stage_path, CHECKS, "<folder>")
         jobs.show_scripts([batch_script(cfg, folder, rank_command) for cfg in configs])
         return
-    jobs.require_sbatch()
     submitted = []
     for cfg in configs:
         folder = new_folder(cfg)

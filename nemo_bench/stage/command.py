@@ -49,7 +49,6 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
     if dry:
         jobs.show_scripts([script for script, _ in scripts])
         return
-    jobs.require_sbatch()
     submitted = [jobs.submit_command(*script) for script in scripts]
     print("`python setup_stage.py check` shows what exists; `python jobs.py` lists the jobs", flush=True)
     if wait:

@@ -194,7 +194,7 @@ LOG_END = "the last lines of {log}:\n  | one\n  | two"
     [
         (1, BenchError("NVIDIA A100 has no fp8\nuse precision=bf16"), "NVIDIA A100 has no fp8\n  use precision=bf16"),
         (1, ValueError("no such thing\nat all"), f"ValueError: no such thing\n{LOG_END}"),
-        (-9, None, f"killed by SIGKILL: from outside, or by the kernel for want of memory (`dmesg` says)\n{LOG_END}"),
+        (-9, None, f"killed by SIGKILL (from outside, or by the kernel for want of memory: `dmesg` says)\n{LOG_END}"),
         (3, None, f"exit status 3\n{LOG_END}"),
     ],
 )

@@ -220,7 +220,7 @@ def test_at_80_columns_no_value_breaks_and_square_brackets_are_printed(cluster: 
 def test_an_interrupted_submission_is_found_by_its_script(cluster: Cluster) -> None:
     folder = cluster.job(None)
     assert "UNKNOWN: its submission was interrupted" in cluster.listing() and not cluster.jobs()[0].active
-    cluster.says("squeue", f"9|{folder}/job.sbatch\n")
+    cluster.says("squeue", f"9|PENDING|{folder}/job.sbatch\n")
     (job,) = cluster.jobs()
     assert job.job_id == "9" and json.loads((folder / "job.json").read_text())["id"] == "9"
 
