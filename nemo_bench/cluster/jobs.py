@@ -69,19 +69,15 @@ def show_scripts(scripts: Sequence[str], texts: Sequence[str] = ()) -> None:
 
 
 def repeated_command(script: str, overrides: list[str], stage: str, *more: str) -> list[str]:
-    """Return the command that does in a job what these overrides, and more, ask of a script of this project.
-
-    Slurm runs it in our working folder, where relative paths mean the same.
-    """
-    # These concern the submission alone, or are given as this process sees them.
-    dropped = re.compile(r"\+*(cluster|launch|stage_path|wait)\b")
-    kept = [text for text in overrides if not dropped.match(text)]
-    stage_path = f"stage_path={quoted_path(stage)}"
-    return [sys.executable, "-u", str(PROJECT / script), "cluster=local", *kept, *more, stage_path]
+    """Return the command that does in a job, in our working folder, what these overrides, and more, ask of a script."""
+    # What concerns the submission alone, or is given as this process sees it, is left out.
+    kept = [text for text in overrides if not re.match(r"\+*(cluster|launch|stage_path|wait)\b", text)]
+    command = [sys.executable, "-u", str(PROJECT / script), "cluster=local"]
+    return [*command, *kept, *more, f"stage_path={quoted_path(stage)}"]
 
 
 def submit_command(script: str, folder: Path, **details: Any) -> Job:
-    """Submit the batch script of a command as the job of a new folder, and say so. `details`: see `submit`."""
+    """Submit the batch script of a command as the job of a new folder, and say so."""
     with explained_disk_errors(folder.parents[1], "choose another stage folder (STAGE_PATH, or stage_path=...)"):
         folder.mkdir(parents=True)
         job = submit(script, folder, **details)
@@ -153,19 +149,18 @@ def find(jobs: Sequence[Job], job_id: str, stage: Path) -> Job:
     for job in reversed(jobs):
         if job.job_id == job_id:
             return job
-    last = ", ".join(job.job_id for job in jobs[-12:]) or "none"
-    hint = "--stage (or STAGE_PATH) names another stage folder"
-    raise BenchError(f"no job {job_id} was submitted from {stage}; the last ones: {last}\n{hint}")
+    hint = "python jobs.py lists them; --stage (or STAGE_PATH) names another stage folder"
+    raise BenchError(f"no job {job_id} was submitted from {stage}\n{hint}")
 
 
 def cancel(jobs: Iterable[Job]) -> list[str]:
     """Cancel the jobs that are still active and return their ids; raise BenchError if scancel refuses."""
     active = [job for job in jobs if job.active]
-    for job in active:
-        try:
+    try:
+        for job in active:
             job.cancel()
-        except subprocess.CalledProcessError:
-            raise BenchError(f"scancel {job.job_id} failed") from None
+    except subprocess.CalledProcessError as error:
+        raise BenchError(f"{shlex.join(error.cmd)} failed") from None
     return [job.job_id for job in active]
 
 

@@ -46,8 +46,7 @@ class FirstError:
 def first_ending(run_dir: Path) -> FirstError | None:
     """Return srun's line about the rank that ended first; None if there is none, or several ended at once."""
     for log in _job_log(run_dir):
-        text = read_end(log)
-        ending = _ENDING.search(text)
+        ending = _ENDING.search(text := read_end(log))
         if ending and ending["rank"]:
             killed = ending["ending"].startswith(("Killed", "Out Of Memory"))
             if killed or not ending["others"]:
@@ -63,9 +62,8 @@ def first_error(run_dir: Path, rank: int | None = None) -> FirstError | None:
     ending = first_ending(run_dir)
     if ending and ending.killed:
         return ending
-    if rank is not None:
-        logs = [run_dir / f"rank{rank}.out", *_job_log(run_dir)]
-    else:
+    logs = [run_dir / f"rank{rank}.out", *_job_log(run_dir)]
+    if rank is None:
         first_log = f"rank{ending.rank if ending else 0}.out"
         rank_logs = sorted(by_number(run_dir.glob("rank*.out")), key=lambda path: path.name != first_log)
         logs = [*_job_log(run_dir), *rank_logs]

@@ -60,12 +60,12 @@ class Progress:
     @property
     def stall(self) -> str | None:
         """That steps have stopped: no step for ten step times, and a minute, is worth a word."""
-        if self.step_time_s is None:
-            text = f"no first step for {self.age_s / 60:,.0f} min: the end of rank 0's log says where it stands"
-            return text if self.age_s > SILENCE_S else None
-        if self.age_s < max(10 * self.step_time_s, 60):
-            return None
-        return f"no step for {self.age_s / 60:,.0f} min, and the last took {self.step_time_s:.3g} s"
+        minutes = f"{self.age_s / 60:,.0f} min"
+        if self.step_time_s is None and self.age_s > SILENCE_S:
+            return f"no first step for {minutes}: the end of rank 0's log says where it stands"
+        if self.step_time_s is not None and self.age_s > max(10 * self.step_time_s, 60):
+            return f"no step for {minutes}, and the last took {self.step_time_s:.3g} s"
+        return None
 
 
 def job_end(folder: Path) -> Status | None:
@@ -173,19 +173,16 @@ class RunFolder:
 
     def write_rank_error(self, rank: int, error: BaseException) -> None:
         """Record the exception that ended `rank`, for the launching process to show."""
-        content = {"rank": rank, "host": socket.gethostname(), "time": time.time()}
-        content |= {"type": type(error).__name__, "message": str(error)}
-        write_json(self.path / f"rank{rank}.error.json", content)
+        what = {"type": type(error).__name__, "message": str(error), "time": time.time()}
+        write_json(self.path / f"rank{rank}.error.json", {"rank": rank, "host": socket.gethostname(), **what})
 
     def rank_errors(self) -> list[dict[str, Any]]:
         """Return all ranks' exceptions, the earliest first: by srun's word, else by the hosts' clocks."""
-        errors = []
+        errors, ending = [], first_ending(self.path)
         for path in self.path.glob("rank*.error.json"):
             with contextlib.suppress(OSError, ValueError):  # a full disk may have cut it off
                 errors.append(read_object(path))
-        ending = first_ending(self.path)
-        first = ending.rank if ending else None
-        return sorted(errors, key=lambda error: (error["rank"] != first, float(error["time"])))
+        return sorted(errors, key=lambda error: (not ending or error["rank"] != ending.rank, float(error["time"])))
 
     def write_step(self, row: dict[str, Any]) -> None:
         """Append a line to `steps.jsonl`, with `time`: seconds since 1970 at the end of the step."""
