@@ -48,10 +48,10 @@ def require_slurm(cfg: Any) -> None:
 
 def check_command(cfg: Any) -> None:
     """Raise BenchError if the configuration of a command, not of a run, asks Slurm for what it cannot give."""
-    require_slurm(cfg)
     slurm_rules(cfg, need := Need(cfg))
     if need.problems:
         raise ConfigurationRefused(need.problems)
+    require_slurm(cfg)
 
 
 def show_scripts(scripts: Sequence[str], texts: Sequence[str] = ()) -> None:
@@ -149,8 +149,9 @@ def find(jobs: Sequence[Job], job_id: str, stage: Path) -> Job:
     for job in reversed(jobs):
         if job.job_id == job_id:
             return job
-    hint = "python jobs.py lists them; --stage (or STAGE_PATH) names another stage folder"
-    raise BenchError(f"no job {job_id} was submitted from {stage}\n{hint}")
+    last = ", ".join(job.job_id for job in jobs[-12:]) or "none"
+    hint = "--stage (or STAGE_PATH) names another stage folder"
+    raise BenchError(f"no job {job_id} was submitted from {stage}; the last ones: {last}\n{hint}")
 
 
 def cancel(jobs: Iterable[Job]) -> list[str]:

@@ -24,11 +24,6 @@ LOG_LINES = 600  # of a log's end, which holds a C++ stack trace of each process
 
 # torch's words in the log of a rank that saw a time-out; others are told of it before torch ends them.
 _TIMEOUT, _TOLD = "Watchdog caught collective operation timeout", "Received a dump signal due to a collective timeout"
-# torch 2.3 and 2.4: [PG 1 Rank 0]; later [PG ID 0 PG GUID 0(default_pg) Rank 0]. That rank is within the process group.
-_ENQUEUED = re.compile(
-    r"\[PG (?:ID \d+ PG GUID )?(?P<group>[^\s\]]+) Rank \d+\].*?detected by watchdog at work(?: sequence id)?: \d+"
-    r".*?last enqueued (?:NCCL )?work: (?P<number>-?\d+)"
-)
 # Lines that end a log without saying what the rank was doing.
 _ABORT = re.compile(r"ProcessGroupNCCL|TCPStore|^\s*frame #|terminate called|what\(\):|most recent call first|^\s*$")
 
@@ -137,12 +132,6 @@ def _ranks_that_waited(cfg: TrainConfig, logs: Mapping[int, str]) -> list[str]:
     if silent := sorted(set(range(cfg.world_size)) - {*reported}):
         lines.append(f"not reported by {_ranks(silent)}, for which the others may have waited: look there first")
         return lines + [f"  rank{rank}.out ends: {_last_line(logs.get(rank, ''))}" for rank in silent[:3]]
-    works = {rank: work for rank, log in logs.items() if (work := _ENQUEUED.search(log))}
-    most: dict[str, int] = {}  # the last collective that any rank of a process group has begun
-    for work in works.values():
-        most[work["group"]] = max(most.get(work["group"], -1), int(work["number"]))
-    if behind := sorted(rank for rank, work in works.items() if int(work["number"]) < most[work["group"]]):
-        return [*lines, f"{_ranks(behind)} had begun fewer collectives than the others: look there first"]
     return [*lines, "all ranks reported it: the network or a GPU is a likelier cause than one process"]
 
 

@@ -53,14 +53,14 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
     Raises BenchError if a point is refused, by our checks (then none was submitted) or by the scheduler.
     """
     configs = [typed(point.config) for point in points]
-    for cfg in configs:
-        jobs.require_slurm(cfg)
     dry = any(cfg.launch == "dry" for cfg in configs)
     broken = [problems(cfg) for cfg in configs]
     # launch=dry also serves to plan on a laptop, which has no stage folder: it lists what is missing.
     refused = [[problem for problem in of_point if not (dry and problem.missing)] for of_point in broken]
     if any(refused):
         raise BenchError(_all_problems([point.name for point in points], refused))
+    for cfg in configs:
+        jobs.require_slurm(cfg)
     if dry:
         scripts = [batch_script(cfg, results_dir(cfg) / "<run>") for cfg in configs]
         texts = [
