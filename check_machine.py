@@ -12,10 +12,7 @@ app = cli.Application(TrainConfig)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="check_machine")
 def main(cfg: DictConfig) -> None:
-    # Imported here: composing and printing a configuration needs none of it.
-    from nemo_bench.machine.command import run_check
-
-    app.guard(run_check, cfg)
+    app.guard("nemo_bench.machine.command", "run_check", cfg)
 
 
 if __name__ == "__main__":

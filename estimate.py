@@ -12,9 +12,7 @@ app = cli.Application(EstimateConfig)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="estimate")
 def main(cfg: DictConfig) -> None:
-    from nemo_bench.planning.command import run_estimate
-
-    app.guard(run_estimate, cfg)
+    app.guard("nemo_bench.planning.command", "run_estimate", cfg)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ app = cli.Application(PreparationConfig)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
-    from nemo_bench.data.prepare import run_preparation
-
-    app.guard(run_preparation, cfg)
+    app.guard("nemo_bench.data.prepare", "run_preparation", cfg)
 
 
 if __name__ == "__main__":

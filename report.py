@@ -14,9 +14,7 @@ app = cli.Application(ReportConfig)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="report")
 def main(cfg: DictConfig) -> None:
-    from nemo_bench.report.command import run_report
-
-    app.guard(run_report, cfg)
+    app.guard("nemo_bench.report.command", "run_report", cfg)
 
 
 if __name__ == "__main__":

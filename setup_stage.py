@@ -12,9 +12,7 @@ app = cli.Application(StageConfig)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="setup_stage")
 def main(cfg: DictConfig) -> None:
-    from nemo_bench.stage.command import run_stage
-
-    app.guard(run_stage, cfg)
+    app.guard("nemo_bench.stage.command", "run_stage", cfg)
 
 
 if __name__ == "__main__":

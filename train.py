@@ -15,9 +15,7 @@ app = cli.Application(TrainConfig)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    from nemo_bench.launch.submission import start_point
-
-    app.guard(start_point, cfg)
+    app.guard("nemo_bench.launch.submission", "start_point", cfg)
 
 
 def start() -> None:

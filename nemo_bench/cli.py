@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,10 +47,13 @@ class Application:
             sys.stdout.flush()
         sys.exit(self.exit_code)
 
-    def guard(self, task: Callable[[Any], object], argument: Any) -> None:
-        """Run the task of one point. A sweep continues with its other points after an error that the user can fix."""
+    def guard(self, module: str, task: str, argument: Any) -> None:
+        """Run the task of one point. A sweep continues with its other points after an error that the user can fix.
+
+        Its module is imported here: composing and printing a configuration needs none of it.
+        """
         with self._messages():
-            task(argument)
+            getattr(import_module(module), task)(argument)
 
     @contextmanager
     def _messages(self) -> Iterator[None]:

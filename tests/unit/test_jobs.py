@@ -185,7 +185,7 @@ def test_of_two_jobs_of_one_id_slurm_means_the_one_whose_script_it_runs(cluster:
     cluster.says("squeue", f"7|RUNNING|{FILL}")
     assert [job.state for job in cluster.jobs()] == ["UNKNOWN", "RUNNING"]
     assert jobs.find(cluster.jobs(), "7", cluster.stage).active
-    with pytest.raises(BenchError, match="no job 99 was submitted from .*; the last ones: 7, 7"):
+    with pytest.raises(BenchError, match=r"no job 99 was submitted from .*; the last ones: 7, 7"):
         jobs.find(cluster.jobs(), "99", cluster.stage)
 
 
