@@ -32,7 +32,7 @@ _ABORT = re.compile(r"ProcessGroupNCCL|TCPStore|^\s*frame #|terminate called|wha
 class Diagnosis:
     """What the user reads of a failed run."""
 
-    reason: str | None  # the cause, if it is known; else the first error's own words; None without any
+    reason: str  # the cause, if it is known; else the first error's own words, if there are any
     advice: list[str]  # what to do, then the first error and its log
     refused: bool = False  # the rank said itself what is wrong: a BenchError
 
@@ -56,7 +56,7 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
     paths = {number: run.log(number) for number in range(cfg.world_size)}
     logs = {number: "\n".join(tail(path, LOG_LINES)) for number, path in paths.items() if path.exists()}
     first = first_error(run.path, rank)
-    own_words, text = (first.line, first.text) if first else (None, "")
+    own_words, text = (first.line, first.text) if first else ("", "")
     raised = error if error is not None and not (first and first.killed) else None
     if raised is not None:
         own_words, text = str(raised["message"]).strip().partition("\n")[0], f"{raised['type']}: {raised['message']}"
@@ -75,7 +75,7 @@ def failure_text(run_dir: Path) -> str:
     except (BenchError, OSError, ValueError) as problem:  # a full disk may have cut the record off
         return f"unreadable record: {problem}"
     where = f"rank {error['rank']} on {error['host']}: " if error else ""
-    return "\n".join([f"{where}{diagnosis.reason or ''}", *diagnosis.advice])
+    return "\n".join([f"{where}{diagnosis.reason}", *diagnosis.advice])
 
 
 def explain(cfg: TrainConfig, text: str, logs: Mapping[int, str]) -> list[str] | None:

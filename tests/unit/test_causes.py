@@ -56,7 +56,7 @@ def test_a_known_cause_is_named_with_the_first_errors_line_and_file(
     with open(tmp_path / "slurm-12.out", "a") as job_log:
         job_log.write(AFTER)
     diagnosis = diagnosed(cfg, tmp_path)
-    assert diagnosis.reason is not None and row["cause"] in diagnosis.reason and "$" not in diagnosis.reason
+    assert row["cause"] in diagnosis.reason and "$" not in diagnosis.reason
     assert len(diagnosis.advice) >= 2 and "$" not in diagnosis.advice[0]
     assert diagnosis.advice[-1] == f"first error, in {log}: {text.splitlines()[-1].removeprefix('[rank1]:')}"
 
@@ -66,7 +66,7 @@ def test_an_unknown_cause_keeps_its_own_words(row: dict[str, Any], cfg: TrainCon
     for name, text in row["logs"].items():
         (tmp_path / name).write_text(BOOST + expanded(text))
     diagnosis = diagnosed(cfg, tmp_path)
-    assert diagnosis.reason is not None and row["line"] in diagnosis.reason
+    assert row["line"] in diagnosis.reason
     assert diagnosis.advice == [f"first error, in {tmp_path / next(iter(row['logs']))}: {diagnosis.reason}"]
 
 
@@ -75,7 +75,7 @@ def test_a_killed_rank_comes_before_the_exceptions_that_it_caused(cfg: TrainConf
     (tmp_path / "slurm-12.out").write_text("srun: error: n2: task 1: Killed\n" + AFTER)
     cfg.stage_path = str(tmp_path)
     error = {"rank": 0, "type": "RuntimeError", "message": "Connection closed by peer"}
-    assert (diagnose(cfg, RunFolder(tmp_path), 0, error).reason or "").startswith("rank 1 on n2 was killed")
+    assert (diagnose(cfg, RunFolder(tmp_path), 0, error).reason).startswith("rank 1 on n2 was killed")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_user_adds_causes_that_come_first_and_a_bad_table_hides_nothing(
     (tmp_path / "slurm-12.out").write_text("slurmstepd: error: execve(): /x/python: No such file or directory\n")
     (tmp_path / "causes.yaml").write_text(table)
     diagnosis = diagnosed(cfg, tmp_path)
-    assert (diagnosis.reason or "").startswith(cause) and any(advice in line for line in diagnosis.advice)
+    assert diagnosis.reason.startswith(cause) and any(advice in line for line in diagnosis.advice)
 
 
 def test_every_entry_says_what_to_do_and_where_it_comes_from() -> None:

@@ -189,7 +189,7 @@ def test_what_is_not_explained_keeps_its_own_words(
 def test_a_job_that_left_no_exception_is_explained_from_its_logs(run: RunFolder, eight: TrainConfig) -> None:
     """A rank that a signal ended in a Slurm job: only the logs tell which one it was."""
     for rank in (0, None):
-        assert diagnose(eight, run, rank, None) == Diagnosis(None, [])
+        assert diagnose(eight, run, rank, None) == Diagnosis("", [])
     for rank in range(8):
         run.log(rank).write_text("step 12\n" if rank == 0 else timed_out(rank))
     run.set_status(Status("submitted"))
