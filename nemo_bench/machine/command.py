@@ -42,7 +42,7 @@ def run_check(raw: DictConfig) -> None:
     rank = rank_command(cfg, folder, sys.executable)
     ranks = processes.started(rank, rank_environment(cfg, os.environ), folder, cfg.trainer.devices)
     with processes.termination_raises(), ranks as group:
-        while group.poll() is None:
+        while group.processes[0].poll() is None:  # it tells of the others
             time.sleep(0.05)
     if not (folder / CHECK).is_file():
         raise RunFailed(f"the check did not end; the ranks' logs are in {folder}")

@@ -34,7 +34,8 @@ class Coordinator:
     def __init__(self, world_size: int, limit_s: float) -> None:
         self.world_size, self.end_s = world_size, time.monotonic() + limit_s
         self._writers: dict[int, asyncio.StreamWriter] = {}
-        self._heard_s: dict[int, float] = {}  # -inf: its connection has ended
+        self._heard_s: dict[int, float] = {}
+        self._ended: list[int] = []  # the first first: where one ends, its launcher ends the others
         self._answers: dict[int, dict[str, Any]] = {}
 
     async def server(self, port: int) -> asyncio.Server:
@@ -64,7 +65,7 @@ class Coordinator:
         """Return the ranks that are to blame: others fail or wait for those that have ended or are silent."""
         waiting, now = sorted(set(range(self.world_size)) - self._answers.keys()), time.monotonic()
         silences_s = {rank: now - self._heard_s.get(rank, now) for rank in waiting}
-        ended = {rank: "ended without an answer" for rank, silence_s in silences_s.items() if silence_s == math.inf}
+        ended = {rank: "ended without an answer" for rank in self._ended[:1]}
         words = f"silent for {SILENCE_S:.0f} s: stopped, or its node hangs"
         silent = {rank: words for rank, silence_s in silences_s.items() if silence_s > SILENCE_S}
         failed = {rank: answer["error"] for rank, answer in self._answers.items() if "error" in answer}
@@ -79,7 +80,8 @@ class Coordinator:
                 self._writers[rank], self._heard_s[rank] = writer, time.monotonic()
                 if content:
                     self._answers[rank] = content
-        self._heard_s[rank] = -math.inf
+        if rank >= 0:
+            self._ended.append(rank)
 
 
 def serve(place: tuple[str, int], rank: int, make: Callable[[], Any], limit_s: float) -> None:

@@ -41,6 +41,7 @@ def main(folder: Path) -> int:
     measuring = 0 if rank else os.fork()
     lifeline.watch()
     if measuring:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun's, where a rank has ended: this is to tell of it
         evidence = asyncio.run(coordinate(cfg, place[1]))
         content = findings.conclude(evidence, folder)
         write_text(folder / EVIDENCE, json.dumps(evidence.content()) + "\n")
