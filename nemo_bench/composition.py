@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import difflib
-import functools
 import math
 import os
 import re
 import shlex
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 
 from hydra.core.config_store import ConfigStore
@@ -57,15 +53,7 @@ def first_set(*variables: str) -> str | None:
     return None if value == "null" else value
 
 
-@functools.cache
-def temporary_folder() -> str:
-    """Return a folder that is removed when this process ends, for what Hydra's sweeper writes about a sweep."""
-    folder = tempfile.mkdtemp(prefix="nemo-bench-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-for resolver in (weak_scaling_batch, nodes_of, recipe_profile_ranks, default_stage_path, first_set, temporary_folder):
+for resolver in (weak_scaling_batch, nodes_of, recipe_profile_ranks, default_stage_path, first_set):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
@@ -76,9 +64,6 @@ def prepare_hydra() -> None:
     launchers = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
     for name in ("submitit_slurm.yaml", "submitit_local.yaml"):
         launchers.pop(name, None)
-    # --cfg job shows numbers (global batch size 256), not the interpolations that they are computed from.
-    if re.search(r" (--cfg|-c)[ =]job\b", " ".join(sys.argv)):
-        sys.argv.append("--resolve")
     # scale=64,128 means scale=64gpu,128gpu; scale=upto(128) all scales up to there that NVIDIA has published.
     model = next((argument[6:] for argument in reversed(sys.argv) if argument.startswith("model=")), "70b")
     for position, argument in enumerate(sys.argv):
@@ -140,10 +125,6 @@ def _unknown_key(key: str, schema: type) -> str:
     if types.get(parent, "").startswith("dict"):
         return f"unknown key: {key}\n  {parent} takes any key: add one with +{parent}.<key>=<value>"
     valid = [*types, *(GROUPS_ONLY if "trainer" in types else ())]
-    words = {other: other.rpartition(".")[2] for other in valid}  # the last word is the one that was mistyped
-    close_words = difflib.get_close_matches(name, words.values(), n=len(valid))
-    close = [other for other in valid if words[other] in close_words]
-    if close:
-        return f"unknown key: {key}\n  did you mean: {', '.join(difflib.get_close_matches(key, close, cutoff=0))}"
-    siblings = [other for other in valid if other.rpartition(".")[0] == parent]
-    return f"unknown key: {key}\n  valid here: {', '.join(siblings)}"
+    siblings = {other.rpartition(".")[2]: other for other in valid if other.rpartition(".")[0] == parent}
+    close = [siblings[word] for word in difflib.get_close_matches(name, siblings)]
+    return f"unknown key: {key}\n  {'did you mean' if close else 'valid here'}: {', '.join(close or siblings.values())}"

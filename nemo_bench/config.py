@@ -1,7 +1,4 @@
-"""The schema of every configuration (Hydra structured configs) and the numbers derived from it.
-
-The files under `conf/` hold values; these dataclasses hold names (Megatron's), types, ranges and what they mean.
-"""
+"""The schema of every configuration: names (Megatron's), types, ranges and what they mean; `conf/` holds the values."""
 
 from __future__ import annotations
 
@@ -166,8 +163,7 @@ class GpuConfig:
     gpus_per_node: int = number(8, least=1, most=4096)  # of the systems it comes in
     compute_capability: float | None = number(None, least=1, below=100)  # CUDA's: 9.0 is Hopper, 10.0 Blackwell
     peak_tflops: dict[str, float | None] = field(default_factory=dict, metadata={"above": 0})  # null: is measured
-    # What a machine check holds against: reached for seconds on end, and as the GPU is sold.
-    sustained_tflops: dict[str, float] = field(default_factory=dict, metadata={"above": 0})
+    sustained_tflops: dict[str, float] = field(default_factory=dict, metadata={"above": 0})  # for seconds on end
     memory_gb_s: float | None = number(None, above=0)
     power_limit_w: float | None = number(None, above=0)
     # What an estimate takes for an average GPU of this cluster in bf16, and for its slowest; null: constants.yaml's.
@@ -207,8 +203,7 @@ class ClusterConfig:
     gres: str | None = None  # in its place where the cluster wants --gres=gpu:8
     cpus_per_task: int | None = number(None, least=1, most=10_000)
     nvlink_gpus: int | None = number(None, least=1, most=10_000)  # joined by NVLink: 72 on NVL72; null: a node's
-    # for the estimate; null: DGX H100's, in nemo_bench/estimate/constants.yaml
-    nvlink_gb_s: float | None = number(None, above=0)  # between two GPUs, one direction
+    nvlink_gb_s: float | None = number(None, above=0)  # between two GPUs, one direction; null: a DGX H100's
     nic_gb_s: float | None = number(None, above=0)  # one NIC (one a GPU), in a ring over two nodes
     dependency: str | None = None
     comment: str | None = None
@@ -319,8 +314,7 @@ class TrainConfig:
     def defers_embedding_wgrad(self) -> bool:
         """Whether the output layer's weight gradients wait for the end of a step (`defer_embedding_wgrad_compute`).
 
-        Gradients that are reduced during the backward pass lose what is deferred
-        (github.com/NVIDIA/Megatron-LM/issues/1012); `true` measures the recipe's timing.
+        Gradients reduced meanwhile lose what is deferred (Megatron-LM's issue 1012); `true` has the recipe's timing.
         """
         m, wanted = self.model, self.model.defer_embedding_wgrad_compute
         reduced_meanwhile = m.optim.overlap_grad_reduce and self.weight_copies > 1
@@ -333,11 +327,9 @@ class TrainConfig:
 
         Not with fp8 parameters: after the first step their layers got hardly any gradient (H200, megatron-core 0.15.3).
         """
-        o = self.model.optim
-        if o.use_precision_aware_optimizer is not None:
-            return o.use_precision_aware_optimizer
+        o, wanted = self.model.optim, self.model.optim.use_precision_aware_optimizer
         possible = o.use_distributed_optimizer and not o.use_megatron_fsdp and not self.precision.fp8_param_gather
-        return self.gpu.device == "cuda" and possible
+        return (possible and self.gpu.device == "cuda") if wanted is None else wanted
 
     @property
     def gathers_with_optimizer_step(self) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SECONDS_PER_DAY = 86400
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -47,7 +45,7 @@ def tokens_per_second(*, seq_length: int, global_batch_size: int, step_time_s: f
 
 def days_to_train(*, tokens: float, tokens_per_s: float) -> float:
     """Return the days to train on `tokens` tokens (recipe: total tokens / throughput / 86400)."""
-    return tokens / tokens_per_s / SECONDS_PER_DAY
+    return tokens / tokens_per_s / 86400
 
 
 def tflops_per_gpu(*, global_batch_size: int, flops_per_sequence: float, step_time_s: float, num_gpus: int) -> float:

@@ -17,12 +17,14 @@ TABLE = Path(__file__).with_suffix(".yaml")
 def overrides(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """Return the overrides that the variables stand for and `arguments`, a command line of train.py, does not have.
 
-    Raises BenchError if a variable contradicts the command line, is not known, or has nothing that it stands for.
+    Raises BenchError if a variable contradicts the command line, or stands for nothing here.
     """
     table = yaml.safe_load(TABLE.read_text())
     variables = {name: value for name, value in environment.items() if value}
     typed = dict(argument.lstrip("+").split("=", 1) for argument in arguments if "=" in argument and argument[0] != "-")
-    added, problems = [], [*_unusable(table, variables)]
+    refused = table["refused"].items()
+    problems = [f"{name} has no effect here: unset it; {why}" for name, why in refused if name in variables]
+    added = []
     for name, meant in _meant(table, variables):
         key, value = meant.lstrip("+").split("=", 1)
         variable = f"{name}={variables[name]}"
@@ -52,15 +54,3 @@ def _meant(table: Mapping[str, Any], variables: Mapping[str, str]) -> Iterator[t
     if variables.keys() >= {name, code}:
         words = (word.lstrip("+") for word in shlex.split(variables[code]))
         yield from ((code, f"++entrypoint.settings.{word}") for word in words if "=" in word)
-
-
-def _unusable(table: Mapping[str, Any], variables: Mapping[str, str]) -> Iterator[str]:
-    known = [*table["always"], *table["refused"], *table["settings"]]
-    for name in sorted(variables):
-        if name in table["refused"]:
-            yield f"{name} has no effect here: unset it; {table['refused'][name]}"
-        elif name.startswith(tuple(table["prefixes"])) and name not in known:
-            names = [other for other in known if other.startswith(tuple(table["prefixes"]))]
-            yield f"{name} is not one of the recipe's: unset it; valid: {', '.join(names)}"
-    if len(variables.keys() & {*table["settings"]}) == 1:
-        yield f"{' and '.join(table['settings'])} belong together: set or unset both"

@@ -183,7 +183,6 @@ def _data(cfg: TrainConfig, need: Need) -> None:
     if data.kind == "megatron":
         rule = f"must hold one weight per path, and data.paths holds {len(data.paths)}"
         need(len(data.weights) in (0, len(data.paths)), "data.weights", rule, even)
-        need(not data.weights or any(data.weights), "data.weights", "must hold one weight above 0", even)
     rule = "is too small for a byte-level tokenizer (256 bytes, special tokens, and merges)"
     need(data.kind != "local" or cfg.model.vocab_size >= 300, "model.vocab_size", rule, "nearest that works: 300")
     shares, batches = split_shares(data.split), cfg.trainer.limit_val_batches
@@ -211,8 +210,8 @@ def _profile(cfg: TrainConfig, need: Need) -> None:
     fix = f"nearest that works: {min(max(p.start_step, 1), last) or 'none'}; or more trainer.max_steps"
     need(1 <= p.start_step <= last, "profile.start_step", rule, fix)
     rule = f"must be between profile.start_step={p.start_step} and {last}, the last step"
-    fix = f"nearest that works: {min(max(p.end_step, p.start_step), last)}; or more trainer.max_steps"
-    need(p.start_step <= p.end_step <= last or p.start_step > last, "profile.end_step", rule, fix)
+    ends_there = p.start_step <= p.end_step <= last or p.start_step > last
+    need(ends_there, "profile.end_step", rule, "use one of these, or more trainer.max_steps")
     distinct = p.ranks and len(set(p.ranks)) == len(p.ranks)
     rule = f"must name ranks of 0 to {ranks - 1}, at least one, each once"
     need(distinct and max(p.ranks) < ranks, "profile.ranks", rule, "such as [0]")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.data.corpus import collect
@@ -47,7 +46,9 @@ def _tokenizer_rules(cfg: TrainConfig, need: Need, info: DatasetInfo) -> None:
     has = f"and the model has {vocab_size:,} (model.vocab_size)"
     refuse(info.dtype == "uint16" and optimal_dtype(vocab_size) != "uint16", f"holds ids of 16 bits, {has}")
     if manifest is None:
-        largest = int(_sample(info).max())
+        # At the beginning, in the middle and at the end.
+        starts = (0, max(0, (len(info.ids) - SAMPLE_TOKENS) // 2), max(0, len(info.ids) - SAMPLE_TOKENS))
+        largest = max(int(info.ids[start : start + SAMPLE_TOKENS].max()) for start in starts)
         refuse(largest >= vocab_size, f"holds token id {largest:,}, {has}")
         return
     refuse(manifest["vocab_size"] > vocab_size, f"was made with a vocabulary of {manifest['vocab_size']:,}, {has}")
@@ -55,15 +56,6 @@ def _tokenizer_rules(cfg: TrainConfig, need: Need, info: DatasetInfo) -> None:
     tokenizer = Path(cfg.data.tokenizer or "") / "tokenizer.json"
     other = made_with is not None and tokenizer.is_file() and made_with != sha256_of(tokenizer)
     refuse(other, f"was made with another tokenizer than {tokenizer}")
-
-
-def _sample(info: DatasetInfo) -> Any:
-    """Return token ids from the beginning, the middle and the end."""
-    import numpy as np
-
-    ids = info.ids
-    starts = (0, max(0, (len(ids) - SAMPLE_TOKENS) // 2), max(0, len(ids) - SAMPLE_TOKENS))
-    return np.concatenate([ids[start : start + SAMPLE_TOKENS] for start in starts])
 
 
 def _split_rules(cfg: TrainConfig, need: Need, dataset: str, documents: int) -> None:

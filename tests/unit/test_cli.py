@@ -61,7 +61,7 @@ def test_an_interpreter_without_the_packages_is_told_where_they_are(script: str)
     ("arguments", "texts"),
     [
         (
-            "--cfg job precision=fp8 scale=128gpu",
+            "--cfg job --resolve precision=fp8 scale=128gpu",
             ("num_nodes: 16", "devices: 8", "global_batch_size: 256", "name: fp8"),
         ),
         ("--help", ("launch=dry", "scale: 1024gpu", "model: 405b", "STAGE_PATH")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,6 @@ from nemo_bench.checks.configuration import configuration_problems
 from nemo_bench.errors import value_of
 
 from ..composing import PROJECT, composed
-
-PUBLISHED = {64: 128, 128: 256, 256: 512, 512: 1024, 1024: 2048, 2048: 4096}
-
-
-@pytest.mark.parametrize(("precision", "gpus"), list(product(("bf16", "fp8"), PUBLISHED)))
-def test_the_recipes_twelve_points(precision: str, gpus: int) -> None:
-    cfg = composed(f"precision={precision}", f"scale={gpus}gpu")
-    m = cfg.model
-    assert configuration_problems(cfg) == []
-    assert (m.name, cfg.trainer.num_nodes, cfg.trainer.devices, cfg.trainer.max_steps) == ("70b", gpus // 8, 8, 50)
-    assert m.global_batch_size == PUBLISHED[gpus] == cfg.trainer.num_nodes * 16
-    assert (m.tensor_model_parallel_size, m.pipeline_model_parallel_size) == (4, 4)
-    assert (m.virtual_pipeline_model_parallel_size, m.context_parallel_size, m.micro_batch_size) == (5, 2, 1)
-    assert cfg.num_micro_batches == 64  # the tables' GA
 
 
 @pytest.mark.parametrize(

@@ -208,17 +208,6 @@ def test_a_damaged_file_ends_no_listing_hides_no_log_and_is_no_traceback(
             run_command("resubmit", cluster.stage, ["7"])
 
 
-def test_at_80_columns_no_value_breaks_and_square_brackets_are_printed(cluster: Cluster) -> None:
-    folder = cluster.job("1234567", run=True, steps=12)
-    RunFolder(folder).write_rank_error(3, RuntimeError("[/pytorch/gloo.cc:81] [bold]timed out[/]"))
-    left(folder, "1234567", exit_code=1)
-    left(cluster.job("1234568"), "1234568", exit_code=0)
-    lines = cluster.listing(80).splitlines()
-    assert "  1234567   FAILED      70b fp8 128gpu     12/50              11" in [line.rstrip() for line in lines]
-    assert "1234567  results/24.09/fp8/70b/128/folder-1234567" in lines
-    assert "RuntimeError: [/pytorch/gloo.cc:81] [bold]timed out[/]" in cluster.listing()
-
-
 def test_an_interrupted_submission_is_found_by_its_script(cluster: Cluster) -> None:
     folder = cluster.job(None)
     assert "UNKNOWN: its submission was interrupted" in cluster.listing() and not cluster.jobs()[0].active

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import collectives, operators
+from benchmarks import operators
 from benchmarks.operator_traces import layer_entry
 from nemo_bench.estimate import rates
 
@@ -41,17 +41,6 @@ def test_a_trace_and_the_time_of_replays_make_a_layers_rates() -> None:
     assert total == pytest.approx(0.75 - 0.03, abs=1e-3)
     assert list(entry["backward"]["products_ms"])[:2] == ["fc2 dgrad", "fc2 wgrad"]
     assert entry["backward"]["kernels_ms"]["other"] == pytest.approx(0.2, abs=0.01)
-
-
-def test_a_trace_without_all_products_is_refused() -> None:
-    with pytest.raises(ValueError, match="products in 4 replays of 3 layers"):
-        layer_entry(replace(CASE, layers=3), trace(), [[1.0, 1.0, 2.0]])
-
-
-def test_times_of_collectives_make_a_latency_and_a_rate() -> None:
-    moved = [size * 2**20 for size in (8, 16, 32, 64, 128)]
-    fit = collectives.fitted(moved, [0.03 + size / 258e6 for size in moved])
-    assert fit == {"latency_ms": 0.03, "gb_s": 258, "largest_error": 0}
 
 
 def test_what_was_not_measured_is_taken_over_and_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_bench.files import write_json
-from nemo_bench.record.folder import RUN, STEPS, RunFolder, Status, read_lines
+from nemo_bench.record.folder import RUN, STEPS, RunFolder, read_lines
 from nemo_bench.record.node import kept_environment
 
 
@@ -20,16 +20,6 @@ def run(tmp_path: Path) -> RunFolder:
     run = RunFolder(tmp_path / "results" / "run")
     run.create(config_yaml="model: {}\n", command=["python", "train.py", "a b"], overrides=["x=1"])
     return run
-
-
-def test_a_new_run_says_that_it_runs_and_later_how_it_ended(run: RunFolder) -> None:
-    content = run.read()
-    assert content["command"] == "python train.py 'a b'" and content["overrides"] == ["x=1"]
-    assert run.status() == Status("running")
-    run.set_status(Status("failed", exit_code=1, reason="because", rank=1))
-    status = run.status()
-    assert (status.state, status.reason, status.rank) == ("failed", "because", 1)
-    assert status.ended_at is not None and not status.finished
 
 
 @pytest.mark.parametrize(("host", "state"), [(socket.gethostname(), "killed"), ("elsewhere", "running")])

@@ -60,14 +60,6 @@ def test_threads_and_blocks_change_nothing(
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
-def test_truncated(tmp_path: Path, encoder: Encoder) -> None:
-    source = write(tmp_path / "a.jsonl.zst", [f"document {number} {number**50}" for number in range(1000)])
-    source.write_bytes(source.read_bytes()[:-100])
-    with pytest.raises(BenchError, match=r"a\.jsonl\.zst: the compressed data end in the middle"):
-        tokenize(Reader(source), encoder, tmp_path / "a", threads=1, max_bad_share=1)
-    assert not idx_path(tmp_path / "a").exists()
-
-
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
 def test_nothing_to_write(tmp_path: Path, encoder: Encoder, content: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
