@@ -130,7 +130,6 @@ def _attention(cfg: TrainConfig, need: Need) -> None:
 
 
 def _fp8(cfg: TrainConfig, need: Need) -> None:
-    """Check that the sides of every fp8 matrix product are aligned on each rank."""
     m, p, tp = cfg.model, cfg.precision, cfg.model.tensor_model_parallel_size
     if p.fp8 is None and p.fp4 is None:
         return
@@ -143,9 +142,7 @@ def _fp8(cfg: TrainConfig, need: Need) -> None:
     rule = f"gives {rows} rows of query, key and value weights, not a multiple of {multiple}: {why}"
     need(rows % multiple == 0, "model.num_query_groups", rule, "use another number, or precision=bf16")
     ranks = m.context_parallel_size * (tp if m.sequence_parallel else 1)
-    why = (
-        f"in {p.name} model.micro_batch_size={m.micro_batch_size} times it on {ranks} ranks, a multiple of {side} each"
-    )
+    why = f"in {p.name} a rank's share (of {ranks}) * model.micro_batch_size={m.micro_batch_size} is one of {side}"
     unit = side * ranks // math.gcd(side * ranks, m.micro_batch_size)
     _need_multiple(need, "model.seq_length", unit, why)
 
