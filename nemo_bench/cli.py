@@ -18,7 +18,6 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_bench import startup
 from nemo_bench.composition import composition_error, prepare_hydra
 from nemo_bench.errors import BenchError
 
@@ -36,7 +35,8 @@ class Application:
     def run(self, main: Callable[[], object]) -> NoReturn:
         """Run a script's main function and exit: 0 done, 1 a run failed, 2 the user can fix it, 130 interrupted."""
         os.environ[FULL_ERROR] = "1"  # else Hydra prints errors itself, with a part of the traceback, and ends with 1
-        startup.raises()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by startup.py, for the imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a terminal may not know every character of a name

@@ -14,9 +14,3 @@ if importlib.util.find_spec("hydra") is None:
         file=sys.stderr,
     )
     sys.exit(2)
-
-
-def raises() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
