@@ -87,6 +87,7 @@ DISTURBANCES = {
 }
 
 # What Megatron-LM and Lightning print of a run, and GPUs as nvidia-smi lists them, or on lines of their own
+ABOUT = (" ...", "Starting with ", "NVIDIA ")
 ARGUMENT = re.compile(
     r"\b(world_size|num_layers|hidden_size|ffn_hidden_size|num_attention_heads|num_query_groups|padded_vocab_size"
     r"|seq_length|fp8) \.{3,} (\w+)"

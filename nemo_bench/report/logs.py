@@ -114,7 +114,7 @@ class _Reader:
         self.listed: list[float] = []  # step times as NeMo 1 lists them at the end
         self.bridge: list[tuple[float, float]] = []  # step time, TFLOP/s: Bridge's second line of a step
         self.bar_offset = 1  # a bar shows step 99 at 100/100, and in a second epoch begins anew
-        self.head: list[str] = []  # the first lines beside the steps: buffers may write arguments after a step
+        self.head: list[str] = []  # lines about the run: of many ranks, late, and by a buffer even after a step
         self.tail = deque[str](maxlen=_TAIL_LINES)  # lines after the last step
 
     def line(self, line: str) -> None:
@@ -130,12 +130,10 @@ class _Reader:
             self.tail.clear()
             return
         self.tail.append(line)
-        if len(self.head) < _HEAD_LINES:
+        if len(self.head) < _HEAD_LINES and any(sign in line for sign in formats.ABOUT):
             self.head.append(line)
-        for sign in formats.SIGNS:
-            if sign in line:
-                self._sign(line)
-                return
+        if any(sign in line for sign in formats.SIGNS):
+            self._sign(line)
 
     def _sign(self, line: str) -> None:
         """Note what happened beside the steps."""
