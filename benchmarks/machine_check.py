@@ -66,7 +66,8 @@ def mesh(nodes: int) -> str:
 
 def tc(action: str, node: int, other: int) -> str:
     """Return the command that slows a node's link to another down, or takes that back: action add or del."""
-    limit = f"tbf rate {SLOW_LINK} burst 64k latency 200ms" if action == "add" else ""
+    # A long queue: where packets are dropped, TCP stalls.
+    limit = f"tbf rate {SLOW_LINK} burst 64k limit 16m" if action == "add" else ""
     return f"tc -n m{node} qdisc {action} dev v{other} root {limit}"
 
 
