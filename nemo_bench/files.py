@@ -44,6 +44,17 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
 
 
+def plain_yaml(path: Path) -> str:
+    """Return the text of a YAML file; raise ValueError if it has aliases, which can grow without bound."""
+    import yaml  # this module is also imported where there is the standard library only
+
+    text = path.read_text()
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+        raise ValueError("YAML aliases are not read")
+    return text
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step."""
     with atomic_file(path) as file:

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nemo_bench.errors import BenchError
+from nemo_bench.files import plain_yaml
 from nemo_bench.flops import Architecture
 
 _FOLDER = Path(__file__).parent / "published"
@@ -101,7 +102,7 @@ def load(name: str) -> Reference:
                 f"  valid: auto, {', '.join(names())}, null, or a YAML file of the form of {_FOLDER}/{names()[0]}.yaml"
             )
     try:
-        content = OmegaConf.merge(OmegaConf.structured(Reference), OmegaConf.load(path))
+        content = OmegaConf.merge(OmegaConf.structured(Reference), OmegaConf.create(plain_yaml(path)))
         table: Reference = OmegaConf.to_object(content)  # type: ignore[assignment]
         table.name = path.stem
         for point in table.points:

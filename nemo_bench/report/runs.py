@@ -15,6 +15,7 @@ import yaml
 
 from nemo_bench import flops
 from nemo_bench.errors import BenchError
+from nemo_bench.files import plain_yaml
 from nemo_bench.project import PROJECT
 from nemo_bench.record.first_error import by_number
 from nemo_bench.record.folder import CONFIG, EVENTS, PROFILE, STEPS, RunFolder, Status, read_lines, read_object
@@ -83,7 +84,7 @@ def load_run(run_dir: Path, total_tokens: float | None = None) -> Run:
 
 
 def _load(folder: RunFolder, total_tokens: float | None) -> Run:
-    config = yaml.load((folder.path / CONFIG).read_text(), _Loader)
+    config = yaml.load(plain_yaml(folder.path / CONFIG), _Loader)
     about, status, node_path = folder.read(), folder.status(), folder.path / NODE
     node = read_object(node_path) if node_path.exists() else {}  # a run that ended early has none
     rows, events = (read_lines(folder.path / name)[0] for name in (STEPS, EVENTS))
