@@ -1,7 +1,7 @@
 """The ranks of a run watched by each other while they train: who is slower than its peers, and who has stopped.
 
-It costs a gather of two numbers a rank every five steps, between steps, and on a GPU two events around each collective
-that the stream of the computation waits for. docs/slower.md says why not by nvidia-resiliency-ext.
+It costs a gather of two numbers a rank every five steps, between steps, and on a GPU, where it is asked for, two events
+around each collective that the computation's stream waits for. docs/slower.md says why not by nvidia-resiliency-ext.
 """
 
 from __future__ import annotations
@@ -86,22 +86,26 @@ class PeerWatch(Hooks):
         if self.cfg.world_size > 1:
             self.places *= self.cfg.world_size
             torch.distributed.all_gather_object(self.places, self.places[0])
-        self.waits = Waits(self.cfg.gpu.device == "cuda")
+        on_gpu = self.cfg.gpu.device == "cuda"
+        # Without it all ranks of a GPU job take the same time.
+        self.waits = Waits(on_gpu) if self.cfg.trainer.time_collectives or not on_gpu else None
         self._wait_for(first_step, SILENCE_S)
         self.began = self.compared = time.monotonic()
         if self.speaks or self.places[-1 - self.rank][2]:
             threading.Thread(target=self._watch, name="stall", daemon=True).start()
 
     def step_end(self, step: Step) -> None:
-        self.telemetry.rows[-1]["own_time_s"] = own = time.monotonic() - self.began - self.waits.take()
         self.seconds = [*self.seconds[-20:], step.seconds]
-        self.own_s += [own] if len(self.places) > 1 and len(self.seconds) > UNSTEADY_STEPS else []
+        if self.waits:
+            self.telemetry.rows[-1]["own_time_s"] = own = time.monotonic() - self.began - self.waits.take()
+            self.own_s += [own] if len(self.places) > 1 and len(self.seconds) > UNSTEADY_STEPS else []
         if len(self.own_s) == WINDOW:
             self._compare(step.number)
         usual_s = max(STALL_S, STALL_STEPS * statistics.median_low(self.seconds))
         # Others wait for a rank that writes its profile.
         self._wait_for(step.number + 1, usual_s if self.cfg.profile.kind == "none" else SILENCE_S)
-        self.waits.take()
+        if self.waits:
+            self.waits.take()
         self.began = time.monotonic()
 
     def validation_start(self, after_step: int) -> None:
