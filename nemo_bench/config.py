@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 import nemo_bench.composition  # noqa: F401  registers the resolvers that conf/ uses
 from nemo_bench.errors import BenchError, ConfigurationRefused
-from nemo_bench.fields import PATH, choice, field_problems, kernel, make_paths_absolute, number, settings
+from nemo_bench.fields import PATH, choice, field_problems, kernel, normalise, number, settings
 from nemo_bench.flops import Architecture
 
 T = TypeVar("T")
@@ -396,5 +396,5 @@ def _object(schema: type[T], cfg: DictConfig) -> T:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
         result = OmegaConf.to_object(merged)
     assert isinstance(result, schema)
-    make_paths_absolute(result)
+    normalise(result)
     return result

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_bench.errors import Problem, text_of
+from nemo_bench.errors import ConfigurationRefused, Problem, text_of
 
 _LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "least": (operator.ge, "at least"),
@@ -91,8 +91,18 @@ def absolute(path: str) -> str:
     return path and str(Path(os.path.expanduser(path)).absolute())
 
 
-def make_paths_absolute(config: Any) -> None:
-    """Make every path of a configuration absolute."""
-    for _, owner, setting in settings(config):
-        if setting.metadata.get("path") and (value := getattr(owner, setting.name)):
+def normalise(config: Any) -> None:
+    """Make every path absolute; raise ConfigurationRefused for a section, list or dictionary that is none."""
+    problems = []
+    for key, owner, setting in settings(config):
+        value, kind = getattr(owner, setting.name), str(setting.type).partition("[")[0]
+        # OmegaConf lets `${...}` and [[1]] through.
+        fits = kind not in ("list", "dict") or type(value).__name__ == kind
+        if "Config" in kind:
+            kind, fits = "section", value is None or is_dataclass(value)
+        if not fits or (kind == "list" and any(isinstance(item, (list, dict)) for item in value)):
+            problems.append(Problem(key, value, f"is not a {kind} of plain values", "write them out"))
+        elif setting.metadata.get("path") and value:
             setattr(owner, setting.name, absolute(value) if isinstance(value, str) else [*map(absolute, value)])
+    if problems:
+        raise ConfigurationRefused(problems)

@@ -131,6 +131,12 @@ def _attention(cfg: TrainConfig, need: Need) -> None:
 
 def _fp8(cfg: TrainConfig, need: Need) -> None:
     m, p, tp = cfg.model, cfg.precision, cfg.model.tensor_model_parallel_size
+    layers, holder = m.num_layers, "the model"
+    if p.first_last_layers_bf16:
+        layers, holder = m.num_layers // m.pipeline_model_parallel_size, "a pipeline stage"
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        rule = f"is more than the {layers} layers of {holder}"
+        need(getattr(p, name) <= layers, f"precision.{name}", rule, f"nearest that works: {layers}")
     if p.fp8 is None and p.fp4 is None:
         return
     side = MX_ALIGNMENT if p.fp4 or p.fp8_recipe == "mxfp8" else FP8_ALIGNMENT
@@ -180,6 +186,7 @@ def _data(cfg: TrainConfig, need: Need) -> None:
     if data.kind == "megatron":
         rule = f"must hold one weight per path, and data.paths holds {len(data.paths)}"
         need(len(data.weights) in (0, len(data.paths)), "data.weights", rule, even)
+        need(not data.weights or any(data.weights), "data.weights", "must hold one weight above 0", even)
     rule = "is too small for a byte-level tokenizer (256 bytes, special tokens, and merges)"
     need(data.kind != "local" or cfg.model.vocab_size >= 300, "model.vocab_size", rule, "nearest that works: 300")
     shares, batches = split_shares(data.split), cfg.trainer.limit_val_batches

@@ -36,6 +36,7 @@ class Log:
     reached: bool = False  # the trainer said that it had come to the end
     max_steps: int | None = None  # of how many steps, if it said so
     global_batch_size: int | None = None  # printed, or the samples consumed in one step
+    samples_a_step: int | None = None  # by which consumed_samples grow, where that is not the printed batch
     peak_memory_gib: float | None = None  # largest allocation printed
     rates: dict[str, float] = field(default_factory=dict)  # tokens_per_s_per_gpu, tflops_per_gpu: median as printed
     rank_times_s: dict[int, float] = field(default_factory=dict)  # median of each labelled rank, of several
@@ -95,8 +96,8 @@ class _Rank:
         """Return the values of that name by their steps."""
         return {step: values[name] for step, values in sorted(self.values.items()) if name in values}
 
-    def batches(self) -> dict[int, int]:
-        """Return the batch of each step: printed, or the samples that it consumed."""
+    def growth(self) -> dict[int, int]:
+        """Return by how many samples each step grew what was consumed."""
         consumed, sizes = self.column("samples"), {}
         if 0 in consumed or len(consumed) == 1:  # of a log that begins later, the first step does not tell
             consumed = {-1: 0, **consumed}
@@ -104,7 +105,7 @@ class _Rank:
             size, rest = divmod(new - old, step - before)
             if size > 0 and not rest:
                 sizes[step] = int(size)
-        return sizes | {step: int(size) for step, size in self.column("batch").items() if size}
+        return sizes
 
 
 class _Reader:
@@ -233,12 +234,16 @@ class _Reader:
 
     def _read_batch(self, rank: _Rank) -> None:
         """Note the batch size of the run's later half, and leave out the steps of another (a batch ramp-up)."""
-        steps, batches = rank.steps, rank.batches()
+        steps, growth = rank.steps, rank.growth()
+        printed = {step: int(size) for step, size in rank.column("batch").items() if size}
+        batches = growth | printed
         if sizes := [batches[step] for step in steps.step if step in batches]:
-            usual = self.log.global_batch_size = statistics.mode(reversed(sizes[len(sizes) // 2 :]))
+            usual = self.log.global_batch_size = _usual(sizes)
             for i, step in enumerate(steps.step):
                 if batches.get(step, usual) != usual:
                     steps.excluded[i] = OTHER_BATCH
+            if printed and growth and _usual([*growth.values()]) != usual:
+                self.log.samples_a_step = _usual([*growth.values()])
 
     def _read_head(self) -> None:
         """Note what the program says of the run."""
@@ -259,6 +264,11 @@ class _Reader:
             log.last_error = errors[-1].strip()[:300]
         if not log.steps:
             log.framework = next((name for name, form in formats.OTHER_FRAMEWORKS.items() if form.search(tail)), None)
+
+
+def _usual(sizes: list[int]) -> int:
+    """Return the most frequent of the later half, the last of several."""
+    return statistics.mode(reversed(sizes[len(sizes) // 2 :]))
 
 
 def _is_whole(text: str) -> bool:

@@ -270,6 +270,8 @@ def _contradiction(run: Run, log: Log) -> str | None:
         if value is not None and printed.isdigit() and int(printed) != value:
             return f"{key.replace('world_size', 'gpus')}={value} is given, and the log has {printed}"
     highest_rank = max(log.rank_times_s, default=0)
+    if log.samples_a_step:
+        return f"the log prints a batch of {log.global_batch_size}, and consumes {log.samples_a_step} samples a step"
     if run.gpus and highest_rank >= run.gpus:
         return f"gpus={run.gpus} is given, and the log has lines of rank {highest_rank}"
     if run.precision and "fp8" in theirs and ("fp8" in run.precision) != (theirs["fp8"] not in ("None", "False")):

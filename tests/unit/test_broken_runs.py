@@ -103,6 +103,12 @@ RAMP_UP = log_text([2.75] * 28, batch=32, of=60) + "".join(log_text([11.0] * 60)
             "INVALID",
             "global_batch_size=640 is given, and the log has 64",
         ),
+        (
+            re.sub(r"(step: (\d+) .*)", lambda m: f"{m[1]} | consumed_samples: {64 * int(m[2]) + 64}", lines(WHOLE)),
+            H100,
+            "INVALID",
+            "the log prints a batch of 128, and consumes 64 samples a step",
+        ),
         ("num_layers ............ 40\n" + WHOLE, H100, "NOT COMPARABLE", "num_layers=40, published 80"),
         ("world_size ............ 64\n" + lines(WHOLE, "Megatron-LM"), H100, "PASS", "software: Megatron-LM"),
         ("fp8 ............ None\n" + WHOLE, H100, "INVALID", "precision=fp8 is given, and the log has fp8 None"),

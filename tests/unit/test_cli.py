@@ -28,6 +28,9 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
         ("trainer.devices=two", "trainer.devices"),
         ("launch=fast", "run, dry"),
         ("model=[", "model=["),
+        ("profile.ranks=[[1]]", "profile.ranks=[[1]]\n    is not a list"),
+        ("cluster.container='${stage_path}'", "is not a section of plain values"),
+        ("model.optim='${stage_path}'", "is not a section of plain values"),
         ("model=[1,2]", "chosen by the name of one of its options"),
         ("cluster.container={image: a}", "a section that is null takes no values"),
         ("experiment=llama31_70b_bf16_65gpu", "llama31_70b_bf16_64gpu"),
@@ -150,3 +153,20 @@ def test_another_launcher_of_the_same_name_does_not_get_in_the_way(train_cli: Cl
     assert shown.stderr == "" and shown.stdout.count("nothing was submitted") == 1
     refused = train_cli("hydra/launcher=submitit_local", PYTHONPATH=str(tmp_path / "site"))
     assert refused.returncode == 2 and "in the foreground" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["train.py --cfg job scale=128gpu", "train.py launch=dry scale=128gpu", "-c {code}"]
+)
+def test_the_submitting_side_imports_nothing_heavy(project: Path, tmp_path: Path, command: str) -> None:
+    """Not even what runs only once a job starts: preparing data, starting ranks, following them, reporting."""
+    modules = "nemo_bench.data.local, nemo_bench.launch.point, nemo_bench.planning.command, nemo_bench.report.terminal"
+    code = f"import pathlib, {modules}; "
+    code += "nemo_bench.data.local.prepare_local(pathlib.Path('d'), vocab_size=300, corpus_bytes=9999, report=print)"
+    script = str(project / "train.py")
+    arguments = [{"train.py": script, "{code}": code}.get(word, word) for word in command.split()]
+    python, environment = [sys.executable, "-X", "importtime"], {**os.environ, "PYTHONPATH": str(project)}
+    shown = subprocess.run([*python, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in shown.stderr.splitlines()}
+    assert imported & {"hydra", "torch", "lightning", "megatron", "nemo", "transformers"} == {"hydra"}

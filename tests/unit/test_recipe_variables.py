@@ -48,10 +48,13 @@ def test_a_variable_stands_for_its_override(environment: dict[str, str], meant: 
             "has its own model: unset MODEL_SIZE, or type model=70b",
         ),
         ("model.tensor_model_parallel_size=4", {"TP": "2", "MODEL_SIZE": "70b"}, "model.tensor_model_parallel_size=2"),
+        ("launch=dry", {"RUN_CONF_PROFILE_STEP": "1"}, "valid: RUN_CONF_IMAGE, RUN_CONF_PROFILE_START_STEP"),
+        ("launch=dry", {"OPTIMIZATION_FILE": "1"}, "valid: .*OPTIMIZATION_NAME"),
+        ("launch=dry", {"OPTIMIZATION_CODE": "a=1"}, "belong together"),
         ("launch=dry", {"RUN_CONF_RESULT_DIR": "/r"}, "STAGE_PATH names the stage"),
     ],
 )
-def test_a_contradiction_or_a_variable_without_effect_is_refused(
+def test_a_contradiction_or_an_unknown_variable_is_refused(
     typed: str, environment: dict[str, str], message: str
 ) -> None:
     with pytest.raises(BenchError, match=message):
