@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -104,7 +103,6 @@ def test_nsys_and_its_rank_end_with_the_launcher_and_with_each_other(stage: Path
     run.process.kill()
     run.process.wait()
     wait_for(lambda: not run.processes(), "the end of all processes", 30)
-    assert json.loads((run.run_dir / record.RUN).read_text())["status"]["state"] == "killed"
 
     run = Launched(stage, tmp_path / "rank")
     wrapper = run.wait_until_wrapped()
