@@ -71,6 +71,7 @@ class Follower:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.tick()  # what an interrupted run wrote last
         self.bar.stop()
 
     def tick(self) -> None:
