@@ -35,7 +35,7 @@ class Coordinator:
         self.world_size, self.end_s = world_size, time.monotonic() + limit_s
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._heard_s: dict[int, float] = {}
-        self._ended: list[int] = []  # the first first: where one ends, its launcher ends the others
+        self.ended: list[int] = []  # the first first: where one ends, its launcher ends the others
         self._answers: dict[int, dict[str, Any]] = {}
 
     async def server(self, port: int) -> asyncio.Server:
@@ -65,7 +65,7 @@ class Coordinator:
         """Return the ranks that are to blame: others fail or wait for those that have ended or are silent."""
         waiting, now = sorted(set(range(self.world_size)) - self._answers.keys()), time.monotonic()
         silences_s = {rank: now - self._heard_s.get(rank, now) for rank in waiting}
-        ended = {rank: "ended without an answer" for rank in self._ended[:1]}
+        ended = {rank: "ended without an answer" for rank in self.ended[:1]}
         words = f"silent for {SILENCE_S:.0f} s: stopped, or its node hangs"
         silent = {rank: words for rank, silence_s in silences_s.items() if silence_s > SILENCE_S}
         failed = {rank: answer["error"] for rank, answer in self._answers.items() if "error" in answer}
@@ -81,7 +81,7 @@ class Coordinator:
                 if content:
                     self._answers[rank] = content
         if rank >= 0:
-            self._ended.append(rank)
+            self.ended.append(rank)
 
 
 def serve(place: tuple[str, int], rank: int, make: Callable[[], Any], limit_s: float) -> None:

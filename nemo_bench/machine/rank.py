@@ -41,8 +41,10 @@ def main(folder: Path) -> int:
     measuring = 0 if rank else os.fork()
     lifeline.watch()
     if measuring:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun's, where a rank has ended: this is to tell of it
-        evidence = asyncio.run(coordinate(cfg, place[1]))
+        ranks = Coordinator(cfg.world_size, LIMIT_S)
+        # Where a rank has ended, the launcher ends the others, and this is to tell of it; else the check is cancelled.
+        signal.signal(signal.SIGTERM, lambda *_: None if ranks.ended else os._exit(128 + signal.SIGTERM))
+        evidence = asyncio.run(coordinate(cfg, ranks, place[1]))
         content = findings.conclude(evidence, folder)
         write_text(folder / EVIDENCE, json.dumps(evidence.content()) + "\n")
         write_json(folder / CHECK, content)
@@ -70,10 +72,9 @@ def main(folder: Path) -> int:
     return 0
 
 
-async def coordinate(cfg: TrainConfig, port: int) -> Evidence:
+async def coordinate(cfg: TrainConfig, ranks: Coordinator, port: int) -> Evidence:
     """Have all ranks measure; where one is lost, the evidence is what came before."""
     evidence, start = Evidence(cfg), time.monotonic()
-    ranks = Coordinator(cfg.world_size, LIMIT_S)
     server = await ranks.server(port)
     try:
         evidence.hosts = await ranks.answers("start")

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from nemo_bench.record.folder import RunFolder, read_lines
 
-from .conftest import SMALL, Run, Started, run_script, wait_for
+from .conftest import PROJECT, SMALL, Run, Started, environment, run_script, wait_for
 
 pytestmark = pytest.mark.train
 
@@ -82,6 +83,18 @@ def test_ctrl_c_ends_all_ranks(start: Callable[..., Started]) -> None:
     assert exit_code == 130 and "interrupted: all ranks were ended" in output and "Traceback" not in output
     assert run.status()["state"] == "interrupted"
     assert run.rank_pids() == []
+
+
+def test_an_interrupted_machine_check_finds_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(PROJECT / "check_machine.py"), "trainer.devices=2"]
+    with subprocess.Popen(
+        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as check:
+        wait_for(lambda: "measures" in "".join(log.read_text() for log in tmp_path.rglob("rank1.out")), "the ranks", 60)
+        check.send_signal(signal.SIGINT)
+        output = check.communicate(timeout=60)[0].decode()
+    assert check.returncode == 130 and "interrupted" in output and "FINDING" not in output
+    assert not list(tmp_path.rglob("check.json"))
 
 
 @pytest.fixture

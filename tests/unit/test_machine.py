@@ -17,7 +17,8 @@ import pytest
 from nemo_bench.cluster.processes import free_port
 from nemo_bench.config import TrainConfig
 from nemo_bench.machine import findings
-from nemo_bench.machine.rank import coordinate
+from nemo_bench.machine.coordination import Coordinator
+from nemo_bench.machine.rank import LIMIT_S, coordinate
 from nemo_bench.machine.schedule import layout_groups, tournament
 
 from ..composing import composed
@@ -36,7 +37,7 @@ def checked(cfg: TrainConfig, faults: dict[str, Any], processes: int) -> dict[st
         )
         for first in range(0, cfg.world_size, share)
     ]
-    evidence = asyncio.run(coordinate(cfg, port))
+    evidence = asyncio.run(coordinate(cfg, Coordinator(cfg.world_size, LIMIT_S), port))
     for process in ranks:
         process.wait(timeout=20)
     return findings.conclude(evidence, Path("folder"))
