@@ -5,7 +5,8 @@
 8192 x 8192 x 8192 on random data: torch.mm in bf16, torch._scaled_mm in fp8 (e4m3, one scale a tensor, fast
 accumulation, bf16 out). A GPU's first second runs at a clock that it cannot hold, so the rate counted is that of the
 last seconds of many: floating-point operations over the time between two events on the device. The queue never runs
-empty meanwhile. Power, clock and temperature are read beside it through NVML, where nvidia-ml-py is installed.
+empty meanwhile. Power, clock and temperature are read beside it through NVML, where nvidia-ml-py is installed. After
+that, copies of 2 GiB within the memory, bytes read and written.
 """
 
 from __future__ import annotations
@@ -141,6 +142,22 @@ def sustained(precision: str, size: int, warmup_s: float, run_s: float, counted_
     }
 
 
+def copied_gb_s(run_s: float) -> float:
+    """The rate at which a copy within the GPU's memory reads and writes, over `run_s` seconds."""
+    import torch
+
+    source, target = (torch.empty(2**31, dtype=torch.uint8, device="cuda") for _ in range(2))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    copies = max(10, round(run_s * 4e12 / (2 * source.numel())))
+    target.copy_(source)
+    events[0].record()
+    for _ in range(copies):
+        target.copy_(source)
+    events[1].record()
+    events[1].synchronize()
+    return float(2 * source.numel() * copies / events[0].elapsed_time(events[1]) / 1e6)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=("bf16", "fp8"), default=["bf16", "fp8"])
@@ -166,6 +183,8 @@ def main() -> None:
         rates.append(rate)
     settings = {"size": arguments.size, "warmup_s": arguments.warmup_s, "run_s": arguments.run_s}
     result = {"benchmark": "matrix_rate", "settings": settings, **common.environment(("triton",)), "rates": rates}
+    result["memory_gb_s"] = copied_gb_s(0.5)
+    print(f"copies within the memory: {result['memory_gb_s']:.0f} GB/s", flush=True)
     common.write_result(arguments.output, result)
 
 
