@@ -68,6 +68,7 @@ def timed_ms(run: Callable[[], object], repeats: int, group: Any) -> float:
     if torch.cuda.is_available():
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         torch.cuda._sleep(100_000_000)  # some 50 ms, in which the host gets ahead
+        run()  # ends on all ranks at once
         events[0].record()
         for _ in range(repeats):
             run()

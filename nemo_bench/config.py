@@ -135,7 +135,7 @@ class TrainerConfig:
     seed: int = number(1234, least=0, most=2**32 - 1)  # of the data's order; NeMo gives the weights a fixed seed
     gc_interval: int = number(100, least=1, most=10**9)  # steps between manual, synchronised Python garbage collections
     limit_val_batches: int = number(0, least=0, most=10**9)  # global batches validated after the last step
-    time_collectives: bool = False  # two CUDA events around each, so that a GPU slower than its peers is named
+    time_collectives: bool = True  # on GPUs by two events around each, so that a rank slower than its peers is named
 
 
 @dataclass

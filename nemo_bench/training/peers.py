@@ -1,7 +1,7 @@
 """The ranks of a run watched by each other while they train: who is slower than its peers, and who has stopped.
 
-It costs a gather of two numbers a rank every five steps, between steps, and on a GPU, where it is asked for, two events
-around each collective that the computation's stream waits for. docs/slower.md says why not by nvidia-resiliency-ext.
+It costs a gather of two numbers a rank every five steps, between steps, and on a GPU two events around each collective
+that the computation's stream waits for. docs/slower.md says why not by nvidia-resiliency-ext.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class PeerWatch(Hooks):
             self.places *= self.cfg.world_size
             torch.distributed.all_gather_object(self.places, self.places[0])
         on_gpu = self.cfg.gpu.device == "cuda"
-        # Without it all ranks of a GPU job take the same time.
-        self.waits = Waits(on_gpu) if self.cfg.trainer.time_collectives or not on_gpu else None
+        # Without them all ranks of a job take the same time.
+        self.waits = Waits(on_gpu) if self.cfg.trainer.time_collectives else None
         self._wait_for(first_step, SILENCE_S)
         self.began = self.compared = time.monotonic()
         if self.speaks or self.places[-1 - self.rank][2]:
