@@ -8,6 +8,7 @@ numbers and exit statuses. It and all that it forked end with the process that s
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -49,7 +50,8 @@ class ForkServer:
     """The client's end of the server; made once the imports are.
 
     Args:
-        what: is imported: "cpu" or "cuda", NeMo for ranks on that device; "torch"; "scripts", what a login node needs.
+        what: is imported: "cpu" or "cuda", NeMo for ranks on that device; "megatron_bridge", for ranks on GPUs;
+            "torch"; "scripts", what a login node needs.
         environment: the whole environment of the imports.
         prefix: of the server's command, which starts it elsewhere.
     """
@@ -124,12 +126,12 @@ def import_scripts() -> None:
         compose("train")  # imports Hydra's plugins and grammar
 
 
-def import_nemo(device: str) -> None:
+def import_stack(stack: str, device: str) -> None:
     """Import what a rank imports, without a first call to CUDA: the driver does not survive a fork."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import torch
 
-    from nemo_bench.training import cpu_device, patches
+    from nemo_bench.training import cpu_device, incompatibilities, patches
 
     if device == "cpu":
         cpu_device.install()
@@ -137,8 +139,9 @@ def import_nemo(device: str) -> None:
         patches.te_weight_gradient_accumulation()
         with contextlib.suppress(ImportError), mock.patch("torch.cuda.is_available", return_value=False):
             import modelopt.torch.quantization  # noqa: F401  asks the GPU what it is; nothing here uses it
-    import nemo_bench.training.nemo2  # noqa: F401
-
+    # Needed at the import itself; the rank installs the others.
+    incompatibilities.install("resiliency_version" if stack == "megatron_bridge" else "optimizer_arguments")
+    importlib.import_module(f"nemo_bench.training.{stack}")
     if device == "cuda" and torch.cuda.is_initialized():
         raise SystemExit("an import has initialised CUDA: ranks cannot be forked from here")
 
@@ -152,8 +155,10 @@ def serve(what: str) -> None:
     elif what == "torch":
         import nemo_bench.machine.measure
         import nemo_bench.machine.rank  # noqa: F401
+    elif what == "megatron_bridge":
+        import_stack(what, "cuda")
     else:
-        import_nemo(what)
+        import_stack("nemo2", what)
     answers.write(b"{}\n")
     read_fd, write_fd = os.pipe()  # the lifeline of the ranks: the server alone holds the writing end
     running: set[int] = set()

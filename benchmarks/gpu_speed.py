@@ -39,7 +39,7 @@ from nemo_bench.cli import quoted_path  # noqa: E402
 from nemo_bench.cluster import processes  # noqa: E402
 from nemo_bench.cluster.processes import Outcome, ProcessGroup  # noqa: E402
 from nemo_bench.config import TrainConfig, typed  # noqa: E402
-from nemo_bench.entrypoints import entrypoint_of, nemo2  # noqa: E402
+from nemo_bench.entrypoints import entrypoint_of  # noqa: E402
 from nemo_bench.errors import BenchError, ConfigurationRefused  # noqa: E402
 from nemo_bench.files import dated_name  # noqa: E402
 from nemo_bench.launch import point  # noqa: E402
@@ -90,8 +90,8 @@ def compose(name: str, overrides: list[str], stage: Path) -> Case:
         cfg = typed(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise BenchError(f"{' '.join(overrides)}\n  {error}") from None
-    if entrypoint_of(cfg) is not nemo2.ENTRYPOINT or cfg.profile.kind == "nsys":
-        raise BenchError("ranks are forked from NeMo 2: no other entrypoint and no nsys here; train.py runs them")
+    if cfg.entrypoint.stack not in ("nemo2", "megatron_bridge") or cfg.profile.kind == "nsys":
+        raise BenchError("ranks are forked from NeMo 2 or Bridge: no other program and no nsys; train.py runs them")
     if refused := problems(cfg):
         raise ConfigurationRefused(refused)
     return Case(name, overrides, cfg, RunFolder(results_dir(cfg).parent / name / dated_name()))
@@ -115,8 +115,9 @@ class Running:
 
 
 def fork_server(case: Case) -> ForkServer:
-    """Start the server of a case's device, in the environment that the case's ranks have."""
-    return ForkServer(case.cfg.gpu.device, rank_environment(case.cfg, os.environ))
+    """Start the server of a case's stack and device, in the environment that the case's ranks have."""
+    what = "megatron_bridge" if case.cfg.entrypoint.stack == "megatron_bridge" else case.cfg.gpu.device
+    return ForkServer(what, rank_environment(case.cfg, os.environ))
 
 
 def run_all(
@@ -219,6 +220,8 @@ def chosen_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         ]
     except BenchError as error:
         parser.error(str(error))
+    if len({case.cfg.entrypoint.stack for case in composed}) > 1:
+        parser.error("NeMo 2 and Megatron-Bridge have packages of their own: their cases need a call each")
     gpus = options.side_by_side or options.gpus
     if names := [case.name for case in composed if case.cfg.trainer.devices > gpus]:
         parser.error(f"{', '.join(names)}: more GPUs than --gpus or --side-by-side give ({gpus})")

@@ -71,7 +71,9 @@ def build_container(cfg: TrainConfig) -> Any:
     m, t, o = cfg.model, cfg.trainer, cfg.model.optim
     mixed_precision = overlap = None
     if settings.working_dtype(cfg) is torch.bfloat16:
-        mixed_precision = known(MixedPrecisionConfig, bf16=True, **settings.precision_settings(cfg))
+        # Bridge's own default reaches the optimizer even where nothing is in fp8: Adam then reads no bf16 gradients.
+        formats = settings.precision_settings(cfg) | {"fp8_recipe": cfg.precision.fp8_recipe}
+        mixed_precision = known(MixedPrecisionConfig, bf16=True, **formats)
     if m.tp_comm_overlap and m.tensor_model_parallel_size > 1:
         overlap = known(comm_overlap.CommOverlapConfig, **settings.tp_overlap_settings(cfg, comm_overlap))
     return bridge.ConfigContainer(

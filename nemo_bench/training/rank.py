@@ -28,7 +28,9 @@ _PLACE = {
 # What each stack needs, as far as its installed versions do.
 _INCOMPATIBILITIES = {
     "nemo2": ("numpy_product", "optimizer_arguments", "ddp_stream"),
-    "megatron_bridge": ("resiliency_version", "transformer_engine_absent", "bridge_on_cpu", "ddp_stream"),
+    "megatron_bridge": (
+        *("resiliency_version", "transformer_engine_absent", "helpers_makefile", "bridge_on_cpu", "ddp_stream"),
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Megatron-Bridge prepares CUDA in four places without asking whether it is there.
+"""Megatron-Bridge prepares CUDA in three places without asking whether it is there.
 
 https://github.com/NVIDIA-NeMo/Megatron-Bridge/issues/3295
 """
@@ -19,7 +19,5 @@ def install() -> None:
     setup.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     # Compiles fused functions ahead of time, for the current CUDA device.
     setup.set_jit_fusion_options = lambda *_: None
-    # Runs `make` in a folder of megatron-core whose wheel has the helpers built, and no Makefile.
-    initialize.compile_helpers = lambda: None
     # Its own start of the process group ends in barrier(device_ids=...), which gloo refuses.
     torch.distributed.init_process_group("gloo")
