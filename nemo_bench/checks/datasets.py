@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.data.corpus import collect
+from nemo_bench.data.encoder import Encoder
 from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect, optimal_dtype
 from nemo_bench.data.shard import read_manifest
 from nemo_bench.data.split import empty_parts
@@ -35,6 +37,26 @@ def dataset_problems(cfg: TrainConfig) -> list[Problem]:
     return need.problems
 
 
+@functools.cache
+def dataset_remarks(prefixes: tuple[str, ...], tokenizer: str) -> list[str]:
+    """Say which datasets of others lack the end-of-document token, as Megatron's do without --append-eod."""
+    foreign = [Path(prefix) for prefix in prefixes if read_manifest(Path(prefix)) is None]
+    try:
+        eod = Encoder(Path(tokenizer), "tokenizers").eod if foreign else 0
+        without = [prefix for prefix in foreign if eod not in _sample(_inspect(prefix))]
+    except BenchError:  # named by the rules
+        return []
+    return [f"{prefix}: no document ends in the end-of-document token of {tokenizer}, id {eod}" for prefix in without]
+
+
+def _sample(info: DatasetInfo) -> Any:
+    """Return the token ids at the beginning, in the middle and at the end."""
+    import numpy as np
+
+    last = max(0, len(info.ids) - SAMPLE_TOKENS)
+    return np.concatenate([info.ids[start : start + SAMPLE_TOKENS] for start in (0, last // 2, last)])
+
+
 def _tokenizer_rules(cfg: TrainConfig, need: Need, info: DatasetInfo) -> None:
     """Refuse token ids that the model does not have: with tensor parallelism Megatron trains on them, masked."""
 
@@ -46,9 +68,7 @@ def _tokenizer_rules(cfg: TrainConfig, need: Need, info: DatasetInfo) -> None:
     has = f"and the model has {vocab_size:,} (model.vocab_size)"
     refuse(info.dtype == "uint16" and optimal_dtype(vocab_size) != "uint16", f"holds ids of 16 bits, {has}")
     if manifest is None:
-        # At the beginning, in the middle and at the end.
-        starts = (0, max(0, (len(info.ids) - SAMPLE_TOKENS) // 2), max(0, len(info.ids) - SAMPLE_TOKENS))
-        largest = max(int(info.ids[start : start + SAMPLE_TOKENS].max()) for start in starts)
+        largest = int(_sample(info).max())
         refuse(largest >= vocab_size, f"holds token id {largest:,}, {has}")
         return
     refuse(manifest["vocab_size"] > vocab_size, f"was made with a vocabulary of {manifest['vocab_size']:,}, {has}")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_bench.checks.configuration import fused_attention_fits
+from nemo_bench.checks.datasets import dataset_remarks
 from nemo_bench.cluster import nsys
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import entrypoint_of
@@ -44,6 +45,7 @@ def plan(cfg: TrainConfig, missing: Iterable[Problem] = ()) -> str:
         "(the recipe's convention)",
         f"  steps      {cfg.trainer.max_steps}",
         f"  data       {cfg.data.name}: {', '.join(cfg.data.paths) or cfg.data.folder or 'random tokens'}",
+        *(f"             {text}" for text in dataset_remarks(tuple(cfg.data.paths), cfg.data.tokenizer or "")),
         *_memory(cfg),
         *_profile(cfg),
         f"  results    {results_dir(cfg)}/<run>/",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_bench.checks.datasets import dataset_remarks
 from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import processes
 from nemo_bench.config import TrainConfig, typed
@@ -68,6 +69,8 @@ def _run_here(cfg: TrainConfig) -> None:
 def prepare_data(cfg: TrainConfig) -> TrainConfig:
     """Build (or find) the local dataset and tokenizer; return the configuration with their paths."""
     if cfg.data.kind != "local":
+        for remark in dataset_remarks(tuple(cfg.data.paths), cfg.data.tokenizer or ""):
+            print(f"data: {remark}", flush=True)
         return cfg
     from nemo_bench.data.local import prepare_local
 

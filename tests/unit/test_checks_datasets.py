@@ -9,6 +9,8 @@ import pytest
 
 from nemo_bench.checks.problems import problems
 from nemo_bench.data.indexed_dataset import IndexedDatasetWriter
+from nemo_bench.launch.plan import plan
+from nemo_bench.launch.point import prepare_data
 
 from ..composing import composed
 from ..datasets import make_dataset
@@ -77,3 +79,18 @@ def test_a_datasets_description_names_its_tokenizer(tmp_path: Path, small_tokeni
         point = f"data.paths=[{tmp_path}/data] data.split='9,1,0' data.tokenizer={tokenizer}"
         rules = rules_broken("data.paths", f"{point} model.vocab_size={vocab_size}")
         assert len(rules) == bool(rule) and rule in "".join(rules)
+
+
+def test_documents_without_an_end_are_said(
+    tmp_path: Path, small_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No reason to refuse it: Megatron's preprocessing leaves the token out without --append-eod."""
+    write_dataset(tmp_path / "without", 100, token=3)
+    write_dataset(tmp_path / "with", 100, token=999)
+    make_dataset(tmp_path / "ours", small_tokenizer)
+    paths = ",".join(f"{tmp_path}/{name}" for name in ("without", "with", "ours"))
+    cfg = composed("scale=64gpu", f"data.paths=[{paths}]", f"data.tokenizer={small_tokenizer}")
+    prepare_data(cfg)
+    for text in (plan(cfg), capsys.readouterr().out):
+        (line,) = (line for line in text.splitlines() if "no document ends in" in line)
+        assert f"{tmp_path}/without: " in line
