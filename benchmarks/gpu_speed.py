@@ -40,7 +40,7 @@ from nemo_bench.cluster import processes  # noqa: E402
 from nemo_bench.cluster.processes import Outcome, ProcessGroup  # noqa: E402
 from nemo_bench.config import TrainConfig, typed  # noqa: E402
 from nemo_bench.entrypoints import entrypoint_of  # noqa: E402
-from nemo_bench.errors import BenchError, ConfigurationRefused  # noqa: E402
+from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed  # noqa: E402
 from nemo_bench.files import dated_name  # noqa: E402
 from nemo_bench.launch import point  # noqa: E402
 from nemo_bench.launch.batch_script import rank_environment  # noqa: E402
@@ -246,10 +246,10 @@ def main() -> None:
     if not options.no_matrix_rate:
         results["matrix_rate_before"] = script("matrix_rate.py")
     try:
-        with processes.termination_raises(), fork_server(cases[0]) as server:
+        with processes.explained_signals("all ranks were ended"), fork_server(cases[0]) as server:
             run_all(server, cases, options.side_by_side or options.gpus, options.timeout, done)
-    except processes.Terminated as ended:
-        sys.exit(128 + ended.signum)
+    except RunFailed as ended:
+        sys.exit(ended.exit_code)
     if options.peers:
         environment = {**os.environ, **({"PYTHONPATH": options.peers_path} if options.peers_path else {})}
         results["peers"] = []

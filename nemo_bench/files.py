@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -118,8 +118,8 @@ def explained_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path, what: str, report: Callable[[str], None]) -> Iterator[int]:
-    """Hold the lock file `path` and give its descriptor; waiting for a process that `what` is a line to `report`.
+def locked(path: Path, what: str) -> Iterator[int]:
+    """Hold the lock file `path` and give its descriptor; say so when it waits for a process that `what`.
 
     All that inherit the descriptor hold it. The file stays: else one process could wait for the old and lock a new one.
     """
@@ -128,7 +128,7 @@ def locked(path: Path, what: str, report: Callable[[str], None]) -> Iterator[int
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report(f"Waiting for another process that {what} (`fuser -v {path}` names it).")
+            print(f"Waiting for another process that {what} (`fuser -v {path}` names it).", flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             why = f"The file system of {path.parent} does not support file locks ({error.strerror}): choose another"

@@ -20,4 +20,4 @@ def make_dataset(prefix: Path, tokenizer: Path) -> None:
 def _make(prefix: Path, tokenizer: Path, work: Path) -> None:
     source = work / "documents.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    prepare(Shard(str(source), str(prefix), str(tokenizer), encoder="tokenizers"), lambda _: None)
+    prepare(Shard(str(source), str(prefix), str(tokenizer), encoder="tokenizers"))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.cluster import lifeline
+from nemo_bench.errors import RunFailed
 from nemo_bench.record.folder import RunFolder
 
 # A rank that waits in a collective ignores SIGTERM; it gets this long to write its logs all the same.
@@ -30,14 +31,6 @@ class Outcome:
     failed_rank: int | None = None
     exit_code: int = 0  # negative: the signal that killed it
     seen_at: float = 0.0  # seconds since 1970; what ranks say later, they say because they are being ended
-
-
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP reached the launching process."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 @dataclass
@@ -106,16 +99,24 @@ def started(
         os.close(write_fd)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which is given; as Ctrl-C does, it passes every `except Exception`."""
+
+
 @contextmanager
-def termination_raises() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP raise `Terminated` within the block, so that ranks end and the record is written."""
+def explained_signals(advice: str) -> Iterator[None]:
+    """End the block on Ctrl-C, SIGTERM and SIGHUP by RunFailed, whose message is how it ended, a colon and `advice`."""
 
     def handler(signum: int, frame: object) -> None:
-        raise Terminated(signum)
+        raise _Terminated(signal.Signals(signum))
 
     before = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
+    except _Terminated as ended:
+        raise RunFailed(f"ended by {ended.args[0].name}: {advice}", 128 + ended.args[0]) from None
+    except KeyboardInterrupt:
+        raise RunFailed(f"interrupted: {advice}", 128 + signal.SIGINT) from None
     finally:
         for signum, previous in before.items():
             signal.signal(signum, previous)

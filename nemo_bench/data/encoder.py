@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Encoder:
     appends; `fingerprint` is the SHA-256 of tokenizer.json; `library` is the one that encodes, gigatoken where it can.
     """
 
-    def __init__(self, folder: Path, library: str = "auto", report: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, folder: Path, library: str = "auto") -> None:
         from tokenizers import Tokenizer
 
         content, self.fingerprint = read_tokenizer(folder)
@@ -66,7 +66,7 @@ class Encoder:
             self.library = "gigatoken"
             if reason := self._load_gigatoken(content):
                 self.library = "tokenizers"
-                report(f"encoding with Hugging Face tokenizers, which is slower: {reason}")
+                print(f"encoding with Hugging Face tokenizers, which is slower: {reason}", flush=True)
 
     def _load_gigatoken(self, content: bytes) -> str:
         """Load gigatoken's tokenizer and prove it on difficult texts; return why it cannot be used, or ""."""

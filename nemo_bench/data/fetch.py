@@ -32,7 +32,6 @@ _CURL += ["--connect-timeout", "30", "--speed-time", "60"]
 _BROKEN = (5, 6, 7, 16, 18, 28, 35, 52, 55, 56, 92)
 _BUSY = re.compile(r"returned error: (408|425|429|5\d\d)")
 
-Report = Callable[[str], None]  # told a line each time a transfer breaks off
 Announce = Callable[[int | None], None]  # told the size in bytes once it is known (None: it is not)
 
 
@@ -40,7 +39,7 @@ class _Interrupted(Exception):
     """The transfer broke off; another attempt may work."""
 
 
-def fetch(url: str, destination: Path, report: Report, announce: Announce) -> None:
+def fetch(url: str, destination: Path, announce: Announce) -> None:
     """Download `url` to `destination`, unless that file exists; of two processes at once, one downloads.
 
     The bytes so far lie in `.<name>.part/` next to it, and the next call continues from them.
@@ -48,13 +47,13 @@ def fetch(url: str, destination: Path, report: Report, announce: Announce) -> No
     """
     part = part_of(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with locked(destination.with_name(f".{destination.name}.lock"), f"downloads {destination.name}", report) as lock:
+    with locked(destination.with_name(f".{destination.name}.lock"), f"downloads {destination.name}") as lock:
         if not destination.exists():
             part.mkdir(exist_ok=True)
             if hub := _hub_address(url):
-                path, _ = hub_file(*hub, part, report, announce)
+                path, _ = hub_file(*hub, part, announce)
             else:
-                path = _retried(lambda: _curl_file(url, part, announce, lock), part, shown(url), report)
+                path = _retried(lambda: _curl_file(url, part, announce, lock), part, shown(url))
             os.replace(path, destination)
         shutil.rmtree(part, ignore_errors=True)
 
@@ -77,7 +76,7 @@ def bytes_in(folder: Path) -> int:
     return 0
 
 
-def _retried(transfer: Callable[[], Any], folder: Path, source: str, report: Report) -> Any:
+def _retried(transfer: Callable[[], Any], folder: Path, source: str) -> Any:
     """Call `transfer`, which writes into `folder`, until it completes or ATTEMPTS in a row brought nothing new."""
     failures, most = 0, bytes_in(folder)
     while True:
@@ -92,7 +91,8 @@ def _retried(transfer: Callable[[], Any], folder: Path, source: str, report: Rep
                     f"{filesize.decimal(there)} are here, and the next attempt continues from there.\n{_NETWORK}"
                 ) from None
             pause_s = min(PAUSE_S * 2**failures, 60.0)
-            report(f"{source}: {error}, after {filesize.decimal(there)}. Trying again in {pause_s:.0f} s.")
+            broken = f"{source}: {error}, after {filesize.decimal(there)}"
+            print(f"{broken}. Trying again in {pause_s:.0f} s.", flush=True)
             time.sleep(pause_s)
 
 
@@ -136,9 +136,7 @@ def _hub_address(url: str) -> tuple[str, str, str, str] | None:
     return (match[1] or "model", match[2], unquote(match[3]), unquote(match[4])) if match and is_hub else None
 
 
-def hub_file(
-    repo_type: str, repo: str, revision: str, name: str, folder: Path, report: Report, announce: Announce
-) -> tuple[Path, str]:
+def hub_file(repo_type: str, repo: str, revision: str, name: str, folder: Path, announce: Announce) -> tuple[Path, str]:
     """Download a file of a Hub repository into `folder`; return its path, and the commit it belongs to.
 
     Raises BenchError if the Hub refuses or does not have the file, cannot be reached, or has another checksum.
@@ -169,7 +167,7 @@ def hub_file(
                 raise _Interrupted("the Hub is busy" if busy else "the connection broke off") from None
             raise BenchError(_explained(error, repo, repo_type, f"{name} in revision {revision}")) from error
 
-    path, commit, etag = _retried(transfer, folder, f"{name} of {repo}", report)
+    path, commit, etag = _retried(transfer, folder, f"{name} of {repo}")
     if len(etag) == 64 and etag != sha256_of(path):  # the Hub knows the SHA-256 of large files
         path.unlink()
         raise BenchError(f"{name} of {repo} was damaged on its way (checksum): run the same command again")

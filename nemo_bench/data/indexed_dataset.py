@@ -12,10 +12,11 @@ on a login node, which has no torch. All numbers are little-endian:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import struct
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 # Megatron's type codes. 6 and 7 are floating-point types, which hold no token ids.
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_CHUNK = 1 << 20  # token ids read at once
 
 
 def bin_path(prefix: Path) -> Path:
@@ -56,6 +56,7 @@ class IndexedDatasetWriter:
         self.prefix = prefix
         self.dtype = optimal_dtype(vocab_size)
         self.tokens = 0
+        self.sha256 = hashlib.sha256()  # of what was written to .bin
         self._lengths = array("i")  # of all documents
         self._file = open(bin_path(prefix), "wb")  # noqa: SIM115 - closed by __exit__
 
@@ -68,7 +69,9 @@ class IndexedDatasetWriter:
         """Append many documents: all their ids, and the length in tokens of each document."""
         import numpy as np
 
-        self._file.write(tokens.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False).data)
+        content = tokens.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False).data
+        self._file.write(content)
+        self.sha256.update(content)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.tokens += tokens.size
 
@@ -102,13 +105,12 @@ class IndexedDatasetWriter:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `inspect` read: counts, and the numpy name of the stored type. `max_token_id` needs `read_tokens`."""
+    """What `inspect` read: counts, and the numpy name of the stored type."""
 
     prefix: Path
     documents: int
     tokens: int
     dtype: str
-    max_token_id: int | None = None
 
     @property
     def ids(self) -> Any:
@@ -118,42 +120,25 @@ class DatasetInfo:
         return np.memmap(bin_path(self.prefix), np.dtype(self.dtype).newbyteorder("<"), "r")
 
 
-def inspect(prefix: Path, *, vocab_size: int | None = None, read_tokens: bool = False) -> DatasetInfo:
-    """Check the dataset `prefix` (a path without suffix), in some 40 bytes of memory a document.
+def inspect(prefix: Path) -> DatasetInfo:
+    """Check the dataset `prefix` (a path without suffix), in some 40 bytes of memory a document, but not its tokens.
 
-    The whole index is read, and must agree with itself and with the size of .bin. With `read_tokens` all tokens are
-    read too: each id must be at least 0, and below `vocab_size` if that is given. Raises BenchError.
+    The whole index is read, and must agree with itself and with the size of .bin. Raises BenchError.
     """
+    import numpy as np
+
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
             hint = f" without its suffix: {prefix.with_suffix('')}" if prefix.suffix in (".bin", ".idx") else ""
             raise BenchError(f"The dataset file {path} does not exist: prepare the dataset, or correct its path{hint}.")
     try:
-        return _inspect(prefix, vocab_size, read_tokens)
+        info = _read_index(prefix)
+        _require_size(bin_path(prefix), info.tokens * np.dtype(info.dtype).itemsize)
     except OSError as error:
         raise BenchError(f"Cannot read the dataset {prefix}: {error}. Check its permissions and its disk.") from error
-
-
-def _inspect(prefix: Path, vocab_size: int | None, read_tokens: bool) -> DatasetInfo:
-    import numpy as np
-
-    info = _read_index(prefix)
-    _require_size(bin_path(prefix), info.tokens * np.dtype(info.dtype).itemsize)
     if info.tokens == 0:
         raise BenchError(f"The dataset {prefix} holds no tokens: prepare it again from text that is not empty.")
-    if not read_tokens:
-        return info
-    largest, ids = 0, info.ids
-    for begin in range(0, len(ids), _CHUNK):
-        part = ids[begin : begin + _CHUNK]
-        _require(part.min() >= 0, bin_path(prefix), "it has negative token ids")
-        largest = max(largest, int(part.max()))
-    if vocab_size is not None and largest >= vocab_size:
-        raise BenchError(
-            f"{bin_path(prefix)} has token id {largest:,}, but the tokenizer has only {vocab_size:,} tokens: the "
-            "dataset was prepared with another tokenizer. Set that one, or prepare the dataset again with this one."
-        )
-    return replace(info, max_token_id=largest)
+    return info
 
 
 def _read_index(prefix: Path) -> DatasetInfo:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import signal
-from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,11 +11,13 @@ from omegaconf import DictConfig
 
 from nemo_bench.cli import quoted_path
 from nemo_bench.cluster import jobs, slurm
-from nemo_bench.cluster.processes import Terminated, termination_raises
+from nemo_bench.cluster.processes import explained_signals
 from nemo_bench.config import ComposedPoint, typed_as
+from nemo_bench.data import corpus
 from nemo_bench.data.config import PreparationConfig
 from nemo_bench.data.documents import format_of
 from nemo_bench.data.encoder import read_tokenizer
+from nemo_bench.data.local import local_prefix, prepare_local
 from nemo_bench.data.shard import Shard, datasets_in, is_made, is_url, prepare, read_manifest, verify
 from nemo_bench.data.split import empty_parts, split_documents, split_shares
 from nemo_bench.errors import BenchError, RunFailed
@@ -37,7 +37,8 @@ def run_preparation(raw: DictConfig) -> None:
     elif cfg.launch == "dry":
         print(f"{_plan(cfg)}\nlaunch=dry: nothing was started.")
     elif cfg.data.kind == "local":
-        _prepare_local(cfg)
+        dataset, _ = prepare_local(cfg.data, cfg.model.vocab_size)
+        print(f"{dataset.prefix}: {dataset.documents:,} documents, {dataset.tokens:,} tokens")
     else:
         missing = _missing_shards(cfg)
         _make_shards(missing)
@@ -125,16 +126,12 @@ def _missing_shards(cfg: PreparationConfig) -> list[Shard]:
 def _make_shards(shards: list[Shard]) -> None:
     """Make one shard after the other; one that cannot be made does not stop the others."""
     failures: list[tuple[Shard, BenchError]] = []
-    try:
-        with termination_raises():
-            for shard in shards:
-                try:
-                    prepare(shard, partial(print, f"{shard.name}:", flush=True))
-                except BenchError as error:
-                    failures.append((shard, error))
-    except (KeyboardInterrupt, Terminated) as ended:
-        code = 128 + getattr(ended, "signum", signal.SIGINT)
-        raise RunFailed("interrupted: the same command continues from here", code) from None
+    with explained_signals("the same command continues from here"):
+        for shard in shards:
+            try:
+                prepare(shard)
+            except BenchError as error:
+                failures.append((shard, error))
     if failures:
         lines = [f"{shard.name}: {error}" for shard, error in failures]
         lines.append(f"{len(failures)} of {len(shards)} failed: the same command (without overwrite=true) makes them")
@@ -179,21 +176,10 @@ def _summary(cfg: PreparationConfig, made: list[Shard]) -> str:
     return "\n".join([*lines, f"python train.py {selection} ... trains on them"])
 
 
-def _prepare_local(cfg: PreparationConfig) -> None:
-    from nemo_bench.data.local import prepare_local
-
-    sizes = {"vocab_size": cfg.model.vocab_size, "corpus_bytes": cfg.data.corpus_bytes}
-    dataset = prepare_local(Path(cfg.data.folder or ""), **sizes, report=partial(print, flush=True))
-    print(f"{dataset.prefix}: {dataset.documents:,} documents, {dataset.tokens:,} tokens")
-
-
 def _check(cfg: PreparationConfig) -> None:
     """Read back every dataset named or in the folder, and print how it is; raise BenchError if one is not whole."""
-    from nemo_bench.data.local import local_prefix
-
     if cfg.data.kind == "local":
-        folder = Path(cfg.data.folder or "")
-        named = [local_prefix(folder, vocab_size=cfg.model.vocab_size, corpus_bytes=cfg.data.corpus_bytes)]
+        named = [local_prefix(cfg.data, cfg.model.vocab_size, corpus.collect(cfg.data.corpus_bytes))]
     else:
         named = [Path(shard.prefix) for shard in _shards_of(cfg)]
     problems = 0

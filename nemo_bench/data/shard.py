@@ -110,37 +110,40 @@ def is_made(shard: Shard, tokenizer_sha256: str) -> bool:
     return True
 
 
-def prepare(shard: Shard, report: Callable[[str], None]) -> None:
+def prepare(shard: Shard) -> None:
     """Make the dataset of `shard`, or find it made. Of two processes at once, one makes it and the other waits.
 
     Raises BenchError if nothing was put in place; downloads stay, and the next attempt continues from them.
     """
     prefix = Path(shard.prefix)
-    encoder = Encoder(Path(shard.tokenizer_folder), shard.encoder, report)
+    encoder = Encoder(Path(shard.tokenizer_folder), shard.encoder)
     remedy = f"{shard.name} needs about as much as its uncompressed text: free it, and run the same command again"
     with explained_disk_errors(prefix.parent, remedy):
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        with locked(prefix.with_name(f".{shard.name}.lock"), f"makes {shard.name}", report):
+        with locked(prefix.with_name(f".{shard.name}.lock"), f"makes {shard.name}"):
             if not shard.overwrite and is_made(shard, encoder.fingerprint):
                 return
             with hidden_folder(prefix) as folder:
-                _make(shard, encoder, folder / shard.name, report)
+                _make(shard, encoder, folder / shard.name)
 
 
-def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str], None]) -> None:
+def _make(shard: Shard, encoder: Encoder, building: Path) -> None:
     """Make the dataset `building`, read it back from the disk, and move it into place: the index last."""
     if is_url(shard.source):
         part, sizes = fetch.part_of(shard.path), list[int | None]([None])
         with _shown(f"{shard.name}: downloading", lambda: fetch.bytes_in(part), lambda: sizes[-1]):
-            fetch.fetch(shard.source, shard.path, report, sizes.append)
+            fetch.fetch(shard.source, shard.path, sizes.append)
     reader, began = Reader(shard.path, shard.text_key), time.time()
     with _shown(f"{shard.name}: tokenising", lambda: reader.bytes_read, lambda: reader.size_bytes):
         counts = tokenize(reader, encoder, building, shard.max_bad_share)
     tokenising_s = time.time() - began
     if counts.bad:
-        report(f"{shard.path}: {counts.bad.total():,} bad documents were left out:{counts.listed()}")
-    info = inspect(building, vocab_size=encoder.vocab_size, read_tokens=True)
-    if (info.documents, info.tokens) != (counts.documents, counts.tokens):
+        print(f"{shard.path}: {counts.bad.total():,} bad documents were left out:{counts.listed()}", flush=True)
+    info, products = (
+        inspect(building),
+        {path.suffix: sha256_of(path) for path in (bin_path(building), idx_path(building))},
+    )
+    if (info.documents, info.tokens, products[".bin"]) != (counts.documents, counts.tokens, counts.sha256):
         raise BenchError(f"{building} does not read back as it was written: the disk or its driver loses data")
     manifest = {
         "format": FORMAT,
@@ -150,7 +153,7 @@ def _make(shard: Shard, encoder: Encoder, building: Path, report: Callable[[str]
         "tokens": counts.tokens,
         "vocab_size": encoder.vocab_size,
         "bad": dict(counts.bad),
-        "products": {path.suffix: {"sha256": sha256_of(path)} for path in (bin_path(building), idx_path(building))},
+        "products": {suffix: {"sha256": sha256} for suffix, sha256 in products.items()},
         "tokenising_s": tokenising_s,
         "made_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "encoder": encoder.library,

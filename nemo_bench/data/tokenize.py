@@ -34,6 +34,7 @@ class Counts:
     tokens: int = 0  # written, those that end documents included
     bad: Counter[str] = field(default_factory=Counter)  # documents left out, by reason
     examples: list[str] = field(default_factory=list)  # the first of them: "line N: reason"
+    sha256: str = ""  # of the token ids as written
 
     def listed(self) -> str:
         """Return the bad documents as lines: how many of each kind, and the examples."""
@@ -62,7 +63,7 @@ def tokenize(reader: Reader, encoder: Encoder, prefix: Path, max_bad_share: floa
                 counts.examples += [f"line {line:,}: {reason}" for line, reason in bad[:room]]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        counts.documents, counts.tokens = writer.documents, writer.tokens
+        counts.documents, counts.tokens, counts.sha256 = writer.documents, writer.tokens, writer.sha256.hexdigest()
         bad_documents = counts.bad.total()
         documents = counts.documents + bad_documents
         if bad_documents > max_bad_share * documents:

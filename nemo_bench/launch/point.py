@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -74,17 +73,10 @@ def prepare_data(cfg: TrainConfig) -> TrainConfig:
         return cfg
     from nemo_bench.data.local import prepare_local
 
-    assert cfg.data.folder is not None
-    prepared = prepare_local(
-        Path(cfg.data.folder),
-        vocab_size=cfg.model.vocab_size,
-        corpus_bytes=cfg.data.corpus_bytes,
-        report=lambda line: print(line, flush=True),
-    )
-    data = replace(cfg.data, paths=[str(prepared.prefix)], tokenizer=str(prepared.tokenizer_folder))
-    size = f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {prepared.vocab_size:,} in vocabulary"
-    print(f"data: {size}")
-    return replace(cfg, data=data)
+    info, manifest = prepare_local(cfg.data, cfg.model.vocab_size)
+    print(f"data: {info.documents:,} documents, {info.tokens:,} tokens, {manifest['vocab_size']:,} in vocabulary")
+    folder = info.prefix.parent
+    return replace(cfg, data=replace(cfg.data, paths=[str(info.prefix)], tokenizer=str(folder / "tokenizer")))
 
 
 def new_run(cfg: TrainConfig, command: list[str], overrides: list[str], state: str = "running") -> RunFolder:
@@ -102,16 +94,16 @@ def execute(cfg: TrainConfig, run: RunFolder, tick: Callable[[], None]) -> None:
     try:
         command = entrypoint.rank_command(cfg, run.path, sys.executable)
         ranks = processes.started(command, rank_environment(cfg, os.environ), run.path, cfg.trainer.devices)
-        with processes.termination_raises(), ranks as group:
+        advice = f"all ranks were ended. What was recorded is in {run.path}"
+        with processes.explained_signals(advice), ranks as group:
             while (outcome := group.poll()) is None:
                 tick()
                 time.sleep(0.1)
             tick()
-    except (KeyboardInterrupt, processes.Terminated) as ended:
-        code = 128 + getattr(ended, "signum", signal.SIGINT)
-        state, how = ("interrupted", "interrupted") if code == 130 else ("killed", f"ended by {ended}")
-        run.set_status(Status(state, exit_code=code, reason=how))
-        raise RunFailed(f"{how}: all ranks were ended. What was recorded is in {run.path}", code) from None
+    except RunFailed as ended:
+        state = "interrupted" if ended.exit_code == 128 + signal.SIGINT else "killed"
+        run.set_status(Status(state, exit_code=ended.exit_code, reason=str(ended).partition(":")[0]))
+        raise
     if outcome.failed_rank is not None:
         raise RunFailed(record_failure(cfg, run, outcome))
     run.set_status(Status("completed", exit_code=0))

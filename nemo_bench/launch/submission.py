@@ -135,7 +135,7 @@ def submit_run(
 
 def resubmit(stage: Path, ids: list[str]) -> None:
     """Submit these jobs again, or all that failed; of two such commands at once the second finds nothing to do."""
-    with locked(stage / ".resubmit.lock", "resubmits jobs", print):
+    with locked(stage / ".resubmit.lock", "resubmits jobs"):
         submitted = jobs.submitted(stage)
         # What was cancelled was meant to end.
         failed = [job for job in submitted if job.is_run and job.state in FAILURES]

@@ -41,7 +41,7 @@ def run_check(raw: DictConfig) -> None:
     folder = new_folder(cfg)
     rank = rank_command(cfg, folder, sys.executable)
     ranks = processes.started(rank, rank_environment(cfg, os.environ), folder, cfg.trainer.devices)
-    with processes.termination_raises(), ranks as group:
+    with processes.explained_signals("all ranks were ended, and nothing was found"), ranks as group:
         while group.processes[0].poll() is None:  # it tells of the others
             time.sleep(0.05)
     if not (folder / CHECK).is_file():

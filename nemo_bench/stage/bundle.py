@@ -39,7 +39,7 @@ def pack(stage: Stage, parts: list[Part], bundle: Path) -> None:
     with explained_disk_errors(bundle.parent, "free some space, or choose another folder (bundle=FILE)"):
         bundle.parent.mkdir(parents=True, exist_ok=True)
         packing = bundle.with_name(f".packing.{bundle.name}")
-        with locked(bundle.with_name(f".{bundle.name}.lock"), f"packs {bundle}", print):
+        with locked(bundle.with_name(f".{bundle.name}.lock"), f"packs {bundle}"):
             try:
                 _write(stage, entries, packing)
                 replace_durably(packing, bundle)

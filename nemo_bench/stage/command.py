@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from rich import filesize
 
 from nemo_bench.cluster import jobs, slurm
-from nemo_bench.cluster.processes import Terminated, termination_raises
+from nemo_bench.cluster.processes import explained_signals
 from nemo_bench.config import ComposedPoint, typed_as
-from nemo_bench.errors import BenchError, RunFailed
+from nemo_bench.errors import BenchError
 from nemo_bench.files import dated_name
 from nemo_bench.report.terminal import make_console
 from nemo_bench.stage.bundle import install, pack
@@ -26,12 +26,8 @@ from nemo_bench.stage.tokenizer import tokenizer_part
 def run_stage(raw: DictConfig) -> None:
     """Fill, check, pack or install the stage folder; raise BenchError if something is missing or in the way."""
     cfg = typed_as(StageConfig, raw)
-    try:
-        with termination_raises():
-            _run(cfg, Stage(Path(cfg.stage_path)))
-    except Terminated as ended:
-        message = f"ended by {ended}: nothing half-made was left; run it again to continue"
-        raise RunFailed(message, 128 + ended.signum) from None
+    with explained_signals("nothing half-made was left; run it again to continue"):
+        _run(cfg, Stage(Path(cfg.stage_path)))
 
 
 def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:

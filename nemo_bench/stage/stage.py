@@ -79,7 +79,7 @@ class Stage:
         return disk.explained_disk_errors(self.folder, remedy)
 
     def lock(self, name: str) -> AbstractContextManager[int]:
-        return disk.locked(self.folder / f".stage-{name}.lock", f"fills the part {name}", print_line)
+        return disk.locked(self.folder / f".stage-{name}.lock", f"fills the part {name}")
 
     def problem(self, place: str, settings: dict[str, Any], *, contents: bool) -> str:
         """Return what is wrong with a place, as a predicate ("": nothing): its files, by size or all `contents`."""
@@ -95,7 +95,7 @@ class Stage:
 
     def put(self, new: Path, place: str, entry: Entry) -> None:
         """Record the file or folder `new`, which lies in a hidden folder, and move it to `place`."""
-        with disk.locked(self.folder / ".stage.lock", "writes stage.json", print_line):
+        with disk.locked(self.folder / ".stage.lock", "writes stage.json"):
             for leftover in self.folder.glob(f".{NAME}.*.tmp"):  # of a process that was killed
                 leftover.unlink()
             disk.write_json(self.manifest, manifest_json({**self.entries(), place: entry}))

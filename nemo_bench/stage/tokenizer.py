@@ -55,7 +55,7 @@ def _download(folder: Path, cfg: TokenizerConfig) -> str:
     try:
         for name in cfg.files:
             # The first file's commit holds for the others, whatever is pushed meanwhile.
-            _, commit = hub_file("model", cfg.repo, commit, name, folder, print_line, lambda _: None)
+            _, commit = hub_file("model", cfg.repo, commit, name, folder, lambda _: None)
     except BenchError as error:
         other = "tokenizer=local needs no account and no network; `install bundle=FILE` brings that of another cluster"
         raise BenchError(f"{error}\n{other}") from error

@@ -27,7 +27,7 @@ import pathlib, sys
 from nemo_bench.data.fetch import fetch
 from nemo_bench.files import sha256_of
 path = pathlib.Path(sys.argv[2])
-fetch(sys.argv[1], path, lambda line: print(line, flush=True), lambda _: None)
+fetch(sys.argv[1], path, lambda _: None)
 print(sha256_of(path))
 """
 
@@ -122,7 +122,7 @@ def test_refusals_of_any_server(server: FileServer, tmp_path: Path, status: int)
     server.script("/a", Twist(method="HEAD", status=status), Twist(status=status))
     url = server.url("/a").replace("//", "//user:passw0rd@") + "?signature=s3cret"
     with pytest.raises(BenchError) as caught:
-        fetch.fetch(url, tmp_path / "file", lambda _: None, lambda _: None)
+        fetch.fetch(url, tmp_path / "file", lambda _: None)
     assert str(caught.value) == f"{server.url('/a')} cannot be downloaded: The requested URL returned error: {status}"
 
 
@@ -156,5 +156,5 @@ def test_giving_up(server: FileServer, tmp_path: Path, monkeypatch: pytest.Monke
     server.put("/a", DATA)
     server.script("/a", Twist(cut_after=1000), *[Twist(drop=True)] * fetch.ATTEMPTS)
     with pytest.raises(BenchError, match=r"7 attempts in a row brought nothing new .*1\.0 kB are here"):
-        fetch.fetch(server.url("/a"), tmp_path / "file", lambda _: None, lambda _: None)
+        fetch.fetch(server.url("/a"), tmp_path / "file", lambda _: None)
     assert run(server.url("/a"), tmp_path / "file", server) == SHA256

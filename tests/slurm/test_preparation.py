@@ -11,7 +11,7 @@ import pytest
 from backports import zstd
 
 from nemo_bench.data.corpus import collect
-from nemo_bench.data.indexed_dataset import inspect
+from nemo_bench.data.shard import verify
 
 from ..httpserver import FileServer, Twist
 from .cluster import SlurmCluster, wait_for
@@ -57,7 +57,7 @@ def test_a_job_a_shard_and_what_was_made(scripts: Scripts, slurm: SlurmCluster, 
     assert slurm.job_record(ids[0])["JobName"] == "nemo-bench-my-llama_00_text_document"
     assert done.stdout.rpartition("==>")[2].count("made, read back and verified") >= 2 and "2 datasets" in done.stdout
     for index in datasets(scripts):
-        assert inspect(index.with_suffix(""), vocab_size=1000, read_tokens=True).documents > 20
+        assert verify(index.with_suffix(""))[0].documents > 20
     assert len(list(scripts.stage.glob("results.data_preparation/*/*/slurm-*.out"))) == 2
 
     again = scripts.run("prepare_data.py", *SUBMIT, url(server))

@@ -161,8 +161,9 @@ def test_another_launcher_of_the_same_name_does_not_get_in_the_way(train_cli: Cl
 def test_the_submitting_side_imports_nothing_heavy(project: Path, tmp_path: Path, command: str) -> None:
     """Not even what runs only once a job starts: preparing data, starting ranks, following them, reporting."""
     modules = "nemo_bench.data.local, nemo_bench.launch.point, nemo_bench.planning.command, nemo_bench.report.terminal"
-    code = f"import pathlib, {modules}; "
-    code += "nemo_bench.data.local.prepare_local(pathlib.Path('d'), vocab_size=300, corpus_bytes=9999, report=print)"
+    code = f"import {modules}; "
+    code += "data = nemo_bench.config.DataConfig(folder='d', corpus_bytes=9999);"
+    code += "nemo_bench.data.local.prepare_local(data, vocab_size=300)"
     script = str(project / "train.py")
     arguments = [{"train.py": script, "{code}": code}.get(word, word) for word in command.split()]
     python, environment = [sys.executable, "-X", "importtime"], {**os.environ, "PYTHONPATH": str(project)}

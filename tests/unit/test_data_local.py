@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nemo_bench.config import DataConfig
 from nemo_bench.data import corpus, tokenizer
-from nemo_bench.data.indexed_dataset import bin_path, inspect
-from nemo_bench.data.local import LocalDataset, prepare_local
+from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path
+from nemo_bench.data.local import prepare_local
+from nemo_bench.data.shard import verify
 from nemo_bench.errors import BenchError
 from tests.kills import killed
 
@@ -19,15 +21,8 @@ SMALLER = 300
 BYTES = 60_000
 
 
-def prepare(parent: Path, lines: list[str] | None = None, vocab_size: int = VOCAB) -> LocalDataset:
-    lines = [] if lines is None else lines
-    return prepare_local(parent, vocab_size=vocab_size, corpus_bytes=BYTES, report=lines.append)
-
-
-def is_good(dataset: LocalDataset) -> bool:
-    """Whether what is on disk agrees with `dataset`, token by token."""
-    info = inspect(dataset.prefix, vocab_size=dataset.vocab_size, read_tokens=True)
-    return (info.documents, info.tokens) == (dataset.documents, dataset.tokens)
+def prepare(parent: Path, vocab_size: int = VOCAB) -> DatasetInfo:
+    return prepare_local(DataConfig(folder=str(parent), corpus_bytes=BYTES), vocab_size)[0]
 
 
 def leftovers(parent: Path) -> list[str]:
@@ -48,13 +43,13 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_built_once_for_each_input(tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
-    dataset = prepare(tmp_path / "data", lines)
-    assert dataset.documents == 40 and is_good(dataset) and "Training" in lines[0]
+def test_built_once_for_each_input(
+    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = prepare(tmp_path / "data")
+    assert dataset.documents == 40 and verify(dataset.prefix)[0] == dataset and "Training" in capsys.readouterr().out
     assert dataset.prefix.name == "my-llama_00_text_document"
-    lines.clear()
-    assert prepare(tmp_path / "data", lines) == dataset and lines == []
+    assert prepare(tmp_path / "data") == dataset and capsys.readouterr().out == ""
     assert leftovers(tmp_path / "data") == []
 
     folders = {dataset.prefix.parent, prepare(tmp_path / "data", vocab_size=SMALLER).prefix.parent}
@@ -62,7 +57,7 @@ def test_built_once_for_each_input(tmp_path: Path, library: Path, monkeypatch: p
     folders.add(prepare(tmp_path / "data").prefix.parent)
     monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
     folders.add(prepare(tmp_path / "data").prefix.parent)
-    assert len(folders) == 4 and is_good(dataset)
+    assert len(folders) == 4 and verify(dataset.prefix)[0] == dataset
 
 
 def test_damage_is_named(tmp_path: Path, library: Path) -> None:
@@ -76,8 +71,8 @@ def test_damage_is_named(tmp_path: Path, library: Path) -> None:
 def test_tokenizer_and_tokens(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     dataset = prepare(tmp_path / "data")
-    auto = transformers.AutoTokenizer.from_pretrained(dataset.tokenizer_folder)
-    assert auto.is_fast and len(auto) == dataset.vocab_size == VOCAB
+    auto = transformers.AutoTokenizer.from_pretrained(dataset.prefix.parent / "tokenizer")
+    assert auto.is_fast and len(auto) == verify(dataset.prefix)[1]["vocab_size"] == VOCAB
     assert (auto.bos_token, auto.eos_token) == (tokenizer.BOS_TOKEN, tokenizer.EOS_TOKEN)
     assert auto.vocab_size == VOCAB - 2 and {auto.bos_token_id, auto.eos_token_id} == {VOCAB - 2, VOCAB - 1}
     assert auto("a").input_ids[0] == auto.bos_token_id  # as Llama's own
@@ -94,7 +89,7 @@ def test_killed_at_every_change(tmp_path: Path, library: Path, monkeypatch: pyte
     folder, at = tmp_path / "data", 1
     while killed(lambda: prepare(folder), folder, at):
         complete = any(folder.glob("local-*"))
-        assert is_good(prepare(folder)) and (complete or leftovers(folder) == [])
+        assert verify(prepare(folder).prefix) and (complete or leftovers(folder) == [])
         shutil.rmtree(folder)
         at += 1
     assert at > 10

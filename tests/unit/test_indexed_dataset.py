@@ -63,9 +63,8 @@ def test_any_documents_come_back(documents: list[list[int]], offset: int) -> Non
             with pytest.raises(BenchError, match="no tokens"):
                 inspect(ours)
             return
-        info = inspect(ours, vocab_size=vocab_size, read_tokens=True)
+        info = inspect(ours)
         assert (info.documents, info.tokens) == (len(documents), tokens)
-        assert info.max_token_id == max(max(document) for document in documents if document)
         read = megatron.IndexedDataset(str(ours))
         assert [read[i].tolist() for i in range(len(read))] == [document for document in documents if document]
 
@@ -117,10 +116,3 @@ def test_corrupt_index(prefix: Path, offset: int, value: bytes, message: str) ->
     idx_path(prefix).write_bytes(index)
     with pytest.raises(BenchError, match=message):
         inspect(prefix)
-
-
-def test_ids_of_another_vocabulary(prefix: Path) -> None:
-    assert inspect(prefix, vocab_size=1000, read_tokens=True).max_token_id == 999
-    assert inspect(prefix, vocab_size=999).max_token_id is None
-    with pytest.raises(BenchError, match=r"token id 999.* only 999 tokens"):
-        inspect(prefix, vocab_size=999, read_tokens=True)
