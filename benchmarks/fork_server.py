@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 from unittest import mock
 
-from nemo_bench.cluster import lifeline
+from nemo_bench.cluster.processes import LIFELINE
 from nemo_bench.project import PROJECT
 
 POLL_S = 0.02
@@ -172,7 +172,7 @@ def serve(what: str) -> None:
                 os.close(write_fd)
                 answers.close()
                 request = json.loads(line)
-                request["environment"][lifeline.VARIABLE] = str(read_fd)
+                request["environment"][LIFELINE] = str(read_fd)
                 run(**request)
             running.add(pid)
             answers.write(json.dumps({"started": pid}).encode() + b"\n")

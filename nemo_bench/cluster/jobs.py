@@ -26,11 +26,11 @@ from nemo_bench.cluster.job import Job
 from nemo_bench.cluster.request import slurm_rules
 from nemo_bench.errors import BenchError, ConfigurationRefused, Need, RunFailed
 from nemo_bench.files import explained_disk_errors, write_json, write_text
-from nemo_bench.project import PROJECT
+from nemo_bench.project import PROJECT, python_path
 from nemo_bench.record import folder as record
 from nemo_bench.report.build import build_report
 from nemo_bench.report.runs import load_run
-from nemo_bench.report.terminal import print_summary
+from nemo_bench.report.terminal import make_console, print_summary
 
 FOLDERS = ("results/*/*/*/*/*", "results.data_preparation/*/*", "results.stage_setup/*", "results.machine_check/*")
 TICK_S = 1.0
@@ -68,21 +68,35 @@ def show_scripts(scripts: Sequence[str], texts: Sequence[str] = ()) -> None:
         raise BenchError(f"Slurm refuses {refused} of {len(scripts)} jobs, as sbatch says above")
 
 
-def repeated_command(script: str, overrides: list[str], stage: str, *more: str) -> list[str]:
-    """Return the command that does in a job, in our working folder, what these overrides, and more, ask of a script."""
+def command_script(script: str, overrides: list[str], cfg: Any, name: str, folder: Path) -> str:
+    """Return the batch script that does on one node, in our working folder, what these overrides ask of a script.
+
+    The command must bear being killed and run again: it is requeued.
+    """
     # What concerns the submission alone, or is given as this process sees it, is left out.
     kept = [text for text in overrides if not re.match(r"\+*(cluster|launch|stage_path|wait)\b", text)]
-    command = [sys.executable, "-u", str(PROJECT / script), "cluster=local"]
-    return [*command, *kept, *more, f"stage_path={quoted_path(stage)}"]
+    command = [sys.executable, "-u", str(PROJECT / script), "cluster=local", *kept]
+    command.append(f"stage_path={quoted_path(cfg.stage_path)}")
+    # No srun: a step of one task would be bound to one core. Its path: a project unpacked from a bundle needs it.
+    inherited = cfg.cluster.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    environment = {**cfg.cluster.env, "PYTHONPATH": python_path(inherited), "PYTHONUNBUFFERED": "1"}
+    return slurm.batch_script(cfg.cluster, name=name, folder=folder, command=command, environment=environment)
 
 
-def submit_command(script: str, folder: Path, **details: Any) -> Job:
-    """Submit the batch script of a command as the job of a new folder, and say so."""
-    with explained_disk_errors(folder.parents[1], "choose another stage folder (STAGE_PATH, or stage_path=...)"):
-        folder.mkdir(parents=True)
-        job = submit(script, folder, **details)
-    print(f"job {job.job_id}: {job.name}, log {job.log}", flush=True)
-    return job
+def submit_commands(scripts: Sequence[tuple[str, Path]], hint: str, *, dry: bool, wait: bool) -> None:
+    """Submit each batch script as the job of a new folder, and with `wait` follow the jobs; `dry` only shows them."""
+    if dry:
+        show_scripts([script for script, _ in scripts])
+        return
+    submitted = []
+    for script, folder in scripts:
+        with explained_disk_errors(folder.parents[1], "choose another stage folder (STAGE_PATH, or stage_path=...)"):
+            folder.mkdir(parents=True)
+            submitted.append(job := submit(script, folder))
+        print(f"job {job.job_id}: {job.name}, log {job.log}", flush=True)
+    print(f"{hint}; python jobs.py lists the jobs", flush=True)
+    if wait:
+        follow(make_console(), submitted)
 
 
 def submit(script: str, folder: Path, **details: Any) -> Job:

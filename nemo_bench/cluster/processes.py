@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.cluster import lifeline
 from nemo_bench.errors import RunFailed
 from nemo_bench.record.folder import RunFolder
 
 # A rank that waits in a collective ignores SIGTERM; it gets this long to write its logs all the same.
 GRACE_S = 3.0
+LIFELINE = "NEMO_BENCH_LIFELINE_FD"  # a pipe, of which the launcher alone holds the writing end
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class ProcessGroup:
             return Outcome(rank, code, time.time())
         return None if None in codes else Outcome()
 
-    def stop(self) -> None:
+    def stop(self, grace_s: float = GRACE_S) -> None:
         """End every rank and every process that a rank started; return when they are gone."""
-        deadline = time.monotonic() + GRACE_S
+        deadline = time.monotonic() + grace_s
         # SIGKILL also after a rank has ended: its data loaders are in its group and may live on.
         for signum in (signal.SIGTERM, signal.SIGKILL):
             for process in self.processes:
@@ -76,7 +77,7 @@ def started(
     """
     read_fd, write_fd = os.pipe()  # not inherited unless passed on: the writing end stays with this process
     group = ProcessGroup()
-    common = {**environment, lifeline.VARIABLE: str(read_fd), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
+    common = {**environment, LIFELINE: str(read_fd), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
     common |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     try:
         for rank in range(ranks):
@@ -97,6 +98,20 @@ def started(
     finally:
         group.stop()
         os.close(write_fd)
+
+
+def end_with_launcher() -> None:
+    """End this process group when the launcher, if it gave a pipe, is gone: the kernel then closes the writing end.
+
+    A signal would not do: a rank that waits in a collective ignores SIGTERM.
+    """
+
+    def wait() -> None:
+        os.read(int(fd), 1)  # nobody writes
+        os.killpg(os.getpgrp(), signal.SIGKILL)  # which a rank's data loaders belong to
+
+    if fd := os.environ.pop(LIFELINE, ""):
+        threading.Thread(target=wait, daemon=True).start()
 
 
 class _Terminated(KeyboardInterrupt):

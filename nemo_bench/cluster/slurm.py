@@ -17,7 +17,7 @@ from submitit.slurm.slurm import SlurmInfoWatcher
 from nemo_bench.config import ClusterConfig
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_text
-from nemo_bench.project import PROJECT, python_path
+from nemo_bench.project import PROJECT
 
 FAILURES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED")
 UNKNOWN = "UNKNOWN"  # Slurm did not answer, or has forgotten the job
@@ -75,14 +75,6 @@ def batch_script(
     jinja.filters["quoted"] = shlex.quote
     values = {"folder": str(folder), "environment": environment, "setup": c.setup, "command": shlex.join(command)}
     return jinja.get_template(template).render(sbatch_lines="\n".join(lines), **values)
-
-
-def command_script(cluster: ClusterConfig, name: str, command: list[str], folder: Path) -> str:
-    """Return the batch script of one command on one node. It must bear being killed and run again: it is requeued."""
-    # No srun: a step of one task would be bound to one core. Its path: a project unpacked from a bundle needs it.
-    inherited = cluster.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
-    environment = {**cluster.env, "PYTHONPATH": python_path(inherited), "PYTHONUNBUFFERED": "1"}
-    return batch_script(cluster, name=name, folder=folder, command=command, environment=environment)
 
 
 def literal(path: Path) -> str:

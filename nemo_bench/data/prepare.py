@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from omegaconf import DictConfig
 
 from nemo_bench.cli import quoted_path
-from nemo_bench.cluster import jobs, slurm
+from nemo_bench.cluster import jobs
 from nemo_bench.cluster.processes import explained_signals
 from nemo_bench.config import ComposedPoint, typed_as
 from nemo_bench.data import corpus
@@ -22,7 +22,6 @@ from nemo_bench.data.shard import Shard, datasets_in, is_made, is_url, prepare, 
 from nemo_bench.data.split import empty_parts, split_documents, split_shares
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import dated_name
-from nemo_bench.report.terminal import make_console
 
 LOGS = "results.data_preparation"  # the recipe's folder, in the stage folder, for the logs of this work
 
@@ -57,25 +56,19 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
             raise BenchError(f"{cfg.action} data={cfg.data.name} needs no job: leave out hydra/launcher=...")
     dry = any(cfg.launch == "dry" for cfg in configs)
     groups = [_shards_of(cfg) if dry else _missing_shards(cfg) for cfg in configs]
-    scripts = [_script(point, cfg, shard) for point, cfg, group in zip(points, configs, groups) for shard in group]
+    scripts = []
+    for point, cfg, shards in zip(points, configs, groups):
+        for shard in shards:
+            folder = Path(cfg.stage_path, LOGS, dated_name(), shard.name)
+            overrides = [*point.overrides, f"only={shard.number}"]
+            script = jobs.command_script("prepare_data.py", overrides, cfg, f"nemo-bench-{shard.name}", folder)
+            scripts.append((script, folder))
     if dry:
         print(*map(_plan, configs), sep="\n")
-        jobs.show_scripts([script for script, _ in scripts])
-        return
     if scripts:
-        submitted = [jobs.submit_command(*script) for script in scripts]
-        if not wait:
-            print("python prepare_data.py check reads back what they make; python jobs.py lists them")
-            return
-        jobs.follow(make_console(), submitted)
-    print(*map(_summary, configs, groups), sep="\n")
-
-
-def _script(point: ComposedPoint, cfg: PreparationConfig, shard: Shard) -> tuple[str, Path]:
-    """Return the batch script that makes a shard, and the folder of its log."""
-    folder = Path(cfg.stage_path, LOGS, dated_name(), shard.name)
-    command = jobs.repeated_command("prepare_data.py", point.overrides, cfg.stage_path, f"only={shard.number}")
-    return slurm.command_script(cfg.cluster, f"nemo-bench-{shard.name}", command, folder), folder
+        jobs.submit_commands(scripts, "python prepare_data.py check reads back what they make", dry=dry, wait=wait)
+    if not dry and (wait or not scripts):
+        print(*map(_summary, configs, groups), sep="\n")
 
 
 def _checked(raw: DictConfig) -> PreparationConfig:

@@ -17,7 +17,7 @@ from pathlib import Path
 # In place of this file's folder, whose modules have names that others may have too.
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from nemo_bench.cluster import lifeline  # noqa: E402
+from nemo_bench.cluster.processes import end_with_launcher  # noqa: E402
 from nemo_bench.record.first_error import error_in  # noqa: E402
 from nemo_bench.record.folder import PROFILE, EventLog, RunFolder  # noqa: E402
 from nemo_bench.record.node import write_node  # noqa: E402
@@ -42,7 +42,7 @@ def main(run: RunFolder, command: list[str]) -> int:
         if str(rank) in ranks:
             (run.path / PROFILE).mkdir(exist_ok=True)
             command = [word.replace("{rank}", str(rank)) for word in prefix] + command
-    lifeline.watch()
+    end_with_launcher()
     events = EventLog(run, enabled=rank == 0)
     if rank == 0:
         write_node(run.path)

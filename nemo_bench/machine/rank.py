@@ -18,8 +18,7 @@ from typing import Any
 # In place of this file's folder, whose modules have names that others may have too.
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from nemo_bench.cluster import lifeline  # noqa: E402
-from nemo_bench.cluster.processes import free_port  # noqa: E402
+from nemo_bench.cluster.processes import end_with_launcher, free_port  # noqa: E402
 from nemo_bench.config import TrainConfig, load  # noqa: E402
 from nemo_bench.files import write_json, write_text  # noqa: E402
 from nemo_bench.machine import findings  # noqa: E402
@@ -39,7 +38,7 @@ def main(folder: Path) -> int:
     cfg, rank = load(folder / CONFIG), int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     measuring = 0 if rank else os.fork()
-    lifeline.watch()
+    end_with_launcher()
     if measuring:
         ranks = Coordinator(cfg.world_size, LIMIT_S)
         # Where a rank has ended, the launcher ends the others, and this is to tell of it; else the check is cancelled.

@@ -9,12 +9,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich import filesize
 
-from nemo_bench.cluster import jobs, slurm
+from nemo_bench.cluster import jobs
 from nemo_bench.cluster.processes import explained_signals
 from nemo_bench.config import ComposedPoint, typed_as
 from nemo_bench.errors import BenchError
 from nemo_bench.files import dated_name
-from nemo_bench.report.terminal import make_console
 from nemo_bench.stage.bundle import install, pack
 from nemo_bench.stage.code import code_part
 from nemo_bench.stage.config import PARTS, StageConfig
@@ -39,16 +38,9 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
         jobs.check_command(cfg)
         dry |= cfg.launch == "dry"
         folder = Path(cfg.stage_path) / "results.stage_setup" / dated_name()
-        command = jobs.repeated_command("setup_stage.py", point.overrides, cfg.stage_path)
         name = f"nemo-bench-setup-stage-{cfg.action}"
-        scripts.append((slurm.command_script(cfg.cluster, name, command, folder), folder))
-    if dry:
-        jobs.show_scripts([script for script, _ in scripts])
-        return
-    submitted = [jobs.submit_command(*script) for script in scripts]
-    print("`python setup_stage.py check` shows what exists; `python jobs.py` lists the jobs", flush=True)
-    if wait:
-        jobs.follow(make_console(), submitted)
+        scripts.append((jobs.command_script("setup_stage.py", point.overrides, cfg, name, folder), folder))
+    jobs.submit_commands(scripts, "python setup_stage.py check shows what exists", dry=dry, wait=wait)
 
 
 def _run(cfg: StageConfig, stage: Stage) -> None:

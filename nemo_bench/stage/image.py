@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 from functools import partial
 from pathlib import Path
 
+from nemo_bench.cluster.processes import ProcessGroup
 from nemo_bench.errors import BenchError
 from nemo_bench.stage.config import StageConfig
 from nemo_bench.stage.stage import Part, place_inside, print_line
@@ -52,26 +51,15 @@ def _import(cfg: StageConfig, output: Path, lock: int) -> str:
         raise BenchError(f"not enough disk space in {output.parent}: {free_gib:.1f} GiB free, {needed}")
     command = [cfg.enroot, "import", "--output", str(output), enroot_uri(reference)]
     print_line(f"image: {shlex.join(command)}")
-    status = _run(command, lock)
-    if status != 0 or not output.exists():
-        raise BenchError(_failure(reference, status))
-    return reference
-
-
-def _run(command: list[str], lock: int) -> int:
-    """Run enroot with its output on our terminal, and return its exit status."""
     # In its own session: it starts many processes, and all have to end with it.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True)
     try:
-        return process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        raise
+        status = process.wait()
+    finally:
+        ProcessGroup([process]).stop(_GRACE_S)
+    if status != 0 or not output.exists():
+        raise BenchError(_failure(reference, status))
+    return reference
 
 
 def _failure(reference: str, status: int) -> str:

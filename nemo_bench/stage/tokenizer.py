@@ -34,18 +34,14 @@ def _make(cfg: TokenizerConfig, folder: Path, _lock: int) -> str:
     if cfg.source == "local":
         print_line(f"tokenizer: training one of {cfg.vocab_size:,} tokens on this Python's standard library")
         tokenizer.write(folder, corpus.collect(cfg.corpus_bytes).values(), vocab_size=cfg.vocab_size or 0)
-        return f"trained here, {verify(folder, None):,} tokens"  # a small corpus gives fewer than asked for
-    commit = _download(folder, cfg)
-    return f"{cfg.repo} {commit}, {verify(folder, cfg.vocab_size):,} tokens"
-
-
-def verify(folder: Path, vocab_size: int | None) -> int:
-    """Return the number of tokens of the tokenizer in `folder`; raise BenchError if it is not `vocab_size`."""
+        origin, wanted = "trained here", None  # a small corpus gives fewer than asked for
+    else:
+        origin, wanted = f"{cfg.repo} {_download(folder, cfg)}", cfg.vocab_size
     size = Encoder(folder, "tokenizers").vocab_size
-    if vocab_size not in (None, size):
-        other = f"tokenizer.vocab_size={vocab_size}: it is another tokenizer (tokenizer.vocab_size=null accepts any)"
+    if wanted not in (None, size):
+        other = f"tokenizer.vocab_size={wanted}: it is another tokenizer (tokenizer.vocab_size=null accepts any)"
         raise BenchError(f"tokenizer.json has {size:,} tokens, and {other}")
-    return size
+    return f"{origin}, {size:,} tokens"
 
 
 def _download(folder: Path, cfg: TokenizerConfig) -> str:

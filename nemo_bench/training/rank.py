@@ -9,7 +9,8 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-from nemo_bench.cluster import lifeline, nsys
+from nemo_bench.cluster import nsys
+from nemo_bench.cluster.processes import end_with_launcher
 from nemo_bench.config import TrainConfig, load
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_json
@@ -49,7 +50,7 @@ def main(run_dir: Path) -> None:
             preemption.listen()
         # After listen(): what is blocked stays blocked in nsys, which Slurm's warning would end.
         nsys.wrap(cfg.profile, run_dir, rank)
-        lifeline.watch()
+        end_with_launcher()
         if rank == 0:
             write_node(run_dir)
         events.write("importing")

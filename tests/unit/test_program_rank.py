@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.cluster import lifeline
+from nemo_bench.cluster.processes import LIFELINE
 from nemo_bench.record import folder as record
 
 WRAPPER = Path(record.__file__).parents[1] / "launch" / "program_rank.py"
@@ -61,7 +61,7 @@ def test_program_and_wrapper_end_with_the_launching_process(tmp_path: Path) -> N
     read_fd, write_fd = os.pipe()
     started = subprocess.Popen(
         [sys.executable, str(WRAPPER), str(tmp_path), "/bin/sh", "-c", "echo up; sleep 600"],
-        env={**os.environ, "RANK": "0", lifeline.VARIABLE: str(read_fd)},
+        env={**os.environ, "RANK": "0", LIFELINE: str(read_fd)},
         stdout=subprocess.PIPE,
         pass_fds=[read_fd],
         start_new_session=True,
