@@ -34,16 +34,16 @@ OTHERS += " webdataset decord easydict ftfy torchvision triton megatron.energon 
 def import_recipes() -> None:
     """Import Bridge with stand-ins for what it does not need here, and without the recipes of all other models."""
     from nemo_bench.training import cpu_device, incompatibilities
-    from nemo_bench.training.incompatibilities import transformer_engine_absent
 
     # Bridge 0.4 and later want Python 3.12, for this alone.
     typing.override = typing_extensions.override  # type: ignore[attr-defined]
     cpu_device.install()
     if importlib.util.find_spec("triton") is None:
-        sys.meta_path.append(transformer_engine_absent._StandIns(("triton",)))
-    incompatibilities.install("resiliency_version", "transformer_engine_absent")
+        sys.meta_path.append(incompatibilities.StandIns(("triton",)))
+    incompatibilities.resiliency_version()
+    incompatibilities.transformer_engine_absent()
     absent = tuple(name for name in OTHERS.split() if importlib.util.find_spec(name) is None)
-    sys.meta_path.append(transformer_engine_absent._StandIns(absent))
+    sys.meta_path.append(incompatibilities.StandIns(absent))
     import megatron.bridge
 
     for package in ("recipes", "perf_recipes"):

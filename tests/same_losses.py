@@ -28,8 +28,8 @@ def rank(weights: Path, run_dir: Path) -> None:
 
     repair = incompatibilities.install
 
-    def repair_and_watch(*names: str) -> None:
-        repair(*names)  # without which megatron-core is not imported everywhere
+    def repair_and_watch(stack: str) -> None:
+        repair(stack)  # without which megatron-core is not imported everywhere
         import torch
         from megatron.core.distributed import DistributedDataParallel
 

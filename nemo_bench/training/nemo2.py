@@ -1,7 +1,8 @@
-"""The stack on NeMo 2: model, optimizer, trainer and callbacks of a configuration, and `llm.pretrain`."""
+"""The stack on NeMo 2: model, data, optimizer, trainer and callbacks of a configuration, and `llm.pretrain`."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
+from nemo.collections.llm.gpt.data import mock
 from nemo.collections.llm.gpt.model.llama import Llama3Config, Llama31Config
 from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectionCallback
@@ -21,7 +23,6 @@ from nemo_bench.config import TrainConfig
 from nemo_bench.errors import BenchError
 from nemo_bench.training import cpu_device, settings
 from nemo_bench.training.checkpoint import CheckpointOnSignal, build_checkpoint_callback, build_resume
-from nemo_bench.training.data import build_data, build_tokenizer
 from nemo_bench.training.hooks import Hooks, Step, call
 from nemo_bench.training.known import known, left_out
 
@@ -37,14 +38,14 @@ def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
     """Train `cfg` to its last step, or until a preemption."""
     if cfg.model.cuda_graph_scope == "full_iteration":
         _record_whole_iterations()
-    tokenizer, strategy, o = build_tokenizer(cfg), build_strategy(cfg), cfg.model.optim
+    tokenizer, strategy, o = _tokenizer(cfg), build_strategy(cfg), cfg.model.optim
     if cfg.gpu.device == "cpu":
         cpu_device.install_for_checkpoints()
         # NeMo's ProgressPrinter reads them on rank 0 alone, which all-gathers: gloo's next collective never ends.
         strategy.timers = None
     llm.pretrain(
         model=build_model(cfg, tokenizer),
-        data=build_data(cfg, tokenizer),
+        data=_data(cfg, tokenizer),
         trainer=_trainer(cfg, _callbacks(cfg, run_dir, hooks), strategy),
         log=nl.NeMoLogger(
             explicit_log_dir=str(run_dir / "nemo"),
@@ -133,6 +134,50 @@ def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
         if -(-tokenizer.vocab_size // own) * own != cfg.padded_vocab_size:
             raise BenchError(f"this NeMo takes the tokenizer's vocabulary: use model.vocab_size={tokenizer.vocab_size}")
     return llm.LlamaModel(config, tokenizer=tokenizer)
+
+
+def _tokenizer(cfg: TrainConfig) -> Any:
+    """Return NeMo's tokenizer: a Hugging Face folder's, or for random tokens one that only has a size."""
+    if cfg.data.kind == "mock":
+        from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
+
+        return NullTokenizer(cfg.model.vocab_size - 1)  # it adds an end-of-document token
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    return AutoTokenizer(pretrained_model_name=str(cfg.data.tokenizer), use_fast=True)
+
+
+def _data(cfg: TrainConfig, tokenizer: Any) -> Any:
+    """Return `PreTrainingDataModule` on the .bin/.idx pairs of `cfg.data`, or `MockDataModule`."""
+    m, data = cfg.model, cfg.data
+    shared: dict[str, Any] = {
+        "seq_length": m.seq_length,
+        "micro_batch_size": m.micro_batch_size,
+        "global_batch_size": m.global_batch_size,
+        "tokenizer": tokenizer,
+        "num_workers": data.num_workers,
+        "pin_memory": cfg.gpu.device == "cuda",
+        "persistent_workers": False,
+    }
+    if data.kind == "mock":
+        # NeMo 2.7.3 passes the wish for an attention mask, which Megatron's own layers need, on in the seed's place.
+        mock._MockGPTDataset = partial(mock._MockGPTDataset, create_attention_mask=cfg.gpu.device == "cpu")
+        return llm.MockDataModule(
+            num_train_samples=cfg.trainer.max_steps * m.global_batch_size,
+            num_val_samples=cfg.trainer.limit_val_batches * m.global_batch_size,
+            num_test_samples=0,
+            **shared,
+        )
+    paths = list(data.paths)
+    if data.weights:
+        paths = [item for weight, path in zip(data.weights, data.paths) for item in (str(weight), path)]
+    return llm.PreTrainingDataModule(
+        paths=paths,
+        split=data.split,
+        seed=cfg.trainer.seed,
+        index_mapping_dir=settings.sample_order_folder(cfg),
+        **shared,
+    )
 
 
 class _Strategy(nl.MegatronStrategy):

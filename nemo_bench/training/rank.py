@@ -26,13 +26,6 @@ _PLACE = {
     "WORLD_SIZE": "SLURM_NTASKS",
     "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
 }
-# What each stack needs, as far as its installed versions do.
-_INCOMPATIBILITIES = {
-    "nemo2": ("numpy_product", "optimizer_arguments", "ddp_stream"),
-    "megatron_bridge": (
-        *("resiliency_version", "transformer_engine_absent", "helpers_makefile", "bridge_on_cpu", "ddp_stream"),
-    ),
-}
 
 
 def main(run_dir: Path) -> None:
@@ -83,7 +76,7 @@ def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None
     from nemo_bench.training import incompatibilities, patches
 
     patches.install(cfg)
-    incompatibilities.install(*_INCOMPATIBILITIES[cfg.entrypoint.stack])
+    incompatibilities.install(cfg.entrypoint.stack)
     # About 20 s on a CPU.
     stack = import_module(f"nemo_bench.training.{cfg.entrypoint.stack}")
     from nemo_bench.training.hooks import RankTelemetry, RunRecorder

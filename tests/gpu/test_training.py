@@ -46,7 +46,7 @@ def test_a_layout_and_an_option_have_the_losses_of_one_gpu(trained: dict[str, Tr
 
 
 def test_every_start_computes_with_its_weights(trained: dict[str, Trained]) -> None:
-    """Without CUDA_DEVICE_MAX_CONNECTIONS=1, which is how one GPU runs (incompatibilities/ddp_stream.py)."""
+    """Without CUDA_DEVICE_MAX_CONNECTIONS=1, which is how one GPU runs (training/incompatibilities.py)."""
     first_losses = {trained[name].of("loss")[0] for name in STARTS}
     assert len(first_losses) == 1 and math.isfinite(first_losses.pop())
 
