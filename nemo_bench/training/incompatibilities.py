@@ -17,13 +17,9 @@ import torch
 
 def install(stack: str) -> None:
     """Repair what a stack's installed versions need, before what trains is imported."""
-    repairs = {
-        "nemo2": (numpy_product, optimizer_arguments, ddp_stream),
-        "megatron_bridge": (
-            *(resiliency_version, transformer_engine_absent, helpers_makefile, bridge_on_cpu, ddp_stream),
-        ),
-    }
-    for repair in repairs[stack]:
+    nemo2 = (numpy_product, optimizer_arguments, ddp_stream)
+    bridge = (resiliency_version, transformer_engine_absent, helpers_makefile, bridge_on_cpu, ddp_stream)
+    for repair in bridge if stack == "megatron_bridge" else nemo2:
         repair()
 
 
