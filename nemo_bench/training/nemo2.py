@@ -126,7 +126,7 @@ def _callbacks(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> list[Any]
 def build_model(cfg: TrainConfig, tokenizer: Any) -> llm.LlamaModel:
     """Return NeMo's Llama 3.1 on megatron-core."""
     values = settings.model_settings(cfg)
-    if values.pop("cuda_graph_scope", None):  # the whole is recorded: megatron-core 0.15 would record each layer too
+    if "cuda_graph_scope" in values:  # the whole is recorded: megatron-core 0.15 would record each layer too
         values["cuda_graph_impl"] = "none"
     config = known(Llama31Config if values.pop("rope_scaling") else Llama3Config, **values)
     if "vocab_size" in left_out and tokenizer is not None:  # it then comes from the tokenizer
