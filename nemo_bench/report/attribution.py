@@ -110,9 +110,8 @@ def _slowest_rate(run: Run) -> tuple[float, str]:
     """Return the least bf16 matrix rate of a GPU (TFLOP/s; 0: not measured), and what measured it."""
     if checked := machine_check(run).get("rates", {}).get("bf16_tflops"):
         return float(checked["least"]), "machine check"
-    return min(
-        (device.matrix_tflops for device in run.devices if device.matrix_tflops), default=0.0
-    ), "before the training"
+    rates = [device.matrix_tflops for device in run.devices if device.matrix_tflops]
+    return min(rates, default=0.0), "before the training"
 
 
 def _findings(run: Run, profile: StepProfile | None, estimate: Estimate | None = None) -> Iterator[str]:

@@ -16,9 +16,6 @@ from nemo_bench.report import attribution, comparison, model, points, references
 from nemo_bench.report.bare_logs import Given, load_log
 from nemo_bench.report.model import Report, Run
 
-DEFAULT_REFERENCE = "auto"
-DEFAULT_TOLERANCE = 0.05
-
 _LOG_SUFFIXES = (".out", ".log", ".txt", ".err", ".out.gz", ".log.gz", ".txt.gz")
 _DATASET_SUFFIX = "-description.txt"  # Megatron's description of a dataset that it cached
 _RANK = re.compile(r"(?<![a-z])rank[_-]?\d+")
@@ -31,9 +28,9 @@ def build_report(
     *,
     baseline: Sequence[Path] = (),
     given: Given | None = None,
-    tolerance: float = DEFAULT_TOLERANCE,
+    tolerance: float = 0.05,
     total_tokens: float = runs.DEFAULT_TOTAL_TOKENS,
-    reference: str | Sequence[str] | None = DEFAULT_REFERENCE,
+    reference: str | Sequence[str] | None = "auto",
 ) -> Report:
     """Return the report on the run folders and logs that `paths` name or hold; BenchError where there are none.
 

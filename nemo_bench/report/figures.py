@@ -94,15 +94,14 @@ def waterfall(way: Attribution) -> Figure | None:
     if len(steps) < 2:
         return None
     heights = [*itertools.accumulate((step_s for _, step_s in steps), initial=way.expected_s)]
-    texts = [f"{1e3 * step_s:+,.0f} ms" for _, step_s in steps]
-    bars = {
-        "type": "waterfall",
-        "measure": ["absolute", *["relative"] * len(steps), "total"],
-        "x": ["<br>".join(textwrap.wrap(name, 16)) for name in (way.source, *(name for name, _ in steps), "measured")],
-        "y": [way.expected_s, *(step_s for _, step_s in steps), 0.0],
-        "text": [f"{way.expected_s:.4g} s", *texts, f"{way.measured_s:.4g} s"],
-        "textposition": "outside",
-    }
+    columns = [
+        ("absolute", way.source, way.expected_s, f"{way.expected_s:.4g} s"),
+        *(("relative", name, step_s, f"{1e3 * step_s:+,.0f} ms") for name, step_s in steps),
+        ("total", "measured", 0.0, f"{way.measured_s:.4g} s"),
+    ]
+    measures, names, y_s, texts = zip(*columns)
+    x = ["<br>".join(textwrap.wrap(name, 16)) for name in names]
+    bars = {"type": "waterfall", "measure": measures, "x": x, "y": y_s, "text": texts, "textposition": "outside"}
     room = (max(heights) - min(heights)) / 4
     y = {"title": {"text": "s"}, "range": [min(heights) - room, max(heights) + room], "autorange": False}
     return _figure(f"{way.point}: from {way.source} to measured", [bars], {}, y, height=380)

@@ -10,14 +10,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_bench.flops import Architecture
 from nemo_bench.report.profile import StepProfile
+from nemo_bench.report.references import Reference, ReferencePoint
 from nemo_bench.report.statistics import Mean, Steps, StepTimes
-
-if TYPE_CHECKING:
-    from nemo_bench.report.references import Reference, ReferencePoint
 
 SCHEMA_VERSION = 4  # rises when a field changes its meaning or goes away
 
@@ -91,11 +89,6 @@ class DeviceUse:
     # Share of the steps in which the driver named each reason to hold clocks back (sw_power_cap, hw_slowdown, ...).
     throttled: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def held_back(self) -> dict[str, float]:
-        """What throttled it but for the power cap, which ends the rise of clocks at full load."""
-        return {reason: share for reason, share in self.throttled.items() if reason != "sw_power_cap"}
-
 
 @dataclass(frozen=True)
 class Record:
@@ -165,6 +158,11 @@ class Run(Identity):
     @property
     def final(self) -> bool:
         return self.why_not_final is None
+
+    @property
+    def unit(self) -> str:
+        """What one of its `gpus` is."""
+        return "process" if self.gpu == "cpu" else "GPU"
 
     @property
     def identity_known(self) -> bool:

@@ -9,10 +9,6 @@ from typing import Any
 from nemo_bench import flops
 from nemo_bench.config import TrainConfig
 from nemo_bench.report.model import Numbers, Run
-from nemo_bench.report.statistics import StepTimes
-
-# Steps whose mean is called the last loss: a single step's is noisy.
-LAST_LOSSES = 5
 
 
 def numbers_at(
@@ -61,21 +57,3 @@ def rates_of_step(cfg: TrainConfig, measured_peaks: Sequence[float], step_time_s
     numbers = numbers_at(step_time_s, run, peak, None, total_tokens=cfg.total_tokens)
     rates = {name: getattr(numbers, name) for name in ("tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")}
     return {name: rate for name, rate in rates.items() if rate is not None}
-
-
-def counted(times: StepTimes) -> str:
-    """Return how many steps a mean is of: "48 steps after 1 of warm-up, without 1 (checkpoint)"."""
-    text = f"{times.counted} step{'' if times.counted == 1 else 's'} after {times.warmup_steps} of warm-up"
-    if times.excluded:
-        text += ", without " + " and ".join(f"{number} ({reason})" for reason, number in times.excluded.items())
-    return text
-
-
-def unit_name(run: Run) -> str:
-    """Return what one of `Run.gpus` is: a GPU, or a process where there is none."""
-    return "process" if run.gpu == "cpu" else "GPU"
-
-
-def tokens_text(number: float) -> str:
-    """Return 15e12 as 15T."""
-    return f"{number / 1e12:g}T"

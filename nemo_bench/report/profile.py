@@ -17,15 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_bench.record.folder import typed
-from nemo_bench.report.kernel_classes import (
-    CLASSES,
-    COMMUNICATION,
-    MEMORY,
-    OPTIMIZER,
-    kernel_class,
-    short_name,
-    term_of,
-)
+from nemo_bench.report import kernel_classes
+from nemo_bench.report.kernel_classes import CLASSES, COMMUNICATION
 
 # The names that training/profiling.py gives to a profiled step (its number follows) and to the optimizer's part of it.
 STEP_MARK = "nemo_bench step "
@@ -33,9 +26,8 @@ OPTIMIZER_MARK = "nemo_bench optimizer"
 
 TOP_KERNELS = 5
 
-_STEP, _OPTIMIZER = re.compile(f"{STEP_MARK}(\\d+)$"), re.compile(OPTIMIZER_MARK)
 # Operations of the model's ends, by their names in Megatron, Transformer Engine and PyTorch.
-_HEAD = re.compile(r"LinearWithGradAccumulation|\w*CrossEntropy|aten::embedding|(Embedding|Index)Backward")
+_HEAD = r"LinearWithGradAccumulation|\w*CrossEntropy|aten::embedding|(Embedding|Index)Backward"
 _NO_VALUE = re.compile(r'(":\s*)(?:-?(?:nan|inf))?(?=\s*[,}])')
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
@@ -86,6 +78,7 @@ def from_dict(content: dict[str, Any]) -> StepProfile:
 
 
 Event = dict[str, Any]
+Span = tuple[float, float]  # where it begins and ends, in microseconds
 
 
 class _Kernel(NamedTuple):
@@ -104,7 +97,7 @@ def measure(path: Path, rank: int) -> StepProfile:
     # The profiler writes empty, infinite and NaN values, and names of kernels in any encoding.
     trace = orjson.loads(_NO_VALUE.sub(r"\1null", content.decode("utf-8", "replace")))
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    steps = {int(match[1]): span for match, span in _spans(events, _STEP)}
+    steps = {int(name.removeprefix(STEP_MARK)): span for name, span in _spans(events, STEP_MARK + r"\d+$")}
     kernels = _kernels(events)
     if not kernels or not steps:
         raise ValueError(f"{path}: holds no GPU kernels, or no step is marked")
@@ -117,35 +110,31 @@ def measure(path: Path, rank: int) -> StepProfile:
 def _kernels(events: Sequence[Event]) -> list[_Kernel]:
     """Return the GPU's kernels and copies; what the optimizer launches belongs to it, but for transfers."""
     launched_us = {event["args"].get("correlation"): event["ts"] for event in events if event.get("cat") in _LAUNCHES}
-    optimizer = [span for _, span in _spans(events, _OPTIMIZER)]
+    optimizer = [span for _, span in _spans(events, OPTIMIZER_MARK)]
     head = [span for _, span in _spans(events, _HEAD, "cpu_op")]
     kernels = []
     for event in events:
         if event.get("cat") in _GPU_WORK:
-            kind, start = kernel_class(event["name"]), float(event["ts"])
+            kind, start = kernel_classes.kernel_class(event["name"]), float(event["ts"])
             launched = float(launched_us.get(event["args"].get("correlation"), start))
-            if kind not in (COMMUNICATION, MEMORY) and any(first <= launched <= last for first, last in optimizer):
-                kind = OPTIMIZER
-            in_head = any(first <= launched <= last for first, last in head)
-            term = term_of(kind, event["name"], event["args"], in_head)
+            in_optimizer, in_head = (any(a <= launched <= b for a, b in spans) for spans in (optimizer, head))
+            if in_optimizer and kind not in (COMMUNICATION, kernel_classes.MEMORY):
+                kind = kernel_classes.OPTIMIZER
+            term = kernel_classes.term_of(kind, event["name"], event["args"], in_head)
             kernels.append(_Kernel(event["name"], kind, term, start, start + event["dur"]))
     return kernels
 
 
-def _spans(
-    events: Sequence[Event], names: re.Pattern[str], category: str = "user_annotation"
-) -> Iterator[tuple[re.Match[str], tuple[float, float]]]:
-    """Yield the ranges that the program, or else PyTorch, named so, and where they begin and end."""
+def _spans(events: Sequence[Event], names: str, category: str = "user_annotation") -> Iterator[tuple[str, Span]]:
+    """Yield the names, and the ranges, of what the program, or else PyTorch, named so."""
     for event in events:
-        if event.get("cat") == category and (match := names.match(event["name"])):
-            yield match, (event["ts"], event["ts"] + event["dur"])
+        if event.get("cat") == category and re.match(names, event["name"]):
+            yield event["name"], (event["ts"], event["ts"] + event["dur"])
 
 
-def _profile(
-    kernels: Sequence[_Kernel], steps: dict[int, tuple[float, float]], rank: int, device: str | None
-) -> StepProfile:
-    total_us: defaultdict[tuple[str, str], float] = defaultdict(float)  # (class, name) -> sum of the kernels' times
-    count: Counter[tuple[str, str]] = Counter()
+def _profile(kernels: Sequence[_Kernel], steps: dict[int, Span], rank: int, device: str | None) -> StepProfile:
+    total_us = {kind: defaultdict[str, float](float) for kind in CLASSES}  # name -> sum of the kernels' times
+    count = Counter[tuple[str, str]]()
     counted_us, terms_us = dict.fromkeys(CLASSES, 0.0), defaultdict[str, float](float)
     communication_us = 0.0
     for first, last in steps.values():
@@ -155,7 +144,7 @@ def _profile(
                 begin, end = max(start_us, first), min(end_us, last)
                 running_as = CLASSES.index(kind), term
                 edges += [(begin, 1, running_as), (end, -1, running_as)]
-                total_us[kind, name] += end - begin
+                total_us[kind][name] += end - begin
                 count[kind, name] += start_us >= first
         running: Counter[tuple[int, str]] = Counter()
         for (moment, change, running_as), (following, _, _) in pairwise(sorted(edges)):
@@ -170,9 +159,8 @@ def _profile(
     class_times = []
     for kind, time_us in counted_us.items():
         kernel_times = [
-            KernelTime(short_name(name), kernel_us / us_per_ms, count[kind, name] / len(steps))
-            for (name_kind, name), kernel_us in total_us.items()
-            if name_kind == kind
+            KernelTime(kernel_classes.short_name(name), kernel_us / us_per_ms, count[kind, name] / len(steps))
+            for name, kernel_us in total_us[kind].items()
         ]
         if kernel_times:
             total_ms = sum(kernel.total_ms for kernel in kernel_times)

@@ -93,14 +93,12 @@ def architecture_in_recipe(
 @cache
 def load(name: str) -> Reference:
     """Return the published table called `name`, or that of a file of the same form."""
-    path = _FOLDER / f"{name}.yaml"
+    path, example = _FOLDER / f"{name}.yaml", _FOLDER / f"{names()[0]}.yaml"
     if name not in names():
         path = Path(name)
         if not path.is_file():
-            raise BenchError(
-                f"reference={name}: there is no such table\n"
-                f"  valid: auto, {', '.join(names())}, null, or a YAML file of the form of {_FOLDER}/{names()[0]}.yaml"
-            )
+            valid = f"valid: auto, {', '.join(names())}, null, or a YAML file of the form of {example}"
+            raise BenchError(f"reference={name}: there is no such table\n  {valid}")
     try:
         content = OmegaConf.merge(OmegaConf.structured(Reference), OmegaConf.create(plain_yaml(path)))
         table: Reference = OmegaConf.to_object(content)  # type: ignore[assignment]
@@ -108,10 +106,8 @@ def load(name: str) -> Reference:
         for point in table.points:
             _complete(point, table)
     except (OmegaConfBaseException, YAMLError, KeyError, ValueError) as error:
-        raise BenchError(
-            f"{path}: not a table of published numbers ({str(error).splitlines()[0]}); "
-            f"{_FOLDER}/{names()[0]}.yaml shows the form"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise BenchError(f"{path}: not a table of published numbers ({why}); {example} shows the form") from None
     return table
 
 

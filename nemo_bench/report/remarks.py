@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nemo_bench.report.model import Numbers, Run
-from nemo_bench.report.numbers import unit_name
 from nemo_bench.report.statistics import NO_TIME, Steps
 
 # A loss that has grown so much is no training any more.
@@ -31,14 +30,11 @@ def _of_run(run: Run) -> Iterator[str]:
     yield from run.remarks
     if run.source == "run folder" and run.gpu not in (None, "cpu") and run.gpu_reported is None:
         yield f"no driver names its GPU, which is {run.gpu} by its configuration"
-    times = run.times
-    if times is not None:
-        left_out = {**times.excluded, NO_TIME: len(run.steps) - times.steps}
-        if any(left_out.values()):
-            numbers = (f"{number} ({reason})" for reason, number in left_out.items() if number)
-            yield f"steps left out: {', '.join(numbers)}"
+    excluded = {**run.times.excluded, NO_TIME: len(run.steps) - run.times.steps} if run.times else {}
+    if left_out := [f"{number} ({reason})" for reason, number in excluded.items() if number]:
+        yield f"steps left out: {', '.join(left_out)}"
     texts = [
-        f"straggling {unit_name(run)}: rank {rank.rank} ({rank.measure}, {rank.slower:.0%} slower than the others)"
+        f"straggling {run.unit}: rank {rank.rank} ({rank.measure}, {rank.slower:.0%} slower than the others)"
         for rank in run.ranks
         if rank.straggler
     ]
@@ -48,15 +44,15 @@ def _of_run(run: Run) -> Iterator[str]:
 
 def throttling(run: Run) -> list[str]:
     """Return what held clocks back, by the driver, the worst first."""
-    texts = []
-    for device in sorted(run.devices, key=lambda device: -max(device.held_back.values(), default=0)):
-        reasons = [
-            f"{reason.replace('_', ' ')} in {share:.0%} of its steps" for reason, share in device.held_back.items()
-        ]
-        host = f" on {device.host}" if device.host else ""
-        if reasons:
-            texts.append(f"clocks of rank {device.rank}'s GPU{host} held back: {', '.join(reasons)}")
-    return _first(texts, "ranks' GPUs")
+    worst: dict[str, float] = {}  # text -> the largest share of steps in it
+    for device in run.devices:
+        # The power cap ends the rise of clocks at full load.
+        shares = {reason: share for reason, share in device.throttled.items() if reason != "sw_power_cap"}
+        if shares:
+            host = f" on {device.host}" if device.host else ""
+            reasons = (f"{reason.replace('_', ' ')} in {share:.0%} of its steps" for reason, share in shares.items())
+            worst[f"clocks of rank {device.rank}'s GPU{host} held back: {', '.join(reasons)}"] = max(shares.values())
+    return _first(sorted(worst, key=lambda text: -worst[text]), "ranks' GPUs")
 
 
 def _first(texts: list[str], what: str) -> list[str]:

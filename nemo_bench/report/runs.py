@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cache
 from itertools import pairwise
@@ -26,16 +25,22 @@ from nemo_bench.report import profile as step_profile
 from nemo_bench.report import ranks, remarks
 from nemo_bench.report.logs import Log, read_log
 from nemo_bench.report.model import SHORT_NAMES, Record, Run
-from nemo_bench.report.numbers import LAST_LOSSES, counted, numbers_at
+from nemo_bench.report.numbers import numbers_at
 from nemo_bench.report.statistics import CHECKPOINT, MIN_STEADY_STEPS, OTHER_BATCH, VALIDATION, Steps, step_times
 from nemo_bench.report.statistics import PROFILE as PROFILED
 
 DEFAULT_TOTAL_TOKENS = 1e12
+LAST_LOSSES = 5  # whose mean is called the last loss: a single step's is noisy
+_REPEATED = "{} steps were done again after a restart; the later ones count"
 # Share of its time that rank 0 waited for a core, beyond which its steps tell of the machine's load.
 _LONGEST_WAIT = 0.25
 _LOADED = (
     "this machine was loaded: rank 0 waited for a core in {:.0%} of its time; leave it alone, or set "
     "OMP_WAIT_POLICY=PASSIVE beside other trainings"
+)
+_SOCKETS = (
+    'NCCL takes TCP sockets between the nodes ("Using network Socket"), which is slow: NCCL_DEBUG=INFO says '
+    "why it finds no InfiniBand or RoCE; NCCL_IB_HCA names the adapters"
 )
 _GPUS_A_NODE = 8  # at most: a bare log does not tell its nodes
 _MOST_PADDING = 128 * 128  # Megatron pads the vocabulary to a multiple of 128 TP
@@ -197,9 +202,10 @@ def _recorded_steps(rows: list[dict[str, Any]], events: list[dict[str, Any]]) ->
     steps.restarts = sorted({*steps.restarts, *starts[1:]})
     # NeMo's timer stops before callbacks save and Lightning validates: the step that feels it is the next one.
     steps.excluded = [paused.get(before) for before in [-1, *steps.step][: len(steps)]]
-    again = f"{repeated} steps were done again after a restart; the later ones count"
-    started = f"started {len(starts)} times: see the events"
-    return steps, [*([again] if repeated else []), *([started] if len(starts) > 1 else [])]
+    warnings = [_REPEATED.format(repeated)] if repeated else []
+    if len(starts) > 1:
+        warnings.append(f"started {len(starts)} times: see the events")
+    return steps, warnings
 
 
 def peak(gpu: dict[str, Any], precision: str, measured: dict[int, dict[str, Any]]) -> tuple[float | None, str | None]:
@@ -238,13 +244,14 @@ def measured(run: Run, log: Log, peak: tuple[float | None, str | None], total_to
     """Return the run with its numbers, and with what its log says: which steps count, and whether it is final."""
     times, few = step_times(run.steps), None
     numbers = numbers_at(times.mean_s, run, *peak, total_tokens) if times else None
+    several_nodes = (run.nodes or 1) > 1 or (run.gpus or 1) > _GPUS_A_NODE
     if losses := [loss for loss in run.steps.loss if loss is not None]:
         last = losses[-LAST_LOSSES:]
         run = replace(run, first_loss=losses[0], last_loss=sum(last) / len(last))
     if run.steps and times is None:
         few = "no step time was recorded"
     elif times and times.counted < MIN_STEADY_STEPS:
-        few = f"only {counted(times)}: not a measurement (it takes {MIN_STEADY_STEPS})"
+        few = f"only {times.description}: not a measurement (it takes {MIN_STEADY_STEPS})"
     run = replace(run, times=times)
     invalid = _contradiction(run, log) or remarks.invalid(run, numbers)
     why = "; ".join(text for text in (run.why_not_final, invalid, few) if text) or None
@@ -255,7 +262,7 @@ def measured(run: Run, log: Log, peak: tuple[float | None, str | None], total_to
         numbers=numbers if why is None else None,
         gpu_reported=run.gpu_reported or log.printed.get("gpu"),
         peak_memory_gib=run.peak_memory_gib or log.peak_memory_gib,
-        remarks=(*run.remarks, *_network_remarks(run, log)),
+        remarks=(*run.remarks, *([_SOCKETS] if log.sockets and several_nodes else [])),
         warnings=(*run.warnings, *remarks.warnings(run, numbers, log.rates)),
     )
 
@@ -282,15 +289,6 @@ def _contradiction(run: Run, log: Log) -> str | None:
     return None
 
 
-def _network_remarks(run: Run, log: Log) -> Iterator[str]:
-    """Yield that NCCL found no fast network between the nodes, if it says so."""
-    if log.sockets and ((run.nodes or 1) > 1 or (run.gpus or 1) > _GPUS_A_NODE):
-        yield (
-            'NCCL takes TCP sockets between the nodes ("Using network Socket"), which is slow: NCCL_DEBUG=INFO says '
-            "why it finds no InfiniBand or RoCE; NCCL_IB_HCA names the adapters"
-        )
-
-
 def log_warnings(log: Log) -> list[str]:
     """Return what a reader should know about the steps of a log."""
     stride = statistics.median([b - a for a, b in pairwise(log.steps.step)] or [1])
@@ -298,7 +296,7 @@ def log_warnings(log: Log) -> list[str]:
     interval = log.program in ("Megatron-LM", "Megatron-Bridge")
     texts = [
         (log.unreadable, f"{log.unreadable} lines with train_step_timing are cut off or garbled, and left out"),
-        (log.repeated, f"{log.repeated} steps were done again after a restart; the later ones count"),
+        (log.repeated, _REPEATED.format(log.repeated)),
         (log.several, f"{log.several} times a step has another time: several ranks in one log; the slowest counts"),
         (batches, f"{batches} steps have another global batch size than {log.global_batch_size}, and are left out"),
         (interval, "each step time is from one line of the log to the next: a step, and what lies between two"),

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from nemo_bench.report import model
 from nemo_bench.report.model import Attribution, Change, Comparison, Point, Report, Run, Term
-from nemo_bench.report.numbers import tokens_text
 
 _NUMERIC = re.compile(r"[-+±\d.,%/\u2013]*(?: (?:to|±) [-+\d.,%e]+(?: \?)?)?")
 
@@ -49,6 +48,11 @@ def percent(value: float | None, decimals: int = 2) -> str:
     return "" if value is None else f"{value:.{decimals}%}"
 
 
+def tokens_text(number: float) -> str:
+    """Return 15e12 as 15T."""
+    return f"{number / 1e12:g}T"
+
+
 def points_table(report: Report) -> Table:
     """Return a row a point with its verdict; the verdict's reason and the differences as notes."""
     rows, notes = [], []
@@ -59,28 +63,27 @@ def points_table(report: Report) -> Table:
         margin = f" ± {point.step_time.margin:.2g}" if point.step_time else ""
         if point.step_time and point.step_time.margin > point.step_time.value / 2:
             margin += " ?"
-        rows.append(
-            {
-                "point": point.name,
-                "verdict": judged.text if published else "",
-                "step time (s)": significant(n.step_time_s) + margin if n else "",
-                "of published": percent(judged.ratio, 1),
-                "tokens/s": significant(n.tokens_per_s) if n else "",
-                "MFU": percent(n.mfu) if n else "",
-                f"days to {tokens_text(report.total_tokens)}": f"{n.days_to_train:,.2f}" if n else "",
-                "published (s)": significant(reference.step_time_s) if reference else "",
-                "estimate (s)": significant(point.estimate_s),
-                "median (s)": significant(point.median_s),
-                "last (s)": significant(point.last_s),
-                "runs": f"{len(point.final_runs)}/{len(point.runs)}",
-                "tokens/s a GPU": significant(n.tokens_per_s_per_gpu) if n else "",
-                "TFLOP/s a GPU": significant(n.tflops_per_gpu) if n else "",
-                "causal": percent(n.mfu_causal) if n else "",
-                "GPU": point.gpu or "",
-                "GBS": str(point.global_batch_size or ""),
-                "layout": " ".join(f"{name}{size}" for name, size in point.layout.items()),
-            }
-        )
+        row = {
+            "point": point.name,
+            "verdict": judged.text if published else "",
+            "step time (s)": significant(n.step_time_s) + margin if n else "",
+            "of published": percent(judged.ratio, 1),
+            "tokens/s": significant(n.tokens_per_s) if n else "",
+            "MFU": percent(n.mfu) if n else "",
+            f"days to {tokens_text(report.total_tokens)}": f"{n.days_to_train:,.2f}" if n else "",
+            "published (s)": significant(reference.step_time_s) if reference else "",
+            "estimate (s)": significant(point.estimate_s),
+            "median (s)": significant(point.median_s),
+            "last (s)": significant(point.last_s),
+            "runs": f"{len(point.final_runs)}/{len(point.runs)}",
+            "tokens/s a GPU": significant(n.tokens_per_s_per_gpu) if n else "",
+            "TFLOP/s a GPU": significant(n.tflops_per_gpu) if n else "",
+            "causal": percent(n.mfu_causal) if n else "",
+            "GPU": point.gpu or "",
+            "GBS": str(point.global_batch_size or ""),
+            "layout": " ".join(f"{name}{size}" for name, size in point.layout.items()),
+        }
+        rows.append(row)
     return make_table("Points", rows, notes)
 
 
@@ -105,19 +108,18 @@ def runs_table(runs: Sequence[Run]) -> Table:
     for run in runs:
         t = run.times if run.final else None
         left_out = {"warm-up": t.warmup_steps, **t.excluded} if t else {}
-        rows.append(
-            {
-                "run": run.name,
-                "state": run.state if run.final else f"{run.state}, no result",
-                "mean (s)": significant(t.mean_s) if t else "",
-                "median (s)": significant(t.median_s) if t else "",
-                "last (s)": significant(t.last_s) if t else "",
-                "5% to 95% (s)": f"{significant(t.p5_s)} to {significant(t.p95_s)}" if t else "",
-                "steps": f"{t.counted:,}" if t else "",
-                "left out": ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number),
-                "loss": loss_text(run) if run.final else "",
-            }
-        )
+        row = {
+            "run": run.name,
+            "state": run.state if run.final else f"{run.state}, no result",
+            "mean (s)": significant(t.mean_s) if t else "",
+            "median (s)": significant(t.median_s) if t else "",
+            "last (s)": significant(t.last_s) if t else "",
+            "5% to 95% (s)": f"{significant(t.p5_s)} to {significant(t.p95_s)}" if t else "",
+            "steps": f"{t.counted:,}" if t else "",
+            "left out": ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number),
+            "loss": loss_text(run) if run.final else "",
+        }
+        rows.append(row)
     return make_table("Runs", rows, ("; ".join(filter(None, (run.why_not_final, *run.warnings))) for run in runs))
 
 
@@ -169,10 +171,9 @@ def markdown(report: Report) -> str:
     text += "".join(map(_markdown_table, (points_table(report), *compared, *ways, runs_table(report.runs))))
     for reference in report.references:
         text += f"\nPublished numbers: {_escaped(f'{reference.title}. {reference.source}. {reference.hardware}.')}\n"
-    if report.machine_checks:
-        text += "\n## Machine checks\n\n" + "".join(f"- {_escaped(check)}\n" for check in report.machine_checks)
-    if report.warnings:
-        text += "\n## Warnings\n\n" + "".join(f"- {_escaped(warning)}\n" for warning in report.warnings)
+    for title, lines in (("Machine checks", report.machine_checks), ("Warnings", report.warnings)):
+        if lines:
+            text += f"\n## {title}\n\n" + "".join(f"- {_escaped(line)}\n" for line in lines)
     return text
 
 

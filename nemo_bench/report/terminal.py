@@ -21,9 +21,9 @@ from nemo_bench.config import TrainConfig
 from nemo_bench.record import folder as record
 from nemo_bench.report import model, tables
 from nemo_bench.report.model import Report, Run
-from nemo_bench.report.numbers import LAST_LOSSES, counted, tokens_text, unit_name
 from nemo_bench.report.remarks import throttling
-from nemo_bench.report.tables import percent, significant
+from nemo_bench.report.runs import LAST_LOSSES
+from nemo_bench.report.tables import percent, significant, tokens_text
 
 # More rows than this are for the files, not for a terminal.
 SHOWN_RUNS = 30
@@ -125,19 +125,16 @@ def print_summary(console: Console, run: Run) -> None:
 
 def summary_rows(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yield (name, value, remark) of each number; of a run that is not final, why."""
-    unit, t, n = unit_name(run), run.times, run.numbers
+    unit, t, n = run.unit, run.times, run.numbers
     if losses := tables.loss_text(run):
         yield "loss", losses, f"first step, mean of the last {LAST_LOSSES}"
     if t:
-        yield f"step time{'' if run.final else ' so far'} (s)", significant(t.mean_s), f"mean of {counted(t)}"
+        yield f"step time{'' if run.final else ' so far'} (s)", significant(t.mean_s), f"mean of {t.description}"
         yield "  median (s)", significant(t.median_s), f"5% to 95%: {significant(t.p5_s)} to {significant(t.p95_s)}"
         yield "  last step (s)", significant(t.last_s), "what the 24.09 recipe reads"
     if n:
-        yield (
-            "tokens/s",
-            significant(n.tokens_per_s),
-            f"{significant(n.tokens_per_s_per_gpu)} a {unit}, {run.gpus} in all",
-        )
+        per_unit = f"{significant(n.tokens_per_s_per_gpu)} a {unit}"
+        yield "tokens/s", significant(n.tokens_per_s), f"{per_unit}, {run.gpus} in all"
         if n.tflops_per_gpu is not None:
             causal = f"causal convention: {significant(n.tflops_per_gpu_causal)}"
             yield f"TFLOP/s a {unit}", significant(n.tflops_per_gpu), causal

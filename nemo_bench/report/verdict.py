@@ -16,6 +16,7 @@ from nemo_bench.report.runs import device, options
 from nemo_bench.report.statistics import LONGEST_WARM_UP, OTHER_BATCH, Steps, is_time
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+_SHAPE = ("gpus", "precision", "seq_length", "global_batch_size")
 _VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to this, times TP
 
 
@@ -31,8 +32,7 @@ def must_agree(run: Run, row: ReferencePoint) -> list[Change]:
         **{name: (row.architecture[name], sizes.get(name)) for name in _SIZES},
         "padded vocabulary": (theirs, ours),
         "gpu": (row.gpu, _gpu(run)),
-        **{key: (getattr(row, key), getattr(run, key)) for key in ("gpus", "precision", "seq_length")},
-        "global_batch_size": (row.global_batch_size, run.global_batch_size),
+        **{key: (getattr(row, key), getattr(run, key)) for key in _SHAPE},
     }
     return [Change(key, str(before), None if after is None else str(after)) for key, (before, after) in pairs.items()]
 
