@@ -139,8 +139,8 @@ def import_stack(stack: str, device: str) -> None:
         patches.te_weight_gradient_accumulation()
         with contextlib.suppress(ImportError), mock.patch("torch.cuda.is_available", return_value=False):
             import modelopt.torch.quantization  # noqa: F401  asks the GPU what it is; nothing here uses it
-    # Needed at the import itself; the rank installs the others.
-    incompatibilities.install("resiliency_version" if stack == "megatron_bridge" else "optimizer_arguments")
+    # Needed at the import itself; the rank makes the other repairs.
+    incompatibilities.resiliency_version() if stack == "megatron_bridge" else incompatibilities.optimizer_arguments()
     importlib.import_module(f"nemo_bench.training.{stack}")
     if device == "cuda" and torch.cuda.is_initialized():
         raise SystemExit("an import has initialised CUDA: ranks cannot be forked from here")
