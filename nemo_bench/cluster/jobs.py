@@ -83,20 +83,33 @@ def command_script(script: str, overrides: list[str], cfg: Any, name: str, folde
     return slurm.batch_script(cfg.cluster, name=name, folder=folder, command=command, environment=environment)
 
 
-def submit_commands(scripts: Sequence[tuple[str, Path]], hint: str, *, dry: bool, wait: bool) -> None:
-    """Submit each batch script as the job of a new folder, and with `wait` follow the jobs; `dry` only shows them."""
+def submit_commands(scripts: Sequence[tuple[str, Path]], stage: Path, hint: str, *, dry: bool, wait: bool) -> None:
+    """Submit each batch script as the job of a new folder, and with `wait` follow the jobs; `dry` only shows them.
+
+    What a job of this stage folder does already, or will, is not submitted again.
+    """
     if dry:
         show_scripts([script for script, _ in scripts])
         return
-    submitted = []
+    active = {_work(job.folder, (job.folder / slurm.SCRIPT).read_text()): job for job in submitted(stage) if job.active}
+    followed = []
     for script, folder in scripts:
+        if job := active.get(_work(folder, script)):
+            print(f"job {job.job_id} does this already: {job.name}, log {job.log}", flush=True)
+            followed.append(job)
+            continue
         with explained_disk_errors(folder.parents[1], "choose another stage folder (STAGE_PATH, or stage_path=...)"):
             folder.mkdir(parents=True)
-            submitted.append(job := submit(script, folder))
+            followed.append(job := submit(script, folder))
         print(f"job {job.job_id}: {job.name}, log {job.log}", flush=True)
     print(f"{hint}; python jobs.py lists the jobs", flush=True)
     if wait:
-        follow(make_console(), submitted)
+        follow(make_console(), followed)
+
+
+def _work(folder: Path, script: str) -> str:
+    """Return a batch script without the folder of its job: what two of the same work have in common."""
+    return script.replace(str(folder), "")
 
 
 def submit(script: str, folder: Path, **details: Any) -> Job:

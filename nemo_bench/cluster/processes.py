@@ -6,6 +6,7 @@ Not torchrun: it imports torch, and leaves its ranks behind when it is killed.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -138,6 +139,11 @@ def explained_signals(advice: str) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on now; rank 0 will, in a few seconds."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """Return a TCP port that nobody listens on now; rank 0 will, in a few seconds.
+
+    It is below those that the kernel gives to connections, which would take it until then.
+    """
+    while True:
+        port = secrets.choice(range(15_000, 32_000))
+        with suppress(OSError), socket.create_server(("", port)):
+            return port

@@ -66,7 +66,8 @@ def submit_preparations(points: list[ComposedPoint], *, wait: bool) -> None:
     if dry:
         print(*map(_plan, configs), sep="\n")
     if scripts:
-        jobs.submit_commands(scripts, "python prepare_data.py check reads back what they make", dry=dry, wait=wait)
+        hint = "python prepare_data.py check reads back what they make"
+        jobs.submit_commands(scripts, Path(configs[0].stage_path), hint, dry=dry, wait=wait)
     if not dry and (wait or not scripts):
         print(*map(_summary, configs, groups), sep="\n")
 

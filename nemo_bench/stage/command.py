@@ -40,7 +40,8 @@ def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
         folder = Path(cfg.stage_path) / "results.stage_setup" / dated_name()
         name = f"nemo-bench-setup-stage-{cfg.action}"
         scripts.append((jobs.command_script("setup_stage.py", point.overrides, cfg, name, folder), folder))
-    jobs.submit_commands(scripts, "python setup_stage.py check shows what exists", dry=dry, wait=wait)
+    hint, stage = "python setup_stage.py check shows what exists", scripts[0][1].parents[1]
+    jobs.submit_commands(scripts, stage, hint, dry=dry, wait=wait)
 
 
 def _run(cfg: StageConfig, stage: Stage) -> None:

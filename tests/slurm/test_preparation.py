@@ -87,6 +87,8 @@ def test_without_waiting_and_cancelled(scripts: Scripts, slurm: SlurmCluster, se
     listed = scripts.jobs()
     assert job_id in listed and "RUNNING" in listed and "nemo-bench-my-llama_00_text_document" in listed
     assert f"slurm-{job_id}.out" in scripts.jobs("log", job_id)
+    twice = scripts.run("prepare_data.py", *SUBMIT, url(server), "wait=false", "shards=[0]")
+    assert f"job {job_id} does this already" in twice.stdout and job_ids(twice.stdout) == [job_id]
     assert scripts.jobs("cancel", job_id).split() == ["cancelled:", job_id]
     assert slurm.wait_for_end(job_id).startswith("CANCELLED")
     assert "had ended" in scripts.jobs("cancel", job_id) and "CANCELLED" in scripts.jobs()
