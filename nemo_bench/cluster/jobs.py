@@ -60,9 +60,9 @@ def show_scripts(scripts: Sequence[str], texts: Sequence[str] = ()) -> None:
     for script, text in zip(scripts, texts or scripts):
         print(text)
         if shutil.which("sbatch") is not None:
-            accepted, words = slurm.test_only(script)
-            print(f"sbatch --test-only: {words}")
-            refused += not accepted
+            _, is_refused, words = slurm.sbatch("--test-only", input=script)
+            print(f"sbatch --test-only: {'REFUSED: ' if is_refused else ''}{words}")
+            refused += is_refused
     print("launch=dry: nothing was submitted.")
     if refused:
         raise BenchError(f"Slurm refuses {refused} of {len(scripts)} jobs, as sbatch says above")

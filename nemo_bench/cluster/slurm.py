@@ -82,12 +82,6 @@ def literal(path: Path) -> str:
     return str(path).replace("%", "%%")
 
 
-def test_only(script: str) -> tuple[bool, str]:
-    """Return whether the scheduler would take the job, and what it says. If it cannot be asked, it refuses nothing."""
-    _, refused, words = _sbatch("--test-only", input=script)
-    return not refused, f"REFUSED: {words}" if refused else words
-
-
 def submit(script: str, folder: Path, name: str) -> str:
     """Submit the batch script of job `name`, which is kept in `folder`, and return the job's id.
 
@@ -95,7 +89,7 @@ def submit(script: str, folder: Path, name: str) -> str:
     """
     path = folder / SCRIPT
     write_text(path, script)
-    printed, refused, words = _sbatch("--parsable", str(path))
+    printed, refused, words = sbatch("--parsable", str(path))
     if refused:
         checked = "cluster.account, cluster.partition, cluster.qos, cluster.time and the number of nodes"
         raise Refused(f"Slurm refused {name}: {words}\nit checks {checked}")
@@ -150,8 +144,11 @@ class Books(SlurmInfoWatcher):
             self._info_dict.update(self.read_info(f"JobID|State|Command\n{rows or ''}"))
 
 
-def _sbatch(*arguments: str, input: str | None = None) -> tuple[str, bool, str]:
-    """Return what sbatch prints if it succeeds, whether the scheduler refuses the job, and the scheduler's words."""
+def sbatch(*arguments: str, input: str | None = None) -> tuple[str, bool, str]:
+    """Return what sbatch prints if it succeeds, whether the scheduler refuses the job, and the scheduler's words.
+
+    A scheduler that cannot be asked refuses nothing.
+    """
     try:
         done = _run("sbatch", *arguments, input=input)
     except subprocess.TimeoutExpired:

@@ -13,14 +13,10 @@ from nemo_bench.errors import BenchError
 MINIMUM_BYTES = 1_000_000  # less stops being meaningful; a caller may ask for less
 
 # Installed packages, tests and caches; then generated tables, one of which would be an eighth of the corpus.
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _SKIPPED_FOLDERS |= {"encodings", "pydoc_data"}
 _SKIPPED_FILES = {"html/entities.py", "stringprep.py"}
-
-
-def library_folder() -> Path:
-    """Return the folder of this Python's standard library."""
-    return Path(sysconfig.get_path("stdlib"))
 
 
 def _names(root: Path) -> Iterator[str]:
@@ -39,7 +35,7 @@ def collect(corpus_bytes: int) -> dict[str, str]:
     They come in the order of the SHA-256 of their names: Megatron splits by ranges of documents, and sorted names would
     make the validation split one package.
     """
-    root, texts, total = library_folder(), dict[str, str](), 0
+    root, texts, total = LIBRARY, dict[str, str](), 0
     for name in sorted(_names(root), key=lambda name: (hashlib.sha256(name.encode()).digest(), name)):
         try:
             text = (root / name).read_bytes().decode("utf-8")

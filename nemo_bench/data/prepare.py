@@ -117,15 +117,15 @@ def _missing_shards(cfg: PreparationConfig) -> list[Shard]:
     return missing
 
 
+@explained_signals("the same command continues from here")
 def _make_shards(shards: list[Shard]) -> None:
     """Make one shard after the other; one that cannot be made does not stop the others."""
     failures: list[tuple[Shard, BenchError]] = []
-    with explained_signals("the same command continues from here"):
-        for shard in shards:
-            try:
-                prepare(shard)
-            except BenchError as error:
-                failures.append((shard, error))
+    for shard in shards:
+        try:
+            prepare(shard)
+        except BenchError as error:
+            failures.append((shard, error))
     if failures:
         lines = [f"{shard.name}: {error}" for shard, error in failures]
         lines.append(f"{len(failures)} of {len(shards)} failed: the same command (without overwrite=true) makes them")

@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from typing import Any
 
 BOS_TOKEN = "<|begin_of_text|>"
 EOS_TOKEN = "<|end_of_text|>"
@@ -26,8 +23,7 @@ LLAMA3_SPLIT = (
 MIN_FREQUENCY = 2  # of a pair of tokens that is merged: one seen once teaches nothing about the text
 
 
-def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Train on `texts` a tokenizer of `vocab_size` tokens, the special ones last; fewer if no pair is left to merge."""
+def _train(texts: Iterable[str], vocab_size: int) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
@@ -54,8 +50,11 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def write(folder: Path, texts: Iterable[str], *, vocab_size: int) -> None:
-    """Train on `texts` the new Hugging Face folder `folder`; see `train`."""
-    tokenizer = train(texts, vocab_size=vocab_size)
+    """Train on `texts` the new Hugging Face folder `folder`.
+
+    It holds `vocab_size` tokens, the special ones last; fewer if no pair is left to merge.
+    """
+    tokenizer = _train(texts, vocab_size)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     added = {str(tokenizer.token_to_id(token)): {"content": token, **flags} for token in SPECIAL_TOKENS}
     config = {

@@ -29,15 +29,6 @@ _ABORT = re.compile(r"ProcessGroupNCCL|TCPStore|^\s*frame #|terminate called|wha
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """What the user reads of a failed run."""
-
-    reason: str  # the cause, if it is known; else the first error's own words, if there are any
-    advice: list[str]  # what to do, then the first error and its log
-    refused: bool = False  # the rank said itself what is wrong: a BenchError
-
-
-@dataclass(frozen=True)
 class Cause:
     """An entry of `causes.yaml`, whose head describes the fields."""
 
@@ -48,11 +39,17 @@ class Cause:
     numbers: str = ""
 
 
-def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[str, Any] | None) -> Diagnosis:
-    """Return why a run failed, of which `rank` failed first, if that is known, and left `error` (write_rank_error)."""
-    if error is not None and error["type"] == BenchError.__name__:
+def diagnose(
+    cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[str, Any] | None
+) -> tuple[str, list[str]]:
+    """Return why a run failed, and lines: what to do, the first error and its log.
+
+    The reason is the cause, if that is known, else the first error's own words, if there are any. `rank` failed first,
+    if that is known, and left `error` (write_rank_error).
+    """
+    if error is not None and error["type"] == BenchError.__name__:  # it says itself what is wrong
         refusal, *remedies = str(error["message"]).splitlines()
-        return Diagnosis(refusal, remedies, refused=True)
+        return refusal, remedies
     paths = {number: run.log(number) for number in range(cfg.world_size)}
     logs = {number: "\n".join(tail(path, LOG_LINES)) for number, path in paths.items() if path.exists()}
     first = first_error(run.path, rank)
@@ -63,7 +60,7 @@ def diagnose(cfg: TrainConfig, run: RunFolder, rank: int | None, error: Mapping[
     reason, *advice = explain(cfg, text, logs) or [own_words]
     if first:
         advice.append(f"first error, in {first.log}: {first.line}")
-    return Diagnosis(f"{raised['type']}: {reason}" if raised is not None else reason, advice)
+    return f"{raised['type']}: {reason}" if raised is not None else reason, advice
 
 
 def failure_text(run_dir: Path) -> str:
@@ -71,11 +68,11 @@ def failure_text(run_dir: Path) -> str:
     run = RunFolder(run_dir)
     try:
         error = next(iter(run.rank_errors()), None)
-        diagnosis = diagnose(load(run_dir / CONFIG), run, int(error["rank"]) if error else None, error)
+        reason, advice = diagnose(load(run_dir / CONFIG), run, int(error["rank"]) if error else None, error)
     except (BenchError, OSError, ValueError) as problem:  # a full disk may have cut the record off
         return f"unreadable record: {problem}"
     where = f"rank {error['rank']} on {error['host']}: " if error else ""
-    return "\n".join([f"{where}{diagnosis.reason}", *diagnosis.advice])
+    return "\n".join([f"{where}{reason}", *advice])
 
 
 def explain(cfg: TrainConfig, text: str, logs: Mapping[int, str]) -> list[str] | None:

@@ -116,8 +116,8 @@ def record_failure(cfg: TrainConfig, run: RunFolder, outcome: processes.Outcome)
     errors = (error for error in run.rank_errors() if error["time"] <= outcome.seen_at)
     error = next(errors, None) if outcome.exit_code > 0 else None  # no exception causes a signal
     rank = int(error["rank"]) if error else outcome.failed_rank or 0
-    diagnosis = diagnose(cfg, run, rank, error)
-    code, reason = outcome.exit_code, diagnosis.reason
+    reason, advice = diagnose(cfg, run, rank, error)
+    code = outcome.exit_code
     if error is None:
         how = f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         how += " (from outside, or by the kernel for want of memory: `dmesg` says)" if code == -signal.SIGKILL else ""
@@ -126,8 +126,8 @@ def record_failure(cfg: TrainConfig, run: RunFolder, outcome: processes.Outcome)
         # A rank may have had no room left to say it.
         reason = f"no space left on the disk of {cfg.stage_path}: free some, or set STAGE_PATH ({reason})"
     run.set_status(Status("killed" if code < 0 else "failed", exit_code=code, reason=reason, rank=rank))
-    message = [f"rank {rank} of {cfg.world_size} failed: {reason}", *(f"  {line}" for line in diagnosis.advice)]
-    if not diagnosis.refused:
+    message = [f"rank {rank} of {cfg.world_size} failed: {reason}", *(f"  {line}" for line in advice)]
+    if error is None or error["type"] != BenchError.__name__:
         last_lines = tail(run.log(rank), LOG_TAIL_LINES)
         message += [f"the last lines of {run.log(rank)}:", *(f"  | {line}" for line in last_lines)]
     return "\n".join(message)

@@ -61,16 +61,15 @@ def _datasets(stage: Stage) -> dict[str, Entry]:
 
 
 def _write(stage: Stage, entries: dict[str, Entry], path: Path) -> None:
-    with tarfile.open(path, "w:zst" if path.suffix == ".zst" else "w", format=tarfile.PAX_FORMAT) as tar:
+    with tarfile.open(
+        path, "w:zst" if path.suffix == ".zst" else "w", format=tarfile.PAX_FORMAT, dereference=True
+    ) as tar:
         text = json.dumps(manifest_json(entries), indent=1).encode()
         member = tarfile.TarInfo(NAME)
         member.size = len(text)
         tar.addfile(member, io.BytesIO(text))
         for name in (name for entry in entries.values() for name in entry.files):
-            with open(stage.folder / name, "rb") as file:
-                member = tarfile.TarInfo(name)
-                member.size = os.fstat(file.fileno()).st_size
-                tar.addfile(member, file)
+            tar.add(stage.folder / name, name)
 
 
 def install(stage: Stage, bundle: Path, *, dry: bool) -> None:

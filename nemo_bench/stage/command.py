@@ -22,29 +22,11 @@ from nemo_bench.stage.stage import Part, Stage, fill, print_line
 from nemo_bench.stage.tokenizer import tokenizer_part
 
 
+@explained_signals("nothing half-made was left; run it again to continue")
 def run_stage(raw: DictConfig) -> None:
     """Fill, check, pack or install the stage folder; raise BenchError if something is missing or in the way."""
     cfg = typed_as(StageConfig, raw)
-    with explained_signals("nothing half-made was left; run it again to continue"):
-        _run(cfg, Stage(Path(cfg.stage_path)))
-
-
-def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
-    """Submit the command of each point, for login nodes without enroot or room, and with `wait` follow the jobs."""
-    # HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.
-    dry, scripts = False, list[tuple[str, Path]]()
-    for point in points:
-        cfg = typed_as(StageConfig, point.config)
-        jobs.check_command(cfg)
-        dry |= cfg.launch == "dry"
-        folder = Path(cfg.stage_path) / "results.stage_setup" / dated_name()
-        name = f"nemo-bench-setup-stage-{cfg.action}"
-        scripts.append((jobs.command_script("setup_stage.py", point.overrides, cfg, name, folder), folder))
-    hint, stage = "python setup_stage.py check shows what exists", scripts[0][1].parents[1]
-    jobs.submit_commands(scripts, stage, hint, dry=dry, wait=wait)
-
-
-def _run(cfg: StageConfig, stage: Stage) -> None:
+    stage = Stage(Path(cfg.stage_path))
     if cfg.action in ("pack", "install") and cfg.bundle is None:
         raise BenchError(f"{cfg.action} needs a file: bundle=stage.tar, or bundle=stage.tar.zst (compressed)")
     if not cfg.parts:
@@ -74,6 +56,21 @@ def _run(cfg: StageConfig, stage: Stage) -> None:
         if problems:
             raise BenchError("\n\n".join(problems))
         print_line(f"stage folder {stage.folder}: {', '.join(part.name for part in parts)} complete")
+
+
+def submit_stage(points: list[ComposedPoint], *, wait: bool) -> None:
+    """Submit the command of each point, for login nodes without enroot or room, and with `wait` follow the jobs."""
+    # HF_TOKEN reaches the jobs in sbatch's environment; it is written nowhere.
+    dry, scripts = False, list[tuple[str, Path]]()
+    for point in points:
+        cfg = typed_as(StageConfig, point.config)
+        jobs.check_command(cfg)
+        dry |= cfg.launch == "dry"
+        folder = Path(cfg.stage_path) / "results.stage_setup" / dated_name()
+        name = f"nemo-bench-setup-stage-{cfg.action}"
+        scripts.append((jobs.command_script("setup_stage.py", point.overrides, cfg, name, folder), folder))
+    hint, stage = "python setup_stage.py check shows what exists", scripts[0][1].parents[1]
+    jobs.submit_commands(scripts, stage, hint, dry=dry, wait=wait)
 
 
 def _check(stage: Stage, parts: list[Part]) -> None:

@@ -102,10 +102,3 @@ def install() -> None:
         setattr(torch.cuda, name, answer)
     torch.cuda.random.get_rng_state = answers["get_rng_state"]
     _CudaMeansCpu().__enter__()
-
-
-def install_for_checkpoints() -> None:
-    """Let NeMo leave the tensors of a checkpoint where they are: it moves them to a CUDA device by its number."""
-    from nemo.lightning.io import pl
-
-    pl._fix_tensors_device = lambda checkpoint: checkpoint

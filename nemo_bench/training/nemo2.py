@@ -14,6 +14,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.gpt.data import mock
 from nemo.collections.llm.gpt.model.llama import Llama3Config, Llama31Config
+from nemo.lightning import io
 from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectionCallback
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
@@ -21,7 +22,7 @@ from nemo.utils.exp_manager import TimingCallback
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import BenchError
-from nemo_bench.training import cpu_device, settings
+from nemo_bench.training import settings
 from nemo_bench.training.checkpoint import CheckpointOnSignal, build_checkpoint_callback, build_resume
 from nemo_bench.training.hooks import Hooks, Step, call
 from nemo_bench.training.known import known, left_out
@@ -40,7 +41,8 @@ def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
         _record_whole_iterations()
     tokenizer, strategy, o = _tokenizer(cfg), build_strategy(cfg), cfg.model.optim
     if cfg.gpu.device == "cpu":
-        cpu_device.install_for_checkpoints()
+        # NeMo moves the tensors of a checkpoint to a CUDA device by its number.
+        io.pl._fix_tensors_device = lambda checkpoint: checkpoint
         # NeMo's ProgressPrinter reads them on rank 0 alone, which all-gathers: gloo's next collective never ends.
         strategy.timers = None
     llm.pretrain(

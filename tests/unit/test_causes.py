@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.launch.diagnosis import CAUSES, Diagnosis, diagnose, explain, read_causes
+from nemo_bench.launch.diagnosis import CAUSES, diagnose, explain, read_causes
 from nemo_bench.record.folder import RunFolder
 
 from ..composing import composed
@@ -41,7 +41,7 @@ def test_a_known_exception_is_explained(row: dict[str, Any], cfg: TrainConfig) -
         assert lines is not None and len(lines) >= 2 and lines[0].startswith(row["cause"]) and lines[0][-1] != ":"
 
 
-def diagnosed(cfg: TrainConfig, folder: Path) -> Diagnosis:
+def diagnosed(cfg: TrainConfig, folder: Path) -> tuple[str, list[str]]:
     cfg.stage_path = str(folder)
     return diagnose(cfg, RunFolder(folder), None, None)
 
@@ -55,19 +55,19 @@ def test_a_known_cause_is_named_with_the_first_errors_line_and_file(
     log.write_text(f"{BOOST}{text}\n")
     with open(tmp_path / "slurm-12.out", "a") as job_log:
         job_log.write(AFTER)
-    diagnosis = diagnosed(cfg, tmp_path)
-    assert row["cause"] in diagnosis.reason and "$" not in diagnosis.reason
-    assert len(diagnosis.advice) >= 2 and "$" not in diagnosis.advice[0]
-    assert diagnosis.advice[-1] == f"first error, in {log}: {text.splitlines()[-1].removeprefix('[rank1]:')}"
+    reason, advice = diagnosed(cfg, tmp_path)
+    assert row["cause"] in reason and "$" not in reason
+    assert len(advice) >= 2 and "$" not in advice[0]
+    assert advice[-1] == f"first error, in {log}: {text.splitlines()[-1].removeprefix('[rank1]:')}"
 
 
 @pytest.mark.parametrize("row", FAILURES["first_errors"], ids=lambda row: str(row["line"]))
 def test_an_unknown_cause_keeps_its_own_words(row: dict[str, Any], cfg: TrainConfig, tmp_path: Path) -> None:
     for name, text in row["logs"].items():
         (tmp_path / name).write_text(BOOST + expanded(text))
-    diagnosis = diagnosed(cfg, tmp_path)
-    assert row["line"] in diagnosis.reason
-    assert diagnosis.advice == [f"first error, in {tmp_path / next(iter(row['logs']))}: {diagnosis.reason}"]
+    reason, advice = diagnosed(cfg, tmp_path)
+    assert row["line"] in reason
+    assert advice == [f"first error, in {tmp_path / next(iter(row['logs']))}: {reason}"]
 
 
 def test_a_killed_rank_comes_before_the_exceptions_that_it_caused(cfg: TrainConfig, tmp_path: Path) -> None:
@@ -75,11 +75,11 @@ def test_a_killed_rank_comes_before_the_exceptions_that_it_caused(cfg: TrainConf
     (tmp_path / "slurm-12.out").write_text("srun: error: n2: task 1: Killed\n" + AFTER)
     cfg.stage_path = str(tmp_path)
     error = {"rank": 0, "type": "RuntimeError", "message": "Connection closed by peer"}
-    assert (diagnose(cfg, RunFolder(tmp_path), 0, error).reason).startswith("rank 1 on n2 was killed")
+    assert diagnose(cfg, RunFolder(tmp_path), 0, error)[0].startswith("rank 1 on n2 was killed")
 
 
 @pytest.mark.parametrize(
-    ("table", "cause", "advice"),
+    ("table", "cause", "remark"),
     [
         ("- pattern: 'execve.*(?P<file>/x\\S+):'\n  meaning: site says $file\n", "site says /x/python", "first error"),
         ("- pattern: '('\n  meaning: x\n", "the node has no /x/python", "causes.yaml is not a table of causes"),
@@ -89,12 +89,12 @@ def test_a_killed_rank_comes_before_the_exceptions_that_it_caused(cfg: TrainConf
     ],
 )
 def test_a_user_adds_causes_that_come_first_and_a_bad_table_hides_nothing(
-    table: str, cause: str, advice: str, cfg: TrainConfig, tmp_path: Path
+    table: str, cause: str, remark: str, cfg: TrainConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "slurm-12.out").write_text("slurmstepd: error: execve(): /x/python: No such file or directory\n")
     (tmp_path / "causes.yaml").write_text(table)
-    diagnosis = diagnosed(cfg, tmp_path)
-    assert diagnosis.reason.startswith(cause) and any(advice in line for line in diagnosis.advice)
+    reason, advice = diagnosed(cfg, tmp_path)
+    assert reason.startswith(cause) and any(remark in line for line in advice)
 
 
 def test_every_entry_says_what_to_do_and_where_it_comes_from() -> None:

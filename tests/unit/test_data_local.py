@@ -38,7 +38,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         module = root / f"package{number % 4}" / f"module{number}.py"
         module.parent.mkdir(parents=True, exist_ok=True)
         module.write_text(f'"""Module number {number}, in words."""\n\ndef answer():\n    return {number}\n' * 8)
-    monkeypatch.setattr(corpus, "library_folder", lambda: root)
+    monkeypatch.setattr(corpus, "LIBRARY", root)
     monkeypatch.setattr(corpus, "MINIMUM_BYTES", 1000)
     return root
 

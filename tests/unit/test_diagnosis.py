@@ -14,7 +14,7 @@ from nemo_bench.entrypoints.nemo2 import Nemo2
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import write_json
 from nemo_bench.launch import point
-from nemo_bench.launch.diagnosis import Diagnosis, diagnose, explain, failure_text
+from nemo_bench.launch.diagnosis import diagnose, explain, failure_text
 from nemo_bench.record.folder import EXIT, RunFolder, Status, timestamp
 
 from ..composing import PROJECT, composed
@@ -189,7 +189,7 @@ def test_what_is_not_explained_keeps_its_own_words(
 def test_a_job_that_left_no_exception_is_explained_from_its_logs(run: RunFolder, eight: TrainConfig) -> None:
     """A rank that a signal ended in a Slurm job: only the logs tell which one it was."""
     for rank in (0, None):
-        assert diagnose(eight, run, rank, None) == Diagnosis("", [])
+        assert diagnose(eight, run, rank, None) == ("", [])
     for rank in range(8):
         run.log(rank).write_text("step 12\n" if rank == 0 else timed_out(rank))
     run.set_status(Status("submitted"))
