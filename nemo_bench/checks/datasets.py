@@ -6,6 +6,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_bench.config import TrainConfig
 from nemo_bench.data.corpus import collect
 from nemo_bench.data.encoder import Encoder
@@ -51,8 +53,6 @@ def dataset_remarks(prefixes: tuple[str, ...], tokenizer: str) -> list[str]:
 
 def _sample(info: DatasetInfo) -> Any:
     """Return the token ids at the beginning, in the middle and at the end."""
-    import numpy as np
-
     last = max(0, len(info.ids) - SAMPLE_TOKENS)
     return np.concatenate([info.ids[start : start + SAMPLE_TOKENS] for start in (0, last // 2, last)])
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
+from backports import zstd
+
 from nemo_bench.errors import BenchError
 
 FORMATS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
@@ -44,8 +47,6 @@ class Block:
 
 def _text_of_line(line: bytes, text_key: str) -> str | None:
     """Return the text of a JSON line, None for a blank one; raise ValueError with the reason if it has none."""
-    import orjson
-
     try:
         text = orjson.loads(line)[text_key]
         if type(text) is str:
@@ -91,8 +92,6 @@ class Reader:
         return self._parquet() if self.format == ".parquet" else self._json_lines()
 
     def _json_lines(self) -> Iterator[Block]:
-        from backports import zstd
-
         before, rest = 0, b""
         try:
             with open(self.path, "rb") as stored:
@@ -115,8 +114,6 @@ class Reader:
         return BenchError(f"{self.path}: {damage}. Download or copy it again")
 
     def _decompressed(self, stored: IO[bytes]) -> Any:
-        from backports import zstd
-
         if self.format == ".jsonl.gz":
             return gzip.GzipFile(fileobj=stored)
         if self.format == ".jsonl.zst":

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_bench.errors import BenchError, RunFailed
 
 Encoded = tuple[Any, Any]  # arrays: ids of all texts (uint32), number of ids of each (int64)
@@ -89,8 +91,6 @@ class Encoder:
         No special tokens are added, but text that looks like one becomes it, as with Hugging Face and Megatron.
         Several threads may call this at once; they run in parallel.
         """
-        import numpy as np
-
         if self.library == "tokenizers" or not texts:
             encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
             rows: list[Any] = [encoding.ids for encoding in encodings]
@@ -128,8 +128,6 @@ class Encoder:
         return [n for n in places if ids[starts[n] : ends[n]].tolist() != self._reference_ids(texts[n])]
 
     def _encode_fast(self, texts: Sequence[str]) -> Encoded:
-        import numpy as np
-
         # parallel=False: on this thread, with the interpreter lock released. The threads are the caller's.
         layout = self._fast.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_bench.errors import BenchError
 from nemo_bench.files import atomic_file
 
@@ -67,8 +69,6 @@ class IndexedDatasetWriter:
 
     def extend(self, tokens: Any, lengths: Any) -> None:
         """Append many documents: all their ids, and the length in tokens of each document."""
-        import numpy as np
-
         content = tokens.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False).data
         self._file.write(content)
         self.sha256.update(content)
@@ -90,8 +90,6 @@ class IndexedDatasetWriter:
                 self._file.close()
 
     def _write_index(self) -> None:
-        import numpy as np
-
         of_documents = np.asarray(self._lengths, dtype="<i4")
         lengths = of_documents[of_documents > 0]  # of sequences
         offsets = (np.cumsum(lengths, dtype="<i8") - lengths) * np.dtype(self.dtype).itemsize
@@ -115,8 +113,6 @@ class DatasetInfo:
     @property
     def ids(self) -> Any:
         """All token ids, mapped from the file."""
-        import numpy as np
-
         return np.memmap(bin_path(self.prefix), np.dtype(self.dtype).newbyteorder("<"), "r")
 
 
@@ -125,8 +121,6 @@ def inspect(prefix: Path) -> DatasetInfo:
 
     The whole index is read, and must agree with itself and with the size of .bin. Raises BenchError.
     """
-    import numpy as np
-
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
             hint = f" without its suffix: {prefix.with_suffix('')}" if prefix.suffix in (".bin", ".idx") else ""
@@ -143,8 +137,6 @@ def inspect(prefix: Path) -> DatasetInfo:
 
 def _read_index(prefix: Path) -> DatasetInfo:
     """Return what the index says, whose parts must agree with each other."""
-    import numpy as np
-
     path = idx_path(prefix)
     content = path.read_bytes()
     if content[: len(_MAGIC)] != _MAGIC[: len(content)]:

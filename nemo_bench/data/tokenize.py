@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_bench.data.documents import Block, Reader
 from nemo_bench.data.encoder import Encoder
 from nemo_bench.data.indexed_dataset import IndexedDatasetWriter
@@ -89,8 +91,6 @@ def _encoded_blocks(reader: Reader, encoder: Encoder, pool: ThreadPoolExecutor, 
 
 
 def _encode(block: Block, text_key: str, encoder: Encoder) -> Encoded:
-    import numpy as np
-
     texts, bad = block.texts(text_key)
     ids, lengths = encoder.encode(texts)
     # Of its documents' numbers only those of the lines before are known here, which serve as well.

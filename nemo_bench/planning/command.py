@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -14,7 +13,7 @@ from nemo_bench.checks.problems import problems
 from nemo_bench.config import typed_as
 from nemo_bench.errors import BenchError, ConfigurationRefused
 from nemo_bench.estimate.step import estimate_of
-from nemo_bench.files import write_text
+from nemo_bench.files import write_json, write_text
 from nemo_bench.planning import display
 from nemo_bench.planning.answer import Answer, Calibration, calibration_by
 from nemo_bench.planning.config import EstimateConfig
@@ -53,7 +52,7 @@ def run_estimate(raw: DictConfig) -> None:
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "estimate.json", json.dumps(answer.to_dict(), indent=1) + "\n")
+            write_json(folder / "estimate.json", answer.to_dict())
             write_text(folder / "schedule.html", display.schedule_page(answer))
         except OSError as error:
             raise BenchError(f"output={cfg.output}: {error.strerror}: name a folder that can be written") from None

@@ -7,13 +7,12 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.training import cpu_device
-
-if TYPE_CHECKING:
-    import torch
 
 APEX_MODULE = "fused_weight_gradient_mlp_cuda"
 
