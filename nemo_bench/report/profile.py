@@ -71,7 +71,9 @@ class StepProfile:
 
 
 def from_dict(content: dict[str, Any]) -> StepProfile:
-    """Return the profile in a `rank<N>.json`, of this version or an earlier one."""
+    """Return the profile in a `rank<N>.json`, of this version or an earlier one; raise ValueError if it is damaged."""
+    if content["step_ms"] <= 0:
+        raise ValueError(f"step_ms={content['step_ms']} is no time of a step")
     tops = [tuple(typed(KernelTime, kernel) for kernel in item["top"]) for item in content["classes"]]
     classes = tuple(typed(ClassTime, {**item, "top": top}) for item, top in zip(content["classes"], tops))
     return typed(StepProfile, {**content, "steps": tuple(content["steps"]), "classes": classes})

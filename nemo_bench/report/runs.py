@@ -52,7 +52,14 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, Rec
 
 
 def architecture_of(model: dict[str, Any]) -> flops.Architecture:
-    return flops.Architecture(**{size.name: int(model[size.name]) for size in fields(flops.Architecture)})
+    return flops.Architecture(**{size.name: _count(model, size.name) for size in fields(flops.Architecture)})
+
+
+def _count(section: dict[str, Any], name: str) -> int:
+    """Return a setting that counts something; raise ValueError for less than one."""
+    if (value := int(section[name])) < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+    return value
 
 
 @cache
@@ -145,8 +152,13 @@ def _averaged(config: dict[str, Any]) -> list[str]:
 
 def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
     model, trainer = config["model"], config["trainer"]
-    gpus, batch = trainer["num_nodes"] * trainer["devices"], int(model["global_batch_size"])
-    layout = {short: int(model.get(name) or 1) for name, short in SHORT_NAMES.items() if short != "GBS"}
+    nodes, batch = _count(trainer, "num_nodes"), _count(model, "global_batch_size")
+    gpus = nodes * _count(trainer, "devices")
+    layout = {
+        short: 1 if model.get(name) is None else _count(model, name)
+        for name, short in SHORT_NAMES.items()
+        if short != "GBS"
+    }
     layout["DP"] = gpus // (layout["TP"] * layout["PP"] * layout["CP"])
     if layout["DP"]:
         layout["GA"] = batch // (layout["MBS"] * layout["DP"])
@@ -158,10 +170,10 @@ def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
         model=str(model["name"]),
         precision=str(config["precision"]["name"]),
         gpus=gpus,
-        nodes=trainer["num_nodes"],
+        nodes=nodes,
         gpu=str(config["gpu"]["name"]),
         global_batch_size=batch,
-        seq_length=int(model["seq_length"]),
+        seq_length=_count(model, "seq_length"),
         layout=layout,
         architecture=architecture_of(model),
         version=config.get("results_version"),
@@ -169,7 +181,7 @@ def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
         container=Path(str(container["image"])).name if container else None,
         data=(config.get("data") or {}).get("name"),
         identified=dict.fromkeys(("model", "precision", "gpus", "gpu", "global_batch_size"), "run record"),
-        max_steps=int(trainer["max_steps"]),
+        max_steps=_count(trainer, "max_steps"),
     )
 
 

@@ -52,6 +52,13 @@ def steps_in(run_dir: Path) -> list[dict[str, Any]]:
 
 # Each line holds the one before it nine times: 9^20 values.
 ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 21))
+CONFIG = (PLAIN / record.CONFIG).read_text()
+IMPOSSIBLE = {
+    "tensor_model_parallel_size: 1": "tensor_model_parallel_size: 0",
+    "seq_length: 128": "seq_length: -5",
+    "num_nodes: 1": "num_nodes: 0",
+    "hidden_size: 128": "hidden_size: many",
+}
 PROFILE = (
     '{"rank": 0, "device": null, "steps": [9], "step_ms": 1.5, "classes": [], "idle_ms": 0, "communication_ms": 0, '
     '"exposed_communication_ms": 0, "terms": {}}'
@@ -204,6 +211,8 @@ def test_steps_come_from_the_log_where_there_is_no_other_record(tmp_path: Path) 
         (RANKS, '{"ranks": [{"rank": 0, "steps": 9, "own_time_s": "x"}]}'),
         ("profile/rank0.json", PROFILE.replace("{}", '{"host": "x"}')),
         ("profile/rank0.json", PROFILE.replace("1.5", "null")),
+        ("profile/rank0.json", PROFILE.replace("1.5", "0")),
+        *((record.CONFIG, CONFIG.replace(old, new)) for old, new in IMPOSSIBLE.items()),
     ],
 )
 def test_a_damaged_record_is_one_message(copy: Path, name: str, content: str | None) -> None:
