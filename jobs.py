@@ -53,7 +53,7 @@ def run(command: str, stage: Path, ids: list[str]) -> None:
     elif command == "cancel":
         print(f"cancelled: {' '.join(jobs.cancel(chosen)) or 'none: they had ended'}")
     elif command == "follow":
-        jobs.follow(console, chosen or [job for job in submitted if job.active], failure_text)
+        jobs.follow(chosen or [job for job in submitted if job.active], failure_text)
     elif not submitted:
         print(f"no job was submitted from {stage}")
     elif command == "resubmit":

@@ -59,7 +59,7 @@ def losses(python: str, packages: Path | None, weights: Path, *overrides: str) -
     from tests.composing import composed
 
     cfg = prepare_data(composed(*overrides, *CONSTANT_RATE, "trainer.limit_val_batches=0", "trainer.max_steps=20"))
-    run = new_run(replace(cfg, stage_path=str(weights.parent)), ["same_losses"], list(overrides))
+    run = new_run(replace(cfg, stage_path=str(weights.parent)), list(overrides))
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
@@ -104,7 +104,7 @@ def submit_commands(scripts: Sequence[tuple[str, Path]], stage: Path, hint: str,
         print(f"job {job.job_id}: {job.name}, log {job.log}", flush=True)
     print(f"{hint}; python jobs.py lists the jobs", flush=True)
     if wait:
-        follow(make_console(), followed)
+        follow(followed)
 
 
 def _work(folder: Path, script: str) -> str:
@@ -229,12 +229,13 @@ def _result(job: Job) -> list[str]:
     return list(job.content.get("result", [f"{step_time_s:.4g}" if step_time_s else ""]))
 
 
-def follow(console: Console, jobs: Sequence[Job], explain: Callable[[Path], str] | None = None) -> None:
+def follow(jobs: Sequence[Job], explain: Callable[[Path], str] | None = None) -> None:
     """Show these jobs until all are over, then the numbers of the runs and the logs of the commands.
 
     Raises RunFailed if a job did not complete, with the words of `explain` about its folder, or on Ctrl-C, which leaves
     the jobs running.
     """
+    console = make_console()
     if not jobs:
         console.print("no job is active")
         return

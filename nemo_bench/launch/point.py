@@ -58,7 +58,7 @@ def _run_here(cfg: TrainConfig) -> None:
     console = make_console()
     cfg = prepare_data(cfg)
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    run = new_run(cfg, ["python", *sys.argv], overrides)
+    run = new_run(cfg, overrides)
     console.print(f"run folder: {run.path}", soft_wrap=True, highlight=False)
     with Follower(cfg, run.path, console) as follower:
         execute(cfg, run, follower.tick)
@@ -79,9 +79,9 @@ def prepare_data(cfg: TrainConfig) -> TrainConfig:
     return replace(cfg, data=replace(cfg.data, paths=[str(info.prefix)], tokenizer=str(folder / "tokenizer")))
 
 
-def new_run(cfg: TrainConfig, command: list[str], overrides: list[str], state: str = "running") -> RunFolder:
+def new_run(cfg: TrainConfig, overrides: list[str], state: str = "running") -> RunFolder:
     """Record a run that is about to be started or submitted, with its configuration as it is now."""
-    run = RunFolder(results_dir(cfg) / dated_name())
+    run, command = RunFolder(results_dir(cfg) / dated_name()), ["python", *sys.argv]
     config_yaml, max_steps = OmegaConf.to_yaml(OmegaConf.structured(cfg)), cfg.trainer.max_steps
     run.create(config_yaml=config_yaml, command=command, overrides=overrides, max_steps=max_steps, state=state)
     return run

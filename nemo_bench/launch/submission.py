@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def start_point(raw: DictConfig) -> None:
         raise BenchError(f"this allocation has {nodes} nodes, and the point needs {needed}: sbatch -N {needed}")
     for _ in range(cfg.repeats):
         overrides = list(HydraConfig.get().overrides.task)
-        job = submit_run(prepare_data(cfg), ["python", *sys.argv], overrides, submit=jobs.adopt)
+        job = submit_run(prepare_data(cfg), overrides, submit=jobs.adopt)
         print(f"run folder: {job.folder}", flush=True)
         if status := subprocess.call(["bash", str(job.folder / slurm.SCRIPT)]):
             raise RunFailed(f"the point failed: python jobs.py log {job.job_id}", status)
@@ -71,12 +70,11 @@ def submit_points(points: list[ComposedPoint], *, wait: bool) -> None:
         return
     prepared = [prepare_data(cfg) for cfg in configs]
     submitted = _submit_all([pair for pair in zip(points, prepared) for _ in range(pair[1].repeats)])
-    console = make_console()
     for job in submitted:
         job.done()
-    console.print(jobs.table(submitted))
+    make_console().print(jobs.table(submitted))
     if wait:
-        jobs.follow(console, submitted, failure_text)
+        jobs.follow(submitted, failure_text)
     else:
         print("python jobs.py lists them, shows a log, cancels and resubmits")
 
@@ -101,7 +99,7 @@ def _submit_all(runs: list[tuple[ComposedPoint, TrainConfig]]) -> list[Job]:
     submitted: list[Job] = []
     try:
         for point, cfg in runs:
-            submitted.append(submit_run(cfg, ["python", *sys.argv], point.overrides))
+            submitted.append(submit_run(cfg, point.overrides))
     except KeyboardInterrupt:
         raise RunFailed("interrupted: python jobs.py lists what was submitted", 130) from None
     finally:
@@ -111,11 +109,9 @@ def _submit_all(runs: list[tuple[ComposedPoint, TrainConfig]]) -> list[Job]:
     return submitted
 
 
-def submit_run(
-    cfg: TrainConfig, command: list[str], overrides: list[str], submit: Callable[..., Job] = jobs.submit
-) -> Job:
+def submit_run(cfg: TrainConfig, overrides: list[str], submit: Callable[..., Job] = jobs.submit) -> Job:
     """Record a run and submit it; a refused one does not look as if it were waiting."""
-    run = new_run(cfg, command, overrides, state="submitted")
+    run = new_run(cfg, overrides, state="submitted")
     entrypoint_of(cfg).write_files(cfg, run.path)
     try:
         return submit(
@@ -154,7 +150,6 @@ def _resubmit(job: Job) -> Job:
         raise BenchError(f"{what}: the same command again does what is missing\n  {job.content['command']}")
     if job.active:
         raise BenchError(f"job {job.job_id} is {job.state}: cancel it first (python jobs.py cancel {job.job_id})")
-    command = ["python", "jobs.py", "resubmit", job.job_id]
-    again = submit_run(load(job.folder / CONFIG), command, job.content["overrides"])
+    again = submit_run(load(job.folder / CONFIG), job.content["overrides"])
     write_json(job.folder / JOB, {**job.content, "resubmitted_as": again.job_id})
     return again

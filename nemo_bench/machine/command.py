@@ -20,7 +20,6 @@ from nemo_bench.machine.findings import text
 from nemo_bench.project import PROJECT
 from nemo_bench.record.folder import CONFIG, read_object
 from nemo_bench.record.machine import CHECK, CHECKS, READ_FILE
-from nemo_bench.report.terminal import make_console
 
 # Sections of the configuration that have no part in a check.
 _UNUSED = ("data", "checkpoint", "profile", "gpu.memory_gib")
@@ -68,7 +67,7 @@ def submit_checks(points: list[ComposedPoint], *, wait: bool) -> None:
         print(f"job {submitted[-1].job_id}: python jobs.py log {submitted[-1].job_id} shows what it finds", flush=True)
     if wait:
         try:
-            jobs.follow(make_console(), submitted)
+            jobs.follow(submitted)
         except RunFailed as failed:
             # Ranks that were ended have greater exit codes than the one that names the findings.
             raise RunFailed(str(failed)) from None

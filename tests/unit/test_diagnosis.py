@@ -144,7 +144,7 @@ def test_many_ranks_are_counted_and_an_exception_that_holds_the_time_out_needs_n
 @pytest.fixture
 def run(tmp_path: Path, eight: TrainConfig) -> RunFolder:
     eight.stage_path = str(tmp_path)
-    return point.new_run(eight, ["python", "train.py"], [])
+    return point.new_run(eight, [])
 
 
 def message_of(run: RunFolder, cfg: TrainConfig, rank: int, exit_code: int, error: BaseException | None = None) -> str:

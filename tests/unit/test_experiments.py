@@ -67,7 +67,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple
             cfg = composed(f"experiment={name}", *["entrypoint=nemo_24_09"] * (folder == ""), f"stage_path={stage}")
             m = cfg.model
             row = rows[m.name, cfg.precision.name, cfg.world_size, cfg.gpu.name, m.global_batch_size]
-            run = new_run(cfg, ["train.py"], [])
+            run = new_run(cfg, [])
             steps = [{"step": step, "loss": 6.0, "train_step_timing_s": row.step_time_s} for step in range(50)]
             (run.path / STEPS).write_text("\n".join(map(json.dumps, steps)) + "\n")
             run.set_status(Status("completed", exit_code=0))
