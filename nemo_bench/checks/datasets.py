@@ -53,8 +53,9 @@ def dataset_remarks(prefixes: tuple[str, ...], tokenizer: str) -> list[str]:
 
 def _sample(info: DatasetInfo) -> Any:
     """Return the token ids at the beginning, in the middle and at the end."""
-    last = max(0, len(info.ids) - SAMPLE_TOKENS)
-    return np.concatenate([info.ids[start : start + SAMPLE_TOKENS] for start in (0, last // 2, last)])
+    ids = np.memmap(bin_path(info.prefix), np.dtype(info.dtype).newbyteorder("<"), "r")
+    last = max(0, len(ids) - SAMPLE_TOKENS)
+    return np.concatenate([ids[start : start + SAMPLE_TOKENS] for start in (0, last // 2, last)])
 
 
 def _tokenizer_rules(cfg: TrainConfig, need: Need, info: DatasetInfo) -> None:

@@ -59,20 +59,15 @@ class IndexedDatasetWriter:
         self.dtype = optimal_dtype(vocab_size)
         self.tokens = 0
         self.sha256 = hashlib.sha256()  # of what was written to .bin
-        self._lengths = array("i")  # of all documents
+        self.lengths = array("i")  # of all documents
         self._file = open(bin_path(prefix), "wb")  # noqa: SIM115 - closed by __exit__
-
-    @property
-    def documents(self) -> int:
-        """Documents appended so far."""
-        return len(self._lengths)
 
     def extend(self, tokens: Any, lengths: Any) -> None:
         """Append many documents: all their ids, and the length in tokens of each document."""
         content = tokens.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False).data
         self._file.write(content)
         self.sha256.update(content)
-        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self.lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.tokens += tokens.size
 
     def __enter__(self) -> IndexedDatasetWriter:
@@ -90,7 +85,7 @@ class IndexedDatasetWriter:
                 self._file.close()
 
     def _write_index(self) -> None:
-        of_documents = np.asarray(self._lengths, dtype="<i4")
+        of_documents = np.asarray(self.lengths, dtype="<i4")
         lengths = of_documents[of_documents > 0]  # of sequences
         offsets = (np.cumsum(lengths, dtype="<i8") - lengths) * np.dtype(self.dtype).itemsize
         boundaries = np.concatenate([[0], np.cumsum(of_documents > 0)]).astype("<i8")
@@ -109,11 +104,6 @@ class DatasetInfo:
     documents: int
     tokens: int
     dtype: str
-
-    @property
-    def ids(self) -> Any:
-        """All token ids, mapped from the file."""
-        return np.memmap(bin_path(self.prefix), np.dtype(self.dtype).newbyteorder("<"), "r")
 
 
 def inspect(prefix: Path) -> DatasetInfo:

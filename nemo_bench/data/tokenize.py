@@ -65,7 +65,7 @@ def tokenize(reader: Reader, encoder: Encoder, prefix: Path, max_bad_share: floa
                 counts.examples += [f"line {line:,}: {reason}" for line, reason in bad[:room]]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        counts.documents, counts.tokens, counts.sha256 = writer.documents, writer.tokens, writer.sha256.hexdigest()
+        counts.documents, counts.tokens, counts.sha256 = len(writer.lengths), writer.tokens, writer.sha256.hexdigest()
         bad_documents = counts.bad.total()
         documents = counts.documents + bad_documents
         if bad_documents > max_bad_share * documents:

@@ -107,7 +107,7 @@ def execute(cfg: TrainConfig, run: RunFolder, tick: Callable[[], None]) -> None:
     if outcome.failed_rank is not None:
         raise RunFailed(record_failure(cfg, run, outcome))
     run.set_status(Status("completed", exit_code=0))
-    if not (status := run.status()).finished:
+    if (status := run.status()).state != "completed":
         raise RunFailed(f"the run is not complete: {status.reason}\nits record is in {run.path}")
 
 

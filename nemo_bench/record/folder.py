@@ -44,10 +44,6 @@ class Status:
     rank: int | None = None  # the rank that failed first
     ended_at: str | None = None
 
-    @property
-    def finished(self) -> bool:
-        return self.state == "completed"
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -125,7 +121,7 @@ class RunFolder:
         if progress.steps >= max_steps or status.state not in ("submitted", "running", "completed"):
             return status
         last: dict[str, Any] = next(reversed(read_lines(self.path / EVENTS)[0]), {})
-        if not status.finished:
+        if status.state != "completed":
             named = last["text"] if last.get("event") in (STRAGGLER, STALLED) else None
             return replace(status, reason=named or progress.stall)
         if not progress.steps and last.get("event") == "done":  # a program may print no steps

@@ -103,7 +103,7 @@ def train_all(stage: Path, gpus: int, server: ForkServer) -> dict[str, Trained]:
 
     def done(case: gpu_speed.Case, numbers: dict[str, Any]) -> None:
         # A run too short for a measurement has its steps all the same.
-        error = None if case.run.status().finished else "\n".join(numbers["failed"])
+        error = None if case.run.status().state == "completed" else "\n".join(numbers["failed"])
         trained[case.name] = Trained(case.run.path, error)
 
     def run(cases: dict[str, str], *more: str) -> None:

@@ -37,7 +37,7 @@ def test_fifty_steps_on_real_text_are_shown_and_the_loss_falls(bare: Run) -> Non
 def test_the_record_is_whole_and_the_recipes_grep_finds_nemos_own_lines(bare: Run, stage: Path) -> None:
     assert bare.run_dir.parent == stage / "results" / "25.11" / "fp32" / "tiny" / "1"
     assert (bare.run_dir / "rank0.out").read_text().count("train_step_timing in s: ") == 50
-    assert RunFolder(bare.run_dir).status().finished
+    assert RunFolder(bare.run_dir).status().state == "completed"
     assert RunFolder(bare.run_dir).read()["command"].endswith("train.py")
     node = json.loads((bare.run_dir / "node.json").read_text())
     assert node["packages"]["megatron-core"] == "0.15.3" and node["cpu_cores"] >= 1

@@ -63,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 
 def test_nemo_1_trains_and_its_log_reads_as_a_run(trained: Callable[..., Run]) -> None:
     run = trained()
-    assert RunFolder(Path(run.path)).status().finished
+    assert RunFolder(Path(run.path)).status().state == "completed"
     assert run.final and run.steps.step == [*range(20)]
     assert run.first_loss is not None and run.last_loss is not None and run.last_loss < 0.9 * run.first_loss
     assert (run.entrypoint, run.model, run.version) == ("nemo_24_09", "tiny", "24.11")

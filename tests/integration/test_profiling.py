@@ -93,7 +93,7 @@ def test_a_rank_trains_under_nsys(stage: Path, tmp_path: Path) -> None:
     assert f"--output={run.run_dir}/profile/rank1" in arguments
     assert arguments[-3:] == ["-m", "nemo_bench.training.rank", str(run.run_dir)]
     assert (run.run_dir / "profile/rank1.nsys-rep").exists()
-    assert record.RunFolder(run.run_dir).status().finished
+    assert record.RunFolder(run.run_dir).status().state == "completed"
     assert len((run.run_dir / record.STEPS).read_text().splitlines()) == 3
 
 

@@ -66,5 +66,5 @@ def test_the_recipes_own_command_runs_the_point_in_its_job(scripts: Scripts, slu
     job_id = done.stdout.strip()
     assert slurm.wait_for_end(job_id) == "COMPLETED", (scripts.stage / "launch.out").read_text()
     (run_dir,) = (scripts.stage / "results/24.11/bf16/8b/4").glob("2*")
-    assert load_run(run_dir).final and record.RunFolder(run_dir).status().finished
+    assert load_run(run_dir).final and record.RunFolder(run_dir).status().state == "completed"
     assert "COMPLETED" in scripts.jobs() and job_id in scripts.jobs()

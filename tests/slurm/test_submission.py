@@ -96,7 +96,7 @@ def test_two_nodes_of_two_tasks_train_to_the_last_step(scripts: Scripts, slurm: 
     assert "all 1 jobs completed" in shown and "  6/6  " in shown and "evidence: " in shown
     job_id, run_dir = scripts.last()
     assert slurm.job_state(job_id) == "COMPLETED"
-    assert record.RunFolder(run_dir).status().finished
+    assert record.RunFolder(run_dir).status().state == "completed"
     steps, _ = record.read_lines(run_dir / record.STEPS)
     assert [row["step"] for row in steps] == list(range(6))
     assert sorted(path.name for path in run_dir.glob("rank*.out")) == [f"rank{rank}.out" for rank in range(4)]
@@ -164,7 +164,7 @@ def test_a_preempted_job_is_requeued_resumes_and_finishes(scripts: Scripts, slur
     done = [row["step"] for row in record.read_lines(run_dir / record.STEPS)[0]]
     assert (done[0], done[-1]) == (0, 29)
     assert min([after for before, after in pairwise(done) if after <= before], default=5) >= 5
-    assert record.RunFolder(run_dir).status().finished
+    assert record.RunFolder(run_dir).status().state == "completed"
 
 
 def test_a_restarted_controller_a_requeue_and_a_lost_node_are_waited_for(scripts: Scripts, slurm: SlurmCluster) -> None:
