@@ -8,20 +8,19 @@ there: places, scale, number format. docs/recipe.md says what differs from the r
 
 from __future__ import annotations
 
-import functools
-import operator
 import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 from nemo_bench.cluster import nsys
 from nemo_bench.config import TrainConfig
 from nemo_bench.entrypoints import Entrypoint
-from nemo_bench.errors import Need, Problem, text_of
+from nemo_bench.errors import Need, Problem, text_of, value_of
 from nemo_bench.project import PROJECT
 
 NAME = "nemo_24_09"
@@ -86,12 +85,15 @@ class Nemo2409(Entrypoint):
     def rank_command(self, cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:
         command = [python, "-u", str(PROJECT / "nemo_bench" / "launch" / "program_rank.py"), str(run_dir)]
         # As the recipe does: in NeMo's folder, which holds the examples, and with that folder first on the import path.
-        examples = [folder for folder in Path(cfg.entrypoint.program or "").parents if folder.name == "examples"]
+        program = cfg.entrypoint.program or ""
+        examples = [folder for folder in Path(program).parents if folder.name == "examples"]
         command += [f"--in={folder.parent}" for folder in examples]
         if cfg.profile.kind == "nsys":
             ranks = ",".join(map(str, cfg.profile.ranks))
             command += ["--on-ranks", ranks, *nsys.command(cfg.profile, run_dir, "{rank}"), "--"]
-        return command + program_command(cfg, run_dir, python)
+        start = [program] if cfg.gpu.device == "cuda" else ["-m", "nemo_bench.training.nemo_1_on_cpu", program]
+        command += [python, "-u", *start, f"--config-path={run_dir}", f"--config-name={CONFIG_FILE}"]
+        return command + overrides(cfg, run_dir)
 
     def derived_environment(self, cfg: TrainConfig) -> dict[str, str]:
         return dict(zip(("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN"), _ATTENTION.get(cfg.model.attention_backend, ())))
@@ -229,22 +231,11 @@ def _escaped(value: Any) -> Any:
 def overrides(cfg: TrainConfig, run_dir: Path) -> list[str]:
     """Return Hydra overrides, one an argument, quoted so that any path survives Hydra's grammar."""
     content = configuration(cfg, run_dir)
-    values = {key: functools.reduce(operator.getitem, key.split("."), content) for key in _ON_THE_COMMAND_LINE}
-    return [f"{key}={_in_grammar(_escaped(value))}" for key, value in values.items()]
+    return [f"{key}={_in_grammar(_escaped(value_of(content, key)))}" for key in _ON_THE_COMMAND_LINE]
 
 
 def _in_grammar(value: Any) -> str:
-    from hydra.core.override_parser.types import Quote, QuotedString
-
     if isinstance(value, list):
         return f"[{','.join(map(_in_grammar, value))}]"
     # Double quotes: the shell's are single.
     return str(QuotedString(value, Quote.double).with_quotes()) if isinstance(value, str) else text_of(value)
-
-
-def program_command(cfg: TrainConfig, run_dir: Path, python: str) -> list[str]:
-    """Return the program's command line, the same for every rank."""
-    program = cfg.entrypoint.program
-    assert program is not None
-    start = [program] if cfg.gpu.device == "cuda" else ["-m", "nemo_bench.training.nemo_1_on_cpu", program]
-    return [python, "-u", *start, f"--config-path={run_dir}", f"--config-name={CONFIG_FILE}", *overrides(cfg, run_dir)]

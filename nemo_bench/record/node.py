@@ -35,10 +35,11 @@ _PACKAGES = (
 def write_node(run_dir: Path) -> None:
     """Write `node.json`, about the machine and software that this process runs on."""
     packages = {name: next(iter(metadata.Distribution.discover(name=name)), None) for name in _PACKAGES}
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     content = {
         "host": socket.gethostname(),
         "system": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu[1] if cpu else platform.machine(),
         "cpu_cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(),
@@ -71,11 +72,6 @@ def cpu_wait_share() -> float | None:
     except OSError:
         return None
     return round(waited_ns / (ran_ns + waited_ns), 4)
-
-
-def _cpu_model() -> str:
-    match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return match[1] if match else platform.machine()
 
 
 def _gpus() -> list[dict[str, str]]:

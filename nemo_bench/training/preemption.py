@@ -22,6 +22,5 @@ def listen() -> None:
 
 
 def _wait() -> None:
-    while True:
-        signal.sigwait(_SIGNALS)
-        received.set()
+    signal.sigwait(_SIGNALS)  # the next one stays blocked
+    received.set()
