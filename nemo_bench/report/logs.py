@@ -7,11 +7,12 @@ import re
 import statistics
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from nemo_bench.report import log_formats as formats
 from nemo_bench.report.log_formats import MEGATRON, NEMO, Format
@@ -20,6 +21,9 @@ from nemo_bench.report.statistics import OTHER_BATCH, PROFILE, Steps, is_time
 # A line of more characters is no text, and is read in parts.
 _LONGEST_LINE = 1 << 16
 _HEAD_LINES, _TAIL_LINES = 20_000, 2_000
+# Numbers that count only where they are printed in full: a bar rounds large ones (1.28e+6).
+_WHOLE = {"batch", "samples", "memory_bytes"}
+_is_whole = re.compile(r"\+?[0-9]{1,15}(\.0*)?").fullmatch
 
 
 @dataclass
@@ -67,25 +71,24 @@ class _Rank:
 
     def __init__(self) -> None:
         self.steps = Steps()
-        self.values: dict[int, dict[str, float]] = {}  # step -> all numbers of its line
+        self.texts: dict[int, dict[str, str]] = {}  # step -> all numbers of its line, as printed
         self.repeated = self.several = 0
         self.disturbance: str | None = None  # since the last step
         self.profiling = False
 
-    def add(self, step: int, values: dict[str, float], *, redrawn: bool = False) -> None:
+    def add(self, step: int, time_s: float, loss: float | None, norm: float | None, redrawn: bool = False) -> None:
         """Take in one step; `redrawn` by a bar, which may have shown the values of the step before."""
-        self.values[step] = values
-        steps, time_s, loss, norm = self.steps, values["time"], values.get("loss"), values.get("grad_norm")
-        if redrawn and step == steps.last:
-            steps.time_s[-1], steps.loss[-1], steps.grad_norm[-1] = time_s, loss, norm
-            return
-        index = len(steps) - 1 - (steps.last - step)
-        if (step == steps.last or (self.several and step == steps.last - 1)) and steps.step[index] == step:
-            # Another rank's: the slowest rank ends the step.
-            self.several += steps.time_s[index] != time_s
-            steps.time_s[index] = max(steps.time_s[index], time_s)
-            return
-        if step <= steps.last:
+        steps = self.steps
+        if step <= (last := steps.last):
+            if redrawn and step == last:
+                steps.time_s[-1], steps.loss[-1], steps.grad_norm[-1] = time_s, loss, norm
+                return
+            index = step - last - 1
+            if (step == last or (self.several and step == last - 1)) and steps.step[index:][:1] == [step]:
+                # Another rank's: the slowest rank ends the step.
+                self.several += steps.time_s[index] != time_s
+                steps.time_s[index] = max(steps.time_s[index], time_s)
+                return
             self.repeated += steps.restart(step)
             self.disturbance, self.profiling = None, False
         why = PROFILE if self.profiling else self.disturbance if steps.step else None
@@ -94,15 +97,16 @@ class _Rank:
 
     def column(self, name: str) -> dict[int, float]:
         """Return the values of that name by their steps."""
-        return {step: values[name] for step, values in sorted(self.values.items()) if name in values}
+        printed = {step: texts[name] for step, texts in self.texts.items() if name in texts}
+        return {step: float(text) for step, text in printed.items() if name not in _WHOLE or _is_whole(text)}
 
     def growth(self) -> dict[int, int]:
         """Return by how many samples each step grew what was consumed."""
         consumed, sizes = self.column("samples"), {}
         if 0 in consumed or len(consumed) == 1:  # of a log that begins later, the first step does not tell
-            consumed = {-1: 0, **consumed}
-        for (before, old), (step, new) in pairwise(consumed.items()):
-            size, rest = divmod(new - old, step - before)
+            consumed[-1] = 0
+        for before, step in pairwise(sorted(consumed)):
+            size, rest = divmod(consumed[step] - consumed[before], step - before)
             if size > 0 and not rest:
                 sizes[step] = int(size)
         return sizes
@@ -122,22 +126,25 @@ class _Reader:
         """Take in a line; without its end, it is cut off, and a number there may lack its last digits."""
         if "\x1b" in line:
             line = formats.ESCAPE.sub("", line)
-        for kind in (NEMO, MEGATRON):
-            if kind.mark in line:
-                self._steps(kind, line if line.endswith("\n") else line.rstrip("0123456789.eE+-"))
-                return
-        if formats.BRIDGE in line and (match := formats.BRIDGE_STEP.search(line)):
+        if NEMO.mark in line:
+            self._steps(NEMO, line)
+        elif MEGATRON.mark in line:
+            self._steps(MEGATRON, line)
+        else:
+            self.tail.append(line)
+            for sign in formats.SIGNS:
+                if sign in line:
+                    self._sign(line)
+                    return
+
+    def _sign(self, line: str) -> None:
+        """Note what a line tells beside the steps."""
+        if match := formats.BRIDGE_STEP.search(line):
             self.bridge.append((float(match[1]), float(match[2])))
             self.tail.clear()
             return
-        self.tail.append(line)
         if len(self.head) < _HEAD_LINES and any(sign in line for sign in formats.ABOUT):
             self.head.append(line)
-        if any(sign in line for sign in formats.SIGNS):
-            self._sign(line)
-
-    def _sign(self, line: str) -> None:
-        """Note what happened beside the steps."""
         self.log.sockets |= "Using network Socket" in line
         for reason, pattern in formats.DISTURBANCES.items():
             for rank in self.ranks.values() if pattern.search(line) else ():
@@ -146,51 +153,51 @@ class _Reader:
 
     def _steps(self, kind: Format, line: str) -> None:
         """Read a line with at least one step; ranks that share a file may put several into it."""
+        line = line if line.endswith("\n") else line.rstrip("0123456789.eE+-")
         if match := formats.ALL_TIMES.search(line):
             self.listed = [float(text) for text in match[1].split(",")]
             return
-        edges = [start.start() for start in kind.start.finditer(line)] or [0]
-        match = formats.LABEL.match(line[: edges[0]])
+        before, *steps = kind.start.split(line)  # of each step its iteration, of how many, and the rest
+        match = formats.LABEL.match(before) if steps else None
         label = (int(match["node"] or 0), int(match[2] or match[3] or match[4])) if match else None
-        for begin, end in pairwise([*edges, len(line)]):
-            part = line[begin:end]
+        parts: Iterator[Any] = iter(steps or (None, None, line))
+        for done, total, part in zip(parts, parts, parts):
             if kind.mark in part:
-                read = self._step(kind, part, self.ranks[label if begin == edges[0] else None])
+                read = self._step(kind, done, total, part, self.ranks[label])
                 self.log.unreadable += not read
-                if read or kind.start.match(part):  # else it is a word about step times, such as a summary's
+                if read or steps:  # else it is a word about step times, such as a summary's
                     self.log.unreadable_end = not read
+            label = None
         self.tail.clear()
         self.tail.append(line[line.rfind(kind.mark) :])  # a bar's line may go on with an error
 
-    def _step(self, kind: Format, part: str, rank: _Rank) -> bool:
+    def _step(self, kind: Format, done: str | None, total: str | None, part: str, rank: _Rank) -> bool:
         """Take in the step of this part of a line; return False where it is cut off, or has no number."""
         # What follows the first value of a name may be another line's rest.
         texts = {kind.names[name]: text for name, text in reversed(kind.field.findall(part))}
-        start = kind.start.match(part)
-        done, total = start.groups() if start else (None, None)
-        bar = formats.BAR.search(part) if kind is NEMO and not done else None
+        bar = (formats.BAR.search(part) or formats.COUNT.search(part)) if kind is NEMO and not done else None
         if bar:
-            done, total = bar[1] or bar[3], bar[2]
-        number = int(done) - (self.bar_offset if bar else 0) if done else -1
+            done, total = bar.groups()
         # A bar prints large numbers with three digits (2e+3), and its own count in full.
-        if _is_whole(logged := texts.pop("step", "")):
+        if _is_whole(logged := texts.get("step", "")):
             number = int(float(logged))
+        else:
+            number = int(done) - (self.bar_offset if bar else 0) if done else -1
         if not 0 <= number < 10**9 or "time" not in texts:
             return False
-        if bar and done:
+        if bar:
             # The smaller one: it is drawn ahead, too, with the values of the step before.
-            self.bar_offset = min(self.bar_offset, int(done) - number)
+            self.bar_offset = min(self.bar_offset, int(bar[1]) - number)
+        elif done:  # NeMo 1's bars name no iteration
+            self.log.program = "Megatron-LM" if kind is MEGATRON else "NeMo 2"
         if done:
             # NeMo 2 counts from 0, to one less.
             self.log.total = int(total) + (kind is NEMO and not bar) if total and total != "?" else None
-        whole = ("batch", "samples", "memory_bytes")
-        values = {name: float(text) for name, text in texts.items() if name not in whole or _is_whole(text)}
-        values["time"] /= kind.times_in_a_second
-        if values.get("skipped") or values.get("nan_steps"):
-            values["grad_norm"] = float("nan")  # which is why Megatron-LM skips a step
-        rank.add(number, values, redrawn=bar is not None)
-        if kind is MEGATRON or (start and start[1]):  # NeMo 1's bars name no iteration
-            self.log.program = "Megatron-LM" if kind is MEGATRON else "NeMo 2"
+        rank.texts[number] = texts
+        time_s, loss, norm = float(texts["time"]) / kind.times_in_a_second, texts.get("loss"), texts.get("grad_norm")
+        if kind is MEGATRON and (float(texts.get("skipped", 0)) or float(texts.get("nan_steps", 0))):
+            norm = "nan"  # which is why Megatron-LM skips a step
+        rank.add(number, time_s, loss and float(loss), norm and float(norm), redrawn=bar is not None)
         return True
 
     def finish(self) -> Log:
@@ -202,7 +209,7 @@ class _Reader:
         rank = max((self.ranks[label] for label in order), key=lambda rank: len(rank.steps), default=_Rank())
         if not rank.steps:
             for i, time_s in enumerate(self.listed or [time for time, _ in self.bridge]):
-                rank.add(i, {"time": time_s})
+                rank.add(i, time_s, None, None)
             log.reached = bool(self.listed)
         elif len(labels) > 1:
             self._compare(rank, labels)
@@ -269,8 +276,3 @@ class _Reader:
 def _usual(sizes: list[int]) -> int:
     """Return the most frequent of the later half, the last of several."""
     return statistics.mode(reversed(sizes[len(sizes) // 2 :]))
-
-
-def _is_whole(text: str) -> bool:
-    """Return whether the text is a whole number in full; False for a rounded one (1.28e+6)."""
-    return bool(re.fullmatch(r"\+?\d{1,15}(\.0*)?", text))

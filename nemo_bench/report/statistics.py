@@ -52,8 +52,11 @@ class Steps:
     def append(
         self, step: int, time_s: float, loss: float | None, grad_norm: float | None, excluded: str | None = None
     ) -> None:
-        for column, value in zip(self._columns, (step, time_s, loss, grad_norm, excluded)):
-            column.append(value)
+        self.step.append(step)
+        self.time_s.append(time_s)
+        self.loss.append(loss)
+        self.grad_norm.append(grad_norm)
+        self.excluded.append(excluded)
 
     def restart(self, step: int) -> int:
         """Forget this step and later ones, which a restarted process does again; return how many there were."""
