@@ -167,6 +167,11 @@ class RunFolder:
         """Return the file of everything that `rank` prints."""
         return self.path / f"rank{rank}.out"
 
+    def measured_peaks(self) -> dict[int, dict[str, Any]]:
+        """Return the matrix rate that each rank measured: on a CPU all at once, for which nothing is published."""
+        paths = self.path.glob("peak_rank*.json")
+        return dict(sorted((int(path.stem.removeprefix("peak_rank")), read_object(path)) for path in paths))
+
     def write_rank_error(self, rank: int, error: BaseException) -> None:
         """Record the exception that ended `rank`, for the launching process to show."""
         what = {"type": type(error).__name__, "message": str(error), "time": time.time()}

@@ -30,6 +30,10 @@ def _figure(title: str, traces: Sequence[Figure], x: Figure, y: Figure, height: 
 def _trace(name: str, points: Iterable[tuple[int, float]], mode: str, **style: Any) -> Figure:
     """Return a line or marks through (x, y), y in five digits; None, a gap, for one that is not finite."""
     points = list(points)
+    length = math.ceil(2 * len(points) / SHOWN_STEPS)
+    if length > 2:  # the lowest and the highest of each stretch stay: no extreme is lost
+        stretches = [sorted(points[i : i + length], key=lambda point: point[1]) for i in range(0, len(points), length)]
+        points = sorted({point for stretch in stretches for point in (stretch[0], stretch[-1])})
     y = [float(f"{value:.5g}") if math.isfinite(value) else None for _, value in points]
     return {"type": "scatter", "name": name, "x": [x for x, _ in points], "y": y, "mode": mode, **style}
 
@@ -40,10 +44,10 @@ def step_times(run: Run) -> Figure:
     for step, time, why in zip(run.steps.step, run.steps.time_s, run.steps.excluded):
         groups.setdefault(why, []).append((step, time))
     counted = groups.pop(None)
-    traces = [_trace("counts", thinned(counted), "lines+markers", marker={"size": 4})]
+    traces = [_trace("counts", counted, "lines+markers", marker={"size": 4})]
     for (why, points), symbol in zip(groups.items(), cycle(_SYMBOLS)):
         marker = {"symbol": f"{symbol}-open", "size": 8}
-        traces.append(_trace(f"left out: {why}", thinned(points), "markers", marker=marker))
+        traces.append(_trace(f"left out: {why}", points, "markers", marker=marker))
     y: Figure = {"title": {"text": "s"}, "rangemode": "tozero"}
     if counted:
         # One slow step must not flatten the others: the axis ends above those that count, and double-click shows all.
@@ -57,18 +61,9 @@ def losses(runs: Sequence[Run]) -> Figure | None:
     for run in runs:
         if points := [(step, loss) for step, loss in zip(run.steps.step, run.steps.loss) if loss is not None]:
             line = {"dash": _DASHES[len(traces) // _COLOURS % len(_DASHES)], "width": 1.8}
-            traces.append(_trace(run.name, thinned(points), "lines", line=line))
+            traces.append(_trace(run.name, points, "lines", line=line))
     x = {"title": {"text": "step"}}
     return _figure("Loss, as logged", traces, x, {}, height=320 + 9 * len(traces)) if traces else None
-
-
-def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return the lowest and the highest point of each stretch, so that no extreme is lost."""
-    length = math.ceil(2 * len(points) / SHOWN_STEPS)
-    if length <= 2:
-        return list(points)
-    stretches = [sorted(points[i : i + length], key=lambda point: point[1]) for i in range(0, len(points), length)]
-    return sorted({point for stretch in stretches for point in (stretch[0], stretch[-1])})
 
 
 def scaling(curves: Sequence[ScalingCurve]) -> list[Figure]:

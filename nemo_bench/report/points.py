@@ -69,10 +69,9 @@ def gather(runs: Sequence[Run], references: Sequence[Reference], tolerance: floa
 
 def _estimate(run: Run) -> Estimate | None:
     """Return what a run should take; None where its GPU's rates or its configuration are not known."""
-    if run.record.config is None or run.numbers is None:
-        return None
     with contextlib.suppress(BenchError, OmegaConfBaseException):
-        return estimate_of(typed(OmegaConf.create(run.record.config)))
+        if run.record.config is not None and run.numbers is not None:
+            return estimate_of(typed(OmegaConf.create(run.record.config)))
     return None
 
 

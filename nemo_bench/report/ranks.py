@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.record.folder import RunFolder, read_object, typed
+from nemo_bench.record.folder import read_object, typed
 from nemo_bench.record.ranks import RANKS, gathered
 from nemo_bench.report.logs import Log
 from nemo_bench.report.model import DeviceUse, RankTimes
@@ -24,12 +24,6 @@ def read_devices(run_dir: Path, rows: list[dict[str, Any]]) -> tuple[DeviceUse, 
     if (run_dir / RANKS).exists():
         ranks = read_object(run_dir / RANKS)["ranks"]
     return tuple(typed(DeviceUse, rank) for rank in ranks)
-
-
-def measured_peaks(folder: RunFolder) -> dict[int, dict[str, Any]]:
-    """Return the matrix rate that each rank measured: on a CPU all at once, for which nothing is published."""
-    paths = folder.path.glob("peak_rank*.json")
-    return dict(sorted((int(path.stem.removeprefix("peak_rank")), read_object(path)) for path in paths))
 
 
 def compared(devices: Sequence[DeviceUse], peaks: dict[int, dict[str, Any]], log: Log) -> tuple[RankTimes, ...]:

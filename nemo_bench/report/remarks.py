@@ -62,7 +62,13 @@ def _first(texts: list[str], what: str) -> list[str]:
 
 def invalid(run: Run, numbers: Numbers | None) -> str | None:
     """Return why the run's numbers cannot be right, if they cannot."""
-    return _bad_steps(run.steps) or _bad_formats(run.record.config or {}) or _beyond_physics(run, numbers)
+    if contradiction := _bad_steps(run.steps) or _bad_formats(run.record.config or {}):
+        return contradiction
+    if numbers is None or numbers.mfu_causal is None or numbers.mfu_causal < 1 or run.gpu == "cpu":
+        return None
+    keys = ("global_batch_size", "seq_length", "gpus", "model", "precision", "gpu")
+    values = ", ".join(f"{key}={getattr(run, key)}" for key in keys)
+    return f"{numbers.mfu_causal:.0%} of the GPUs' peak is impossible: one of these is wrong: {values}"
 
 
 def _bad_steps(steps: Steps) -> str | None:
@@ -98,14 +104,6 @@ def _bad_formats(config: dict[str, Any]) -> str | None:
     if not precision or formats in str(precision["name"]):  # also fp8_cs, mxfp8
         return None
     return f"precision.name is {precision['name']}, and its number formats are {formats}'s"
-
-
-def _beyond_physics(run: Run, numbers: Numbers | None) -> str | None:
-    if numbers is None or numbers.mfu_causal is None or numbers.mfu_causal < 1 or run.gpu == "cpu":
-        return None
-    keys = ("global_batch_size", "seq_length", "gpus", "model", "precision", "gpu")
-    values = ", ".join(f"{key}={getattr(run, key)}" for key in keys)
-    return f"{numbers.mfu_causal:.0%} of the GPUs' peak is impossible: one of these is wrong: {values}"
 
 
 def warnings(run: Run, numbers: Numbers | None, rates: dict[str, float]) -> Iterator[str]:

@@ -24,8 +24,7 @@ from nemo_bench.record.stall import said_of_ranks
 from nemo_bench.report import profile as step_profile
 from nemo_bench.report import ranks, remarks
 from nemo_bench.report.logs import Log, read_log
-from nemo_bench.report.model import SHORT_NAMES, Record, Run
-from nemo_bench.report.numbers import numbers_at
+from nemo_bench.report.model import SHORT_NAMES, Numbers, Record, Run
 from nemo_bench.report.statistics import CHECKPOINT, MIN_STEADY_STEPS, OTHER_BATCH, VALIDATION, Steps, step_times
 from nemo_bench.report.statistics import PROFILE as PROFILED
 
@@ -48,6 +47,7 @@ _MOST_PADDING = 128 * 128  # Megatron pads the vocabulary to a multiple of 128 T
 _CONF = PROJECT / "conf"
 # The Python YAML loader reads a configuration in 25 ms, this one in 2.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+Peak = tuple[float | None, str | None]  # dense, of a GPU, in TFLOP/s; where it comes from
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError, yaml.YAMLError)
 
 
@@ -106,7 +106,7 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     if not steps and log.steps:  # other entrypoints write no steps.jsonl
         steps = log.steps
         warnings += ["the steps are read from the log: four digits each", *_averaged(config), *log_warnings(log)]
-    devices, peaks = ranks.read_devices(folder.path, rows), ranks.measured_peaks(folder)
+    devices, peaks = ranks.read_devices(folder.path, rows), folder.measured_peaks()
     profiles = by_number((folder.path / PROFILE).glob("rank*.json"))
     if left_out := sorted({name for event in events for name in event.get("settings") or ()}):
         warnings.append(f"left out, since the installed version lacks them and does the same: {', '.join(left_out)}")
@@ -220,7 +220,7 @@ def _recorded_steps(rows: list[dict[str, Any]], events: list[dict[str, Any]]) ->
     return steps, warnings
 
 
-def peak(gpu: dict[str, Any], precision: str, measured: dict[int, dict[str, Any]]) -> tuple[float | None, str | None]:
+def peak(gpu: dict[str, Any], precision: str, measured: dict[int, dict[str, Any]]) -> Peak:
     """Return the dense peak of a GPU (TFLOP/s), and where it comes from: published, else measured by the ranks."""
     published = (gpu.get("peak_tflops") or {}).get(precision.partition("_")[0])
     if published is not None:
@@ -252,10 +252,10 @@ def _state(
     return state, None
 
 
-def measured(run: Run, log: Log, peak: tuple[float | None, str | None], total_tokens: float) -> Run:
+def measured(run: Run, log: Log, peak: Peak, total_tokens: float) -> Run:
     """Return the run with its numbers, and with what its log says: which steps count, and whether it is final."""
     times, few = step_times(run.steps), None
-    numbers = numbers_at(times.mean_s, run, *peak, total_tokens) if times else None
+    numbers = _numbers_at(times.mean_s, run, peak, total_tokens) if times else None
     several_nodes = (run.nodes or 1) > 1 or (run.gpus or 1) > _GPUS_A_NODE
     if losses := [loss for loss in run.steps.loss if loss is not None]:
         last = losses[-LAST_LOSSES:]
@@ -276,6 +276,36 @@ def measured(run: Run, log: Log, peak: tuple[float | None, str | None], total_to
         peak_memory_gib=run.peak_memory_gib or log.peak_memory_gib,
         remarks=(*run.remarks, *([_SOCKETS] if log.sockets and several_nodes else [])),
         warnings=(*run.warnings, *remarks.warnings(run, numbers, log.rates)),
+    )
+
+
+def _numbers_at(step_time_s: float, run: Run, peak: Peak, total_tokens: float) -> Numbers | None:
+    """Return all that follows from a step time: no FLOPs without the model's sizes, no MFU without a peak.
+
+    None where the run's GPUs, batch or sequence are not known.
+    """
+    batch, seq_length, gpus = run.global_batch_size, run.seq_length, run.gpus
+    peak_tflops, peak_source = peak
+    if not (seq_length and batch and gpus):
+        return None
+    step: dict[str, Any] = {"global_batch_size": batch, "step_time_s": step_time_s}
+    tokens_per_s = flops.tokens_per_second(seq_length=seq_length, **step)
+    recipe, causal = None, None
+    if run.architecture is not None:
+        works = [run.architecture.flops_per_sequence(seq_length, causal=causal) for causal in (False, True)]
+        recipe, causal = (flops.tflops_per_gpu(flops_per_sequence=work, num_gpus=gpus, **step) for work in works)
+    return Numbers(
+        step_time_s=step_time_s,
+        tokens_per_s=tokens_per_s,
+        tokens_per_s_per_gpu=tokens_per_s / gpus,
+        tflops_per_gpu=recipe,
+        tflops_per_gpu_causal=causal,
+        peak_tflops=peak_tflops,
+        peak_source=peak_source,
+        mfu=recipe / peak_tflops if recipe and peak_tflops else None,
+        mfu_causal=causal / peak_tflops if causal and peak_tflops else None,
+        total_tokens=total_tokens,
+        days_to_train=flops.days_to_train(tokens=total_tokens, tokens_per_s=tokens_per_s),
     )
 
 

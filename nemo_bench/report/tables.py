@@ -91,15 +91,13 @@ def attribution_table(way: Attribution) -> Table:
     """Return a row a term and the step, in ms; the way in a line, and what else is known, as notes."""
     rows = []
     for term in (*way.terms, Term("step", way.expected_s, way.measured_s, "")):
-        more = "" if term.measured_s is None else f"{1e3 * term.more_s:+,.1f}"
-        cells = (term.name, _ms(term.expected_s), _ms(term.measured_s), more, term.evidence)
+        times_s = (term.expected_s, term.measured_s)
+        expected, measured = ("" if time_s is None else f"{1e3 * time_s:,.1f}" for time_s in times_s)
+        more = f"{1e3 * term.more_s:+,.1f}" if measured else ""
+        cells = (term.name, expected, measured, more, term.evidence)
         rows.append(dict(zip(("term (ms)", "expected", "measured", "more", "rests on"), cells)))
     notes = [""] * (len(way.terms) - 1) + ["; ".join(way.findings), way.summary]
     return make_table(f"{way.point}: from {way.source} to measured", rows, notes)
-
-
-def _ms(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:,.1f}"
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
@@ -205,10 +203,9 @@ def csv_text(report: Report) -> str:
 def _csv_row(run: Run, point: Point | None) -> dict[str, object]:
     row: dict[str, object] = {"run": run.name, "point": point.name if point else None, "verdict": None}
     if point and (run.final or not point.final_runs):
-        verdict = point.verdict
-        row |= {"verdict": verdict.text, "why": verdict.why, "differences": "; ".join(verdict.differences)}
-        row |= {"remarks": "; ".join(verdict.remarks), "ratio_of_published": verdict.ratio}
-        row["statistic"] = verdict.statistic
+        judged = point.verdict
+        row |= {"verdict": judged.text, "why": judged.why, "differences": "; ".join(judged.differences)}
+        row |= {"remarks": "; ".join(judged.remarks), "ratio_of_published": judged.ratio, "statistic": judged.statistic}
         if point.reference:
             row |= {"published_step_time_s": point.reference.step_time_s, "reference": point.reference.reference}
     row |= {"final": run.final} | _plain_fields(run) | run.layout

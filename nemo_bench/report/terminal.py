@@ -155,13 +155,12 @@ def summary_rows(run: Run) -> Iterator[tuple[str, str, str]]:
 def print_report(console: Console, report: Report) -> None:
     """Print points with their verdicts, the comparison with the baseline, runs and warnings."""
     print_table(console, tables.points_table(report))
-    if report.comparisons:
-        print_table(console, tables.comparison_table(report.comparisons))
-        changes = tables.changes_table(report.comparisons).rows
-        for key, before, now, *_ in changes[:SHOWN_CHANGES]:
-            _print_line(console, key, f"{before} -> {now}")
-        if len(changes) > SHOWN_CHANGES:
-            _print_line(console, "...", f"{len(changes) - SHOWN_CHANGES} more changes, in results.md")
+    print_table(console, tables.comparison_table(report.comparisons))
+    changes = tables.changes_table(report.comparisons).rows
+    for key, before, now, *_ in changes[:SHOWN_CHANGES]:
+        _print_line(console, key, f"{before} -> {now}")
+    if len(changes) > SHOWN_CHANGES:
+        _print_line(console, "...", f"{len(changes) - SHOWN_CHANGES} more changes, in results.md")
     for way in report.attributions:
         if len(report.attributions) <= SHOWN_WAYS:
             print_table(console, tables.attribution_table(way))

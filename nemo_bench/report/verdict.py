@@ -24,10 +24,8 @@ def must_agree(run: Run, row: ReferencePoint) -> list[Change]:
     """Return the one list of what makes a run comparable with a published row: what was published, and what was run."""
     sizes: dict[str, int] = vars(run.architecture) if run.architecture else {}
     multiple = _VOCAB_MULTIPLE * row.layout.get("TP", 1)
-    theirs, ours = (
-        math.ceil(size / multiple) * multiple if size else None
-        for size in (row.architecture["vocab_size"], sizes.get("vocab_size"))
-    )
+    vocabularies = row.architecture["vocab_size"], sizes.get("vocab_size")
+    theirs, ours = (size and math.ceil(size / multiple) * multiple for size in vocabularies)
     pairs = {
         **{name: (row.architecture[name], sizes.get(name)) for name in _SIZES},
         "padded vocabulary": (theirs, ours),
@@ -68,9 +66,8 @@ def differences(run: Run, row: ReferencePoint) -> list[str]:
 
 def _other_software(run: Run, row: ReferencePoint) -> bool:
     same = run.software == row.software or (run.container and run.container == row.container)
-    if run.source == "log":
-        return not (same or run.software is None or run.software in row.recipes)
-    return not same
+    assumed = run.source == "log" and (run.software is None or run.software in row.recipes)
+    return not (same or assumed)
 
 
 def _unequal(kind: str, ours: dict[str, str], theirs: dict[str, str]) -> list[str]:

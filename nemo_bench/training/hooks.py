@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 
+from nemo_bench import flops
 from nemo_bench.config import TrainConfig
 from nemo_bench.record.folder import EventLog, RunFolder
 from nemo_bench.record.ranks import gathered, write_ranks
-from nemo_bench.report import statistics
-from nemo_bench.report.numbers import rates_of_step
-from nemo_bench.report.ranks import measured_peaks
+from nemo_bench.report.statistics import PROFILE
 from nemo_bench.training.gpu import GpuSampler, log, open_sampler
 from nemo_bench.training.known import left_out
 
@@ -63,7 +63,9 @@ class RunRecorder(Hooks):
             self.events.write("left_out", settings=sorted(left_out))
         self.events.write("training", first_step=first_step)
         # By now every rank has measured its peak, where none is published.
-        self.peaks = [float(peak["tflops"]) for peak in measured_peaks(self.run).values()]
+        measured = [float(peak["tflops"]) for peak in self.run.measured_peaks().values()]
+        published = self.cfg.gpu.peak_tflops.get(self.cfg.precision.name)
+        self.peak_tflops = fmean(measured) if published is None and measured else published
         self._announce(first_step)
 
     def step_end(self, step: Step) -> None:
@@ -76,13 +78,25 @@ class RunRecorder(Hooks):
         }
         if step.grad_norm is not None:
             row["grad_norm"] = float(step.grad_norm)
-        self.row = {**row, **rates_of_step(self.cfg, self.peaks, step.seconds), **self.telemetry.step}
+        self.row = {**row, **self._rates(step.seconds), **self.telemetry.step}
         self.run.write_step(self.row)
         self._announce(step.number + 1)
 
+    def _rates(self, step_time_s: float) -> dict[str, float]:
+        """Return a step's rates; none of a step without a time, no MFU without a peak."""
+        m, gpus = self.cfg.model, self.cfg.world_size
+        if step_time_s <= 0:
+            return {}
+        step: dict[str, Any] = {"global_batch_size": m.global_batch_size, "step_time_s": step_time_s}
+        work = self.cfg.architecture.flops_per_sequence(m.seq_length)
+        tflops = flops.tflops_per_gpu(flops_per_sequence=work, num_gpus=gpus, **step)
+        tokens_per_s = flops.tokens_per_second(seq_length=m.seq_length, **step)
+        rates = {"tokens_per_s_per_gpu": tokens_per_s / gpus, "tflops_per_gpu": tflops}
+        return rates | ({"mfu": tflops / self.peak_tflops} if self.peak_tflops else {})
+
     def _announce(self, step: int) -> None:
         if step in self.disturbed:
-            self.events.write(statistics.PROFILE, after_step=step - 1)
+            self.events.write(PROFILE, after_step=step - 1)
 
     def validation_start(self, after_step: int) -> None:
         self.events.write("validation", after_step=after_step)
