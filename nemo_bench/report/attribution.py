@@ -74,7 +74,7 @@ def _by_profile(profile: StepProfile, expected: Mapping[str, float], run: Run) -
     sizes = {"tensor parallel": run.layout.get("TP", 1), "context parallel": run.layout.get("CP", 1)}
     # A rank waits for others in the collective that it needs most: of its layers, or of its gradients.
     waits = next((name for name, size in sizes.items() if size > 1), "gradient reduction")
-    joined = {"waits in lockstep": f"{waits}, waits"} | {waits: f"{waits}, waits"}
+    joined = dict.fromkeys((waits, "waits in lockstep"), f"{waits}, waits")
     if "recomputation" in expected:
         joined |= dict.fromkeys(_COMPUTED, ", ".join(_COMPUTED))
     before, after = defaultdict[str, float](float), defaultdict[str, float](float)

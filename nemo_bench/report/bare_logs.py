@@ -65,7 +65,7 @@ def load_log(path: Path, others: Sequence[Path], given: Given, total_tokens: flo
         warnings=tuple(warnings),
     )
     known = run.gpu is not None and run.precision is not None
-    peak = runs.peak(runs.device(str(run.gpu)), str(run.precision), {}) if known else (None, None)
+    peak = runs.peak(runs.choice("gpu", str(run.gpu)), str(run.precision), {}) if known else (None, None)
     return runs.measured(run, log, peak, total_tokens)
 
 

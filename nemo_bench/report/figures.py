@@ -46,8 +46,7 @@ def step_times(run: Run) -> Figure:
     counted = groups.pop(None)
     traces = [_trace("counts", counted, "lines+markers", marker={"size": 4})]
     for (why, points), symbol in zip(groups.items(), cycle(_SYMBOLS)):
-        marker = {"symbol": f"{symbol}-open", "size": 8}
-        traces.append(_trace(f"left out: {why}", points, "markers", marker=marker))
+        traces.append(_trace(f"left out: {why}", points, "markers", marker={"symbol": f"{symbol}-open", "size": 8}))
     y: Figure = {"title": {"text": "s"}, "rangemode": "tozero"}
     if counted:
         # One slow step must not flatten the others: the axis ends above those that count, and double-click shows all.

@@ -103,8 +103,8 @@ def measure(path: Path, rank: int) -> StepProfile:
     kernels = _kernels(events)
     if not kernels or not steps:
         raise ValueError(f"{path}: holds no GPU kernels, or no step is marked")
-    devices = trace.get("deviceProperties") or [{}]
     gpu = next(event["args"].get("device", 0) for event in events if event.get("cat") in _GPU_WORK)
+    devices = trace.get("deviceProperties") or ()
     name = next((device.get("name") for device in devices if device.get("id") == gpu), None)
     return _profile(kernels, steps, rank, name)
 

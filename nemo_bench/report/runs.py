@@ -70,15 +70,11 @@ def options(group: str) -> list[str]:
 
 @cache
 def choice(group: str, name: str) -> dict[str, Any]:
-    """Return a file of a configuration group, over the files of the group that it starts from."""
-    own = yaml.load((_CONF / group / f"{name}.yaml").read_text(), _Loader)
+    """Return what a file of a configuration group sets in it, over the files of the group that it starts from."""
+    content = yaml.load((_CONF / group / f"{name}.yaml").read_text(), _Loader)
+    own = content.get(group, content)  # conf/gpu/cpu.yaml sets keys of other groups, too
     above = [choice(group, base) for base in own.pop("defaults", []) if base != "_self_"]
     return {key: value for content in [*above, own] for key, value in content.items()}
-
-
-def device(name: str) -> dict[str, Any]:
-    """Return what conf/gpu says of a kind of GPU."""
-    return dict(choice("gpu", name).get("gpu", choice("gpu", name)))
 
 
 def load_run(run_dir: Path, total_tokens: float | None = None) -> Run:

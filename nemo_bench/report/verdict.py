@@ -12,7 +12,7 @@ from nemo_bench.report import model
 from nemo_bench.report.model import Change, Point, Run, Verdict, flatten
 from nemo_bench.report.references import Reference, ReferencePoint
 from nemo_bench.report.remarks import of_runs
-from nemo_bench.report.runs import device, options
+from nemo_bench.report.runs import choice, options
 from nemo_bench.report.statistics import LONGEST_WARM_UP, OTHER_BATCH, Steps, is_time
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
@@ -39,7 +39,7 @@ def _gpu(run: Run) -> str | None:
     """Return the kind of GPU; what the driver calls it counts, where it was configured as another."""
     if not run.gpu or not run.gpu_reported or run.gpu not in options("gpu"):
         return run.gpu
-    named = device(run.gpu).get("driver_name")
+    named = choice("gpu", run.gpu).get("driver_name")
     same = run.gpu_reported == named if named else run.gpu.lower() in run.gpu_reported.lower()
     return run.gpu if same else f"{run.gpu_reported} (configured as {run.gpu})"
 
@@ -50,8 +50,7 @@ def differences(run: Run, row: ReferencePoint) -> list[str]:
     if _other_software(run, row):
         ours = [run.software or "not known", run.container or ("no container" if run.source == "run folder" else "")]
         texts.append(f"software: {' in '.join(filter(None, ours))}, published with {row.software} in {row.container}")
-    layout = [key for key, value in row.layout.items() if run.layout.get(key, value) != value]
-    if layout:
+    if layout := [key for key, value in row.layout.items() if run.layout.get(key, value) != value]:
         ours, theirs = ([f"{key}{sizes[key]}" for key in layout] for sizes in (run.layout, row.layout))
         texts.append(f"layout: {' '.join(ours)}, published with {' '.join(theirs)}")
     if run.data is not None and run.data != row.data:
@@ -130,8 +129,7 @@ def _obstacles(must_agree: Sequence[Change]) -> str:
     """Return what disagrees or is not known; empty where all agree."""
     other = [change for change in must_agree if change.before != change.after]
     texts = [f"{change.key}={change.after}, published {change.before}" for change in other if change.after]
-    unknown = [change.key for change in other if not change.after]
-    if unknown:
+    if unknown := [change.key for change in other if not change.after]:
         texts.append(f"not known: {', '.join(unknown)}" + ("; name it with gpu=..." if "gpu" in unknown else ""))
     return "; ".join(texts)
 
