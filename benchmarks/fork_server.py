@@ -154,7 +154,8 @@ def serve(what: str) -> None:
         import_scripts()
     elif what == "torch":
         import nemo_bench.machine.measure
-        import nemo_bench.machine.rank  # noqa: F401
+        import nemo_bench.machine.rank
+        import nemo_bench.training.peers  # noqa: F401
     elif what == "megatron_bridge":
         import_stack(what, "cuda")
     else:

@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +38,15 @@ from nemo_bench.files import write_json  # noqa: E402
 from nemo_bench.launch.batch_script import rank_environment  # noqa: E402
 from nemo_bench.machine.command import new_folder, rank_command  # noqa: E402
 from nemo_bench.machine.schedule import tournament  # noqa: E402
-from nemo_bench.record.folder import read_object  # noqa: E402
+from nemo_bench.record.folder import read_object, timestamp  # noqa: E402
 from nemo_bench.record.machine import CHECK  # noqa: E402
 
 INSIDE = "--inside-namespaces"
 SLOW_LINK = "20mbit"
 NICE = 12  # a fifteenth of the weight
 FAULTS = ("none", "slow node", "slow link", "stopped rank")
+# A fault, and random numbers that choose where: to what was named, and whether that is right.
+Attempt = Callable[["Machine", str, random.Random], dict[str, Any]]
 
 
 def address(node: int) -> str:
@@ -106,86 +111,101 @@ class Machine:
             overrides = [f"trainer.num_nodes={ranks}", f"stage_path={stage}"]
             self.cfg: TrainConfig = typed(compose("check_machine", overrides))
 
-    def check(self, fault: str, random_numbers: random.Random) -> dict[str, Any]:
-        """Check the machine with a fault, and return who was named for what."""
-        ranks = len(self.servers)
-        # A link that the tournament measures: with 16 nodes 48 of 120.
-        _, opponents = random_numbers.choice(tournament(ranks, 1))
-        node, other = random_numbers.choice([(a, b) for a, b in enumerate(opponents) if b is not None])
-        folder, start = new_folder(self.cfg), time.monotonic()
-        environment = {**rank_environment(self.cfg, os.environ), "OMP_NUM_THREADS": "1"}
-        command = rank_command(self.cfg, folder, sys.executable)
-        with processes.started(command, environment, folder, ranks, self.popen) as group, ExitStack() as stack:
-            if fault == "slow link":
-                subprocess.run(tc("add", node, other).split(), check=True)
-                stack.callback(subprocess.run, tc("del", node, other).split(), check=True)
-            if fault == "slow node":
-                slow_down(self.pids[node])
-            log = folder / f"rank{node}.out"
-            while group.poll() is None and "measures" not in log.read_text():
-                time.sleep(0.05)
-            if fault == "stopped rank":
-                time.sleep(random_numbers.uniform(0, 3))
-                os.kill(processes_of(self.pids[node])[-1], signal.SIGSTOP)  # rank 0 is the child of its coordinator
-            while group.poll() is None:
-                time.sleep(0.05)
-        content = read_object(folder / CHECK)
-        guilty = {"none": set(), "slow link": {node, other}}.get(fault, {node})
-        named = {rank for each in content["findings"] for rank in each["ranks"]}
-        return {
-            "fault": fault,
-            "at": [f"n{rank + 1}" for rank in sorted(guilty)],
-            "findings": [
-                f"{[f'n{rank + 1}' for rank in each['ranks']]} {each['what']}" for each in content["findings"]
-            ],
-            "right": named == guilty,
-            "seconds": round(time.monotonic() - start, 1),
-            "load": round(os.getloadavg()[0], 1),
-        }
-
     def popen(self, command: list[str], *, env: dict[str, str], **options: Any) -> ForkedProcess:
         rank = int(env["RANK"])
-        place = {"MASTER_ADDR": address(0), "GLOO_SOCKET_IFNAME": "e0"}
+        place = {"MASTER_ADDR": address(0), "GLOO_SOCKET_IFNAME": "e0", "LOCAL_RANK": "0"}
         process = self.servers[rank].popen(command, env={**env, **place}, **options)
         self.pids[rank] = process.pid
         return process
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def check(machine: Machine, fault: str, random_numbers: random.Random) -> dict[str, Any]:
+    """Check the machine with a fault, and return who was named for what."""
+    ranks = len(machine.servers)
+    # A link that the tournament measures: with 16 nodes 48 of 120.
+    _, opponents = random_numbers.choice(tournament(ranks, 1))
+    node, other = random_numbers.choice([(a, b) for a, b in enumerate(opponents) if b is not None])
+    folder = new_folder(machine.cfg)
+    environment = {**rank_environment(machine.cfg, os.environ), "OMP_NUM_THREADS": "1"}
+    command = rank_command(machine.cfg, folder, sys.executable)
+    with processes.started(command, environment, folder, ranks, machine.popen) as group, ExitStack() as stack:
+        if fault == "slow link":
+            subprocess.run(tc("add", node, other).split(), check=True)
+            stack.callback(subprocess.run, tc("del", node, other).split(), check=True)
+        if fault == "slow node":
+            slow_down(machine.pids[node])
+        log = folder / f"rank{node}.out"
+        while group.poll() is None and "measures" not in log.read_text():
+            time.sleep(0.05)
+        if fault == "stopped rank":
+            time.sleep(random_numbers.uniform(0, 3))
+            os.kill(processes_of(machine.pids[node])[-1], signal.SIGSTOP)  # rank 0 is the child of its coordinator
+        while group.poll() is None:
+            time.sleep(0.05)
+    content = read_object(folder / CHECK)
+    guilty = {"none": set(), "slow link": {node, other}}.get(fault, {node})
+    named = {rank for each in content["findings"] for rank in each["ranks"]}
+    return {
+        "at": named_nodes(guilty),
+        "findings": [f"{named_nodes(each['ranks'])} {each['what']}" for each in content["findings"]],
+        "right": named == guilty,
+    }
+
+
+def named_nodes(ranks: Iterable[int]) -> list[str]:
+    return [f"n{rank + 1}" for rank in sorted(ranks)]
+
+
+def main(attempt: Attempt, description: str) -> None:
+    """Try each fault until the file has as many tries as are asked for; each try has numbers of its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=16)
     parser.add_argument("--tries", type=int, default=20, help="of each fault, and without any")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="the result, JSON")
+    parser.add_argument("--minutes", type=float, default=1e9, help="after which no try begins")
+    parser.add_argument("--output", type=Path, help="the result, JSON; what it holds is not tried again")
     parser.add_argument(INSIDE, action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not arguments.inside_namespaces:
         namespaces = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
         os.execvp("unshare", [*namespaces, sys.executable, *sys.argv, INSIDE])
-    random_numbers, rows = random.Random(arguments.seed), list[dict[str, Any]]()
+    rows: list[dict[str, Any]] = []
+    if arguments.output and arguments.output.exists():
+        rows = read_object(arguments.output)["runs"]
+    end, done = time.monotonic() + 60 * arguments.minutes, {(row["fault"], row["try"]) for row in rows}
     with tempfile.TemporaryDirectory() as stage, ExitStack() as stack:
         machine = Machine(arguments.ranks, Path(stage), stack)
-        for _ in range(arguments.tries):
+        for number in range(1, arguments.tries + 1):
             for fault in arguments.faults:  # in turn: what else this machine does changes
-                rows.append(machine.check(fault, random_numbers))
+                if (fault, number) in done or time.monotonic() > end:
+                    continue
+                row, start = {"try": number, "fault": fault, "time": timestamp()}, time.monotonic()
+                row |= attempt(machine, fault, random.Random(f"{fault} {number}"))
+                taken, load = time.monotonic() - start, os.getloadavg()[0]
+                rows.append({**row, "seconds": round(taken, 1), "load": round(load, 1)})
                 print(json.dumps(rows[-1]), flush=True)
                 if arguments.output:
-                    write_result(arguments, rows)
-    for fault in arguments.faults:
-        own = [row for row in rows if row["fault"] == fault]
-        print(f"{fault}: {sum(row['right'] for row in own)} of {len(own)} right")
+                    write_json(arguments.output, content(arguments, rows))
+    for fault, counts in content(arguments, rows)["summary"].items():
+        print("{}: {right} of {tries} right".format(fault, **counts))
 
 
-def write_result(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    summary = {
-        fault: {"tries": len(own), "right": sum(row["right"] for row in own)}
-        for fault in arguments.faults
-        if (own := [row for row in rows if row["fault"] == fault])
+def content(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    summary = {}
+    for fault in FAULTS:
+        own = [row["right"] for row in rows if row["fault"] == fault]
+        summary |= {fault: {"tries": len(own), "right": sum(own)}} if own else {}
+    return {
+        "benchmark": Path(sys.argv[0]).stem,
+        "command": f"python {sys.argv[0]} --ranks {arguments.ranks} --tries {arguments.tries}, as root",
+        "ranks": arguments.ranks,
+        "cores": os.cpu_count(),
+        "date": timestamp()[:10],
+        "versions": {"python": platform.python_version(), "torch": metadata.version("torch")},
+        "summary": summary,
+        "runs": rows,
     }
-    about = {"benchmark": "machine_check", "ranks": arguments.ranks, "cores": os.cpu_count()}
-    write_json(arguments.output, {**about, "summary": summary, "runs": rows})
 
 
 if __name__ == "__main__":
-    main()
+    main(check, __doc__ or "")

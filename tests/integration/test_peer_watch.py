@@ -35,7 +35,7 @@ def started(folder: Path, steps: int) -> Iterator[tuple[RunFolder, processes.Pro
     run = RunFolder(folder)
     cfg = composed("gpu=cpu", "precision=bf16", f"trainer.devices={RANKS}")
     run.create(config_yaml=OmegaConf.to_yaml(OmegaConf.structured(cfg)), command=["loop"], overrides=[])
-    command = [sys.executable, "-m", "tests.peer_loop", str(run.path), str(steps)]
+    command = [sys.executable, "-m", "benchmarks.peer_loop", str(run.path), str(steps), "4"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     with processes.started(command, environment, run.path, RANKS) as group:
         wait_for((run.path / STEPS).exists, "the first step")
@@ -50,7 +50,7 @@ def said(run: RunFolder, after: int = 0) -> list[dict[str, Any]]:
     ("fault", "events", "words"),
     [
         (SLOWED, (STRAGGLER, "recovered"), "slower than its peers: "),
-        (STOPPED, (STALLED, "resumed"), "waiting in all_reduce, called at tests/peer_loop.py:"),
+        (STOPPED, (STALLED, "resumed"), "waiting in all_reduce, called at benchmarks/peer_loop.py:"),
     ],
     ids=["slowed", "stopped"],
 )

@@ -1,4 +1,7 @@
-"""A rank that multiplies and reduces, with the hooks of real ones: `python -m tests.peer_loop RUN_FOLDER STEPS`."""
+"""A rank that multiplies and reduces, with the hooks of real ones.
+
+python -m benchmarks.peer_loop RUN_FOLDER STEPS GRADIENT_KIB
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ if __name__ == "__main__":
     telemetry = RankTelemetry(cfg, run, rank, None)
     hooks: list[Hooks] = [telemetry, PeerWatch(cfg, run, rank, events, telemetry)]
     hooks += [RunRecorder(cfg, run, events, telemetry)] if rank == 0 else []
-    matrix, gradient = torch.randn(384, 384), torch.ones(1000)
+    matrix, gradient = torch.randn(384, 384), torch.ones(int(sys.argv[3]) << 8)
     call(hooks, "train_start", 0)
     for number in range(int(sys.argv[2])):
         began = time.perf_counter()
