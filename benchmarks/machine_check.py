@@ -191,7 +191,7 @@ def main(attempt: Attempt, description: str) -> None:
 
 
 def content(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    summary = {}
+    summary: dict[str, dict[str, int]] = {}
     for fault in FAULTS:
         own = [row["right"] for row in rows if row["fault"] == fault]
         summary |= {fault: {"tries": len(own), "right": sum(own)}} if own else {}

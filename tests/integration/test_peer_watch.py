@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from nemo_bench.record.stall import who_keeps_it
 from nemo_bench.report.runs import load_run
 
 from ..composing import PROJECT, composed
+from ..slurm.cluster import sbin_path
 from .conftest import wait_for
 
 pytestmark = pytest.mark.train
@@ -76,6 +78,17 @@ def test_a_rank_that_lags_or_has_stopped_is_named_while_it_does(
         assert any(event["text"] in remark for event in named[-2:] for remark in load_run(run.path).remarks)
         logs = "".join(run.log(rank).read_text() for rank in (0, RANKS - 1))
         assert all(event["text"] in logs for event in named)
+
+
+def test_the_ends_of_a_slow_link_are_named(tmp_path: Path) -> None:
+    """Three links of 20 Mbit/s among four ranks in network namespaces; benchmarks/watching.py tries 16 more often."""
+    if os.geteuid() or not shutil.which("tc", path=sbin_path()):
+        pytest.skip("slowing a link down takes root, and tc of iproute2")
+    script = [sys.executable, "benchmarks/watching.py", "--ranks=4", "--tries=3", "--faults", "slow link"]
+    environment = {**os.environ, "PATH": sbin_path()}
+    done = subprocess.run(script, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "slow link: 3 of 3 right" in done.stdout, done.stdout
 
 
 def test_of_healthy_ranks_none_is_named(tmp_path: Path) -> None:
