@@ -169,7 +169,8 @@ class PeerWatch(Hooks):
         own_s, waited_s, clocks = zip(*numbers)
         begun, self.compared, self.own_s, self.waited_s = self.compared, time.monotonic(), [], []
         size = len(own_s) // self.cfg.model.pipeline_model_parallel_size
-        shares = lags(own_s, (rank // size for rank in range(len(own_s))))
+        # Of a step in which nobody waits for a rank: where its own time is little of it, nobody does.
+        shares = lags((own + min(waited_s) for own in own_s), (rank // size for rank in range(len(own_s))))
         slow = [rank for rank, share in enumerate(shares) if share > SLOWER[self.cfg.gpu.device]]
         if not slow:
             self._compare_links(step, statistics.median(own_s), min(waited_s))
