@@ -72,7 +72,7 @@ def watch(machine: Machine, fault: str, random_numbers: random.Random) -> dict[s
     other = (node + 1) % ranks  # the all-reduce's next
     guilty = {"none": set(), "slow link": {node, other}}.get(fault, {node})
     cfg = replace(machine.cfg, trainer=replace(machine.cfg.trainer, max_steps=STEPS))
-    run, shown = new_run(cfg, ["python", *sys.argv], []), io.StringIO()
+    run, shown = new_run(cfg, []), io.StringIO()
     command = [sys.executable, "-m", "benchmarks.peer_loop", str(run.path), str(STEPS), str(GRADIENT_KIB)]
     environment = {**rank_environment(cfg, os.environ), "OMP_NUM_THREADS": "1"}
     with (
@@ -111,7 +111,7 @@ def watch(machine: Machine, fault: str, random_numbers: random.Random) -> dict[s
         "displayed": named_nodes(displayed),
         "reported": named_nodes(reported),
         "said": [row["text"][:300] for row in rows if "text" in row],
-        "right": displayed == reported == guilty and (fault != "none" or run.status().finished),
+        "right": displayed == reported == guilty and (fault != "none" or run.status().state == "completed"),
         "steps": run.progress().steps,
         "named_after_s": round(named_after_s, 1) if displayed else None,
     }
