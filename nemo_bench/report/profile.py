@@ -100,7 +100,7 @@ def measure(path: Path, rank: int) -> StepProfile:
     trace = orjson.loads(_NO_VALUE.sub(r"\1null", content.decode("utf-8", "replace")))
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     steps = {int(name.removeprefix(STEP_MARK)): span for name, span in _spans(events, STEP_MARK + r"\d+$")}
-    kernels = _kernels(events)
+    kernels = [*_kernels(events)]
     if not kernels or not steps:
         raise ValueError(f"{path}: holds no GPU kernels, or no step is marked")
     gpu = next(event["args"].get("device", 0) for event in events if event.get("cat") in _GPU_WORK)
@@ -109,12 +109,11 @@ def measure(path: Path, rank: int) -> StepProfile:
     return _profile(kernels, steps, rank, name)
 
 
-def _kernels(events: Sequence[Event]) -> list[_Kernel]:
-    """Return the GPU's kernels and copies; what the optimizer launches belongs to it, but for transfers."""
+def _kernels(events: Sequence[Event]) -> Iterator[_Kernel]:
+    """Yield the GPU's kernels and copies; what the optimizer launches belongs to it, but for transfers."""
     launched_us = {event["args"].get("correlation"): event["ts"] for event in events if event.get("cat") in _LAUNCHES}
     optimizer = [span for _, span in _spans(events, OPTIMIZER_MARK)]
     head = [span for _, span in _spans(events, _HEAD, "cpu_op")]
-    kernels = []
     for event in events:
         if event.get("cat") in _GPU_WORK:
             kind, start = kernel_classes.kernel_class(event["name"]), float(event["ts"])
@@ -123,8 +122,7 @@ def _kernels(events: Sequence[Event]) -> list[_Kernel]:
             if in_optimizer and kind not in (COMMUNICATION, kernel_classes.MEMORY):
                 kind = kernel_classes.OPTIMIZER
             term = kernel_classes.term_of(kind, event["name"], event["args"], in_head)
-            kernels.append(_Kernel(event["name"], kind, term, start, start + event["dur"]))
-    return kernels
+            yield _Kernel(event["name"], kind, term, start, start + event["dur"])
 
 
 def _spans(events: Sequence[Event], names: str, category: str = "user_annotation") -> Iterator[tuple[str, Span]]:

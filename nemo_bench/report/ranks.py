@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ def compared(devices: Sequence[DeviceUse], peaks: dict[int, dict[str, Any]], log
     return (*_compared(_RATE, rates), *_compared("step time (s)", times or log.rank_times_s))
 
 
-def _compared(measure: str, values: dict[int, float]) -> list[RankTimes]:
-    """Return each rank beside the median of the others."""
+def _compared(measure: str, values: dict[int, float]) -> Iterator[RankTimes]:
+    """Yield each rank beside the median of the others."""
     if len(values) < 2:
-        return []
-    ordered, ranks = sorted(values.values()), []
+        return
+    ordered = sorted(values.values())
     middle = statistics.median(ordered)
     spread = 1.4826 * statistics.median(abs(value - middle) for value in ordered)
     for rank, value in values.items():
@@ -46,5 +46,4 @@ def _compared(measure: str, values: dict[int, float]) -> list[RankTimes]:
         others = statistics.median(ordered[:at] + ordered[at + 1 :])
         slower = (others / value if measure == _RATE else value / others) - 1
         stands_out = len(values) == 2 or abs(value - others) > 3 * spread
-        ranks.append(RankTimes(rank, measure, value, others, slower, slower > STRAGGLER and stands_out))
-    return ranks
+        yield RankTimes(rank, measure, value, others, slower, slower > STRAGGLER and stands_out)

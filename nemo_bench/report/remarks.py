@@ -130,14 +130,11 @@ def warnings(run: Run, numbers: Numbers | None, rates: dict[str, float]) -> Iter
         yield f"the record begins at step {steps.step[0]}"
     if gaps > 0:
         yield f"{gaps} steps are missing between others"
-    times = run.times
-    if numbers is None or times is None:
+    if numbers is None or run.times is None:
         return
-    usual = numbers.at(times.median_s)
-    ours = {
-        "tokens_per_s_per_gpu": (usual.tokens_per_s_per_gpu,),
-        "tflops_per_gpu": (usual.tflops_per_gpu, usual.tflops_per_gpu_causal),
-    }
+    usual = numbers.at(run.times.median_s)
+    tflops = (usual.tflops_per_gpu, usual.tflops_per_gpu_causal)
+    ours = {"tokens_per_s_per_gpu": (usual.tokens_per_s_per_gpu,), "tflops_per_gpu": tflops}
     for name, printed in rates.items():
         known = [value for value in ours[name] if value is not None]
         if known and printed > 0 and all(abs(value / printed - 1) > _SAME_RATE for value in known):

@@ -106,7 +106,8 @@ def _load(folder: RunFolder, total_tokens: float | None) -> Run:
     profiles = by_number((folder.path / PROFILE).glob("rank*.json"))
     if left_out := sorted({name for event in events for name in event.get("settings") or ()}):
         warnings.append(f"left out, since the installed version lacks them and does the same: {', '.join(left_out)}")
-    state, why = _state(status, events, steps, run.max_steps or 0, warnings)
+    ended = bool(events) and events[-1].get("event") == "done"
+    state, why = _state(status, ended, steps, run.max_steps or 0, warnings)
     memory = [device.peak_memory_gib or 0 for device in devices] or [row.get("peak_memory_gib", 0) for row in rows]
     waited = max((event.get("cpu_wait_share") or 0 for event in events), default=0)
     run = replace(
@@ -227,14 +228,12 @@ def peak(gpu: dict[str, Any], precision: str, measured: dict[int, dict[str, Any]
     return statistics.fmean(peak["tflops"] for peak in measured.values()), text.format(**next(iter(measured.values())))
 
 
-def _state(
-    status: Status, events: list[dict[str, Any]], steps: Steps, max_steps: int, warnings: list[str]
-) -> tuple[str, str | None]:
+def _state(status: Status, ended: bool, steps: Steps, max_steps: int, warnings: list[str]) -> tuple[str, str | None]:
     """Return the run's state, and why its steps are not all there; an end after the last step is only worth a word."""
     state, done = status.state, steps.last + 1
     if state not in ("submitted", "running", "completed", "failed", "killed", "interrupted"):
         raise ValueError(f"unknown state {state}")
-    if state in ("submitted", "running") and events and events[-1].get("event") == "done":
+    if state in ("submitted", "running") and ended:
         state = "completed"  # rank 0 saw the end of training; who started it has not written so, or cannot
     because = f": {redact(' '.join(status.reason.split()))}" if status.reason else ""
     if state == "completed":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from nemo_bench.report import model
@@ -44,23 +44,21 @@ def _gpu(run: Run) -> str | None:
     return run.gpu if same else f"{run.gpu_reported} (configured as {run.gpu})"
 
 
-def differences(run: Run, row: ReferencePoint) -> list[str]:
-    """Return how the run differs from the published one in what leaves the verdict standing."""
-    texts = []
+def differences(run: Run, row: ReferencePoint) -> Iterator[str]:
+    """Yield how the run differs from the published one in what leaves the verdict standing."""
     if _other_software(run, row):
         ours = [run.software or "not known", run.container or ("no container" if run.source == "run folder" else "")]
-        texts.append(f"software: {' in '.join(filter(None, ours))}, published with {row.software} in {row.container}")
+        yield f"software: {' in '.join(filter(None, ours))}, published with {row.software} in {row.container}"
     if layout := [key for key, value in row.layout.items() if run.layout.get(key, value) != value]:
         ours, theirs = ([f"{key}{sizes[key]}" for key in layout] for sizes in (run.layout, row.layout))
-        texts.append(f"layout: {' '.join(ours)}, published with {' '.join(theirs)}")
+        yield f"layout: {' '.join(ours)}, published with {' '.join(theirs)}"
     if run.data is not None and run.data != row.data:
         data = "random tokens (data=mock)" if run.data == "mock" else f"data={run.data}"
-        texts.append(f"data: {data}, published with {row.data}")
+        yield f"data: {data}, published with {row.data}"
     if run.record.environment:
-        texts += _unequal("environment", run.record.environment, row.environment)
+        yield from _unequal("environment", run.record.environment, row.environment)
     if run.record.config:
-        texts += _unequal("settings", flatten(run.record.config), {key: str(v) for key, v in row.settings.items()})
-    return texts
+        yield from _unequal("settings", flatten(run.record.config), {key: str(v) for key, v in row.settings.items()})
 
 
 def _other_software(run: Run, row: ReferencePoint) -> bool:
@@ -105,12 +103,12 @@ def judge(point: Point, runs: Sequence[Run], references: Sequence[Reference], to
     left_out = dict.fromkeys(f"left out: {run.why_not_final}" for run in runs if final and run.numbers is None)
     verdict = Verdict(remarks=(*of_runs(final), *left_out))
     if row is not None:
-        choice = [f"of {len(references)} tables, the row of {row.reference} is taken"] if len(references) > 1 else []
+        several = [f"of {len(references)} tables, the row of {row.reference} is taken"] if len(references) > 1 else []
         verdict = replace(
             verdict,
             must_agree=tuple(must_agree(run, row)),
             differences=tuple(differences(run, row)),
-            remarks=(*verdict.remarks, *choice, *row.notes),
+            remarks=(*verdict.remarks, *several, *row.notes),
         )
     if not final:
         unknown = "global_batch_size or seq_length is not known: name it with global_batch_size=... or seq_length=..."
@@ -146,7 +144,7 @@ def _judged(verdict: Verdict, point: Point, final: Sequence[Run], row: Reference
         sources = {key: final[0].identified.get(key) for key in ("model", "precision", "gpus", "seq_length")}
         assumed = [key for key, source in sources.items() if source != "command line"]
         why += f"; the log itself does not tell {', '.join([*assumed, 'layout, data and environment'])}"
-    if doubts := _doubts(tolerance, point, final, row, value):
+    if doubts := [*dict.fromkeys(_doubts(tolerance, point, final, row, value))]:
         value, why = model.UNDECIDED, f"{'; '.join(doubts)}; {why}"
     return replace(verdict, value=value, why=why, ratio=ratio, statistic=statistic)
 
@@ -177,35 +175,34 @@ def _mean_between(steps: Steps, first: int, last: int) -> float | None:
     return statistics.fmean(times) if len(times) == last - first + 1 else None
 
 
-def _doubts(tolerance: float, point: Point, final: Sequence[Run], row: ReferencePoint, value: str) -> list[str]:
-    """Return what keeps the point from a plain verdict."""
+def _doubts(tolerance: float, point: Point, final: Sequence[Run], row: ReferencePoint, value: str) -> Iterator[str]:
+    """Yield what keeps the point from a plain verdict."""
     assert point.numbers is not None and point.median_s is not None and point.last_s is not None
-    mean_s, doubts = point.numbers.step_time_s, []
+    mean_s = point.numbers.step_time_s
     levels = {
         name: _level(row.step_time_s / time_s, tolerance)
         for name, time_s in (("mean", mean_s), ("median", point.median_s), ("last step", point.last_s))
     }
     if {*levels.values()} != {value}:
-        doubts.append(", ".join(f"{verdict} by the {name}" for name, verdict in levels.items()))
+        yield ", ".join(f"{verdict} by the {name}" for name, verdict in levels.items())
     if point.step_time is not None and point.step_time.margin > tolerance * mean_s:
         # Of a lower end below zero, nothing is known but that it is faster.
         ends = {_level(row.step_time_s / max(end, 1e-9), tolerance) for end in point.step_time.interval}
         if ends != {value}:
             margin = f"± {point.step_time.margin / mean_s:.0%}"
-            doubts.append(f"the 95% interval of the mean, {margin}, exceeds the tolerance")
+            yield f"the 95% interval of the mean, {margin}, exceeds the tolerance"
     if value == model.FAIL:
-        return doubts
+        return
     if mean_s > (1 + tolerance) * point.median_s:
-        doubts.append(f"the mean exceeds the median by {mean_s / point.median_s - 1:.0%}")
+        yield f"the mean exceeds the median by {mean_s / point.median_s - 1:.0%}"
     if any(run.state == "unknown" for run in final):
-        doubts.append("the log does not say how many steps were meant; max_steps=... does")
+        yield "the log does not say how many steps were meant; max_steps=... does"
     for run in final:
         assert run.times is not None
         # Steps of a batch ramp-up are another job's.
         disturbed = len(run.steps) - run.times.warmup_steps - run.times.counted - run.times.excluded.get(OTHER_BATCH, 0)
         if disturbed > LONGEST_WARM_UP * len(run.steps):
-            doubts.append(f"{disturbed} of {len(run.steps)} steps are left out")
+            yield f"{disturbed} of {len(run.steps)} steps are left out"
         if run.times.unsteady_steps > LONGEST_WARM_UP * run.times.steps:
             slow = f"the first {run.times.unsteady_steps} of {run.times.steps} steps are slower"
-            doubts.append(f"{slow}: no warm-up is so long")
-    return list(dict.fromkeys(doubts))
+            yield f"{slow}: no warm-up is so long"
