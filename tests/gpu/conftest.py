@@ -74,6 +74,8 @@ OPTIONS = {
     "param_remainders": "model.optim.store_param_remainders=true",
     "bf16_moments": "model.optim.exp_avg_dtype=bf16 model.optim.exp_avg_sq_dtype=bf16",
     "cuda_graph": "model.cuda_graph_impl=local",
+    "cuda_graph_of_a_step": "model.cuda_graph_impl=local model.cuda_graph_scope=full_iteration",
+    "offloading": "model.cpu_offloading_num_layers=2",
 }
 
 
