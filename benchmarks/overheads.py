@@ -3,7 +3,7 @@
     python benchmarks/overheads.py [--runs 1000] [--megabytes 60]
     python benchmarks/overheads.py --loggers tensorboard wandb mlflow      the last line alone, with each of them too
 
-Prints CPU seconds, which a busy machine hardly changes, of whole processes (all but the last two lines) or of calls.
+Prints CPU seconds, which a busy machine hardly changes, of whole processes (all but the last four lines) or of calls.
 The telemetry needs what a rank needs (torch, Lightning) and measures the GPU's sampler too where there is a GPU.
 """
 
@@ -66,24 +66,28 @@ def submitting(folder: Path, runs: int) -> dict[str, float]:
 
 
 def reading_a_log(folder: Path, megabytes: float) -> dict[str, float]:
-    """Return the MB read in a CPU second of a log as jobs print it: NCCL's lines, a step in every hundredth."""
+    """Return the MB read in a CPU second of a log as jobs print it, NCCL's 99 lines before each step, and of steps."""
     from nemo_bench.report.logs import read_log
 
-    rng, steps, path = random.Random(1), 0, folder / "log.out"
-    with open(path, "w") as log:
-        while log.tell() < megabytes * 1e6:
-            for _ in range(99):
-                node, rank, channel, peer = (rng.randrange(n) for n in (64, 512, 32, 512))
-                log.write(f"gpu{node:03}:{rank}:{rank} [0] NCCL INFO Channel {channel:02}/0 : {rank}[0] -> {peer}[0]\n")
-            log.write(
-                f"Training epoch 0, iteration {steps}/99999 | lr: {3e-4 * rng.random():.4} | global_batch_size: 128 | "
-                f"global_step: {steps} | reduced_train_loss: {12 * rng.random():.4} | train_step_timing in s: "
-                f"{11 + rng.random():.4} | consumed_samples: {128 * (steps + 1)}\n"
-            )
-            steps += 1
-    began = time.process_time()
-    read_log(path)
-    return {"MB of a log in a second": path.stat().st_size / 1e6 / (time.process_time() - began)}
+    rng, rates, path = random.Random(1), {}, folder / "log.out"
+    for noise, name in ((99, "MB of a job's log in a second"), (0, "MB of steps alone in a second")):
+        steps = 0
+        with open(path, "w") as log:
+            while log.tell() < megabytes * 1e6:
+                for _ in range(noise):
+                    node, rank, channel, peer = (rng.randrange(n) for n in (64, 512, 32, 512))
+                    message = f"Channel {channel:02}/0 : {rank}[0] -> {peer}[0]"
+                    log.write(f"gpu{node:03}:{rank}:{rank} [0] NCCL INFO {message}\n")
+                log.write(
+                    f"Training epoch 0, iteration {steps}/99999 | lr: {3e-4 * rng.random():.4} | "
+                    f"global_batch_size: 128 | global_step: {steps} | reduced_train_loss: {12 * rng.random():.4} | "
+                    f"train_step_timing in s: {11 + rng.random():.4} | consumed_samples: {128 * (steps + 1)}\n"
+                )
+                steps += 1
+        began = time.process_time()
+        read_log(path)
+        rates[name] = path.stat().st_size / 1e6 / (time.process_time() - began)
+    return rates
 
 
 def telemetry(folder: Path, steps: int = 2000, logger: str = "none") -> dict[str, float]:

@@ -71,9 +71,8 @@ BRIDGE_STEP = re.compile(rf"Step Time : *({_NUMBER})s GPU utilization: *({_NUMBE
 ALL_TIMES = re.compile(rf"train_step_timing in s: \[({_NUMBER}(?:, {_NUMBER})*)\]")
 
 ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
-# A progress bar's count of finished steps, and of how many, if it knows
-BAR = re.compile(r"\| *(\d{1,12})/(\d{1,12}|\?) \[")
-COUNT = re.compile(r"\b(\d{1,12})(?:it|/(\?)) \[")
+# A progress bar's count of finished steps, and of how many
+BAR = re.compile(r"\| *(\d{1,12})/(\d{1,12}|\?) \[|\b(\d{1,12})(?:it|/\?) \[")
 # "3: ", "[rank3]: ", torchrun's "[default3]:", and NeMo-Run's "llama/0 [default3]:" with the node's number before it
 LABEL = re.compile(
     r"\s*(?:\S*/(?P<node>\d{1,6}) +)?(?:(\d{1,6}):\s|\[?rank[ :]?(\d{1,6})\]?:|\[default(\d{1,6})\]:)\s*"

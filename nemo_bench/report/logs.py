@@ -175,9 +175,9 @@ class _Reader:
         """Take in the step of this part of a line; return False where it is cut off, or has no number."""
         # What follows the first value of a name may be another line's rest.
         texts = {kind.names[name]: text for name, text in reversed(kind.field.findall(part))}
-        bar = (formats.BAR.search(part) or formats.COUNT.search(part)) if kind is NEMO and not done else None
+        bar = formats.BAR.search(part) if kind is NEMO and not done else None
         if bar:
-            done, total = bar.groups()
+            done, total = bar[1] or bar[3], bar[2]
         # A bar prints large numbers with three digits (2e+3), and its own count in full.
         if _is_whole(logged := texts.get("step", "")):
             number = int(float(logged))
@@ -185,9 +185,9 @@ class _Reader:
             number = int(done) - (self.bar_offset if bar else 0) if done else -1
         if not 0 <= number < 10**9 or "time" not in texts:
             return False
-        if bar:
+        if bar and done:
             # The smaller one: it is drawn ahead, too, with the values of the step before.
-            self.bar_offset = min(self.bar_offset, int(bar[1]) - number)
+            self.bar_offset = min(self.bar_offset, int(done) - number)
         elif done:  # NeMo 1's bars name no iteration
             self.log.program = "Megatron-LM" if kind is MEGATRON else "NeMo 2"
         if done:
