@@ -31,6 +31,7 @@ WINDOW, SLOW_S = 5, 5.0  # steps and seconds for which a rank must lag: shorter 
 # Slower than the median of its peers; cores of a CPU are shared with other programs.
 SLOWER = {"cuda": 0.1, "cpu": 1.0}
 SLOWER_LINK = {"cuda": 1.0, "cpu": 9.0}  # than others; on CPUs a message waits for a core at both ends
+NCCL_BYTES = 2**30  # for the connections of a rank with its neighbours, ample
 STALL_STEPS, STALL_S = 10, 15.0  # no step for so many medians, and so many seconds
 SETTLED_S, DEPUTY_S = 2.0, 5.0  # until all stacks are written; until a deputy speaks
 _COLLECTIVES = re.compile("^(?!__).*(reduce|gather|broadcast|alltoall)")
@@ -197,7 +198,7 @@ class PeerWatch(Hooks):
         is_slow = own_s + held_s > (1 + SLOWER[kind]) * (own_s + self.least_held_s)
         self.held_back_s = self.held_back_s + WINDOW * (own_s + held_s) if is_slow else 0.0
         event, texts = "recovered", list[str]()
-        if self.held_back_s > SLOW_S and not self.link_is_named:
+        if self.held_back_s > SLOW_S and not self.link_is_named and self._have_room():
             event, self.held_back_s = STRAGGLER, 0.0
             between_hosts = [self.places[rank][0] != self.places[rank - 1][0] for rank in ranks]
             for rank, share in enumerate(lags(self._message_times_s(), between_hosts)):
@@ -209,6 +210,11 @@ class PeerWatch(Hooks):
             if self.speaks:
                 times = f"collectives take {held_s:.3g} s a step, at best {self.least_held_s:.3g}"
                 self._say(event, "; ".join([times, *texts[:SHOWN]]), after_step=step)
+
+    def _have_room(self) -> bool:
+        """Return whether NCCL can connect the ranks anew: it takes memory that the run may have left it none of."""
+        on_gpu = self.cfg.gpu.device == "cuda"
+        return not on_gpu or min(self._gathered(torch.cuda.mem_get_info()[0]))[0] > NCCL_BYTES
 
     def _message_times_s(self) -> list[float]:
         """Return how long a message takes to each rank from the one before it, the best of three."""
