@@ -10,7 +10,7 @@ import yaml
 
 from nemo_bench.cluster.request import slurm_rules
 from nemo_bench.config import TrainConfig
-from nemo_bench.data.split import split_shares
+from nemo_bench.data.indexed_dataset import split_shares
 from nemo_bench.errors import Need, Problem, text_of, value_of
 from nemo_bench.fields import field_problems, settings
 from nemo_bench.pipeline import chunks_of

@@ -11,9 +11,8 @@ import numpy as np
 from nemo_bench.config import TrainConfig
 from nemo_bench.data.corpus import collect
 from nemo_bench.data.encoder import Encoder
-from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, idx_path, inspect, optimal_dtype
+from nemo_bench.data.indexed_dataset import DatasetInfo, bin_path, empty_parts, idx_path, inspect, optimal_dtype
 from nemo_bench.data.shard import read_manifest
-from nemo_bench.data.split import empty_parts
 from nemo_bench.errors import BenchError, Need, Problem
 from nemo_bench.files import sha256_of
 

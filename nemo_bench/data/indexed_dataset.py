@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset (a .bin/.idx pair), written and checked with numpy alone.
+"""Megatron's indexed dataset (a .bin/.idx pair), written, checked and split with numpy alone.
 
 The layout is that of `megatron.core.datasets.indexed_dataset`, byte for byte, so that data can be prepared and checked
 on a login node, which has no torch. All numbers are little-endian:
@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import struct
 from array import array
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import numpy as np
 from nemo_bench.errors import BenchError
 from nemo_bench.files import atomic_file
 
+PARTS = ("train", "validation", "test")  # of a split, by whole documents
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
@@ -159,3 +162,26 @@ def _require_size(path: Path, size_bytes: int) -> None:
     actual = path.stat().st_size
     rule = f"it should have {size_bytes:,} bytes and has {actual:,} (an interrupted copy?)"
     _require(actual == size_bytes, path, rule)
+
+
+def split_shares(split: str) -> list[float] | None:
+    """Return the shares of train, validation and test; None if they are not three numbers, the first above 0."""
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        return None
+    usable = len(shares) == 3 and all(map(math.isfinite, shares)) and min(shares) >= 0 and shares[0] > 0
+    return shares if usable else None
+
+
+def split_documents(split: str, documents: int) -> dict[str, int]:
+    """Return how many documents each of PARTS gets by a valid split, rounded as in megatron-core."""
+    shares = split_shares(split) or [1.0, 0.0, 0.0]
+    ends = [round(end * documents) for end in accumulate(share / sum(shares) for share in shares)]
+    return {part: end - begin for part, begin, end in zip(PARTS, [0, *ends], ends)}
+
+
+def empty_parts(split: str, documents: int) -> list[str]:
+    """Return the parts whose share rounds to no document: megatron-core would count their epochs for ever."""
+    counts = split_documents(split, documents)
+    return [part for part, share in zip(PARTS, split_shares(split) or []) if share > 0 and counts[part] == 0]

@@ -17,9 +17,9 @@ from nemo_bench.data import corpus
 from nemo_bench.data.config import PreparationConfig
 from nemo_bench.data.documents import format_of
 from nemo_bench.data.encoder import read_tokenizer
+from nemo_bench.data.indexed_dataset import empty_parts, split_documents, split_shares
 from nemo_bench.data.local import local_prefix, prepare_local
 from nemo_bench.data.shard import Shard, datasets_in, is_made, is_url, prepare, read_manifest, verify
-from nemo_bench.data.split import empty_parts, split_documents, split_shares
 from nemo_bench.errors import BenchError, RunFailed
 from nemo_bench.files import dated_name
 

@@ -139,10 +139,8 @@ def _make(shard: Shard, encoder: Encoder, building: Path) -> None:
     tokenising_s = time.time() - began
     if counts.bad:
         print(f"{shard.path}: {counts.bad.total():,} bad documents were left out:{counts.listed()}", flush=True)
-    info, products = (
-        inspect(building),
-        {path.suffix: sha256_of(path) for path in (bin_path(building), idx_path(building))},
-    )
+    info = inspect(building)
+    products = {path.suffix: sha256_of(path) for path in (bin_path(building), idx_path(building))}
     if (info.documents, info.tokens, products[".bin"]) != (counts.documents, counts.tokens, counts.sha256):
         raise BenchError(f"{building} does not read back as it was written: the disk or its driver loses data")
     manifest = {

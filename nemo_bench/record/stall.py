@@ -16,10 +16,8 @@ from nemo_bench.record.folder import STALLED, STRAGGLER, RunFolder
 
 FRESH_S = 10.0  # so much older than the youngest log, a log holds no stack of this stall
 SHOWN = 6
-_DUMP, _THREAD = (
-    re.compile(r"^Timeout \([\d:.]+\)!$", re.MULTILINE),
-    re.compile(r"^(?:Current t|T)hread 0x", re.MULTILINE),
-)
+_DUMP = re.compile(r"^Timeout \([\d:.]+\)!$", re.MULTILINE)
+_THREAD = re.compile(r"^(?:Current t|T)hread 0x", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 # torch's frames of a collective, and the frame that times it (training/peers.py).
 _COLLECTIVE = re.compile(r"/torch/distributed/|/nemo_bench/training/peers\.py$")
