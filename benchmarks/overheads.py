@@ -98,7 +98,7 @@ def telemetry(folder: Path, steps: int = 2000, logger: str = "none") -> dict[str
     import torch
 
     from nemo_bench.config import load
-    from nemo_bench.record.folder import EventLog, RunFolder
+    from nemo_bench.record.folder import RunFolder
     from nemo_bench.training.hooks import RankTelemetry, RunRecorder, Step
     from nemo_bench.training.loggers import MetricsLogger
 
@@ -106,7 +106,7 @@ def telemetry(folder: Path, steps: int = 2000, logger: str = "none") -> dict[str
     cfg.gpu.device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.logger.kind = logger
     measure = RankTelemetry(cfg, run, 0, None)
-    recorder = RunRecorder(cfg, run, EventLog(run), measure)
+    recorder = RunRecorder(cfg, run, measure)
     hooks = [measure, recorder, *([] if logger == "none" else [MetricsLogger(cfg, recorder)])]
     for hook in hooks:
         hook.train_start(0)

@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 
 from nemo_bench.config import load
-from nemo_bench.record.folder import CONFIG, EventLog, RunFolder
+from nemo_bench.record.folder import CONFIG, RunFolder
 from nemo_bench.training.hooks import Hooks, RankTelemetry, RunRecorder, Step, call
 from nemo_bench.training.peers import PeerWatch
 
 if __name__ == "__main__":
     run, rank = RunFolder(Path(sys.argv[1])), int(os.environ["RANK"])
-    cfg, events = load(run.path / CONFIG), EventLog(run, enabled=rank == 0)
+    cfg = load(run.path / CONFIG)
     torch.distributed.init_process_group("gloo")
     telemetry = RankTelemetry(cfg, run, rank, None)
-    hooks: list[Hooks] = [telemetry, PeerWatch(cfg, run, rank, events, telemetry)]
-    hooks += [RunRecorder(cfg, run, events, telemetry)] if rank == 0 else []
+    hooks: list[Hooks] = [telemetry, PeerWatch(cfg, run, rank, rank == 0, telemetry)]
+    hooks += [RunRecorder(cfg, run, telemetry)] if rank == 0 else []
     matrix, gradient = torch.randn(384, 384), torch.ones(int(sys.argv[3]) << 8)
     call(hooks, "train_start", 0)
     for number in range(int(sys.argv[2])):

@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from nemo_bench.cluster.processes import end_with_launcher  # noqa: E402
 from nemo_bench.record.first_error import error_in  # noqa: E402
-from nemo_bench.record.folder import PROFILE, EventLog, RunFolder  # noqa: E402
+from nemo_bench.record.folder import PROFILE, RunFolder  # noqa: E402
 from nemo_bench.record.node import write_node  # noqa: E402
 
 
@@ -43,12 +43,11 @@ def main(run: RunFolder, command: list[str]) -> int:
             (run.path / PROFILE).mkdir(exist_ok=True)
             command = [word.replace("{rank}", str(rank)) for word in prefix] + command
     end_with_launcher()
-    events = EventLog(run, enabled=rank == 0)
     if rank == 0:
         write_node(run.path)
         if job_id := os.environ.get("SLURM_JOB_ID"):
             _link_log(run, job_id)
-    events.write("importing")
+        run.write_event("importing")
     try:
         status = subprocess.call(command, cwd=folder)
     except OSError as error:  # the program, or the profiler in front of it, is not there
@@ -63,8 +62,8 @@ def main(run: RunFolder, command: list[str]) -> int:
         error_in_log = error_in(run.log(rank))
         lines = error_in_log.text.splitlines() if error_in_log else [f"exit status {status}"]
         run.write_rank_error(rank, ProgramError("\n".join(lines[:8])))  # a message of NCCL or CUDA has several
-    else:
-        events.write("done")
+    elif rank == 0:
+        run.write_event("done")
     return status
 
 

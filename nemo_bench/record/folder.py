@@ -189,6 +189,10 @@ class RunFolder:
         """Append a line to `steps.jsonl`, with `time`: seconds since 1970 at the end of the step."""
         _append(self.path / STEPS, {**row, "time": round(time.time(), 6)})
 
+    def write_event(self, event: str, **details: Any) -> None:
+        """Append a line to `events.jsonl`, with its `time`; one rank does."""
+        _append(self.path / EVENTS, {"event": event, "time": round(time.time(), 3), **details})
+
     def last_checkpoint(self) -> Path | None:
         """Return the last finished checkpoint, or this folder itself where it is one; None if there is none."""
         checkpoints = {}
@@ -198,18 +202,6 @@ class RunFolder:
             if match and (path / "weights").is_dir() and not mark.exists():
                 checkpoints[int(match[1])] = path
         return checkpoints[max(checkpoints)] if checkpoints else None
-
-
-@dataclass(frozen=True)
-class EventLog:
-    """`events.jsonl`; one rank writes it, the others hold one that is not enabled."""
-
-    run: RunFolder
-    enabled: bool = True
-
-    def write(self, event: str, **details: Any) -> None:
-        if self.enabled:
-            _append(self.run.path / EVENTS, {"event": event, "time": round(time.time(), 3), **details})
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from nemo_bench import flops
 from nemo_bench.config import TrainConfig
-from nemo_bench.record.folder import EventLog, RunFolder
+from nemo_bench.record.folder import RunFolder
 from nemo_bench.record.ranks import gathered, write_ranks
 from nemo_bench.report.statistics import PROFILE
 from nemo_bench.training.gpu import GpuSampler, log, open_sampler
@@ -52,16 +52,16 @@ def call(hooks: list[Hooks], event: str, *arguments: Any) -> None:
 class RunRecorder(Hooks):
     """Write `events.jsonl` and `steps.jsonl`, on one rank, behind the `RankTelemetry` whose measurements it writes."""
 
-    def __init__(self, cfg: TrainConfig, run: RunFolder, events: EventLog, telemetry: RankTelemetry) -> None:
-        self.cfg, self.run, self.events, self.telemetry = cfg, run, events, telemetry
+    def __init__(self, cfg: TrainConfig, run: RunFolder, telemetry: RankTelemetry) -> None:
+        self.cfg, self.run, self.telemetry = cfg, run, telemetry
         # Reports leave these steps out: before, the profiler warms up; after, the other ranks wait for it to write.
         p = cfg.profile
         self.disturbed = range(0) if p.kind == "none" else range(p.start_step - 1, p.end_step + 2)
 
     def train_start(self, first_step: int) -> None:
         if left_out:
-            self.events.write("left_out", settings=sorted(left_out))
-        self.events.write("training", first_step=first_step)
+            self.run.write_event("left_out", settings=sorted(left_out))
+        self.run.write_event("training", first_step=first_step)
         # By now every rank has measured its peak, where none is published.
         measured = [float(peak["tflops"]) for peak in self.run.measured_peaks().values()]
         published = self.cfg.gpu.peak_tflops.get(self.cfg.precision.name)
@@ -96,16 +96,16 @@ class RunRecorder(Hooks):
 
     def _announce(self, step: int) -> None:
         if step in self.disturbed:
-            self.events.write(PROFILE, after_step=step - 1)
+            self.run.write_event(PROFILE, after_step=step - 1)
 
     def validation_start(self, after_step: int) -> None:
-        self.events.write("validation", after_step=after_step)
+        self.run.write_event("validation", after_step=after_step)
 
     def validation_end(self, loss: Any) -> None:
-        self.events.write("validated", val_loss=None if loss is None else float(loss))
+        self.run.write_event("validated", val_loss=None if loss is None else float(loss))
 
     def checkpoint(self, after_step: int) -> None:
-        self.events.write("checkpoint", after_step=after_step)
+        self.run.write_event("checkpoint", after_step=after_step)
 
 
 class RankTelemetry(Hooks):

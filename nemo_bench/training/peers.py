@@ -21,7 +21,7 @@ import torch
 from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
 
 from nemo_bench.config import TrainConfig
-from nemo_bench.record.folder import EVENTS, SILENCE_S, STALLED, STRAGGLER, EventLog, RunFolder, read_lines
+from nemo_bench.record.folder import EVENTS, SILENCE_S, STALLED, STRAGGLER, RunFolder, read_lines
 from nemo_bench.record.ranks import UNSTEADY_STEPS
 from nemo_bench.record.stall import SHOWN, who_keeps_it
 from nemo_bench.training.gpu import log
@@ -86,9 +86,9 @@ class PeerWatch(Hooks):
     The rank that records the run speaks for all, and the one at the other end where that one has stopped.
     """
 
-    def __init__(self, cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog, telemetry: RankTelemetry) -> None:
+    def __init__(self, cfg: TrainConfig, run: RunFolder, rank: int, records: bool, telemetry: RankTelemetry) -> None:
         self.cfg, self.run, self.rank, self.telemetry = cfg, run, rank, telemetry
-        self.speaks, self.events, self.said_stall = events.enabled, EventLog(run), False
+        self.speaks, self.said_stall = records, False
         self.own_s: list[float] = []
         self.waited_s: list[float] = []
         self.seconds: list[float] = []
@@ -243,4 +243,4 @@ class PeerWatch(Hooks):
 
     def _say(self, event: str, text: str, **details: Any) -> None:
         log(text)
-        self.events.write(event, text=text, **details)
+        self.run.write_event(event, text=text, **details)

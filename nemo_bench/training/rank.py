@@ -14,7 +14,7 @@ from nemo_bench.cluster.processes import end_with_launcher
 from nemo_bench.config import TrainConfig, load
 from nemo_bench.errors import BenchError
 from nemo_bench.files import write_json
-from nemo_bench.record.folder import CONFIG, REQUEUE, EventLog, RunFolder
+from nemo_bench.record.folder import CONFIG, REQUEUE, RunFolder
 from nemo_bench.record.node import cpu_wait_share, write_node
 from nemo_bench.training import preemption
 
@@ -36,8 +36,7 @@ def main(run_dir: Path) -> None:
     try:
         cfg = load(run_dir / CONFIG)
         # NeMo tells every rank the loss, Megatron-Bridge only those of the last pipeline stage.
-        recorder = int(os.environ["WORLD_SIZE"]) - 1 if cfg.entrypoint.stack == "megatron_bridge" else 0
-        events = EventLog(run, enabled=rank == recorder)
+        records = rank == (int(os.environ["WORLD_SIZE"]) - 1 if cfg.entrypoint.stack == "megatron_bridge" else 0)
         # Without checkpoints there is nothing to save, and a signal ends the rank as it does everywhere.
         if cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None:
             preemption.listen()
@@ -46,9 +45,11 @@ def main(run_dir: Path) -> None:
         end_with_launcher()
         if rank == 0:
             write_node(run_dir)
-        events.write("importing")
-        train(cfg, run, rank, events)
-        events.write("requeue" if (run_dir / REQUEUE).exists() else "done", cpu_wait_share=cpu_wait_share())
+        if records:
+            run.write_event("importing")
+        train(cfg, run, rank, records)
+        if records:
+            run.write_event("requeue" if (run_dir / REQUEUE).exists() else "done", cpu_wait_share=cpu_wait_share())
         status = 0
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk: the launching process looks for that itself
@@ -65,8 +66,8 @@ def main(run_dir: Path) -> None:
     os._exit(status)
 
 
-def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None:
-    """Check the device, import what trains, measure the matrix rate, and train."""
+def train(cfg: TrainConfig, run: RunFolder, rank: int, records: bool) -> None:
+    """Check the device, import what trains, measure the matrix rate, and train; one rank records the run."""
     local_rank, on_gpu = int(os.environ["LOCAL_RANK"]), cfg.gpu.device == "cuda"
     if on_gpu:
         from nemo_bench.training.gpu import check_gpu
@@ -84,14 +85,15 @@ def train(cfg: TrainConfig, run: RunFolder, rank: int, events: EventLog) -> None
     from nemo_bench.training.peers import PeerWatch
     from nemo_bench.training.profiling import build_profiling
 
-    events.write("building")
+    if records:
+        run.write_event("building")
     if cfg.gpu.peak_tflops.get(cfg.precision.name) is None:
         write_json(run.path / f"peak_rank{rank}.json", cpu_matrix_rate(cfg.precision.name))
     telemetry = RankTelemetry(cfg, run, rank, gpu_matrix_rate(local_rank) if on_gpu else None)
     # Telemetry stands ahead of a profiler, which takes its time to write.
-    hooks = [telemetry, PeerWatch(cfg, run, rank, events, telemetry), *build_profiling(cfg, run.path, rank)]
-    if events.enabled:
-        recorder = RunRecorder(cfg, run, events, telemetry)
+    hooks = [telemetry, PeerWatch(cfg, run, rank, records, telemetry), *build_profiling(cfg, run.path, rank)]
+    if records:
+        recorder = RunRecorder(cfg, run, telemetry)
         hooks.append(recorder)
         if cfg.logger.kind != "none":
             from nemo_bench.training.loggers import MetricsLogger

@@ -12,7 +12,7 @@ import pytest
 
 from nemo_bench.config import load
 from nemo_bench.errors import BenchError
-from nemo_bench.record.folder import EventLog, RunFolder
+from nemo_bench.record.folder import RunFolder
 
 pytest.importorskip("torch")
 
@@ -27,7 +27,7 @@ def hooks(run_dir: Path, kind: str) -> list[Any]:
     cfg, run = load(CONFIG), RunFolder(run_dir)
     cfg.logger.kind, cfg.gpu.device = kind, "cpu"
     telemetry = RankTelemetry(cfg, run, 0, None)
-    recorder = RunRecorder(cfg, run, EventLog(run), telemetry)
+    recorder = RunRecorder(cfg, run, telemetry)
     return copy.deepcopy([telemetry, recorder, MetricsLogger(cfg, recorder)])  # as NeMo copies callbacks
 
 
