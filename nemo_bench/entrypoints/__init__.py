@@ -8,7 +8,6 @@ from pathlib import Path
 
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import ConfigurationRefused, Problem
-from nemo_bench.files import write_text
 
 # Modules of this package, each with an `ENTRYPOINT`.
 STACKS = ("nemo2", "megatron_bridge", "nemo_24_09")
@@ -51,11 +50,6 @@ class Entrypoint(ABC):
     def files(self, cfg: TrainConfig, run_dir: Path) -> dict[Path, str]:
         """Return the files that the ranks read besides `config.yaml`, with their text."""
         return {}
-
-    def write_files(self, cfg: TrainConfig, run_dir: Path) -> None:
-        """Write `files` into the run folder."""
-        for path, text in self.files(cfg, run_dir).items():
-            write_text(path, text)
 
 
 def entrypoint_of(cfg: TrainConfig) -> Entrypoint:

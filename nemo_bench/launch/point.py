@@ -18,7 +18,7 @@ from nemo_bench.cluster import processes
 from nemo_bench.config import TrainConfig, typed
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
-from nemo_bench.files import dated_name
+from nemo_bench.files import dated_name, write_text
 from nemo_bench.launch.batch_script import rank_environment
 from nemo_bench.launch.diagnosis import diagnose
 from nemo_bench.launch.plan import plan, rank_plan, results_dir
@@ -80,19 +80,19 @@ def prepare_data(cfg: TrainConfig) -> TrainConfig:
 
 
 def new_run(cfg: TrainConfig, overrides: list[str], state: str = "running") -> RunFolder:
-    """Record a run that is about to be started or submitted, with its configuration as it is now."""
+    """Record a run that is about to be started or submitted, with its configuration and its program's as they are."""
     run, command = RunFolder(results_dir(cfg) / dated_name()), ["python", *sys.argv]
     config_yaml, max_steps = OmegaConf.to_yaml(OmegaConf.structured(cfg)), cfg.trainer.max_steps
     run.create(config_yaml=config_yaml, command=command, overrides=overrides, max_steps=max_steps, state=state)
+    for path, text in entrypoint_of(cfg).files(cfg, run.path).items():
+        write_text(path, text)
     return run
 
 
 def execute(cfg: TrainConfig, run: RunFolder, tick: Callable[[], None]) -> None:
     """Run a recorded run's ranks here, calling `tick`, and record how it ended; RunFailed if it did not complete."""
-    entrypoint = entrypoint_of(cfg)
-    entrypoint.write_files(cfg, run.path)
     try:
-        command = entrypoint.rank_command(cfg, run.path, sys.executable)
+        command = entrypoint_of(cfg).rank_command(cfg, run.path, sys.executable)
         ranks = processes.started(command, rank_environment(cfg, os.environ), run.path, cfg.trainer.devices)
         advice = f"all ranks were ended. What was recorded is in {run.path}"
         with processes.explained_signals(advice), ranks as group:

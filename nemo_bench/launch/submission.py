@@ -14,7 +14,6 @@ from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import jobs, slurm
 from nemo_bench.cluster.job import FAILURES, Job
 from nemo_bench.config import ComposedPoint, TrainConfig, load, typed
-from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, Problem, RunFailed
 from nemo_bench.files import locked, write_json
 from nemo_bench.launch.batch_script import batch_script
@@ -112,7 +111,6 @@ def _submit_all(runs: list[tuple[ComposedPoint, TrainConfig]]) -> list[Job]:
 def submit_run(cfg: TrainConfig, overrides: list[str], submit: Callable[..., Job] = jobs.submit) -> Job:
     """Record a run and submit it; a refused one does not look as if it were waiting."""
     run = new_run(cfg, overrides, state="submitted")
-    entrypoint_of(cfg).write_files(cfg, run.path)
     try:
         return submit(
             batch_script(cfg, run.path),

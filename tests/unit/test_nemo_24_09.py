@@ -141,7 +141,8 @@ def test_any_path_survives_yaml_shell_and_hydras_grammar(name: str, tmp_path: Pa
     cfg.stage_path = str(tmp_path / name)
     cfg.data.tokenizer = f"{cfg.stage_path}/tokenizer"
     cfg.data.paths = [f"{cfg.stage_path}/{part}" for part in ("one", "two")]
-    entrypoint_of(cfg).write_files(cfg, folder)
+    for path, text in entrypoint_of(cfg).files(cfg, folder).items():
+        path.write_text(text)
     expected = nemo_24_09.configuration(cfg, folder)
     # The file alone, and the command line as a shell takes it apart and NeMo's Hydra reads it.
     loaded = OmegaConf.load(folder / nemo_24_09.CONFIG_FILE)
