@@ -115,24 +115,20 @@ def end_with_launcher() -> None:
         threading.Thread(target=wait, daemon=True).start()
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, which is given; as Ctrl-C does, it passes every `except Exception`."""
-
-
 @contextmanager
 def explained_signals(advice: str) -> Iterator[None]:
     """End the block on Ctrl-C, SIGTERM and SIGHUP by RunFailed, whose message is how it ended, a colon and `advice`."""
 
     def handler(signum: int, frame: object) -> None:
-        raise _Terminated(signal.Signals(signum))
+        raise KeyboardInterrupt(signum)  # which passes every `except Exception`
 
     before = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
-    except _Terminated as ended:
-        raise RunFailed(f"ended by {ended.args[0].name}: {advice}", 128 + ended.args[0]) from None
-    except KeyboardInterrupt:
-        raise RunFailed(f"interrupted: {advice}", 128 + signal.SIGINT) from None
+    except KeyboardInterrupt as ended:
+        (signum,) = ended.args or (signal.SIGINT,)
+        how = "interrupted" if signum == signal.SIGINT else f"ended by {signal.Signals(signum).name}"
+        raise RunFailed(f"{how}: {advice}", 128 + signum) from None
     finally:
         for signum, previous in before.items():
             signal.signal(signum, previous)

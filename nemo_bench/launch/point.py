@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from nemo_bench.checks.datasets import dataset_remarks
 from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import processes
-from nemo_bench.config import TrainConfig, typed
+from nemo_bench.config import TrainConfig
+from nemo_bench.data.local import prepare_local
 from nemo_bench.entrypoints import entrypoint_of
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
 from nemo_bench.files import dated_name, write_text
@@ -23,14 +25,15 @@ from nemo_bench.launch.batch_script import rank_environment
 from nemo_bench.launch.diagnosis import diagnose
 from nemo_bench.launch.plan import plan, rank_plan, results_dir
 from nemo_bench.record.folder import RunFolder, Status, tail
+from nemo_bench.report.runs import load_run
+from nemo_bench.report.terminal import Follower, make_console, print_summary
 
 LOG_TAIL_LINES = 15
 FULL_DISK_BYTES = 1 << 20  # with less than this free, a run ended for want of disk space
 
 
-def run_point(raw: DictConfig) -> None:
+def run_point(cfg: TrainConfig) -> None:
     """Run the point, or print what would run; ConfigurationRefused with nothing started, RunFailed if incomplete."""
-    cfg = typed(raw)
     dry, here = cfg.launch == "dry", cfg.cluster.scheduler == "none"
     broken = problems(cfg)
     if refused := [problem for problem in broken if not problem.missing or (here and not dry)]:
@@ -50,11 +53,6 @@ def run_point(raw: DictConfig) -> None:
 
 
 def _run_here(cfg: TrainConfig) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
-    from nemo_bench.report.runs import load_run
-    from nemo_bench.report.terminal import Follower, make_console, print_summary
-
     console = make_console()
     cfg = prepare_data(cfg)
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
@@ -71,8 +69,6 @@ def prepare_data(cfg: TrainConfig) -> TrainConfig:
         for remark in dataset_remarks(tuple(cfg.data.paths), cfg.data.tokenizer or ""):
             print(f"data: {remark}", flush=True)
         return cfg
-    from nemo_bench.data.local import prepare_local
-
     info, manifest = prepare_local(cfg.data, cfg.model.vocab_size)
     print(f"data: {info.documents:,} documents, {info.tokens:,} tokens, {manifest['vocab_size']:,} in vocabulary")
     folder = info.prefix.parent

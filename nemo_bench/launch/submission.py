@@ -30,7 +30,7 @@ def start_point(raw: DictConfig) -> None:
     cfg = typed(raw)
     # A job inside a job is never submitted: the point's batch script runs here.
     if cfg.launch == "dry" or cfg.cluster.scheduler != "slurm" or "SLURM_JOB_ID" not in os.environ:
-        run_point(raw)
+        run_point(cfg)
         return
     if broken := problems(cfg):
         raise ConfigurationRefused(broken)

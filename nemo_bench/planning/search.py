@@ -23,11 +23,10 @@ _RECOMPUTATION = ((None, None, None), ("selective", None, None), ("full", "unifo
 
 def search(cfg: TrainConfig, calibration: Calibration | None = None) -> list[Answer]:
     """Return the fastest layouts of this model on these GPUs, fastest first; BenchError where none fits the memory."""
-    fitting = [candidate for candidate in _candidates(cfg) if _works(candidate)]
+    fitting = sorted(filter(_works, _candidates(cfg)), key=bound_s)
     if not fitting:
         machine = f"{cfg.world_size} x {cfg.gpu.name}"
         raise BenchError(f"no layout of {cfg.model.name} works on {machine}: use another number")
-    fitting.sort(key=bound_s)
     answers = [Answer(candidate, estimate_of(candidate), calibration) for candidate in fitting[:_SIMULATED]]
     fastest: dict[str, Answer] = {}  # of each layout
     for answer in sorted(answers, key=lambda answer: answer.step_time_s):

@@ -154,9 +154,6 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if self.is_ours(name) else None
 
-    def create_module(self, spec: Any) -> ModuleType:
-        return ModuleType(spec.name)
-
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__.update(__version__="0.0", __getattr__=_stand_in)
 

@@ -22,6 +22,7 @@ from hydra import compose, initialize_config_dir
 from benchmarks.fork_server import ForkServer
 from nemo_bench.cli import quoted_path
 from nemo_bench.cluster import processes
+from nemo_bench.config import typed
 from nemo_bench.launch import point
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -127,12 +128,12 @@ def forked(stage: Path, fork_server: ForkServer) -> Callable[..., Run]:
     def run(*overrides: str) -> Run:
         before = run_dirs(stage)
         with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-            raw = compose("train", [*SMALL, *overrides, f"stage_path={quoted_path(stage)}"])
+            cfg = typed(compose("train", [*SMALL, *overrides, f"stage_path={quoted_path(stage)}"]))
         started = partial(processes.started, popen=fork_server.popen)
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
             patch.setattr(processes, "started", started)
             patch.setenv("OMP_NUM_THREADS", "1")
-            point.run_point(raw)
+            point.run_point(cfg)
         (run_dir,) = run_dirs(stage) - before
         return Run(run_dir, printed.getvalue())
 
