@@ -81,6 +81,7 @@ def train(cfg: TrainConfig, run: RunFolder, rank: int, records: bool) -> None:
     # About 20 s on a CPU.
     stack = import_module(f"nemo_bench.training.{cfg.entrypoint.stack}")
     from nemo_bench.training.hooks import RankTelemetry, RunRecorder
+    from nemo_bench.training.loggers import MetricsLogger
     from nemo_bench.training.matrix_rate import cpu_matrix_rate, gpu_matrix_rate
     from nemo_bench.training.peers import PeerWatch
     from nemo_bench.training.profiling import build_profiling
@@ -96,8 +97,6 @@ def train(cfg: TrainConfig, run: RunFolder, rank: int, records: bool) -> None:
         recorder = RunRecorder(cfg, run, telemetry)
         hooks.append(recorder)
         if cfg.logger.kind != "none":
-            from nemo_bench.training.loggers import MetricsLogger
-
             hooks.append(MetricsLogger(cfg, recorder))
     stack.pretrain(cfg, run.path, hooks)
 
