@@ -117,7 +117,7 @@ def configuration(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     values = _escaped({"cfg": asdict(cfg), "derived": _derived(cfg, run_dir), "run_dir": str(run_dir)})
     settings = _escaped(cfg.entrypoint.settings)
     content: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(TEMPLATE), values, settings), resolve=True)
-    for name in values:
+    for name in (*values, "choices"):
         del content[name]
     if cfg.data.kind != "mock":
         del content["model"]["override_vocab_size"]
@@ -156,9 +156,10 @@ def _derived(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
         and m.pipeline_model_parallel_size > 1
         and accumulation_fusion,
         "padded_vocab_size": cfg.padded_vocab_size,
-        "tokenizer": _tokenizer(cfg),
+        "tokenizer": "mock" if data.kind == "mock" else "files",
         "nsys": cfg.profile.kind == "nsys",
-        "optim": _optim(cfg),
+        "optim": ("distributed" if m.optim.use_distributed_optimizer else "fused") if cuda else "cpu",
+        "grad_sync_dtype": "fp32" if m.optim.grad_reduce_in_fp32 else "bf16",
         "data_impl": "mock" if data.kind == "mock" else "mmap",
         "index_mapping_dir": str(index_mapping[data.kind]) if data.kind in index_mapping else None,
         "data_prefix": [item for pair in zip(weights, data.paths) for item in pair],
@@ -180,36 +181,6 @@ def _user_buffers(cfg: TrainConfig) -> Any:
         if layer.get("fp8_buf") == "precision":
             layer["fp8_buf"] = cfg.precision.fp8 is not None
     return table
-
-
-def _tokenizer(cfg: TrainConfig) -> dict[str, Any]:
-    if cfg.data.kind == "mock":
-        # Random tokens only need a vocabulary size and an end-of-document id: no files, no network. The recipe's 405B
-        # had GPT-2's tokenizer in its place.
-        return {"library": "byte-level", "type": None}
-    return {"library": "huggingface", "type": cfg.data.tokenizer, "use_fast": True}
-
-
-def _optim(cfg: TrainConfig) -> dict[str, Any]:
-    o = cfg.model.optim
-    schedule = {"name": "CosineAnnealing", "warmup_steps": o.warmup_steps, "constant_steps": 0, "min_lr": o.min_lr}
-    adam = {"lr": o.lr, "weight_decay": o.weight_decay, "betas": [o.adam_beta1, o.adam_beta2], "eps": o.adam_eps}
-    if cfg.gpu.device != "cuda":
-        # The others are Apex's. megatron-core's takes torch's Adam where there is no GPU.
-        return {"name": "mcore_distributed_optim", **adam, "sched": schedule}
-    if not o.use_distributed_optimizer:
-        return {"name": "fused_adam", **adam, "sched": schedule}
-    return {
-        "name": "distributed_fused_adam",
-        **adam,
-        "bucket_cap_mb": 75,
-        "overlap_grad_sync": o.overlap_grad_reduce,
-        "overlap_param_sync": o.overlap_param_gather,
-        "contiguous_grad_buffer": True,
-        "contiguous_param_buffer": True,
-        "grad_sync_dtype": "fp32" if o.grad_reduce_in_fp32 else "bf16",
-        "sched": schedule,
-    }
 
 
 def yaml_text(cfg: TrainConfig, run_dir: Path) -> str:

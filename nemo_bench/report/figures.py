@@ -96,6 +96,9 @@ def waterfall(way: Attribution) -> Figure | None:
     measures, names, y_s, texts = zip(*columns)
     x = ["<br>".join(textwrap.wrap(name, 16)) for name in names]
     bars = {"type": "waterfall", "measure": measures, "x": x, "y": y_s, "text": texts, "textposition": "outside"}
+    # Plotly takes what grows for the better.
+    bars |= {"increasing": {"marker": {"color": "#c44e3b"}}, "decreasing": {"marker": {"color": "#3d9970"}}}
     room = (max(heights) - min(heights)) / 4
     y = {"title": {"text": "s"}, "range": [min(heights) - room, max(heights) + room], "autorange": False}
-    return _figure(f"{way.point}: from {way.source} to measured", [bars], {}, y, height=380)
+    title = "<br>".join(textwrap.wrap(f"{way.point}: from {way.source} to measured", 80))
+    return _figure(title, [bars | {"showlegend": False}], {}, y, height=380)
