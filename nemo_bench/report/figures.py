@@ -97,7 +97,7 @@ def waterfall(way: Attribution) -> Figure | None:
     x = ["<br>".join(textwrap.wrap(name, 16)) for name in names]
     bars = {"type": "waterfall", "measure": measures, "x": x, "y": y_s, "text": texts, "textposition": "outside"}
     # Plotly takes what grows for the better.
-    bars |= {"increasing": {"marker": {"color": "#c44e3b"}}, "decreasing": {"marker": {"color": "#3d9970"}}}
+    bars |= {"increasing": {"marker": {"color": "#cf6a12"}}, "decreasing": {"marker": {"color": "#16957a"}}}
     room = (max(heights) - min(heights)) / 4
     y = {"title": {"text": "s"}, "range": [min(heights) - room, max(heights) + room], "autorange": False}
     title = "<br>".join(textwrap.wrap(f"{way.point}: from {way.source} to measured", 80))
