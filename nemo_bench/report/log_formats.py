@@ -1,10 +1,13 @@
-"""How the programs that people train with write a step, a table for each family, and what else their logs print."""
+"""How the programs that people train with write a step, by `log_formats.yaml`, and what else their logs print."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+
+import yaml
 
 from nemo_bench.report.statistics import CHECKPOINT, PROFILE, VALIDATION
 
@@ -13,12 +16,12 @@ _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?|[nN][aA][nN]|[iI][nN][fF
 
 @dataclass(frozen=True)
 class Format:
-    """How one family of programs writes a step."""
+    """How one family of programs writes a step; the fields are explained in `log_formats.yaml`."""
 
-    mark: str  # stands in every line of a step
-    start: re.Pattern[str]  # where a step begins in a line; groups: its iteration, and of how many
-    names: dict[str, str]  # the log's name of a field -> ours
-    times_in_a_second: int  # unit of its step times: 1000 for milliseconds
+    mark: str
+    start: re.Pattern[str]
+    names: dict[str, str]
+    times_in_a_second: int
 
     @cached_property
     def field(self) -> re.Pattern[str]:
@@ -28,43 +31,8 @@ class Format:
         return re.compile(rf"({names}) *[:=] *({_NUMBER})(?=[\s,|\]\"\\}}]|$)")
 
 
-# NeMo 1 (24.09) draws a bar with carriage returns, and rounds to three digits; NeMo 2 prints a line:
-#   Epoch 0: : 100%|..| 100/100 [20:15<00:00, reduced_train_loss=6.37, global_step=99.00, train_step_timing in s=11.20]
-#   Training epoch 0, iteration 49/49 | global_batch_size: 8 | global_step: 49 | train_step_timing in s: 0.3569
-NEMO = Format(
-    mark="train_step_timing in s",
-    start=re.compile(r"Training epoch \d+, iteration (\d{1,12})/(\d{1,12})|Epoch \d+: *:?"),
-    names={
-        "train_step_timing in s": "time",
-        "global_step": "step",
-        "reduced_train_loss": "loss",
-        "grad_norm": "grad_norm",
-        "global_batch_size": "batch",
-        "consumed_samples": "samples",
-        "max_memory_allocated": "memory_bytes",
-        "peak_memory_usage": "memory_bytes",
-        "tokens_per_sec_per_gpu": "tokens_per_s_per_gpu",
-        "TFLOPS_per_GPU": "tflops_per_gpu",
-    },
-    times_in_a_second=1,
-)
-# Megatron-LM and Megatron-Bridge, on the last rank; steps count from 1:
-#   iteration        1/      20 | consumed samples:           32 | elapsed time per iteration (ms): 1419.8 | ...
-MEGATRON = Format(
-    mark="elapsed time per iteration (ms)",
-    start=re.compile(r"iteration +(\d{1,12})/ *(\d{1,12}) *\|"),
-    names={
-        "elapsed time per iteration (ms)": "time",
-        "lm loss": "loss",
-        "grad norm": "grad_norm",
-        "global batch size": "batch",
-        "consumed samples": "samples",
-        "throughput per GPU (TFLOP/s/GPU)": "tflops_per_gpu",
-        "number of skipped iterations": "skipped",
-        "number of nan iterations": "nan_steps",
-    },
-    times_in_a_second=1000,
-)
+_TABLES = yaml.safe_load(Path(__file__).with_name("log_formats.yaml").read_text())
+NEMO, MEGATRON = (Format(**table | {"start": re.compile(table["start"])}) for table in _TABLES["formats"].values())
 # Megatron-Bridge's other line of a step, on rank 0
 BRIDGE_STEP = re.compile(rf"Step Time : *({_NUMBER})s GPU utilization: *({_NUMBER})MODEL_TFLOP/s/GPU")
 # All times of a run, in NeMo 1's last line
@@ -102,7 +70,4 @@ REACHED = re.compile(r"`?Trainer\.fit`? stopped: `?max_(steps|epochs)=(\d{1,12})
 ERROR = re.compile(
     r"^(?!.*Warning).*(?:CANCELLED|DUE TO|Killed|OutOfMemory|[A-Za-z]Error\b|srun: error|Segmentation fault).*$", re.M
 )
-OTHER_FRAMEWORKS = {
-    "Hugging Face Trainer": re.compile(r"\{'loss': [\d.]+, .*'epoch': "),
-    "torchtitan": re.compile(r"\bstep: +\d+ .*\bloss: +[\d.]+ .*\btps: "),
-}
+OTHER_FRAMEWORKS = {name: re.compile(pattern) for name, pattern in _TABLES["other_frameworks"].items()}
