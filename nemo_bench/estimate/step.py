@@ -92,13 +92,15 @@ class _Point:
         # A sum of differences in floating point: without a pipeline it is nothing, or a little less.
         breakdown["pipeline bubble and p2p"] = max(0.0, timeline.end_ms - sum(breakdown.values()))
         breakdown |= {**end_ms, "host": host_ms}
+        key, table = (self.shape.precision, min(self.shape.context_parallel, 2)), self.rates.tables["host_ms_a_layer"]
+        launch_ms = next(row["ms"] for row in table if (row["precision"], row["context_parallel"]) == key)
         return Estimate(
             step_time_s=sum(breakdown.values()) / 1e3,
             error=constant("error")[self.shape.number_format],
             breakdown_s={name: ms / 1e3 for name, ms in breakdown.items()},
             critical_stage=stage,
             layer_gpu_ms=sum(pass_ms(time, speed[stage]) for time in self.passes),
-            layer_host_ms=self._host_ms() if self.cfg.model.cuda_graph_impl == "none" else None,
+            layer_host_ms=launch_ms if self.cfg.model.cuda_graph_impl == "none" else None,
             measured_shape=self.shape in self.rates.layers,
             rates=self.rates,
             timeline=timeline,
@@ -128,8 +130,3 @@ class _Point:
         communication = {name: parts[name] for name in COMMUNICATION}
         communication["waits in lockstep"] += sum(kernels.values()) * self.lag
         return kernels | communication
-
-    def _host_ms(self) -> float:
-        key = self.shape.precision, min(self.shape.context_parallel, 2)
-        table = self.rates.tables["host_ms_a_layer"]
-        return float(next(row["ms"] for row in table if (row["precision"], row["context_parallel"]) == key))

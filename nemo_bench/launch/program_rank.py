@@ -46,7 +46,11 @@ def main(run: RunFolder, command: list[str]) -> int:
     if rank == 0:
         write_node(run.path)
         if job_id := os.environ.get("SLURM_JOB_ID"):
-            _link_log(run, job_id)
+            # Rank 0's log has the name of the recipe's own, beside the run folders of its point.
+            gpus, model = run.path.parent.name, run.path.parents[1].name
+            with contextlib.suppress(FileExistsError):  # the job was requeued
+                link = run.path.parent / f"log-nemo_llama3.1_{model}_{gpus}_{job_id}.out"
+                link.symlink_to(Path(run.path.name) / run.log(0).name)
         run.write_event("importing")
     try:
         status = subprocess.call(command, cwd=folder)
@@ -65,14 +69,6 @@ def main(run: RunFolder, command: list[str]) -> int:
     elif rank == 0:
         run.write_event("done")
     return status
-
-
-def _link_log(run: RunFolder, job_id: str) -> None:
-    """Give rank 0's log of a Slurm job the name that the recipe's own has, beside the run folders of its point."""
-    gpus, model = run.path.parent.name, run.path.parents[1].name
-    with contextlib.suppress(FileExistsError):  # the job was requeued
-        link = run.path.parent / f"log-nemo_llama3.1_{model}_{gpus}_{job_id}.out"
-        link.symlink_to(Path(run.path.name) / run.log(0).name)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ _RECOMPUTATION = ((None, None, None), ("selective", None, None), ("full", "unifo
 
 def search(cfg: TrainConfig, calibration: Calibration | None = None) -> list[Answer]:
     """Return the fastest layouts of this model on these GPUs, fastest first; BenchError where none fits the memory."""
-    fitting = sorted(filter(_works, _candidates(cfg)), key=bound_s)
+    most_gib = (cfg.gpu.memory_gib or math.inf) / (1 + MEMORY_ERROR)
+    small = (layout for layout in _candidates(cfg) if estimate_memory(layout).total_bytes / GIB <= most_gib)
+    fitting = sorted((layout for layout in small if not configuration_problems(layout)), key=bound_s)
     if not fitting:
         machine = f"{cfg.world_size} x {cfg.gpu.name}"
         raise BenchError(f"no layout of {cfg.model.name} works on {machine}: use another number")
@@ -62,11 +64,6 @@ def _candidates(cfg: TrainConfig) -> Iterator[TrainConfig]:
             model = replace(m, **changes)
             for in_fp8 in (True, False) if cfg.precision.fp8 else (cfg.precision.fp8_param_gather,):
                 yield replace(cfg, model=model, precision=replace(cfg.precision, fp8_param_gather=in_fp8))
-
-
-def _works(cfg: TrainConfig) -> bool:
-    fits = estimate_memory(cfg).total_bytes / GIB * (1 + MEMORY_ERROR) <= (cfg.gpu.memory_gib or math.inf)
-    return fits and not configuration_problems(cfg)
 
 
 def overrides(cfg: TrainConfig, chosen: TrainConfig) -> list[str]:

@@ -95,10 +95,10 @@ def waterfall(way: Attribution) -> Figure | None:
     ]
     measures, names, y_s, texts = zip(*columns)
     x = ["<br>".join(textwrap.wrap(name, 16)) for name in names]
-    bars = {"type": "waterfall", "measure": measures, "x": x, "y": y_s, "text": texts, "textposition": "outside"}
+    bars: Figure = {"measure": measures, "x": x, "y": y_s, "text": texts, "textposition": "outside"}
     # Plotly takes what grows for the better.
-    bars |= {"increasing": {"marker": {"color": "#cf6a12"}}, "decreasing": {"marker": {"color": "#16957a"}}}
+    colours = {"increasing": {"marker": {"color": "#cf6a12"}}, "decreasing": {"marker": {"color": "#16957a"}}}
     room = (max(heights) - min(heights)) / 4
     y = {"title": {"text": "s"}, "range": [min(heights) - room, max(heights) + room], "autorange": False}
     title = "<br>".join(textwrap.wrap(f"{way.point}: from {way.source} to measured", 80))
-    return _figure(title, [bars | {"showlegend": False}], {}, y, height=380)
+    return _figure(title, [{"type": "waterfall", "showlegend": False, **bars, **colours}], {}, y, height=380)

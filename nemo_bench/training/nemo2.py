@@ -38,7 +38,11 @@ _LAYOUT = (
 def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
     """Train `cfg` to its last step, or until a preemption."""
     if cfg.model.cuda_graph_scope == "full_iteration":
-        _record_whole_iterations()
+        from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+        from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+        # NeMo asks for a setting that megatron-core has renamed.
+        MegatronStep.forward_backward_func = property(lambda step: FullCudaGraphWrapper(get_forward_backward_func()))
     tokenizer, strategy, o = _tokenizer(cfg), build_strategy(cfg), cfg.model.optim
     if cfg.gpu.device == "cpu":
         # NeMo moves the tensors of a checkpoint to a CUDA device by its number.
@@ -63,14 +67,6 @@ def pretrain(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> None:
             ),
         ),
     )
-
-
-def _record_whole_iterations() -> None:
-    """Have NeMo record and replay forward and backward passes: it asks for a setting that megatron-core has renamed."""
-    from megatron.core.full_cuda_graph import FullCudaGraphWrapper
-    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-
-    MegatronStep.forward_backward_func = property(lambda step: FullCudaGraphWrapper(get_forward_backward_func()))
 
 
 class _LightningHooks(pl.Callback):
