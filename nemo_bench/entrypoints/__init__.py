@@ -1,4 +1,4 @@
-"""The programs that train, one module each: what conf/entrypoint chooses from."""
+"""The programs that train: what conf/entrypoint chooses from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from nemo_bench.config import TrainConfig
 from nemo_bench.errors import ConfigurationRefused, Problem
 
-# Modules of this package, each with an `ENTRYPOINT`.
-STACKS = ("nemo2", "megatron_bridge", "nemo_24_09")
+# The modules of this package, each with an `ENTRYPOINT`. With Bridge our program imports that in the place of NeMo 2.
+STACKS = {"nemo2": "nemo2", "megatron_bridge": "nemo2", "nemo_24_09": "nemo_24_09"}
 
 
 class Entrypoint(ABC):
@@ -58,6 +58,6 @@ def entrypoint_of(cfg: TrainConfig) -> Entrypoint:
     if stack not in STACKS:
         fix = f"valid: {', '.join(STACKS)}"
         raise ConfigurationRefused([Problem("entrypoint.stack", stack, "unknown program", fix)])
-    entrypoint = import_module(f"{__name__}.{stack}").ENTRYPOINT
+    entrypoint = import_module(f"{__name__}.{STACKS[stack]}").ENTRYPOINT
     assert isinstance(entrypoint, Entrypoint)
     return entrypoint

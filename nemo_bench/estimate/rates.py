@@ -17,16 +17,12 @@ from nemo_bench.config import TrainConfig
 from nemo_bench.errors import BenchError
 
 FOLDER = Path(__file__).parent / "rates"
-
-
-@functools.cache
-def _constants() -> Any:
-    return OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("constants.yaml")))
+_CONSTANTS: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("constants.yaml")))
 
 
 def constant(name: str) -> Any:
     """Return a value of constants.yaml, which names each one's source."""
-    return _constants()[name]["value"]
+    return _CONSTANTS[name]["value"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 # Fewer steps than this after the warm-up give no number that could be defended.
 MIN_STEADY_STEPS = 5
@@ -45,10 +44,6 @@ class Steps:
     def __len__(self) -> int:
         return len(self.step)
 
-    @property
-    def _columns(self) -> tuple[list[Any], ...]:
-        return self.step, self.time_s, self.loss, self.grad_norm, self.excluded
-
     def append(
         self, step: int, time_s: float, loss: float | None, grad_norm: float | None, excluded: str | None = None
     ) -> None:
@@ -61,7 +56,7 @@ class Steps:
     def restart(self, step: int) -> int:
         """Forget this step and later ones, which a restarted process does again; return how many there were."""
         length, removed = bisect.bisect_left(self.step, step), len(self.step)
-        for column in self._columns:
+        for column in (self.step, self.time_s, self.loss, self.grad_norm, self.excluded):
             del column[length:]
         self.restarts = [*(start for start in self.restarts if start < step), step]
         return removed - length
