@@ -15,7 +15,7 @@ from nemo_bench.estimate.step import Estimate, estimate_of
 from nemo_bench.flops import days_to_train
 from nemo_bench.memory import GIB, estimate_memory
 from nemo_bench.report import references
-from nemo_bench.report.model import point_name
+from nemo_bench.report.model import SHORT_NAMES, point_name
 from nemo_bench.report.references import ReferencePoint
 from nemo_bench.report.runs import load_run
 
@@ -43,9 +43,13 @@ class Answer:
     @property
     def layout(self) -> str:
         """The layout in the field's short names."""
-        m, sizes = self.cfg.model, _sizes(self.cfg) | {"DP": self.cfg.data_parallel_size}
-        batch = f"MBS {m.micro_batch_size}, GBS {m.global_batch_size}, GA {self.cfg.num_micro_batches}"
+        sizes = {**self._sizes, "DP": self.cfg.data_parallel_size}
+        batch = f"MBS {sizes.pop('MBS')}, GBS {sizes.pop('GBS')}, GA {self.cfg.num_micro_batches}"
         return f"{' '.join(f'{name}{size}' for name, size in sizes.items())}, {batch}"
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {short: getattr(self.cfg.model, name) or 1 for name, short in SHORT_NAMES.items()}
 
     @property
     def step_time_s(self) -> float:
@@ -78,8 +82,8 @@ class Answer:
 
     def published(self) -> list[tuple[ReferencePoint, float]]:
         """Return what was published for this point, its entrypoint's own table first, with the estimate's error."""
-        m, sizes = self.cfg.model, _sizes(self.cfg) | {"MBS": self.cfg.model.micro_batch_size}
-        own = (self.cfg.gpu.name, self.cfg.precision.name, self.cfg.world_size, m.global_batch_size, m.seq_length)
+        m, sizes = self.cfg.model, self._sizes
+        own = (self.cfg.gpu.name, self.cfg.precision.name, self.cfg.world_size, sizes.pop("GBS"), m.seq_length)
         rows = (
             row
             for table in references.names()
@@ -107,12 +111,6 @@ class Answer:
             "rates": {"gpu": rates.gpu, "derived_from": rates.derived_from}
             | {name: rates.tables[name] for name in ("hardware", "date", "versions")},
         }
-
-
-def _sizes(cfg: TrainConfig) -> dict[str, int]:
-    m = cfg.model
-    sizes = (m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1)
-    return dict(zip(("TP", "PP", "VP", "CP"), (*sizes, m.context_parallel_size)))
 
 
 def calibration_by(cfg: TrainConfig, calibrate: str) -> Calibration:
