@@ -17,10 +17,7 @@ class DataParallel:
     def __init__(self, cfg: TrainConfig, rates: Rates, network: Network, layers: Sequence[Sequence[int]]) -> None:
         m = cfg.model
         self.cfg, self.optim, self.rates, self.network = cfg, m.optim, rates, network
-        self.tensor_parallel, self.ranks = (
-            m.tensor_model_parallel_size,
-            cfg.data_parallel_size * m.context_parallel_size,
-        )
+        self.tensor_parallel, self.ranks = m.tensor_model_parallel_size, cfg.weight_copies
         # Parameters of the embedding, and of the output layer, on one rank.
         self.embedding = cfg.padded_vocab_size * m.hidden_size / self.tensor_parallel
         attention = m.hidden_size**2 * (2 + 2 * m.num_query_groups / m.num_attention_heads)

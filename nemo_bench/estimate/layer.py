@@ -194,10 +194,8 @@ def head_times(cfg: TrainConfig, rates: Rates, network: Network, tokens: int) ->
     product = rows * sizes["vocabulary"] / near["vocabulary"]
     speed = constant("nvlink_all_gather_gb_s") * network.nvlink_factor * 1e6
     exchange = constant("nvlink_latency_ms") + tokens * m.hidden_size * 2 * (tp - 1) / tp / speed
-    scales = {
-        name: product * near["matrix_tflops"] / rates.matrix_tflops
-        for name in ("forward", "backward", "weight_gradient")
-    }
+    passes = ("forward", "backward", "weight_gradient")
+    scales = {name: product * near["matrix_tflops"] / rates.matrix_tflops for name in passes}
     scales["embedding_forward"] = rows * rates.most_slowdown
     # Its gradient adds to a table of the vocabulary's size as well as to the tokens' rows.
     scales["embedding_backward"] = math.sqrt(product) * rates.most_slowdown

@@ -81,14 +81,10 @@ class Evidence:
 
         What a rank that is named already does to its links is not told again.
         """
-        slow, guilty, named = (
-            sorted(self.slow(), key=lambda reading: len(reading[1])),
-            list[tuple[str, Ranks]](),
-            set[int](),
-        )
-        played = Counter(
-            (name, rank) for name, readings in self.readings.items() for ranks in readings for rank in ranks
-        )
+        guilty, named = list[tuple[str, Ranks]](), set[int]()
+        slow = sorted(self.slow(), key=lambda reading: len(reading[1]))
+        links = [(name, ranks) for name, readings in self.readings.items() for ranks in readings]
+        played = Counter((name, rank) for name, ranks in links for rank in ranks)
         while slow:
             (who, number), *_ = Counter((name, rank) for name, ranks in slow for rank in ranks).most_common(1)
             alone = len(slow[0][1]) == 1 or number == 1 or number <= played[who] / 2
@@ -124,10 +120,8 @@ def conclude(e: Evidence, folder: Path) -> dict[str, Any]:
         results += [Finding(f"{e.lost[0]}: {why}", (rank,)) for rank, why in e.lost[1].items()]
     sick = {hosts[rank] for each in results if each.sick for rank in each.ranks if rank in hosts}
     serials = dict(enumerate((answer["gpu"] or {}).get("serial") for answer in e.gpus))
-    places = [
-        {"host": hosts.get(rank), "gpu": rank % cfg.trainer.devices, "serial": serials.get(rank)}
-        for rank in range(cfg.world_size)
-    ]
+    ranks, devices = range(cfg.world_size), cfg.trainer.devices
+    places = [{"host": hosts.get(rank), "gpu": rank % devices, "serial": serials.get(rank)} for rank in ranks]
     rates = {name: [*e.rates(name).values()] for name in e.readings} | e.latencies_us
     nodes = [facts["node"] for facts in e.facts if facts["node"]]
     rates["stage_read_gb_s"] = [node["stage_read_gb_s"] for node in nodes]
@@ -144,9 +138,7 @@ def conclude(e: Evidence, folder: Path) -> dict[str, Any]:
         # Where every node is sick, the cause is what they share.
         "exclude": sorted(sick) if len(sick) < cfg.trainer.num_nodes else [],
         "rates": {name: {"middle": middle(each), "least": min(each)} for name, each in rates.items() if each},
-        "not_there": sorted(
-            {name for facts in e.facts for name, value in (facts["node"] or {}).items() if value is None}
-        ),
+        "not_there": sorted({name for node in nodes for name, value in node.items() if value is None}),
     }
 
 
@@ -174,11 +166,8 @@ def _states(e: Evidence) -> Iterator[Finding]:
 
 def _nodes(e: Evidence) -> Iterator[Finding]:
     """Yield hardware errors, what a node has otherwise than most, and NCCL on sockets."""
-    nodes = {
-        rank: facts["node"] | {"environment": facts["environment"]}
-        for rank, facts in enumerate(e.facts)
-        if facts["node"]
-    }
+    measured = [(rank, facts) for rank, facts in enumerate(e.facts) if facts["node"]]
+    nodes = {rank: facts["node"] | {"environment": facts["environment"]} for rank, facts in measured}
     for rank, node in nodes.items():
         if node["xids"]:
             yield Finding(f"hardware errors in the kernel's log: {', '.join(node['xids'])}", (rank,))

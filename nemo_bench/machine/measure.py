@@ -67,9 +67,8 @@ class Measures:
         if sampler:  # while the GPU is at its clocks and links at their speed
             answer |= {"clocks": sampler.take(), "gpu": gpu_facts(sampler.nvml, sampler.handle)}
             sampler.stop()
-        source, target = (
-            torch.empty((2048 if self.on_gpu else 32) * MIB, dtype=torch.uint8, device=self.device) for _ in range(2)
-        )
+        size = (2048 if self.on_gpu else 32) * MIB
+        source, target = (torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2))
         rate = self._sustained(functools.partial(target.copy_, source), 8, seconds / 10)
         rates["memory_gb_s"] = 2 * source.numel() * rate / 1e9
         if self.on_gpu:

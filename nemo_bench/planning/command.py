@@ -71,10 +71,8 @@ def _take_own_rates(cfg: EstimateConfig, console: Console) -> None:
     gpu.slowest_matrix_tflops = gpu.slowest_matrix_tflops or check["rates"]["bf16_tflops"]["least"]
     values = (gpu.matrix_tflops, gpu.slowest_matrix_tflops, cluster.nvlink_gb_s, cluster.nic_gb_s)
     names = ("bf16 TFLOP/s", "its slowest GPU", "NVLink GB/s", "NIC GB/s")
-    words = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values) if value)
-    console.print(
-        f"Machine check of {check['checked_at']}: {words} (machine_check=false leaves it out)", soft_wrap=True
-    )
+    text = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values) if value)
+    console.print(f"Machine check of {check['checked_at']}: {text} (machine_check=false leaves it out)", soft_wrap=True)
 
 
 def _calibration(cfg: EstimateConfig) -> Calibration | None:

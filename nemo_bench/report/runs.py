@@ -151,11 +151,8 @@ def _configured(run_dir: Path, config: dict[str, Any]) -> Run:
     model, trainer = config["model"], config["trainer"]
     nodes, batch = _count(trainer, "num_nodes"), _count(model, "global_batch_size")
     gpus = nodes * _count(trainer, "devices")
-    layout = {
-        short: 1 if model.get(name) is None else _count(model, name)
-        for name, short in SHORT_NAMES.items()
-        if short != "GBS"
-    }
+    sizes = {name: short for name, short in SHORT_NAMES.items() if short != "GBS"}
+    layout = {short: 1 if model.get(name) is None else _count(model, name) for name, short in sizes.items()}
     layout["DP"] = gpus // (layout["TP"] * layout["PP"] * layout["CP"])
     if layout["DP"]:
         layout["GA"] = batch // (layout["MBS"] * layout["DP"])

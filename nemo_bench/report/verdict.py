@@ -179,10 +179,8 @@ def _doubts(tolerance: float, point: Point, final: Sequence[Run], row: Reference
     """Yield what keeps the point from a plain verdict."""
     assert point.numbers is not None and point.median_s is not None and point.last_s is not None
     mean_s = point.numbers.step_time_s
-    levels = {
-        name: _level(row.step_time_s / time_s, tolerance)
-        for name, time_s in (("mean", mean_s), ("median", point.median_s), ("last step", point.last_s))
-    }
+    times_s = {"mean": mean_s, "median": point.median_s, "last step": point.last_s}
+    levels = {name: _level(row.step_time_s / time_s, tolerance) for name, time_s in times_s.items()}
     if {*levels.values()} != {value}:
         yield ", ".join(f"{verdict} by the {name}" for name, verdict in levels.items())
     if point.step_time is not None and point.step_time.margin > tolerance * mean_s:

@@ -87,9 +87,8 @@ def _check(stage: Stage, parts: list[Part]) -> None:
             wrong.append(part.name)
             commands += [shlex.join(["mv", str(path), f"{path}.old"])] if path.exists() else []
         elif entry:
-            print_line(
-                f"{part.name}: ok: {path}, {filesize.decimal(entry.size_bytes)}, {entry.version}, {entry.made_at}"
-            )
+            size = filesize.decimal(entry.size_bytes)
+            print_line(f"{part.name}: ok: {path}, {size}, {entry.version}, {entry.made_at}")
     print_line("python prepare_data.py check verifies the datasets")
     if wrong:
         overrides = [text for text in chosen if not text.startswith(("action=", "parts=", "launch="))]

@@ -105,11 +105,8 @@ class _LightningHooks(pl.Callback):
 
 def _callbacks(cfg: TrainConfig, run_dir: Path, hooks: list[Hooks]) -> list[Any]:
     timing = TimingCallback(timer_kwargs={"sync_cuda": cfg.gpu.device == "cuda"})  # as in the recipe
-    callbacks = [
-        timing,
-        GarbageCollectionCallback(cfg.trainer.gc_interval, cfg.trainer.gc_interval),
-        _LightningHooks(hooks, timing),
-    ]
+    interval = cfg.trainer.gc_interval
+    callbacks = [timing, GarbageCollectionCallback(interval, interval), _LightningHooks(hooks, timing)]
     if cfg.cluster.scheduler == "slurm" and cfg.checkpoint.every_n_steps is not None:
         callbacks.append(CheckpointOnSignal(run_dir))
     if cfg.model.tp_comm_overlap and cfg.model.tensor_model_parallel_size > 1:

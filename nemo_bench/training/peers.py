@@ -184,11 +184,10 @@ class PeerWatch(Hooks):
         for rank in slow:
             if rank not in self.named and self.compared - self.slow_since[rank] > SLOW_S:
                 self.named.add(rank)
-                clock = (
-                    f"; SM clock {clocks[rank]:.0f} MHz, median {statistics.median(clocks):.0f}" if clocks[rank] else ""
-                )
                 own = f"{own_s[rank]:.3g} s a step without waits"
-                text = f"{self._who(rank)} is {shares[rank]:.0%} slower than its peers: {own}{clock}"
+                text = f"{self._who(rank)} is {shares[rank]:.0%} slower than its peers: {own}"
+                if clocks[rank]:
+                    text += f"; SM clock {clocks[rank]:.0f} MHz, median {statistics.median(clocks):.0f}"
                 self._say(STRAGGLER, text, after_step=step, rank=rank)
 
     def _compare_links(self, step: int, own_s: float, held_s: float) -> None:
