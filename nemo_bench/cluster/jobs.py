@@ -250,7 +250,7 @@ def follow(jobs: Sequence[Job], explain: Callable[[Path], str] | None = None) ->
         raise RunFailed(f"stopped watching; the jobs go on ({ids}): python jobs.py follow shows them", 130) from None
     for job in jobs:
         if not job.is_run:
-            print(job.log_text())
+            print(f"\n{job.log_text()}")  # where there is no terminal, the table has no last line end
         elif job.state == "COMPLETED":
             print_summary(console, load_run(job.folder))
     failed = [job for job in jobs if job.state != "COMPLETED"]
