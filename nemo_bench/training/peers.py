@@ -30,6 +30,7 @@ from nemo_bench.training.hooks import Hooks, RankTelemetry, Step
 WINDOW, SLOW_S = 5, 5.0  # steps and seconds for which a rank must lag: shorter tells of the moment
 # Slower than the median of its peers; cores of a CPU are shared with other programs.
 SLOWER = {"cuda": 0.1, "cpu": 1.0}
+FELT = 0.05  # of a step, at least, that the others wait for a rank
 SLOWER_LINK = {"cuda": 1.0, "cpu": 9.0}  # than others; on CPUs a message waits for a core at both ends
 NCCL_BYTES = 2**30  # for the connections of a rank with its neighbours, ample
 STALL_STEPS, STALL_S = 10, 15.0  # no step for so many medians, and so many seconds
@@ -170,11 +171,14 @@ class PeerWatch(Hooks):
         own_s, waited_s, clocks = zip(*numbers)
         begun, self.compared, self.own_s, self.waited_s = self.compared, time.monotonic(), [], []
         size = len(own_s) // self.cfg.model.pipeline_model_parallel_size
-        # Of a step in which nobody waits for a rank: where its own time is little of it, nobody does.
-        shares = lags((own + min(waited_s) for own in own_s), (rank // size for rank in range(len(own_s))))
-        slow = [rank for rank, share in enumerate(shares) if share > SLOWER[self.cfg.gpu.device]]
+        shares = lags(own_s, (rank // size for rank in range(len(own_s))))
+        held_s, slow = min(waited_s), list[int]()
+        for rank, (own, share) in enumerate(zip(own_s, shares)):
+            more_s = own * share / (1 + share)
+            if share > SLOWER[self.cfg.gpu.device] and more_s > FELT * (own + held_s):
+                slow.append(rank)
         if not slow:
-            self._compare_links(step, statistics.median(own_s), min(waited_s))
+            self._compare_links(step, statistics.median(own_s), held_s)
         if not self.speaks:
             return
         self.slow_since = {rank: self.slow_since.get(rank, begun) for rank in slow}
