@@ -88,6 +88,8 @@ def processes_of(leader: int) -> list[int]:
 
 def slow_down(leader: int) -> None:
     """Give a process group a fifteenth of its share of the cores, thread by thread, and its session as a whole."""
+    while not processes_of(leader):  # just forked, it leads no group yet
+        time.sleep(0.01)
     for pid in processes_of(leader):
         with suppress(OSError):  # it has ended
             for task in Path(f"/proc/{pid}/task").iterdir():
