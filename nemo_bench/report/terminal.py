@@ -133,8 +133,7 @@ def summary_rows(run: Run) -> Iterator[tuple[str, str, str]]:
         yield "  median (s)", significant(t.median_s), f"5% to 95%: {significant(t.p5_s)} to {significant(t.p95_s)}"
         yield "  last step (s)", significant(t.last_s), "what the 24.09 recipe reads"
     if n:
-        per_unit = f"{significant(n.tokens_per_s_per_gpu)} a {unit}"
-        yield "tokens/s", significant(n.tokens_per_s), f"{per_unit}, {run.gpus} in all"
+        yield "tokens/s", significant(n.tokens_per_s), f"{run.gpus} x {significant(n.tokens_per_s_per_gpu)} a {unit}"
         if n.tflops_per_gpu is not None:
             causal = f"causal convention: {significant(n.tflops_per_gpu_causal)}"
             yield f"TFLOP/s a {unit}", significant(n.tflops_per_gpu), causal
