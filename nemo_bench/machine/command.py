@@ -14,7 +14,7 @@ from nemo_bench.checks.problems import problems
 from nemo_bench.cluster import jobs, processes
 from nemo_bench.config import ComposedPoint, TrainConfig, typed
 from nemo_bench.errors import BenchError, ConfigurationRefused, RunFailed
-from nemo_bench.files import dated_name, write_text
+from nemo_bench.files import dated_name, explained_disk_errors, write_text
 from nemo_bench.launch.batch_script import batch_script, rank_environment
 from nemo_bench.machine.findings import text
 from nemo_bench.project import PROJECT
@@ -84,9 +84,10 @@ def _checked(raw: DictConfig) -> TrainConfig:
 def new_folder(cfg: TrainConfig) -> Path:
     """Make a check's folder; what reads runs takes it for none."""
     folder = Path(cfg.stage_path, CHECKS, dated_name())
-    folder.mkdir(parents=True)
-    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(cfg)))
-    (folder / READ_FILE).write_bytes(bytes(64 << 20))
+    with explained_disk_errors(folder, "a check needs 64 MiB: choose another stage folder (STAGE_PATH=...)"):
+        folder.mkdir(parents=True)
+        write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+        (folder / READ_FILE).write_bytes(bytes(64 << 20))
     return folder
 
 
