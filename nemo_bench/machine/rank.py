@@ -43,13 +43,13 @@ def main(folder: Path) -> int:
         ranks = Coordinator(cfg.world_size, LIMIT_S)
         # Where a rank has ended, the launcher ends the others, and this is to tell of it; else the check is cancelled.
         signal.signal(signal.SIGTERM, lambda *_: None if ranks.ended else os._exit(128 + signal.SIGTERM))
-        evidence = asyncio.run(coordinate(cfg, ranks, place[1]))
+        evidence = asyncio.run(coordinate(cfg, ranks, place[1], folder / READ_FILE))
         content = findings.conclude(evidence, folder)
         write_text(folder / EVIDENCE, json.dumps(evidence.content()) + "\n")
         write_json(folder / CHECK, content)
         if not evidence.lost:
             write_json(latest_path(cfg.stage_path, cfg.cluster.name, cfg.gpu.name), content)
-        (folder / READ_FILE).unlink()
+        (folder / READ_FILE).unlink(missing_ok=True)
         print(findings.text(content), flush=True)
         os.kill(measuring, signal.SIGKILL)
         return 1 if content["findings"] else 0
@@ -71,13 +71,13 @@ def main(folder: Path) -> int:
     return 0
 
 
-async def coordinate(cfg: TrainConfig, ranks: Coordinator, port: int) -> Evidence:
+async def coordinate(cfg: TrainConfig, ranks: Coordinator, port: int, read_file: Path) -> Evidence:
     """Have all ranks measure; where one is lost, the evidence is what came before."""
     evidence, start = Evidence(cfg), time.monotonic()
     server = await ranks.server(port)
     try:
         evidence.hosts = await ranks.answers("start")
-        await _measure(cfg, ranks, evidence)
+        await _measure(cfg, ranks, evidence, read_file)
     except Lost as lost:
         evidence.lost = lost.args
     server.close()  # not waited for: from Python 3.12 on that waits for the ranks, which wait for this
@@ -85,9 +85,10 @@ async def coordinate(cfg: TrainConfig, ranks: Coordinator, port: int) -> Evidenc
     return evidence
 
 
-async def _measure(cfg: TrainConfig, ranks: Coordinator, evidence: Evidence) -> None:
+async def _measure(cfg: TrainConfig, ranks: Coordinator, evidence: Evidence, read_file: Path) -> None:
     devices = cfg.trainer.devices
     evidence.facts = await ranks.ask("facts", lambda rank: rank % devices == 0)
+    read_file.unlink(missing_ok=True)  # a check that is cancelled from here on leaves no 64 MiB
     tries = range(TRIES[cfg.gpu.device])
     for attempt in tries:
         if attempt == 0 or _slow(evidence):

@@ -37,7 +37,7 @@ def checked(cfg: TrainConfig, faults: dict[str, Any], processes: int) -> dict[st
         )
         for first in range(0, cfg.world_size, share)
     ]
-    evidence = asyncio.run(coordinate(cfg, Coordinator(cfg.world_size, LIMIT_S), port))
+    evidence = asyncio.run(coordinate(cfg, Coordinator(cfg.world_size, LIMIT_S), port, Path("none")))
     for process in ranks:
         process.wait(timeout=20)
     return findings.conclude(evidence, Path("folder"))
